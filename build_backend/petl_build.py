@@ -1,0 +1,89 @@
+"""PEP 517/660 backend: setuptools.build_meta, compiling against the torch of the environment that is installed into.
+
+pip's build isolation hides that environment's site-packages but runs its interpreter, so sysconfig still names them.
+They are appended to the end of sys.path: whatever pip put into the isolated environment wins. setuptools is requested
+only where the environment has none that is new enough, which makes `pip install .` work without any index.
+"""
+
+import importlib
+import importlib.util
+import os
+import site
+import sys
+import sysconfig
+from importlib import metadata
+
+MIN_TORCH = (2, 10)
+MIN_SETUPTOOLS = 70
+
+
+def _sees_system_packages():
+    try:
+        with open(os.path.join(sys.prefix, "pyvenv.cfg")) as file:
+            lines = [line.replace(" ", "").strip().lower() for line in file]
+    except OSError:
+        return True
+    return "include-system-site-packages=true" in lines
+
+
+def _target_directories():
+    directories = os.environ.get("PETL_TORCH_SITE", "").split(os.pathsep)
+    directories += [sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
+    if _sees_system_packages():
+        base = dict.fromkeys(("base", "platbase", "installed_base", "installed_platbase"), sys.base_prefix)
+        directories += [sysconfig.get_path("platlib", vars=base), sysconfig.get_path("purelib", vars=base)]
+        directories += [site.getusersitepackages(), *site.getsitepackages([sys.base_prefix])]
+    return list(dict.fromkeys(d for d in directories if d and os.path.isdir(d)))
+
+
+def _expose_target():
+    sys.path.extend(d for d in _target_directories() if d not in sys.path)
+    importlib.invalidate_caches()
+
+
+def _has_new_setuptools():
+    try:
+        return int(metadata.version("setuptools").split(".")[0]) >= MIN_SETUPTOOLS
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _check_torch():
+    wanted = "{}.{}".format(*MIN_TORCH)
+    remedy = (
+        "*** Install PyTorch there first; where the build cannot see the environment (uv, python -m build),\n"
+        "*** set PETL_TORCH_SITE to the site-packages folder that holds torch."
+    )
+    if importlib.util.find_spec("torch") is None:
+        looked = ", ".join(_target_directories())
+        raise SystemExit(
+            f"\n*** petl_ext is compiled against the PyTorch (>= {wanted}) of the environment it is installed into;\n"
+            f"*** none found in {looked}.\n{remedy}\n"
+        )
+    found = metadata.version("torch")
+    if tuple(int(part) for part in found.split(".")[:2]) < MIN_TORCH:
+        raise SystemExit(
+            f"\n*** petl_ext needs PyTorch >= {wanted}, found {found}.\n"
+            f"*** Its C++ part uses the LibTorch stable ABI of {wanted}.\n{remedy}\n"
+        )
+
+
+_expose_target()
+if _has_new_setuptools():
+    from setuptools.build_meta import *  # noqa: F403
+
+
+def _requirements():
+    return [] if _has_new_setuptools() else [f"setuptools>={MIN_SETUPTOOLS}"]
+
+
+def get_requires_for_build_sdist(config_settings=None):
+    return _requirements()
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    _check_torch()
+    return _requirements()
+
+
+get_requires_for_build_editable = get_requires_for_build_wheel

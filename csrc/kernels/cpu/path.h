@@ -1,0 +1,46 @@
+// The body of one path's source file: all kernels, compiled for one instruction set into a namespace of their own, so
+// that the linker cannot mix code of two paths. The including file defines
+//   PETL_PATH            the name
+//   PETL_TARGET          the target attribute's text, or nothing for what the compiler is set to
+//   PETL_VECTOR_BYTES    the width of a vector register
+//   PETL_TILE_ROWS, PETL_PANEL_VECTORS    the accumulators of the microkernel: rows x vectors
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/scratch.h"
+
+#define PETL_PRAGMA(text) _Pragma(#text)
+#define PETL_NAME(text) PETL_NAME_OF(text)
+#define PETL_NAME_OF(text) #text
+
+#ifdef PETL_TARGET
+#ifdef __clang__
+#define PETL_BEGIN_TARGET(text) PETL_PRAGMA(clang attribute push(__attribute__((target(text))), apply_to = function))
+#define PETL_END_TARGET PETL_PRAGMA(clang attribute pop)
+#else
+#define PETL_BEGIN_TARGET(text) PETL_PRAGMA(GCC push_options) PETL_PRAGMA(GCC target(text))
+#define PETL_END_TARGET PETL_PRAGMA(GCC pop_options)
+#endif
+PETL_BEGIN_TARGET(PETL_TARGET)
+#endif
+
+namespace petl::cpu::PETL_PATH {
+namespace {
+#include "kernels/cpu/vector.h"
+// After it:
+#include "kernels/cpu/gemm.h"
+// After it:
+#include "kernels/cpu/apt.h"
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels{PETL_NAME(PETL_PATH), apt_forward, apt_backward};
+}  // namespace petl::cpu::PETL_PATH
+
+#ifdef PETL_TARGET
+PETL_END_TARGET
+#endif

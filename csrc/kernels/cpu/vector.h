@@ -1,0 +1,119 @@
+// One source for every instruction set: GCC's and Clang's vector types, sized by the file that includes this.
+// No include guard: each path includes it once, inside its own namespace (see avx512.cpp).
+
+constexpr int kLanes = PETL_VECTOR_BYTES / 4;
+
+typedef float Vec __attribute__((vector_size(PETL_VECTOR_BYTES)));
+typedef int32_t IntVec __attribute__((vector_size(PETL_VECTOR_BYTES)));
+typedef uint32_t BitsVec __attribute__((vector_size(PETL_VECTOR_BYTES)));
+typedef uint16_t HalfBitsVec __attribute__((vector_size(PETL_VECTOR_BYTES / 2)));
+
+inline Vec broadcast(float value) { return Vec{} + value; }
+inline Vec as_float(BitsVec bits) { return (Vec)bits; }
+inline BitsVec as_bits(Vec value) { return (BitsVec)value; }
+
+template <class Wanted>
+inline Wanted read(const void* source) {
+  Wanted value;
+  memcpy(&value, source, sizeof value);
+  return value;
+}
+
+inline Vec from_bfloat16(HalfBitsVec bits) { return as_float(__builtin_convertvector(bits, BitsVec) << 16); }
+
+// Round to nearest even; a NaN stays one.
+inline HalfBitsVec to_bfloat16(Vec value) {
+  const BitsVec bits = as_bits(value);
+  const BitsVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const BitsVec quiet_nan = (bits >> 16) | 0x40;
+  return __builtin_convertvector(value == value ? rounded : quiet_nan, HalfBitsVec);
+}
+
+inline Vec from_float16(HalfBitsVec half) {
+  const BitsVec bits = __builtin_convertvector(half, BitsVec);
+  const BitsVec magnitude = bits & 0x7fff;
+  // Read as float32, the exponent is 112 too small; the product also brings subnormal numbers to their value.
+  const Vec finite = as_float(magnitude << 13) * 0x1p112f;
+  const BitsVec infinite_or_nan = (magnitude << 13) | 0x7f800000;
+  const BitsVec value = magnitude >= 0x7c00 ? infinite_or_nan : as_bits(finite);
+  return as_float(value | (bits & 0x8000) << 16);
+}
+
+// Round to nearest even; from 65520 on infinity; a NaN stays one.
+inline HalfBitsVec to_float16(Vec value) {
+  const BitsVec magnitude = as_bits(value) & 0x7fffffff;
+  // 0.5 has the unit in the last place of a float16 subnormal: the addition rounds, and the low bits are the result.
+  const BitsVec subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000;
+  const BitsVec normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const BitsVec finite = magnitude < (113u << 23) ? subnormal : normal;
+  const BitsVec beyond = magnitude > 0x7f800000 ? BitsVec{} + 0x7e00 : BitsVec{} + 0x7c00;
+  const BitsVec half = magnitude < (143u << 23) ? finite : beyond;
+  return __builtin_convertvector(half | (as_bits(value) >> 16 & 0x8000), HalfBitsVec);
+}
+
+inline Vec load(const float* source) { return read<Vec>(source); }
+inline void store(float* target, Vec value) { memcpy(target, &value, sizeof value); }
+
+inline size_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+inline Vec load_as(DType dtype, const void* source) {
+  switch (dtype) {
+    case DType::float32:
+      return read<Vec>(source);
+    case DType::bfloat16:
+      return from_bfloat16(read<HalfBitsVec>(source));
+    default:
+      return from_float16(read<HalfBitsVec>(source));
+  }
+}
+
+inline void store_as(DType dtype, void* target, Vec value) {
+  if (dtype == DType::float32) {
+    memcpy(target, &value, sizeof value);
+    return;
+  }
+  const HalfBitsVec half = dtype == DType::bfloat16 ? to_bfloat16(value) : to_float16(value);
+  memcpy(target, &half, sizeof half);
+}
+
+// The first `count` elements; what lies beyond reads as zero and is not written.
+inline Vec load_part(DType dtype, const void* source, int64_t count) {
+  if (count >= kLanes) return load_as(dtype, source);
+  float buffer[kLanes] = {};
+  memcpy(buffer, source, count * size_of(dtype));
+  return load_as(dtype, buffer);
+}
+
+inline void store_part(DType dtype, void* target, Vec value, int64_t count) {
+  if (count >= kLanes) return store_as(dtype, target, value);
+  float buffer[kLanes];
+  store_as(dtype, buffer, value);
+  memcpy(target, buffer, count * size_of(dtype));
+}
+
+inline Vec maximum(Vec a, Vec b) { return a < b ? b : a; }
+
+// Lanes are combined in one fixed order, in float64 for a sum.
+inline double sum_lanes(Vec value) {
+  double total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += value[lane];
+  return total;
+}
+
+inline float max_lanes(Vec value) {
+  float best = value[0];
+  for (int lane = 1; lane < kLanes; ++lane) best = best < value[lane] ? value[lane] : best;
+  return best;
+}
+
+// exp(value) for value <= 0, to about one unit in the last place; below -87 zero.
+inline Vec exp_nonpositive(Vec value) {
+  constexpr float kRound = 0x1.8p23f;  // adding and taking it away rounds to an integer
+  const Vec exponent = (value * 1.44269504f + kRound) - kRound;
+  // ln 2 in two parts: the first has few bits, so its product is exact.
+  const Vec rest = (value - exponent * 0x1.62e4p-1f) - exponent * 0x1.7f7d1cp-20f;
+  Vec series = broadcast(1.0f / 720);
+  for (float coefficient : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) series = series * rest + coefficient;
+  const IntVec power = (__builtin_convertvector(exponent, IntVec) + 127) << 23;
+  return value < -87.0f ? Vec{} : series * (Vec)power;
+}

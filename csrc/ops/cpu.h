@@ -1,0 +1,23 @@
+// How an op reaches the CPU kernels: the chosen path, and torch's thread pool.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+
+#include "kernels/cpu/kernels.h"
+
+namespace petl {
+
+inline const cpu::Kernels& cpu_kernels() {
+  const cpu::Kernels* kernels = cpu::kernels();
+  STD_TORCH_CHECK(kernels, "petl_ext: the environment variable PETL_CPU_PATH must be auto or one of: ",
+                  cpu::available_paths(), ", got ", std::getenv("PETL_CPU_PATH"));
+  return *kernels;
+}
+
+inline void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+  torch::stable::parallel_for(0, count, 1, body);
+}
+
+}  // namespace petl

@@ -1,0 +1,102 @@
+"""The layer of approximated prompt tuning."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from petl_ext.ops.apt import apt, apt_reference
+
+INITIAL_STD = 0.02
+
+
+class APTLayer(nn.Module):
+    """Diffuses `num_prompts` learned prompts into the output of one attention (APT, section 3, equations 8 to 11).
+
+    It holds `prompts` [P, D], the low-rank pair `down` [r, D] and `up` [D, r] that turns prompts into keys, and
+    `log_scale` [1]: P D + 2 r D + 1 parameters.
+
+    Initialisation: prompts, down and up are drawn from Normal(0, 0.02), log_scale is 0. The paper's code asks for
+    Normal(0, 1) and zeros in `down` and `up`, but the initialisers of its ViLT and METER overwrite both with 0.02
+    before training starts; 0.02 is what its results were made with. The layer is not the identity at the start.
+
+    Args:
+        dim: the model's width D.
+        num_prompts: P.
+        rank: r of the map from prompts to keys.
+        activation: "relu", or "softmax" over the prompts.
+        dropout: on the scores, in training. Above 0 the training forward runs `ops.apt_reference`: the fused kernel
+            has no dropout.
+
+    Raises:
+        ValueError: a size below 1, an unknown activation, or a dropout outside [0, 1).
+    """
+
+    def __init__(self, dim, num_prompts=200, rank=4, activation="relu", dropout=0.0, device=None, dtype=None):
+        super().__init__()
+        for name, value in (("dim", dim), ("num_prompts", num_prompts), ("rank", rank)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"APTLayer: {name} must be a positive integer, got {value!r}")
+        if activation not in ("relu", "softmax"):
+            raise ValueError(f'APTLayer: activation must be "relu" or "softmax", got {activation!r}')
+        if not 0 <= dropout < 1:
+            raise ValueError(f"APTLayer: dropout must lie in [0, 1), got {dropout!r}")
+        self.activation = activation
+        self.dropout = dropout
+        place = {"device": device, "dtype": dtype}
+        self.prompts = nn.Parameter(torch.empty(num_prompts, dim, **place))
+        self.down = nn.Parameter(torch.empty(rank, dim, **place))
+        self.up = nn.Parameter(torch.empty(dim, rank, **place))
+        self.log_scale = nn.Parameter(torch.empty(1, **place))
+        self._cached_keys = None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        for weight in (self.prompts, self.down, self.up):
+            nn.init.normal_(weight, std=INITIAL_STD)
+        nn.init.zeros_(self.log_scale)
+
+    def keys(self):
+        """prompts + (prompts down^T) up^T, [P, D], in float32 or wider: rounded keys flip the ReLU's mask.
+
+        They do not depend on the input. In eval mode without gradients they are kept until a parameter changes;
+        a change through `parameter.data` is noticed only after `train()`, `eval()` or a move of the module.
+        """
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._compute_keys()
+        sources = (self.prompts, self.down, self.up)
+        state = tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in sources)
+        if self._cached_keys is None or self._cached_keys[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                self._cached_keys = (state, self._compute_keys())
+        return self._cached_keys[1]
+
+    def _compute_keys(self):
+        with torch.autocast(self.prompts.device.type, enabled=False):
+            wide = torch.promote_types(self.prompts.dtype, torch.float32)
+            prompts, down, up = (t.to(wide) for t in (self.prompts, self.down, self.up))
+            return prompts + F.linear(F.linear(prompts, down), up)
+
+    def forward(self, x, y):
+        """x [..., D], the attention's input, and y [..., D], its output, to the new output [..., D] in y's dtype."""
+        tensors = (x, y, self.prompts, self.keys(), self.log_scale)
+        if self.training and self.dropout > 0:
+            return apt_reference(*tensors, self.activation, self.dropout)
+        return apt(*tensors, self.activation)
+
+    def train(self, mode=True):
+        self._cached_keys = None
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self._cached_keys = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_cached_keys": None}
+
+    def extra_repr(self):
+        num_prompts, dim = self.prompts.shape
+        return (
+            f"dim={dim}, num_prompts={num_prompts}, rank={self.down.size(0)}, "
+            f"activation={self.activation!r}, dropout={self.dropout}"
+        )

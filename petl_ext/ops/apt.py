@@ -1,0 +1,120 @@
+"""Approximated prompt tuning: what soft prompts would have told an attention, added to its output.
+
+With x the attention's input, y its output, and one row per token,
+
+    scores = act(x keys^T)      gate = rowmax(scores), detached      out = exp(log_scale) * (y + gate * (scores prompts))
+
+where act is ReLU, or the softmax over the prompts (APT, section 3; sizes and traps: the paper's ViLT and METER code).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from petl_ext.ops.library import raise_no_kernel
+
+torch.library.define(
+    "petl_ext::apt_forward",
+    "(Tensor x, Tensor y, Tensor prompts, Tensor keys, Tensor log_scale, str activation, bool keep_scores)"
+    " -> (Tensor out, Tensor gate, Tensor scores)",
+)
+# An absent y means that nobody asks for dlog_scale; needs_* say which gradients to compute, the others come back empty.
+torch.library.define(
+    "petl_ext::apt_backward",
+    "(Tensor dout, Tensor x, Tensor? y, Tensor prompts, Tensor keys, Tensor log_scale, Tensor gate, Tensor scores,"
+    " str activation, bool needs_dx, bool needs_dy, bool needs_dprompts, bool needs_dkeys)"
+    " -> (Tensor dx, Tensor dy, Tensor dprompts, Tensor dkeys, Tensor dlog_scale)",
+)
+
+
+def apt_reference(x, y, prompts, keys, log_scale, activation="relu", dropout=0.0):
+    """`apt` in plain PyTorch, in the dtype of x, on any device and in float64 too; it can drop out scores.
+
+    Args:
+        dropout: probability that a score is set to zero, before the gate is taken (as in the paper's code).
+    """
+    scores = x @ keys.to(x.dtype).mT
+    scores = scores.relu_() if activation == "relu" else scores.softmax(-1)
+    scores = F.dropout(scores, dropout, training=dropout > 0)
+    gate = scores.amax(-1, keepdim=True).detach()
+    out = log_scale.exp() * (y + gate * (scores @ prompts.to(scores.dtype)))
+    return out.to(y.dtype)
+
+
+@torch.library.register_fake("petl_ext::apt_forward")
+def _(x, y, prompts, keys, log_scale, activation, keep_scores):
+    rows = y.numel() // y.size(-1)
+    gate = y.new_empty(rows, dtype=torch.float32)
+    scores = y.new_empty((rows, prompts.size(0)) if keep_scores else (0,), dtype=torch.float32)
+    return y.new_empty(y.shape), gate, scores
+
+
+@torch.library.register_fake("petl_ext::apt_backward")
+def _(dout, x, y, prompts, keys, log_scale, gate, scores, activation, needs_dx, needs_dy, needs_dprompts, needs_dkeys):
+    def gradient(tensor, needed):
+        return tensor.new_empty(tensor.shape if needed else (0,))
+
+    return (
+        gradient(x, needs_dx),
+        gradient(dout, needs_dy),
+        gradient(prompts, needs_dprompts),
+        gradient(keys, needs_dkeys),
+        gradient(log_scale, y is not None),
+    )
+
+
+@torch.library.impl("petl_ext::apt_forward", "CompositeExplicitAutograd")
+def _(x, y, *_):
+    raise_no_kernel("apt", x, y)
+
+
+@torch.library.impl("petl_ext::apt_backward", "CompositeExplicitAutograd")
+def _(dout, x, *_):
+    raise_no_kernel("apt", dout, x)
+
+
+class _APT(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, prompts, keys, log_scale, activation):
+        out, gate, scores = torch.ops.petl_ext.apt_forward(x, y, prompts, keys, log_scale, activation, True)
+        # y serves dlog_scale alone.
+        ctx.save_for_backward(x, y if ctx.needs_input_grad[4] else None, prompts, keys, log_scale, gate, scores)
+        ctx.activation = activation
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        gradients = torch.ops.petl_ext.apt_backward(dout, *saved, ctx.activation, *needs)
+        return *(g if n else None for g, n in zip(gradients, ctx.needs_input_grad, strict=False)), None
+
+
+def apt(x, y, prompts, keys, log_scale, activation="relu"):
+    """Adds the approximated prompts' contribution to an attention's output.
+
+    Args:
+        x: [..., D], the attention's input. Any strides; rows that are not contiguous are copied.
+        y: [..., D], its output after the output projection, shaped as x. Its dtype may differ from that of x.
+        prompts: [P, D].
+        keys: [P, D], what x is scored against: prompts + (prompts W0^T) W1^T (APT, equation 10), see `APTLayer`.
+        log_scale: [1]; its exponential scales the whole sum, y included.
+        activation: "relu" or "softmax".
+
+    Each tensor is float32, bfloat16 or float16, in any mixture; scores, gate and sums are float32. Where a tensor is
+    float64, the reference computes.
+
+    Returns:
+        [..., D], contiguous, in the dtype of y.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or activation is not as above.
+        NotImplementedError: there is no kernel for the tensors' device.
+    """
+    tensors = (x, y, prompts, keys, log_scale)
+    if any(tensor.dtype is torch.float64 for tensor in tensors):
+        return apt_reference(*tensors, activation)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _APT.apply(*tensors, activation)
+    return torch.ops.petl_ext.apt_forward(*tensors, activation, False)[0]

@@ -1,0 +1,38 @@
+"""Loads petl_ext/_C, whose import registers the C++ kernels with torch's dispatcher."""
+
+import torch
+
+try:
+    from petl_ext import _C  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"petl_ext could not load its compiled part, petl_ext._C ({error}). This is torch {torch.__version__}; "
+        "petl_ext needs 2.10 or later and a build for this platform. "
+        "Build it where torch is installed: pip install . in a checkout of petl_ext."
+    ) from error
+
+
+def raise_no_kernel(op, *tensors):
+    """Stands in for `op` on every device that `_C` has no kernel for.
+
+    Raises:
+        NotImplementedError: names the devices and the way out.
+    """
+    devices = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
+    raise NotImplementedError(
+        f"petl_ext.ops.{op}: this build holds no kernel for {devices} "
+        f"(`python -m petl_ext info` lists what it holds); petl_ext.ops.{op}_reference runs on every device."
+    )
+
+
+def cpu_path(choice=None):
+    """The instruction set that the CPU kernels use: "avx512", "avx2" or "portable".
+
+    Args:
+        choice: selects one for the whole process; "auto" is the best that this CPU runs (the default, or what the
+            environment variable PETL_CPU_PATH names). None changes nothing.
+
+    Raises:
+        RuntimeError: this CPU, or this build, does not have the path.
+    """
+    return torch.ops.petl_ext.cpu_path(choice or "")

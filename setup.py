@@ -1,0 +1,56 @@
+"""Compiles petl_ext/_C.abi3.so: which sources, which flags. Everything else is in pyproject.toml."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+# Metadata needs neither torch nor a compiler.
+METADATA_ONLY = {"sdist", "egg_info", "dist_info"} & set(sys.argv)
+
+COMPILE_FLAGS = [
+    "-O3",
+    # Contraction to fused multiply-add is off in strict ISO mode, and the kernels live on it.
+    "-ffp-contract=fast",
+    "-fvisibility=hidden",
+    "-g0",
+    # The LibTorch stable ABI of torch 2.10: one file for all later versions.
+    "-DTORCH_TARGET_VERSION=0x020a000000000000ULL",
+]
+LINK_FLAGS = ["-Wl,--exclude-libs,ALL", "-s"] if sys.platform == "linux" else []
+
+
+def require_compiler():
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None and shutil.which("g++") is None:
+        raise SystemExit(
+            f"\n*** petl_ext compiles C++ kernels, but no C++ compiler was found ({compiler!r} is not on PATH).\n"
+            "*** Install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++;\n"
+            "*** macOS: xcode-select --install) or name it in the environment variable CXX.\n"
+        )
+
+
+def extension_arguments():
+    require_compiler()
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    root = Path(__file__).parent
+    sources = sorted(str(path.relative_to(root)) for path in root.glob("csrc/**/*.cpp"))
+    extension = CppExtension(
+        "petl_ext._C",
+        sources,
+        include_dirs=[str(root.resolve() / "csrc")],
+        extra_compile_args={"cxx": COMPILE_FLAGS},
+        extra_link_args=LINK_FLAGS,
+        py_limited_api=True,
+    )
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+setup(**({} if METADATA_ONLY else extension_arguments()))
