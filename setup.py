@@ -37,7 +37,8 @@ def extension_arguments():
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     root = Path(__file__).parent
-    sources = sorted(str(path.relative_to(root)) for path in root.glob("csrc/**/*.cpp"))
+    folders = (root / "csrc/ops", root / "csrc/kernels/cpu")
+    sources = sorted(str(path.relative_to(root)) for folder in folders for path in folder.glob("*.cpp"))
     extension = CppExtension(
         "petl_ext._C",
         sources,

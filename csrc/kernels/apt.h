@@ -13,24 +13,24 @@ struct AptSizes {
 struct AptForward {
   AptSizes size;
   Activation activation;
-  ConstRows x;        // [R, D]
-  ConstRows y;        // [R, D]
-  ConstRows prompts;  // [P, D]
-  ConstRows keys;     // [P, D]
+  ConstRows x;          // [R, D]
+  ConstRows y;          // [R, D]
+  ConstRows prompts;    // [P, D]
+  ConstRows keys;       // [P, D]
   ConstRows log_scale;  // [1, 1]
-  Rows out;           // [R, D]
-  float* gate;        // [R]
-  float* scores;      // [R, P], or null: not kept
+  Rows out;             // [R, D]
+  float* gate;          // [R]
+  float* scores;        // [R, P], or null: not kept
 };
 
 struct AptBackward {
   AptSizes size;
   Activation activation;
-  ConstRows dout;     // [R, D]
-  ConstRows x;        // [R, D]
-  ConstRows y;        // [R, D]; read only for dlog_scale
-  ConstRows prompts;  // [P, D]
-  ConstRows keys;     // [P, D]
+  ConstRows dout;       // [R, D]
+  ConstRows x;          // [R, D]
+  ConstRows y;          // [R, D]; read only for dlog_scale
+  ConstRows prompts;    // [P, D]
+  ConstRows keys;       // [P, D]
   ConstRows log_scale;  // [1, 1]
   const float* gate;    // [R]
   const float* scores;  // [R, P]

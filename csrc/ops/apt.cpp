@@ -43,8 +43,14 @@ std::tuple<Tensor, Tensor, Tensor> apt_forward_cpu(const Tensor& x, const Tensor
   Tensor out = torch::stable::new_empty(y, y.sizes());
   Tensor gate = new_floats(y, {size.R});
   Tensor scores = new_floats(y, keep_scores ? std::vector<int64_t>{size.R, size.P} : std::vector<int64_t>{0});
-  cpu_kernels().apt_forward({size, activation_named(activation), rows[0].view(), rows[1].view(), rows[2].view(),
-                             rows[3].view(), rows[4].view(), {out.mutable_data_ptr(), arguments[1].dtype()},
+  cpu_kernels().apt_forward({size,
+                             activation_named(activation),
+                             rows[0].view(),
+                             rows[1].view(),
+                             rows[2].view(),
+                             rows[3].view(),
+                             rows[4].view(),
+                             {out.mutable_data_ptr(), arguments[1].dtype()},
                              static_cast<float*>(gate.mutable_data_ptr()),
                              keep_scores ? static_cast<float*>(scores.mutable_data_ptr()) : nullptr},
                             &parallel_for);
@@ -81,14 +87,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward_cpu(
   const auto floats = [](bool needed, const Tensor& t) {
     return needed ? static_cast<float*>(t.mutable_data_ptr()) : nullptr;
   };
-  cpu_kernels().apt_backward(
-      {size, activation_named(activation), rows[0].view(), rows[1].view(), rows[2].view(), rows[3].view(),
-       rows[4].view(), rows[5].view(), static_cast<const float*>(gate.const_data_ptr()),
-       static_cast<const float*>(scores.const_data_ptr()),
-       {needs_dx ? dx.mutable_data_ptr() : nullptr, arguments[1].dtype()},
-       {needs_dy ? dy.mutable_data_ptr() : nullptr, arguments[0].dtype()}, floats(needs_dprompts, dprompts),
-       floats(needs_dkeys, dkeys), floats(y.has_value(), dlog_scale)},
-      &parallel_for);
+  cpu_kernels().apt_backward({size,
+                              activation_named(activation),
+                              rows[0].view(),
+                              rows[1].view(),
+                              rows[2].view(),
+                              rows[3].view(),
+                              rows[4].view(),
+                              rows[5].view(),
+                              static_cast<const float*>(gate.const_data_ptr()),
+                              static_cast<const float*>(scores.const_data_ptr()),
+                              {needs_dx ? dx.mutable_data_ptr() : nullptr, arguments[1].dtype()},
+                              {needs_dy ? dy.mutable_data_ptr() : nullptr, arguments[0].dtype()},
+                              floats(needs_dprompts, dprompts),
+                              floats(needs_dkeys, dkeys),
+                              floats(y.has_value(), dlog_scale)},
+                             &parallel_for);
   return {dx, dy, in_dtype_of(dprompts, prompts), in_dtype_of(dkeys, keys), in_dtype_of(dlog_scale, log_scale)};
 }
 

@@ -21,9 +21,7 @@ inline std::string shape_text(const std::vector<int64_t>& shape) {
   return text + "]";
 }
 
-inline std::vector<int64_t> shape_of(const Tensor& tensor) {
-  return {tensor.sizes().begin(), tensor.sizes().end()};
-}
+inline std::vector<int64_t> shape_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
 
 // An argument of an op under its names, for the messages.
 struct Argument {

@@ -11,8 +11,9 @@ namespace petl {
 
 inline const cpu::Kernels& cpu_kernels() {
   const cpu::Kernels* kernels = cpu::kernels();
-  STD_TORCH_CHECK(kernels, "petl_ext: the environment variable PETL_CPU_PATH must be auto or one of: ",
-                  cpu::available_paths(), ", got ", std::getenv("PETL_CPU_PATH"));
+  STD_TORCH_CHECK(kernels,
+                  "petl_ext: the environment variable PETL_CPU_PATH must be auto or one of: ", cpu::available_paths(),
+                  ", got ", std::getenv("PETL_CPU_PATH"));
   return *kernels;
 }
 

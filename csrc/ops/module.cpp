@@ -10,8 +10,8 @@ namespace petl {
 namespace {
 
 std::string cpu_path(std::string choice) {
-  STD_TORCH_CHECK(choice.empty() || cpu::choose_path(choice.c_str()), "cpu_path: must be auto or one of: ",
-                  cpu::available_paths(), ", got ", choice);
+  STD_TORCH_CHECK(choice.empty() || cpu::choose_path(choice.c_str()),
+                  "cpu_path: must be auto or one of: ", cpu::available_paths(), ", got ", choice);
   return cpu_kernels().path;
 }
 
@@ -32,6 +32,7 @@ STABLE_TORCH_LIBRARY_IMPL(petl_ext, CompositeExplicitAutograd, m) {
 }  // namespace petl
 
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

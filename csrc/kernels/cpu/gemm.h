@@ -1,5 +1,5 @@
 // Matrix products from one register-blocked microkernel, with the caller's arithmetic on each result.
-// No include guard: each path includes it once, inside its own namespace (see avx512.cpp).
+// No include guard: each path includes it once, inside its own namespace (see path.h).
 
 // Columns of the right operand are packed into panels of at most kPanelVectors vectors, so that the microkernel reads
 // it in storage order; kTileRows x kPanelVectors accumulators fill the registers of the path.
@@ -37,13 +37,6 @@ inline char* row_of(const Rows& rows, int64_t row, int64_t width) {
   return static_cast<char*>(rows.data) + row * width * size_of(rows.dtype);
 }
 
-// target[i] = row[i] in float32, for i < width; `target` has room for whole vectors.
-inline void widen(const char* row, DType dtype, int64_t width, float* target) {
-  for (int64_t i = 0; i < width; i += kLanes) {
-    store(target + i, load_part(dtype, row + i * size_of(dtype), width - i));
-  }
-}
-
 // Rows [begin, begin + count) as float32: where they lie, or widened into `scratch` [count, padded width].
 struct FloatRows {
   const float* data;
@@ -53,26 +46,34 @@ struct FloatRows {
 inline FloatRows as_floats(const ConstRows& rows, int64_t begin, int64_t count, int64_t width, float* scratch) {
   if (rows.dtype == DType::float32) return {reinterpret_cast<const float*>(row_of(rows, begin)), rows.stride};
   const int64_t stride = round_up(width, kLanes);
-  for (int64_t row = 0; row < count; ++row) {
-    widen(row_of(rows, begin + row), rows.dtype, width, scratch + row * stride);
-  }
+  with_elements(rows.dtype, [&](auto elements) {
+    for (int64_t row = 0; row < count; ++row) {
+      const char* source = row_of(rows, begin + row);
+      for (int64_t i = 0; i < width; i += kLanes) {
+        store(scratch + row * stride + i, elements.load_part(source + i * elements.kBytes, width - i));
+      }
+    }
+  });
   return {scratch, stride};
 }
 
 // One panel of the right operand `source` [depth, columns], each row times its factor; `factors` may be null.
 inline void pack_panel(const ConstRows& source, int64_t first_row, int64_t depth, int64_t columns, Panel panel,
                        const float* factors, float* packed) {
-  for (int64_t k = 0; k < depth; ++k) {
-    const char* row = row_of(source, first_row + k);
-    const float factor = factors ? factors[k] : 1.0f;
-    for (int v = 0; v < panel.vectors; ++v, packed += kLanes) {
-      const int64_t column = panel.column + v * kLanes;
-      store(packed, load_part(source.dtype, row + column * size_of(source.dtype), columns - column) * factor);
+  with_elements(source.dtype, [&](auto elements) {
+    for (int64_t k = 0; k < depth; ++k) {
+      const char* row = row_of(source, first_row + k);
+      const float factor = factors ? factors[k] : 1.0f;
+      for (int v = 0; v < panel.vectors; ++v) {
+        const int64_t column = panel.column + v * kLanes;
+        store(packed + (k * panel.vectors + v) * kLanes,
+              elements.load_part(row + column * elements.kBytes, columns - column) * factor);
+      }
     }
-  }
+  });
 }
 
-// All panels of the right operand `source` [depth, columns], one after the other: depth x padded_columns floats.
+// All panels of the right operand `source` [depth, columns], one after the other: depth x padded columns floats.
 inline void pack(const ConstRows& source, int64_t depth, int64_t columns, float* packed) {
   const Panels panels(columns);
   for (int64_t i = 0; i < panels.count(); ++i) {
@@ -80,25 +81,30 @@ inline void pack(const ConstRows& source, int64_t depth, int64_t columns, float*
   }
 }
 
-// The same of the transpose of `source` [columns, depth]. Lines of the source are read a vector at a time, since a
-// stride of a whole row would miss the cache at every element.
-inline void pack_transposed(const ConstRows& source, int64_t depth, int64_t columns, float* packed) {
-  const Panels panels(columns);
-  for (int64_t i = 0; i < panels.count(); ++i) {
-    const Panel panel = panels[i];
-    const int64_t width = panel.vectors * kLanes;
-    float* target = packed + panel.column * depth;
-    for (int64_t k = 0; k < depth; k += kLanes) {
-      const int64_t lanes = std::min<int64_t>(kLanes, depth - k);
-      for (int64_t j = 0; j < width; ++j) {
-        Vec value = {};
-        if (panel.column + j < columns) {
-          value = load_part(source.dtype, row_of(source, panel.column + j) + k * size_of(source.dtype), lanes);
-        }
-        for (int64_t lane = 0; lane < lanes; ++lane) target[(k + lane) * width + j] = value[lane];
-      }
+// One panel of the transpose of `source` [columns, depth]. Lines of the source are read a vector at a time: a stride of
+// a whole row would miss the cache at every element.
+template <class Source>
+inline void pack_transposed_panel(Source elements, const ConstRows& source, int64_t depth, int64_t columns, Panel panel,
+                                  float* packed) {
+  const int64_t width = panel.vectors * kLanes;
+  for (int64_t k = 0; k < depth; k += kLanes) {
+    const int64_t lanes = std::min<int64_t>(kLanes, depth - k);
+    for (int64_t j = 0; j < width; ++j) {
+      const bool inside = panel.column + j < columns;
+      const Vec value =
+          inside ? elements.load_part(row_of(source, panel.column + j) + k * elements.kBytes, lanes) : Vec{};
+      for (int64_t lane = 0; lane < lanes; ++lane) packed[(k + lane) * width + j] = value[lane];
     }
   }
+}
+
+inline void pack_transposed(const ConstRows& source, int64_t depth, int64_t columns, float* packed) {
+  const Panels panels(columns);
+  with_elements(source.dtype, [&](auto elements) {
+    for (int64_t i = 0; i < panels.count(); ++i) {
+      pack_transposed_panel(elements, source, depth, columns, panels[i], packed + panels[i].column * depth);
+    }
+  });
 }
 
 // The left operand of a product: element (m, k) is data[m * row + k * step].
@@ -114,9 +120,10 @@ constexpr int64_t kProductsPerSum = 128;
 template <int kRows, int kVectors>
 using Sums = Vec[kRows][kVectors];
 
-// sum += left * packed over `depth` products.
+// total += left * packed over `depth` products. Not inlined: it keeps all accumulators in registers whatever surrounds
+// the call, and every epilogue shares it.
 template <int kRows, int kVectors>
-inline void accumulate(Left left, int64_t depth, const float* packed, Sums<kRows, kVectors>& total) {
+__attribute__((noinline)) void accumulate(Left left, int64_t depth, const float* packed, Sums<kRows, kVectors>& total) {
   Sums<kRows, kVectors> sum = {};
   const float* a = left.data;
   for (int64_t k = 0; k < depth; ++k, a += left.step, packed += kVectors * kLanes) {
@@ -137,57 +144,72 @@ inline void accumulate(Left left, int64_t depth, const float* packed, Sums<kRows
   }
 }
 
-// kRows x kVectors vectors of the product of `left` and one packed panel; emit(m, v, value) takes each.
-template <int kRows, int kVectors, class Emit>
-inline void multiply_tile(Left left, int64_t depth, const float* packed, const Emit& emit) {
+// Products hand each vector of results to an epilogue: epilogue(row, column, value). Before the last sums of a row,
+// epilogue.prefetch(row, column, columns) may ask for the memory that its results will meet: it arrives meanwhile, and
+// is not yet evicted by what is read until then.
+
+// kRows x kVectors vectors of the product of `left` and one packed panel, from (row, column) on.
+template <int kRows, int kVectors, class Epilogue>
+inline void multiply_tile(Left left, int64_t depth, const float* packed, int64_t row, int64_t column,
+                          const Epilogue& epilogue) {
+  left.data += row * left.row;
   Sums<kRows, kVectors> total = {};
-  for (int64_t k = 0; k < depth; k += kProductsPerSum) {
-    accumulate<kRows, kVectors>({left.data + k * left.step, left.row, left.step}, std::min(kProductsPerSum, depth - k),
-                                packed + k * kVectors * kLanes, total);
+  int64_t k = 0;
+  for (; k + kProductsPerSum < depth; k += kProductsPerSum) {
+    accumulate<kRows, kVectors>(left, kProductsPerSum, packed, total);
+    left.data += kProductsPerSum * left.step;
+    packed += kProductsPerSum * kVectors * kLanes;
   }
+  for (int m = 0; m < kRows; ++m) epilogue.prefetch(row + m, column, kVectors * kLanes);
+  accumulate<kRows, kVectors>(left, depth - k, packed, total);
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) emit(m, v, total[m][v]);
+    for (int v = 0; v < kVectors; ++v) epilogue(row + m, column + v * kLanes, total[m][v]);
   }
 }
 
-template <int kVectors, int kRows, class Emit>
-inline void multiply_last_rows(int64_t rows, Left left, int64_t depth, const float* packed, const Emit& emit) {
+template <int kVectors, int kRows, class Epilogue>
+inline void multiply_last_rows(int64_t begin, int64_t rows, Left left, int64_t depth, const float* packed,
+                               int64_t column, const Epilogue& epilogue) {
   if constexpr (kRows > 0) {
-    if (rows == kRows) return multiply_tile<kRows, kVectors>(left, depth, packed, emit);
-    multiply_last_rows<kVectors, kRows - 1>(rows, left, depth, packed, emit);
-  }
-}
-
-template <int kVectors, class Emit>
-inline void multiply_panel_of(int64_t rows, Left left, int64_t depth, const float* packed, int64_t column,
-                              const Emit& emit) {
-  int64_t begin = 0;
-  const auto emit_tile = [&](int m, int v, Vec value) { emit(begin + m, column + v * kLanes, value); };
-  for (; begin + kTileRows <= rows; begin += kTileRows) {
-    multiply_tile<kTileRows, kVectors>({left.data + begin * left.row, left.row, left.step}, depth, packed, emit_tile);
-  }
-  multiply_last_rows<kVectors, kTileRows - 1>(rows - begin, {left.data + begin * left.row, left.row, left.step}, depth,
-                                              packed, emit_tile);
-}
-
-// emit(row, column, value) for each vector of the product of `left` [rows, depth] and one packed panel.
-template <class Emit, int kVectors = kPanelVectors>
-inline void multiply_panel(int64_t rows, Left left, int64_t depth, const float* packed, Panel panel, const Emit& emit) {
-  if constexpr (kVectors > 0) {
-    if (panel.vectors == kVectors) {
-      return multiply_panel_of<kVectors>(rows, left, depth, packed, panel.column, emit);
+    if (rows - begin == kRows) {
+      return multiply_tile<kRows, kVectors>(left, depth, packed, begin, column, epilogue);
     }
-    multiply_panel<Emit, kVectors - 1>(rows, left, depth, packed, panel, emit);
+    multiply_last_rows<kVectors, kRows - 1>(begin, rows, left, depth, packed, column, epilogue);
   }
 }
 
-// The same for all panels of a packed right operand [depth, columns].
-template <class Emit>
-inline void multiply(int64_t rows, Left left, int64_t depth, const float* packed, const Panels& panels,
-                     const Emit& emit) {
-  for (int64_t i = 0; i < panels.count(); ++i) {
-    multiply_panel(rows, left, depth, packed + panels[i].column * depth, panels[i], emit);
+// The product of `left` [rows, depth] and one packed panel.
+template <class Epilogue, int kVectors = kPanelVectors>
+inline void multiply_panel(int64_t rows, Left left, int64_t depth, const float* packed, Panel panel,
+                           const Epilogue& epilogue) {
+  if constexpr (kVectors > 0) {
+    if (panel.vectors != kVectors) {
+      return multiply_panel<Epilogue, kVectors - 1>(rows, left, depth, packed, panel, epilogue);
+    }
+    int64_t begin = 0;
+    for (; begin + kTileRows <= rows; begin += kTileRows) {
+      multiply_tile<kTileRows, kVectors>(left, depth, packed, begin, panel.column, epilogue);
+    }
+    multiply_last_rows<kVectors, kTileRows - 1>(begin, rows, left, depth, packed, panel.column, epilogue);
   }
 }
+
+// The product of `left` [rows, depth] and a packed right operand [depth, columns].
+template <class Epilogue>
+inline void multiply(int64_t rows, Left left, int64_t depth, const float* packed, int64_t columns,
+                     const Epilogue& epilogue) {
+  const Panels panels(columns);
+  for (int64_t i = 0; i < panels.count(); ++i) {
+    multiply_panel(rows, left, depth, packed + panels[i].column * depth, panels[i], epilogue);
+  }
+}
+
+// Epilogue: target [rows, stride] in float32, whole vectors.
+struct StoreFloats {
+  float* target;
+  int64_t stride;
+  void prefetch(int64_t, int64_t, int64_t) const {}
+  void operator()(int64_t row, int64_t column, Vec value) const { store(target + row * stride + column, value); }
+};

@@ -1,4 +1,5 @@
-// Working memory that outlives a call. Allocating it anew costs more than a small op: pages are mapped and cleared again.
+// Working memory that outlives a call. Allocating it anew costs more than a small op: pages are mapped and cleared
+// again.
 #pragma once
 #include <cstddef>
 
@@ -20,7 +21,8 @@ class Scratch {
   size_t bytes_ = 0;
 };
 
-// What one call shares among its threads, and what a thread needs for one tile: two, since the calling thread needs both.
+// What one call shares among its threads, and what a thread needs for one tile: two, since the calling thread needs
+// both.
 Scratch& call_scratch();
 Scratch& tile_scratch();
 

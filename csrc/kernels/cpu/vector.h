@@ -1,5 +1,5 @@
 // One source for every instruction set: GCC's and Clang's vector types, sized by the file that includes this.
-// No include guard: each path includes it once, inside its own namespace (see avx512.cpp).
+// No include guard: each path includes it once, inside its own namespace (see path.h).
 
 constexpr int kLanes = PETL_VECTOR_BYTES / 4;
 
@@ -56,42 +56,57 @@ inline void store(float* target, Vec value) { memcpy(target, &value, sizeof valu
 
 inline size_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
-inline Vec load_as(DType dtype, const void* source) {
+// Elements of one type in memory, float32 in registers. The type is fixed at compile time: a switch at every vector
+// costs as much as the arithmetic between a load and a store.
+template <DType kType>
+struct Elements {
+  static constexpr int kBytes = kType == DType::float32 ? 4 : 2;
+
+  static Vec load(const void* source) {
+    if constexpr (kType == DType::float32) return read<Vec>(source);
+    if constexpr (kType == DType::bfloat16) return from_bfloat16(read<HalfBitsVec>(source));
+    if constexpr (kType == DType::float16) return from_float16(read<HalfBitsVec>(source));
+  }
+
+  static void store(void* target, Vec value) {
+    if constexpr (kType == DType::float32) {
+      memcpy(target, &value, sizeof value);
+    } else {
+      const HalfBitsVec half = kType == DType::bfloat16 ? to_bfloat16(value) : to_float16(value);
+      memcpy(target, &half, sizeof half);
+    }
+  }
+
+  // The first `count` elements; what lies beyond reads as zero and is not written.
+  static Vec load_part(const void* source, int64_t count) {
+    if (count >= kLanes) return load(source);
+    float buffer[kLanes] = {};
+    memcpy(buffer, source, count * kBytes);
+    return load(buffer);
+  }
+
+  static void store_part(void* target, Vec value, int64_t count) {
+    if (count >= kLanes) return store(target, value);
+    float buffer[kLanes];
+    store(buffer, value);
+    memcpy(target, buffer, count * kBytes);
+  }
+};
+
+using Floats = Elements<DType::float32>;
+
+// function(Elements<dtype>{})
+template <class Function>
+inline void with_elements(DType dtype, const Function& function) {
   switch (dtype) {
     case DType::float32:
-      return read<Vec>(source);
+      return function(Elements<DType::float32>{});
     case DType::bfloat16:
-      return from_bfloat16(read<HalfBitsVec>(source));
-    default:
-      return from_float16(read<HalfBitsVec>(source));
+      return function(Elements<DType::bfloat16>{});
+    case DType::float16:
+      return function(Elements<DType::float16>{});
   }
 }
-
-inline void store_as(DType dtype, void* target, Vec value) {
-  if (dtype == DType::float32) {
-    memcpy(target, &value, sizeof value);
-    return;
-  }
-  const HalfBitsVec half = dtype == DType::bfloat16 ? to_bfloat16(value) : to_float16(value);
-  memcpy(target, &half, sizeof half);
-}
-
-// The first `count` elements; what lies beyond reads as zero and is not written.
-inline Vec load_part(DType dtype, const void* source, int64_t count) {
-  if (count >= kLanes) return load_as(dtype, source);
-  float buffer[kLanes] = {};
-  memcpy(buffer, source, count * size_of(dtype));
-  return load_as(dtype, buffer);
-}
-
-inline void store_part(DType dtype, void* target, Vec value, int64_t count) {
-  if (count >= kLanes) return store_as(dtype, target, value);
-  float buffer[kLanes];
-  store_as(dtype, buffer, value);
-  memcpy(target, buffer, count * size_of(dtype));
-}
-
-inline Vec maximum(Vec a, Vec b) { return a < b ? b : a; }
 
 // Lanes are combined in one fixed order, in float64 for a sum.
 inline double sum_lanes(Vec value) {
@@ -116,4 +131,10 @@ inline Vec exp_nonpositive(Vec value) {
   for (float coefficient : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) series = series * rest + coefficient;
   const IntVec power = (__builtin_convertvector(exponent, IntVec) + 127) << 23;
   return value < -87.0f ? Vec{} : series * (Vec)power;
+}
+
+// Asks for the cache lines of `bytes` from `first` on, to be read or to be written.
+template <bool kWrite>
+inline void prefetch_lines(const char* first, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + i, kWrite);
 }

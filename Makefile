@@ -1,0 +1,35 @@
+# Each target sets up all it needs, in a virtual environment of its own.
+#   make PYTHON=python3.12    another interpreter
+#   make TORCH=torch          another torch: any requirement that pip understands, 2.10 or later
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+RUN := $(VENV)/bin/
+
+INSTALLED := $(VENV)/installed
+BUILT_FROM := pyproject.toml setup.py build_backend/petl_build.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test lint bench clean
+
+demo: $(INSTALLED)
+	$(RUN)petl-ext demo
+
+test: $(INSTALLED)
+	$(RUN)python -m pytest
+
+lint: $(INSTALLED)
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+	$(RUN)clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+
+bench: $(INSTALLED)
+	$(RUN)python -m pytest bench $(BENCH_OPTIONS)
+
+$(INSTALLED): $(BUILT_FROM)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)python -m pip install --quiet "$(TORCH)" ninja
+	$(RUN)python -m pip install --quiet -e ".[test,bench,lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info petl_ext/*.so demo_out

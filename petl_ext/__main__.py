@@ -1,0 +1,3 @@
+from petl_ext.cli import main
+
+main()

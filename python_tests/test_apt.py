@@ -1,0 +1,372 @@
+"""ops.apt against its reference: values, gradients, and every way in which PyTorch may call it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tolerance import assert_as_good_as_torch, outputs_and_gradients
+
+from petl_ext import APTLayer, ops
+
+PATHS = torch.ops.petl_ext.cpu_paths().split()
+NAMES = ("out", "dx", "dy", "dprompts", "dkeys", "dlog_scale")
+TILE = 96  # rows per tile on the widest path
+
+
+@pytest.fixture(params=PATHS)
+def path(request):
+    yield ops.cpu_path(request.param)
+    ops.cpu_path("auto")
+
+
+def make_inputs(rows, dim, num_prompts, dtype=torch.float32, weight_dtype=None, std=0.05, seed=0):
+    """x, y, prompts, keys, log_scale, and a gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    prompts = normal(num_prompts, dim) * std
+    keys = prompts + normal(num_prompts, dim) * std / 5
+    weights = [t.to(weight_dtype or dtype) for t in (prompts, keys, torch.tensor([0.1]))]
+    return [normal(rows, dim).to(dtype), normal(rows, dim).to(dtype), *weights], normal(rows, dim).to(dtype)
+
+
+def check(inputs, dout, activation):
+    def run(function, inputs, dout):
+        return outputs_and_gradients(lambda *args: function(*args, activation), inputs, dout)
+
+    oracle = run(ops.apt_reference, [t.double() for t in inputs], dout.double())
+    theirs = run(ops.apt_reference, inputs, dout)
+    ours = run(ops.apt, inputs, dout)
+    for name, tensor, input_ in zip(NAMES, ours, [inputs[1], *inputs], strict=True):
+        assert tensor.dtype == input_.dtype, f"{name} has dtype {tensor.dtype}, expected {input_.dtype}"
+    for results in zip(NAMES, ours, theirs, oracle, strict=True):
+        assert_as_good_as_torch(*results)
+
+
+@pytest.mark.parametrize("activation", ["relu", "softmax"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "dim", "num_prompts"),
+    [(1, 64, 1), (7, 64, 5), (TILE - 1, 768, 50), (TILE, 64, 16), (TILE + 1, 1024, 200), (1000, 768, 50), (65, 770, 33)],
+)
+def test_values_and_gradients(path, rows, dim, num_prompts, dtype, activation):
+    check(*make_inputs(rows, dim, num_prompts, dtype), activation)
+
+
+def test_more_rows_than_one_slab(path):
+    check(*make_inputs(4100, 64, 17), "relu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_weights_beside_narrow_activations(path, dtype):
+    check(*make_inputs(200, 768, 50, dtype, weight_dtype=torch.float32), "relu")
+
+
+def test_x_wider_than_y_as_under_autocast(path):
+    inputs, dout = make_inputs(200, 768, 50)
+    inputs[1] = inputs[1].bfloat16()
+    check(inputs, dout.bfloat16(), "relu")
+
+
+def test_large_values_in_float16(path):
+    """Scores beyond float16's range (65504) must not overflow inside, since the output is finite."""
+    inputs, dout = make_inputs(50, 768, 8, torch.float16)
+    x, y, prompts, keys, log_scale = inputs
+    keys, prompts = (keys.float() * 400).half(), (prompts.float() * 1e-4).half()
+    x, log_scale = x * 200, torch.full_like(log_scale, -12)
+    assert (x.float() @ keys.float().mT).max() > 65504
+    out = ops.apt(x, y, prompts, keys, log_scale)
+    oracle = ops.apt_reference(*(t.double() for t in (x, y, prompts, keys, log_scale)))
+    assert oracle.abs().max() < 65504
+    torch.testing.assert_close(out.double(), oracle, rtol=1e-3, atol=1e-3)
+
+
+def test_nan_is_not_hidden(path):
+    inputs, dout = make_inputs(20, 64, 8)
+    inputs[0][3, 5] = float("nan")
+    out, dx, *_ = outputs_and_gradients(ops.apt, inputs, dout)
+    assert out[3].isnan().all() and dx[3].isnan().all()
+    assert not out[:3].isnan().any() and not out[4:].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+def test_input_gradient_is_ten_times_better_than_eager_in_bfloat16(path, dtype):
+    """Rounded keys flip ReLU's mask; float32 scores of unrounded keys do not (Frobenius norm against float64)."""
+    inputs, dout = make_inputs(1920, 768, 50, dtype, weight_dtype=torch.float32, std=0.02)
+    exact = outputs_and_gradients(ops.apt_reference, [t.double() for t in inputs], dout.double())[1]
+    eager = outputs_and_gradients(ops.apt_reference, inputs, dout)[1]
+    ours = outputs_and_gradients(ops.apt, inputs, dout)[1]
+    assert 10 * (ours.double() - exact).norm() <= (eager.double() - exact).norm()
+
+
+def test_any_leading_shape_and_strides():
+    (x, y, *weights), dout = make_inputs(60, 64, 10)
+    expected = outputs_and_gradients(ops.apt, [x, y, *weights], dout)
+    layouts = {
+        "leading axes": lambda t: t.view(3, 4, 5, 64),
+        "row stride": lambda t: torch.cat([t, t], 1)[:, :64],
+        "transposed": lambda t: t.mT.contiguous().mT,
+        "permuted": lambda t: t.view(6, 10, 64).permute(1, 0, 2).contiguous().permute(1, 0, 2),
+    }
+    for name, layout in layouts.items():
+        a, b = layout(x).detach().requires_grad_(), layout(y).detach().requires_grad_()
+        out = ops.apt(a, b, *weights)
+        assert out.shape == a.shape and out.is_contiguous(), name
+        gradients = torch.autograd.grad(out, [a, b], layout(dout).reshape(out.shape))
+        for got, wanted in zip([out, *gradients], expected, strict=False):
+            assert torch.equal(got.reshape(60, 64), wanted), name
+
+
+def test_one_row_without_leading_axes():
+    (x, y, *weights), _ = make_inputs(1, 64, 10)
+    assert torch.equal(ops.apt(x[0], y[0], *weights), ops.apt(x, y, *weights)[0])
+
+
+def test_expanded_gradient():
+    inputs, _ = make_inputs(30, 64, 10)
+    inputs = [t.requires_grad_() for t in inputs]
+    by_sum = torch.autograd.grad(ops.apt(*inputs).sum(), inputs)
+    by_ones = torch.autograd.grad(ops.apt(*inputs), inputs, torch.ones(30, 64))
+    assert all(torch.equal(a, b) for a, b in zip(by_sum, by_ones, strict=True))
+
+
+def test_empty_input():
+    inputs, dout = make_inputs(0, 64, 10)
+    out, *gradients = outputs_and_gradients(ops.apt, inputs, dout)
+    assert out.shape == (0, 64)
+    assert all(torch.equal(g, torch.zeros_like(t)) for g, t in zip(gradients, inputs, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_bit_equal_whatever_the_number_of_threads(threads):
+    inputs, dout = make_inputs(5000, 64, 33)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = outputs_and_gradients(ops.apt, inputs, dout)
+    try:
+        torch.set_num_threads(threads)
+        for _ in range(2):
+            again = outputs_and_gradients(ops.apt, inputs, dout)
+            assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_only_the_gradients_asked_for():
+    inputs, dout = make_inputs(50, 64, 10)
+    expected = outputs_and_gradients(ops.apt, inputs, dout)[1:]
+    for index in range(5):
+        tensors = [t.clone().requires_grad_(i == index) for i, t in enumerate(inputs)]
+        ops.apt(*tensors).backward(dout)
+        assert torch.equal(tensors[index].grad, expected[index]), NAMES[index + 1]
+        assert all(t.grad is None for i, t in enumerate(tensors) if i != index)
+
+
+def test_float64_runs_the_reference():
+    inputs, dout = make_inputs(20, 64, 10, torch.float64)
+    for ours, theirs in zip(
+        outputs_and_gradients(ops.apt, inputs, dout),
+        outputs_and_gradients(ops.apt_reference, inputs, dout),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("activation", ["relu", "softmax"])
+def test_reference_gradients_are_those_of_the_published_formula(activation):
+    """apt_reference under autograd against the backward formula of the specification, in float64."""
+    (x, y, prompts, keys, log_scale), dout = make_inputs(20, 16, 6, torch.float64)
+    raw = x @ keys.T
+    scores = raw.clamp(min=0) if activation == "relu" else raw.softmax(-1)
+    gate, scale = scores.amax(-1, keepdim=True), log_scale.exp()
+    out = scale * (y + gate * (scores @ prompts))
+    dg = gate * scale * dout
+    ds = dg @ prompts.T
+    ds = ds * (raw > 0) if activation == "relu" else scores * (ds - (ds * scores).sum(-1, keepdim=True))
+    formula = [out, ds @ keys, scale * dout, scores.T @ dg, ds.T @ x, (dout * out).sum().reshape(1)]
+    actual = outputs_and_gradients(
+        lambda *args: ops.apt_reference(*args, activation), [x, y, prompts, keys, log_scale], dout
+    )
+    for name, a, b in zip(NAMES, actual, formula, strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_saved_for_backward_is_keys_gate_and_scores():
+    inputs, _ = make_inputs(1920, 768, 50)
+    inputs = [t.requires_grad_() for t in inputs]
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        ops.apt(*inputs)
+    for tensor in inputs:
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    assert sum(saved.values()) <= 4 * 1920 * (50 + 1)
+
+
+def test_opcheck():
+    inputs, dout = make_inputs(30, 64, 10)
+    torch.library.opcheck(torch.ops.petl_ext.apt_forward.default, (*inputs, "relu", True))
+    out, gate, scores = torch.ops.petl_ext.apt_forward(*inputs, "relu", True)
+    x, y, prompts, keys, log_scale = inputs
+    for optional_y, needs in ((y, (True,) * 4), (None, (False, True, False, True))):
+        arguments = (dout, x, optional_y, prompts, keys, log_scale, gate, scores, "relu", *needs)
+        torch.library.opcheck(torch.ops.petl_ext.apt_backward.default, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph(dynamic):
+    compiled = torch.compile(ops.apt, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows in (30, 47):
+        inputs, dout = make_inputs(rows, 64, 10)
+        for got, wanted in zip(
+            outputs_and_gradients(compiled, inputs, dout), outputs_and_gradients(ops.apt, inputs, dout), strict=True
+        ):
+            assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3, 4])
+def test_wrong_arguments_are_named(place):
+    inputs, _ = make_inputs(30, 64, 10)
+    names = ("x", "y", "prompts", "keys", "log_scale")
+    wrong_dtype = [t.int() if i == place else t for i, t in enumerate(inputs)]
+    with pytest.raises(RuntimeError, match=rf"apt: {names[place]} must be float32, bfloat16 or float16, got Int"):
+        ops.apt(*wrong_dtype)
+    wrong_shape = [t[..., :-1] if i == place else t for i, t in enumerate(inputs)]
+    # A narrower `prompts` sets the width that the others are held against.
+    blamed = "x" if names[place] == "prompts" else names[place]
+    with pytest.raises(RuntimeError, match=rf"apt: {blamed} must have shape \[.*\].*, got \[.*\]"):
+        ops.apt(*wrong_shape)
+
+
+def test_unknown_activation():
+    inputs, _ = make_inputs(30, 64, 10)
+    with pytest.raises(RuntimeError, match="activation must be relu or softmax, got gelu"):
+        ops.apt(*inputs, "gelu")
+
+
+def test_works_after_an_error():
+    inputs, dout = make_inputs(30, 64, 10)
+    expected = outputs_and_gradients(ops.apt, inputs, dout)
+    with pytest.raises(RuntimeError):
+        ops.apt(inputs[0][:5], *inputs[1:])
+    again = outputs_and_gradients(ops.apt, inputs, dout)
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+
+
+def test_device_without_kernel():
+    inputs, _ = make_inputs(3, 64, 10)
+    with pytest.raises(NotImplementedError, match="no kernel for meta.*apt_reference"):
+        torch.ops.petl_ext.apt_forward.default.redispatch(
+            torch._C.DispatchKeySet(torch._C.DispatchKey.XPU), *[t.to("meta") for t in inputs], "relu", False
+        )
+
+
+def test_unknown_cpu_path():
+    with pytest.raises(RuntimeError, match="must be auto or one of: .*portable, got sse9"):
+        ops.cpu_path("sse9")
+    code = "import torch, petl_ext; petl_ext.ops.cpu_path()"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PETL_CPU_PATH": "sse9"}, capture_output=True, text=True
+    )
+    assert result.returncode and "PETL_CPU_PATH must be auto or one of" in result.stderr
+
+
+def test_cpu_path_from_the_environment():
+    code = "import petl_ext; print(petl_ext.ops.cpu_path())"
+    for name in PATHS:
+        environment = {**os.environ, "PETL_CPU_PATH": name}
+        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert result.stdout.strip() == name
+
+
+class TestLayer:
+    def test_initialisation(self):
+        torch.manual_seed(0)
+        layer = APTLayer(768, num_prompts=200)
+        assert sum(p.numel() for p in layer.parameters()) == 159_745
+        for weight in (layer.prompts, layer.down, layer.up):
+            assert abs(weight.std().item() - 0.02) < 0.001
+        assert layer.log_scale.item() == 0
+
+    @pytest.mark.parametrize("activation", ["relu", "softmax"])
+    def test_formula(self, activation):
+        layer = APTLayer(64, num_prompts=10, rank=3, activation=activation).double()
+        with torch.no_grad():
+            layer.log_scale.fill_(0.3)
+        x, y = torch.randn(2, 5, 64).double(), torch.randn(2, 5, 64).double()
+        keys = layer.prompts + (layer.prompts @ layer.down.T) @ layer.up.T
+        scores = (x @ keys.T).relu() if activation == "relu" else (x @ keys.T).softmax(-1)
+        expected = layer.log_scale.exp() * (y + scores.max(-1, keepdim=True).values * (scores @ layer.prompts))
+        torch.testing.assert_close(layer(x, y), expected)
+
+    def test_all_parameters_train(self):
+        layer = APTLayer(64, num_prompts=10)
+        layer(torch.randn(5, 64), torch.randn(5, 64)).square().sum().backward()
+        assert all(p.grad.abs().sum() > 0 for p in layer.parameters())
+
+    def test_keys_are_cached_in_eval_until_a_parameter_changes(self):
+        layer = APTLayer(64, num_prompts=10).eval()
+        with torch.no_grad():
+            first = layer.keys()
+            assert layer.keys() is first
+            layer.up.add_(1)
+            changed = layer.keys()
+            assert not torch.equal(changed, first)
+            layer.load_state_dict(APTLayer(64, num_prompts=10).state_dict())
+            assert not torch.equal(layer.keys(), changed)
+            torch.testing.assert_close(layer.keys(), layer._compute_keys())
+        with torch.inference_mode():
+            in_inference = layer.keys()
+        layer.train()
+        assert layer.keys() is not in_inference and layer.keys().requires_grad
+
+    def test_keys_stay_wide_in_bfloat16(self):
+        layer = APTLayer(64, num_prompts=10).bfloat16()
+        assert layer.keys().dtype is torch.float32
+        layer.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer.keys().dtype is torch.float32
+
+    def test_dropout_runs_in_training_only(self):
+        torch.manual_seed(0)
+        layer = APTLayer(64, num_prompts=10, dropout=0.5)
+        x, y = torch.randn(50, 64), torch.randn(50, 64)
+        assert not torch.equal(layer(x, y), layer(x, y))
+        layer.eval()
+        assert torch.equal(layer(x, y), layer(x, y))
+
+    @pytest.mark.parametrize("wrong", [{"dim": 0}, {"num_prompts": -1}, {"rank": 2.5}, {"activation": "gelu"}, {"dropout": 1}])
+    def test_wrong_arguments(self, wrong):
+        name, value = next(iter(wrong.items()))
+        with pytest.raises(ValueError, match=f"{name} must .*got {value!r}"):
+            APTLayer(**{"dim": 64, **wrong})
+
+    def test_training_follows_the_reference(self, monkeypatch):
+        """The same losses over 30 steps, with the fused op and with the reference."""
+
+        def losses():
+            torch.manual_seed(0)
+            layer = APTLayer(32, num_prompts=16)
+            x, y, target = torch.randn(3, 200, 32).unbind()
+            optimizer, history = torch.optim.AdamW(layer.parameters(), lr=1e-2), []
+            for _ in range(30):
+                loss = (layer(x, y) - target).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                history.append(loss.item())
+            return torch.tensor(history)
+
+        fused = losses()
+        monkeypatch.setattr("petl_ext.nn.apt.apt", ops.apt_reference)
+        reference = losses()
+        assert fused[-1] < fused[0]
+        torch.testing.assert_close(fused, reference, rtol=1e-4, atol=0)
