@@ -23,7 +23,7 @@ LINK_FLAGS = ["-Wl,--exclude-libs,ALL", "-s"] if sys.platform == "linux" else []
 
 
 def require_compiler():
-    compiler = os.environ.get("CXX", "c++").split()[0]
+    compiler = (os.environ.get("CXX") or "c++").split()[0]
     if shutil.which(compiler) is None and shutil.which("g++") is None:
         raise SystemExit(
             f"\n*** petl_ext compiles C++ kernels, but no C++ compiler was found ({compiler!r} is not on PATH).\n"

@@ -1,0 +1,84 @@
+"""Turns pytest-benchmark's report into one small JSON per run: what was compared, where, and the ratios."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import petl_ext
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--rounds", type=int, default=15, help="interleaved rounds per comparison")
+    parser.addoption("--keep", action="store_true", help="write the ratios to bench/results")
+
+
+@pytest.fixture
+def rounds(request):
+    return request.config.getoption("--rounds")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _processor():
+    model = [line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")]
+    return model[0] if model else platform.processor() or platform.machine()
+
+
+def _cpu_lines():
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _commit():
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = terminalreporter.getreports("passed")
+    rows = [dict(report.user_properties)["comparison"] for report in reports if report.user_properties]
+    if not rows:
+        return
+    terminalreporter.section("times faster than the contender: median of the rounds [10th, 90th percentile]")
+    for row in rows:
+        ratios = "   ".join(
+            f"{name} {ratio['median']:.2f} [{ratio['p10']:.2f}, {ratio['p90']:.2f}]"
+            for name, ratio in row["speed_up"].items()
+        )
+        terminalreporter.write_line(f"{row['name']:60} {row['milliseconds']:9.2f} ms   {ratios}")
+    if terminalreporter.config.getoption("--keep"):
+        terminalreporter.write_line(f"written to {_write(rows)}")
+
+
+def _write(rows):
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "processor": _processor(),
+        "cpu_path": petl_ext.ops.cpu_path(),
+        "onednn_isa_limit": os.environ.get("ONEDNN_MAX_CPU_ISA"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": 1,
+        "comparisons": rows,
+    }
+    folder = RESULTS / "-".join(result["processor"].lower().replace("(r)", "").split())
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix = "-" + result["onednn_isa_limit"].lower() if result["onednn_isa_limit"] else ""
+    path = folder / f"{result['date']}-{result['commit']}{suffix}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path.relative_to(RESULTS.parent.parent)
