@@ -13,13 +13,13 @@ struct Panel {
   int vectors;
 };
 
-// The panels of a right operand [depth, columns]; as even as they can be, since a narrow one wastes the microkernel.
+// The panels of a right operand with so many columns; as even as they can be, since a narrow one wastes the
+// microkernel.
 class Panels {
  public:
   explicit Panels(int64_t columns)
       : vectors_(round_up(columns, kLanes) / kLanes), count_(round_up(vectors_, kPanelVectors) / kPanelVectors) {}
   int64_t count() const { return count_; }
-  int64_t padded_columns() const { return vectors_ * kLanes; }
   Panel operator[](int64_t index) const {
     const int64_t even = vectors_ / count_, wider = vectors_ % count_;
     return {(index * even + std::min(index, wider)) * kLanes, static_cast<int>(even + (index < wider ? 1 : 0))};
@@ -37,92 +37,23 @@ inline char* row_of(const Rows& rows, int64_t row, int64_t width) {
   return static_cast<char*>(rows.data) + row * width * size_of(rows.dtype);
 }
 
-// Rows [begin, begin + count) as float32: where they lie, or widened into `scratch` [count, padded width].
-struct FloatRows {
-  const float* data;
-  int64_t stride;
-};
-
-inline FloatRows as_floats(const ConstRows& rows, int64_t begin, int64_t count, int64_t width, float* scratch) {
-  if (rows.dtype == DType::float32) return {reinterpret_cast<const float*>(row_of(rows, begin)), rows.stride};
-  const int64_t stride = round_up(width, kLanes);
-  with_elements(rows.dtype, [&](auto elements) {
-    for (int64_t row = 0; row < count; ++row) {
-      const char* source = row_of(rows, begin + row);
-      for (int64_t i = 0; i < width; i += kLanes) {
-        store(scratch + row * stride + i, elements.load_part(source + i * elements.kBytes, width - i));
-      }
-    }
-  });
-  return {scratch, stride};
-}
-
-// One panel of the right operand `source` [depth, columns], each row times its factor; `factors` may be null.
-inline void pack_panel(const ConstRows& source, int64_t first_row, int64_t depth, int64_t columns, Panel panel,
-                       const float* factors, float* packed) {
-  with_elements(source.dtype, [&](auto elements) {
-    for (int64_t k = 0; k < depth; ++k) {
-      const char* row = row_of(source, first_row + k);
-      const float factor = factors ? factors[k] : 1.0f;
-      for (int v = 0; v < panel.vectors; ++v) {
-        const int64_t column = panel.column + v * kLanes;
-        store(packed + (k * panel.vectors + v) * kLanes,
-              elements.load_part(row + column * elements.kBytes, columns - column) * factor);
-      }
-    }
-  });
-}
-
-// All panels of the right operand `source` [depth, columns], one after the other: depth x padded columns floats.
-inline void pack(const ConstRows& source, int64_t depth, int64_t columns, float* packed) {
-  const Panels panels(columns);
-  for (int64_t i = 0; i < panels.count(); ++i) {
-    pack_panel(source, 0, depth, columns, panels[i], nullptr, packed + panels[i].column * depth);
-  }
-}
-
-// One panel of the transpose of `source` [columns, depth]. Lines of the source are read a vector at a time: a stride of
-// a whole row would miss the cache at every element.
-template <class Source>
-inline void pack_transposed_panel(Source elements, const ConstRows& source, int64_t depth, int64_t columns, Panel panel,
-                                  float* packed) {
-  const int64_t width = panel.vectors * kLanes;
-  for (int64_t k = 0; k < depth; k += kLanes) {
-    const int64_t lanes = std::min<int64_t>(kLanes, depth - k);
-    for (int64_t j = 0; j < width; ++j) {
-      const bool inside = panel.column + j < columns;
-      const Vec value =
-          inside ? elements.load_part(row_of(source, panel.column + j) + k * elements.kBytes, lanes) : Vec{};
-      for (int64_t lane = 0; lane < lanes; ++lane) packed[(k + lane) * width + j] = value[lane];
-    }
-  }
-}
-
-inline void pack_transposed(const ConstRows& source, int64_t depth, int64_t columns, float* packed) {
-  const Panels panels(columns);
-  with_elements(source.dtype, [&](auto elements) {
-    for (int64_t i = 0; i < panels.count(); ++i) {
-      pack_transposed_panel(elements, source, depth, columns, panels[i], packed + panels[i].column * depth);
-    }
-  });
-}
-
-// The left operand of a product: element (m, k) is data[m * row + k * step].
+// The operands of a product hold words of 32 bits: a float32, or a pair of bfloat16 that are neighbours along the depth
+// (see Arithmetic below). Element (m, k) of the left one is data[m * row + k * step], k counting words.
 struct Left {
   const float* data;
   int64_t row, step;
 };
 
-// A long sum is made of sums of this many products: its rounding error grows with the root of the longer of the two,
-// and moving the accumulators out of the registers costs nothing at this length.
-constexpr int64_t kProductsPerSum = 128;
+// A long sum is made of sums of this many words: its rounding error grows with the root of the longer of the two, and
+// moving the accumulators out of the registers costs nothing at this length.
+constexpr int64_t kWordsPerSum = 128;
 
 template <int kRows, int kVectors>
 using Sums = Vec[kRows][kVectors];
 
-// total += left * packed over `depth` products. Not inlined: it keeps all accumulators in registers whatever surrounds
-// the call, and every epilogue shares it.
-template <int kRows, int kVectors>
+// total += left * packed over `depth` words. Not inlined: it keeps all accumulators in registers whatever surrounds the
+// call, and every epilogue shares it.
+template <class Arithmetic, int kRows, int kVectors>
 __attribute__((noinline)) void accumulate(Left left, int64_t depth, const float* packed, Sums<kRows, kVectors>& total) {
   Sums<kRows, kVectors> sum = {};
   const float* a = left.data;
@@ -132,9 +63,9 @@ __attribute__((noinline)) void accumulate(Left left, int64_t depth, const float*
     for (int v = 0; v < kVectors; ++v) b[v] = load(packed + v * kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
-      const Vec factor = broadcast(a[m * left.row]);
+      const Vec factor = broadcast(a + m * left.row);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[m][v] += factor * b[v];
+      for (int v = 0; v < kVectors; ++v) sum[m][v] = Arithmetic::multiply_add(factor, b[v], sum[m][v]);
     }
   }
 #pragma GCC unroll 16
@@ -149,19 +80,19 @@ __attribute__((noinline)) void accumulate(Left left, int64_t depth, const float*
 // is not yet evicted by what is read until then.
 
 // kRows x kVectors vectors of the product of `left` and one packed panel, from (row, column) on.
-template <int kRows, int kVectors, class Epilogue>
+template <class Arithmetic, int kRows, int kVectors, class Epilogue>
 inline void multiply_tile(Left left, int64_t depth, const float* packed, int64_t row, int64_t column,
                           const Epilogue& epilogue) {
   left.data += row * left.row;
   Sums<kRows, kVectors> total = {};
   int64_t k = 0;
-  for (; k + kProductsPerSum < depth; k += kProductsPerSum) {
-    accumulate<kRows, kVectors>(left, kProductsPerSum, packed, total);
-    left.data += kProductsPerSum * left.step;
-    packed += kProductsPerSum * kVectors * kLanes;
+  for (; k + kWordsPerSum < depth; k += kWordsPerSum) {
+    accumulate<Arithmetic, kRows, kVectors>(left, kWordsPerSum, packed, total);
+    left.data += kWordsPerSum * left.step;
+    packed += kWordsPerSum * kVectors * kLanes;
   }
   for (int m = 0; m < kRows; ++m) epilogue.prefetch(row + m, column, kVectors * kLanes);
-  accumulate<kRows, kVectors>(left, depth - k, packed, total);
+  accumulate<Arithmetic, kRows, kVectors>(left, depth - k, packed, total);
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
@@ -169,40 +100,40 @@ inline void multiply_tile(Left left, int64_t depth, const float* packed, int64_t
   }
 }
 
-template <int kVectors, int kRows, class Epilogue>
+template <class Arithmetic, int kVectors, int kRows, class Epilogue>
 inline void multiply_last_rows(int64_t begin, int64_t rows, Left left, int64_t depth, const float* packed,
                                int64_t column, const Epilogue& epilogue) {
   if constexpr (kRows > 0) {
     if (rows - begin == kRows) {
-      return multiply_tile<kRows, kVectors>(left, depth, packed, begin, column, epilogue);
+      return multiply_tile<Arithmetic, kRows, kVectors>(left, depth, packed, begin, column, epilogue);
     }
-    multiply_last_rows<kVectors, kRows - 1>(begin, rows, left, depth, packed, column, epilogue);
+    multiply_last_rows<Arithmetic, kVectors, kRows - 1>(begin, rows, left, depth, packed, column, epilogue);
   }
 }
 
-// The product of `left` [rows, depth] and one packed panel.
-template <class Epilogue, int kVectors = kPanelVectors>
+// The product of `left` [rows, depth words] and one packed panel.
+template <class Arithmetic, int kVectors = kPanelVectors, class Epilogue>
 inline void multiply_panel(int64_t rows, Left left, int64_t depth, const float* packed, Panel panel,
                            const Epilogue& epilogue) {
   if constexpr (kVectors > 0) {
     if (panel.vectors != kVectors) {
-      return multiply_panel<Epilogue, kVectors - 1>(rows, left, depth, packed, panel, epilogue);
+      return multiply_panel<Arithmetic, kVectors - 1>(rows, left, depth, packed, panel, epilogue);
     }
     int64_t begin = 0;
     for (; begin + kTileRows <= rows; begin += kTileRows) {
-      multiply_tile<kTileRows, kVectors>(left, depth, packed, begin, panel.column, epilogue);
+      multiply_tile<Arithmetic, kTileRows, kVectors>(left, depth, packed, begin, panel.column, epilogue);
     }
-    multiply_last_rows<kVectors, kTileRows - 1>(begin, rows, left, depth, packed, panel.column, epilogue);
+    multiply_last_rows<Arithmetic, kVectors, kTileRows - 1>(begin, rows, left, depth, packed, panel.column, epilogue);
   }
 }
 
-// The product of `left` [rows, depth] and a packed right operand [depth, columns].
-template <class Epilogue>
+// The product of `left` [rows, depth words] and a right operand with so many columns, packed panel after panel.
+template <class Arithmetic, class Epilogue>
 inline void multiply(int64_t rows, Left left, int64_t depth, const float* packed, int64_t columns,
                      const Epilogue& epilogue) {
   const Panels panels(columns);
   for (int64_t i = 0; i < panels.count(); ++i) {
-    multiply_panel(rows, left, depth, packed + panels[i].column * depth, panels[i], epilogue);
+    multiply_panel<Arithmetic>(rows, left, depth, packed + panels[i].column * depth, panels[i], epilogue);
   }
 }
 
@@ -210,6 +141,126 @@ inline void multiply(int64_t rows, Left left, int64_t depth, const float* packed
 struct StoreFloats {
   float* target;
   int64_t stride;
+
   void prefetch(int64_t, int64_t, int64_t) const {}
   void operator()(int64_t row, int64_t column, Vec value) const { store(target + row * stride + column, value); }
 };
+
+// Epilogue: the same, added.
+struct AddFloats {
+  float* target;
+  int64_t stride;
+
+  void prefetch(int64_t, int64_t, int64_t) const {}
+  void operator()(int64_t row, int64_t column, Vec value) const {
+    float* at = target + row * stride + column;
+    store(at, load(at) + value);
+  }
+};
+
+// Epilogue: target [rows, width] in the type of its elements.
+template <class Target>
+struct StoreRows {
+  char* target;
+  int64_t width;
+
+  void prefetch(int64_t row, int64_t column, int64_t columns) const {
+    prefetch_lines<true>(target + (row * width + column) * Target::kBytes, columns * Target::kBytes);
+  }
+  void operator()(int64_t row, int64_t column, Vec value) const {
+    Target::store_part(target + (row * width + column) * Target::kBytes, value, width - column);
+  }
+};
+
+// What an operand stands for where its type is narrower than its tensor's: the value, rounded, or what rounding took
+// away from it, rounded in turn.
+enum class Part { rounded, rest };
+
+// An Arithmetic says what a word is and brings operands into that form. This one: a word is a float32.
+struct FloatArithmetic {
+  static constexpr int kPerWord = 1;
+  static bool rounds(DType) { return false; }
+  static Vec multiply_add(Vec a, Vec b, Vec sum) { return a * b + sum; }
+
+  // The right operand whose row k is row first_row + k of `source`, one panel of it.
+  static void pack_panel(const ConstRows& source, int64_t first_row, int64_t depth, int64_t columns, Panel panel,
+                         float* packed) {
+    with_elements(source.dtype, [&](auto elements) {
+      for (int64_t k = 0; k < depth; ++k) {
+        const char* row = row_of(source, first_row + k);
+        for (int v = 0; v < panel.vectors; ++v) {
+          const int64_t column = panel.column + v * kLanes;
+          store(packed + (k * panel.vectors + v) * kLanes,
+                elements.load_part(row + column * elements.kBytes, columns - column));
+        }
+      }
+    });
+  }
+
+  // The right operand whose column j is row j of `source`, one panel of it. Rows of the source are read a vector at a
+  // time: a stride of a whole row would miss the cache at every element.
+  template <Part>
+  static void pack_transposed_panel(const ConstRows& source, int64_t depth, int64_t columns, Panel panel,
+                                    float* packed) {
+    const int64_t width = panel.vectors * kLanes;
+    with_elements(source.dtype, [&](auto elements) {
+      for (int64_t k = 0; k < depth; k += kLanes) {
+        const int64_t lanes = std::min<int64_t>(kLanes, depth - k);
+        for (int64_t j = 0; j < width; ++j) {
+          const bool inside = panel.column + j < columns;
+          const Vec value =
+              inside ? elements.load_part(row_of(source, panel.column + j) + k * elements.kBytes, lanes) : Vec{};
+          for (int64_t lane = 0; lane < lanes; ++lane) packed[(k + lane) * width + j] = value[lane];
+        }
+      }
+    });
+  }
+
+  // Rows [begin, begin + rows) of a tensor as a left operand: where they lie, or widened into `scratch`.
+  static Left rows_as_left(const ConstRows& source, int64_t begin, int64_t rows, int64_t width, float* scratch) {
+    if (source.dtype == DType::float32) {
+      return {reinterpret_cast<const float*>(row_of(source, begin)), source.stride, 1};
+    }
+    const int64_t stride = round_up(width, kLanes);
+    with_elements(source.dtype, [&](auto elements) {
+      for (int64_t row = 0; row < rows; ++row) {
+        const char* from = row_of(source, begin + row);
+        for (int64_t i = 0; i < width; i += kLanes) {
+          store(scratch + row * stride + i, elements.load_part(from + i * elements.kBytes, width - i));
+        }
+      }
+    });
+    return {scratch, stride, 1};
+  }
+
+  // values [rows, stride] as a left operand; the values may be overwritten.
+  static Left values_as_left(float* values, int64_t, int64_t stride) { return {values, stride, 1}; }
+
+  // values [rows, stride] into rows of a transposed left operand: its depth runs over the rows.
+  static void gather(const float* values, int64_t rows, int64_t stride, float* target) {
+    memcpy(target, values, rows * stride * sizeof(float));
+  }
+};
+
+template <class Arithmetic>
+inline int64_t words(int64_t depth) {
+  return round_up(depth, Arithmetic::kPerWord) / Arithmetic::kPerWord;
+}
+
+// A whole right operand [depth, columns], panel after panel: words(depth) x padded columns.
+template <class Arithmetic>
+inline void pack(const ConstRows& source, int64_t depth, int64_t columns, float* packed) {
+  const Panels panels(columns);
+  for (int64_t i = 0; i < panels.count(); ++i) {
+    Arithmetic::pack_panel(source, 0, depth, columns, panels[i], packed + panels[i].column * words<Arithmetic>(depth));
+  }
+}
+
+template <class Arithmetic, Part kPart = Part::rounded>
+inline void pack_transposed(const ConstRows& source, int64_t depth, int64_t columns, float* packed) {
+  const Panels panels(columns);
+  for (int64_t i = 0; i < panels.count(); ++i) {
+    Arithmetic::template pack_transposed_panel<kPart>(source, depth, columns, panels[i],
+                                                      packed + panels[i].column * words<Arithmetic>(depth));
+  }
+}

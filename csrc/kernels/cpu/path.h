@@ -4,11 +4,17 @@
 //   PETL_TARGET          the target attribute's text, or nothing for what the compiler is set to
 //   PETL_VECTOR_BYTES    the width of a vector register
 //   PETL_TILE_ROWS, PETL_PANEL_VECTORS    the accumulators of the microkernel: rows x vectors
+//   PETL_BFLOAT16_PRODUCTS    where the processor multiplies pairs of bfloat16 itself
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <vector>
+
+#ifdef PETL_BFLOAT16_PRODUCTS
+#include <immintrin.h>
+#endif
 
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/scratch.h"
@@ -33,6 +39,8 @@ namespace {
 #include "kernels/cpu/vector.h"
 // After it:
 #include "kernels/cpu/gemm.h"
+// After it:
+#include "kernels/cpu/pairs.h"
 // After it:
 #include "kernels/cpu/apt.h"
 }  // namespace

@@ -8,7 +8,6 @@ typedef int32_t IntVec __attribute__((vector_size(PETL_VECTOR_BYTES)));
 typedef uint32_t BitsVec __attribute__((vector_size(PETL_VECTOR_BYTES)));
 typedef uint16_t HalfBitsVec __attribute__((vector_size(PETL_VECTOR_BYTES / 2)));
 
-inline Vec broadcast(float value) { return Vec{} + value; }
 inline Vec as_float(BitsVec bits) { return (Vec)bits; }
 inline BitsVec as_bits(Vec value) { return (BitsVec)value; }
 
@@ -18,6 +17,10 @@ inline Wanted read(const void* source) {
   memcpy(&value, source, sizeof value);
   return value;
 }
+
+// Every lane holds the 32 bits at `source`. An integer sum: the float32 sum with zero is not the identity at -0, and
+// the compiler would have to compute it.
+inline Vec broadcast(const float* source) { return as_float(BitsVec{} + read<uint32_t>(source)); }
 
 inline Vec from_bfloat16(HalfBitsVec bits) { return as_float(__builtin_convertvector(bits, BitsVec) << 16); }
 
@@ -58,8 +61,9 @@ inline size_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 // Elements of one type in memory, float32 in registers. The type is fixed at compile time: a switch at every vector
 // costs as much as the arithmetic between a load and a store.
-template <DType kType>
+template <DType kDType>
 struct Elements {
+  static constexpr DType kType = kDType;
   static constexpr int kBytes = kType == DType::float32 ? 4 : 2;
 
   static Vec load(const void* source) {
@@ -127,7 +131,7 @@ inline Vec exp_nonpositive(Vec value) {
   const Vec exponent = (value * 1.44269504f + kRound) - kRound;
   // ln 2 in two parts: the first has few bits, so its product is exact.
   const Vec rest = (value - exponent * 0x1.62e4p-1f) - exponent * 0x1.7f7d1cp-20f;
-  Vec series = broadcast(1.0f / 720);
+  Vec series = Vec{} + 1.0f / 720;
   for (float coefficient : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) series = series * rest + coefficient;
   const IntVec power = (__builtin_convertvector(exponent, IntVec) + 127) << 23;
   return value < -87.0f ? Vec{} : series * (Vec)power;
