@@ -1,0 +1,338 @@
+"""Every method on every model class, through the life that a model leads: training, copies, files, processes."""
+
+import copy
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from tiny_vilt import CONFIGS, KEEP, LABELS, LAYERS, NEW_KEYS, make_inputs, make_model, randomise, run, snapshot
+from transformers import BertConfig, BertModel, Trainer, TrainingArguments, ViltForQuestionAnswering
+
+import petl_ext
+from petl_ext import APTConfig, ClassifierOnlyConfig
+
+every_method = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.method)
+every_model = pytest.mark.parametrize("model_class", KEEP, ids=lambda model_class: model_class.__name__)
+methods_with_layers = pytest.mark.parametrize("config", CONFIGS[:2], ids=lambda config: config.method)
+
+
+def attached(config, model_class=ViltForQuestionAnswering, seed=0):
+    model = make_model(model_class, seed)
+    return model, petl_ext.attach(model, config, KEEP[model_class])
+
+
+@every_model
+@every_method
+def test_disable_and_detach_give_the_backbone_bit_for_bit(config, model_class):
+    model = make_model(model_class)
+    next(model.parameters()).requires_grad_(False)
+    inputs, before, output = make_inputs(model), snapshot(model), run(model, make_inputs(model))
+    attachment = petl_ext.attach(model, config, KEEP[model_class])
+    kept = {name: tensor.clone() for name, tensor in attachment.named_parameters() if name in before[0]}
+    randomise(attachment)
+    with torch.no_grad():
+        for name, tensor in kept.items():
+            model.get_parameter(name).copy_(tensor)
+    assert torch.equal(run(model, inputs), output) == (not attachment.sites)
+    with attachment.disable():
+        assert torch.equal(run(model, inputs), output)
+    assert torch.equal(run(model, inputs), output) == (not attachment.sites)
+    attachment.detach()
+    assert torch.equal(run(model, inputs), output)
+    assert snapshot(model) == before
+
+
+@every_model
+@every_method
+def test_only_new_and_kept_parameters_train(config, model_class):
+    model, attachment = attached(config, model_class)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD(attachment.parameters(), lr=1.0)
+    run(model, make_inputs(model)).square().sum().backward()
+    optimizer.step()
+    trained = {name for name, _ in attachment.named_parameters()}
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    if config.trains_all:
+        assert trained == before.keys()
+    else:
+        new = {name for name in trained if "apt" in name or "deep_prompts" in name}
+        assert changed == trained
+        assert trained - new == {n for n in before if any(f".{entry}." in f".{n}" for entry in KEEP[model_class])}
+    assert changed <= trained
+
+
+@every_model
+@every_method
+def test_backbone_keys_stay_and_new_ones_are_the_layers(config, model_class):
+    keys = list(make_model(model_class).state_dict())
+    model, _ = attached(config, model_class)
+    added = [name for name in model.state_dict() if name not in keys]
+    assert [name for name in model.state_dict() if name in keys] == keys
+    assert len(added) == LAYERS * len(NEW_KEYS.get(config.method, []))
+    assert all(name.endswith(tuple(NEW_KEYS.get(config.method, []))) for name in added)
+
+
+@every_model
+@every_method
+def test_save_and_load_are_exact(config, model_class, tmp_path):
+    model, attachment = attached(config, model_class)
+    randomise(attachment)
+    attachment.save(tmp_path / "saved")
+    fresh = make_model(model_class)
+    loaded = petl_ext.load(fresh, tmp_path / "saved")
+    assert snapshot(fresh) == snapshot(model)
+    assert (loaded.config, loaded.keep, loaded.sites) == (attachment.config, attachment.keep, attachment.sites)
+    assert torch.equal(run(fresh, make_inputs(fresh)), run(model, make_inputs(model)))
+    again, other = attached(config, model_class)
+    assert petl_ext.load(again, tmp_path / "saved") is other
+    assert snapshot(again) == snapshot(model)
+
+
+@every_model
+@every_method
+def test_copies_are_independent(config, model_class):
+    model, attachment = attached(config, model_class)
+    twin = copy.deepcopy(model)
+    inputs, output = make_inputs(model), run(model, make_inputs(model))
+    randomise(attachment)
+    assert twin.petl_attachment.model is twin
+    assert torch.equal(run(twin, inputs), output)
+    assert not torch.equal(run(model, inputs), output)
+    twin.petl_attachment.detach()
+    with attachment.disable():
+        assert hasattr(model, "petl_attachment")
+    assert not hasattr(twin, "petl_attachment")
+
+
+@every_model
+@every_method
+def test_a_pickled_model_keeps_its_attachment(config, model_class, tmp_path):
+    model, attachment = attached(config, model_class)
+    randomise(attachment)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert snapshot(again) == snapshot(model)
+    assert torch.equal(run(again, make_inputs(model)), run(model, make_inputs(model)))
+    again.petl_attachment.detach()
+    assert again.state_dict().keys() == make_model(model_class).state_dict().keys()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+@methods_with_layers
+def test_gradient_checkpointing_gives_the_same_gradients(config, reentrant):
+    model, attachment = attached(config)
+    model.train()
+    calls = []
+    model.get_submodule(attachment.sites[0]).register_forward_hook(lambda *_: calls.append(1))
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.zero_grad()
+        run(model, make_inputs(model)).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in attachment.parameters()])
+    assert len(calls) == 3  # once without checkpointing, twice with it
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+@methods_with_layers
+def test_autocast_trains_float32_layers(config):
+    model, attachment = attached(config)
+    randomise(attachment)
+    expected = run(model, make_inputs(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = run(model, make_inputs(model))
+    assert output.dtype is torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+    output.float().square().sum().backward()
+    for parameter in attachment.parameters():
+        assert parameter.dtype is torch.float32
+        assert parameter.grad.isfinite().all() and parameter.grad.any()
+
+
+@methods_with_layers
+def test_layers_take_the_dtype_and_mode_of_their_site(config):
+    model = make_model().to(torch.bfloat16).train()
+    attachment = petl_ext.attach(model, config)
+    layers = [module for site in attachment.sites for module in model.get_submodule(site).modules()]
+    assert all(layer.training for layer in layers)
+    assert all(parameter.dtype is torch.bfloat16 for parameter in attachment.parameters())
+
+
+@methods_with_layers
+def test_the_encoder_compiles_in_one_graph(config):
+    model, attachment = attached(config)
+    randomise(attachment)
+    encoder = model.vilt.encoder
+    hidden = torch.randn(2, 7, model.config.hidden_size)
+    compiled = torch.compile(encoder, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(hidden).last_hidden_state, encoder(hidden).last_hidden_state)
+    with attachment.disable():
+        torch.testing.assert_close(compiled(hidden).last_hidden_state, encoder(hidden).last_hidden_state)
+
+
+@methods_with_layers
+def test_layers_start_from_the_seed(config):
+    first, second = (dict(attached(config)[1].named_parameters()) for _ in range(2))
+    for name, parameter in first.items():
+        assert parameter.isfinite().all()
+        assert torch.equal(parameter, second[name])
+
+
+def apt_by_hand(layer, x, y):
+    """out = exp(log_scale) * (y + rowmax(s) * (s prompts)), s = relu(x (prompts + (prompts down^T) up^T)^T)."""
+    keys = layer.prompts + layer.prompts @ layer.down.T @ layer.up.T
+    scores = (x @ keys.T).clamp(min=0)
+    gate = scores.max(dim=-1, keepdim=True).values
+    return layer.log_scale.exp() * (y + gate * (scores @ layer.prompts))
+
+
+def test_apt_in_vilt_is_the_formula():
+    model, attachment = attached(CONFIGS[0])
+    randomise(attachment)
+    seen = []
+    for block in model.vilt.encoder.layer:
+        block.layernorm_before.register_forward_hook(lambda _, args, output: seen.append(output))
+        block.attention.output.dense.register_forward_hook(lambda _, args, output: seen.append(output))
+        block.attention.output.register_forward_hook(lambda _, args, output: seen.append(output))
+    run(model, make_inputs(model))
+    for block in model.vilt.encoder.layer:
+        x, y, output, *seen = seen
+        expected = apt_by_hand(block.attention.output.apt, x, y)
+        assert not torch.allclose(output, y, rtol=0.1)
+        torch.testing.assert_close(output, expected)
+
+
+def test_apt_in_a_post_norm_encoder_named_by_sites():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    bert = BertModel(BertConfig(vocab_size=50, max_position_embeddings=10, **sizes)).eval()
+    with pytest.raises(
+        ValueError, match=r"none of the families with sites for apt \(vilt\).*encoder.layer.0.attention.output"
+    ):
+        petl_ext.attach(bert, APTConfig())
+    attachment = petl_ext.attach(bert, APTConfig(num_prompts=5, sites=[r"layer\.[12]\.attention\.output"]))
+    assert attachment.sites == ("encoder.layer.1.attention.output", "encoder.layer.2.attention.output")
+    randomise(attachment)
+    output = bert.encoder.layer[1].attention.output
+    heads, x = torch.randn(2, 4, 32), torch.randn(2, 4, 32)
+    expected = output.LayerNorm(apt_by_hand(output.apt, x, output.dense(heads)) + x)
+    torch.testing.assert_close(output(heads, x), expected)
+
+
+def test_hooks_of_a_site_survive_attaching_and_detaching():
+    model, calls = make_model(), []
+    model.vilt.encoder.layer[0].attention.output.register_forward_hook(lambda *_: calls.append(1))
+    attachment = petl_ext.attach(model, CONFIGS[0])
+    run(model, make_inputs(model))
+    attachment.detach()
+    run(model, make_inputs(model))
+    assert len(calls) == 2
+
+
+def test_keep_reaches_buffers_and_every_name_of_a_shared_weight(tmp_path):
+    model = make_model()
+    model.classifier.append(torch.nn.BatchNorm1d(LABELS))
+    model.alias = model.classifier[0]
+    attachment = petl_ext.attach(model, ClassifierOnlyConfig(), keep=["alias", "classifier.4"])
+    trained = dict(attachment.named_parameters())
+    assert list(trained) == ["classifier.4.weight", "classifier.4.bias", "alias.weight", "alias.bias"]
+    assert trained["alias.weight"] is model.classifier[0].weight
+    model.train()
+    run(model, make_inputs(model))
+    attachment.save(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "petl_weights.safetensors")
+    assert torch.equal(saved["classifier.4.running_mean"], model.classifier[4].running_mean)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        "classifier.0.weight",
+        "classifier.0.bias",
+        "classifier.4.weight",
+        "classifier.4.bias",
+    }
+
+
+class Questions(torch.utils.data.Dataset):
+    def __init__(self, model, size=8):
+        inputs = make_inputs(model, batch=size)
+        self.columns = inputs | {"labels": torch.eye(LABELS)[torch.arange(size) % LABELS]}
+
+    def __len__(self):
+        return len(self.columns["labels"])
+
+    def __getitem__(self, index):
+        return {name: column[index] for name, column in self.columns.items()}
+
+
+def train(config, folder, resume=None):
+    model, attachment = attached(config)
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=4,
+        save_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=0.01,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    Trainer(model, arguments, train_dataset=Questions(model)).train(resume_from_checkpoint=resume)
+    return model, attachment
+
+
+@methods_with_layers
+def test_the_trainer_trains_and_resumes(config, tmp_path):
+    start = make_model().state_dict()
+    model, attachment = train(config, tmp_path)
+    trained = {name for name, _ in attachment.named_parameters()}
+    for name, tensor in model.state_dict().items():
+        assert (name in start and torch.equal(tensor, start[name])) == (name not in trained)
+    resumed, _ = train(config, tmp_path, str(tmp_path / "checkpoint-2"))
+    assert snapshot(resumed) == snapshot(model)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def gradients_of(model, attachment, seed):
+    run(model, make_inputs(attachment.model, seed)).square().mean().backward()
+    return {name: parameter.grad.clone() for name, parameter in attachment.named_parameters()}
+
+
+def train_rank(rank, port, config, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.save(data_parallel_gradients(config, seed=10 + rank), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def data_parallel_gradients(config, seed):
+    """In a function of its own, so that the wrapper is gone before its process group: as the last owner of the group
+    it would destroy it with the interpreter's lock held, for which gloo's thread may be waiting."""
+    model, attachment = attached(config)
+    return gradients_of(torch.nn.parallel.DistributedDataParallel(model), attachment, seed)
+
+
+def test_data_parallel_ranks_share_gradients(tmp_path):
+    torch.multiprocessing.spawn(train_rank, (free_port(), CONFIGS[0], tmp_path), nprocs=2)
+    shared = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    alone = [gradients_of(*attached(CONFIGS[0]), seed=10 + rank) for rank in range(2)]
+    for name, gradient in shared[0].items():
+        assert torch.equal(gradient, shared[1][name])
+        torch.testing.assert_close(gradient, (alone[0][name] + alone[1][name]) / 2)
+
+
+def test_shared_kept_weights_are_given_once():
+    model = make_model()
+    model.alias = model.classifier[0]
+    attachment = petl_ext.attach(model, ClassifierOnlyConfig(), keep=["alias", "classifier"])
+    parameters = list(attachment.parameters())
+    assert len(parameters) == len(set(map(id, parameters))) == len(list(model.classifier.parameters()))

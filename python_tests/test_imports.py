@@ -1,0 +1,116 @@
+"""Imports and includes go one way, and importing petl_ext stays light."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "petl_ext"
+
+# From the bottom up; a module imports from its own entry and from lower lines. "" is petl_ext/__init__.py.
+LEVELS = [
+    {"_C"},
+    {"ops"},
+    {"nn", "cost"},
+    {"attach", "models"},
+    {"tasks", "search"},
+    {""},
+    {"hf", "peft", "patch", "demo"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+
+def entry_of(path):
+    """The top-level entry of petl_ext that a file belongs to: "attach" for petl_ext/attach/report.py."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "" if parts == ("__init__",) else parts[0]
+
+
+def imported_entries(tree, package):
+    """Entries of petl_ext that a module of the dotted `package` imports, anywhere in the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            outer = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*outer, *filter(None, [node.module])])
+            modules = [f"{module}.{alias.name}" for alias in node.names] if module == "petl_ext" else [module]
+        else:
+            continue
+        for module in modules:
+            first, *rest = module.split(".")
+            if first == "petl_ext":
+                yield rest[0] if rest and rest[0] in LEVEL else ""
+
+
+def wrong_imports(source, path):
+    importer = entry_of(path)
+    assert importer in LEVEL, f"{path}: give {importer!r} a place in LEVELS"
+    package = ".".join(("petl_ext", *path.relative_to(PACKAGE).parent.parts))
+    imported = set(imported_entries(ast.parse(source), package)) - {importer}
+    return sorted(entry for entry in imported if LEVEL[entry] >= LEVEL[importer])
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_python_imports_go_down(path):
+    assert wrong_imports(path.read_text(encoding="utf-8"), path) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "wrong"),
+    [
+        ("ops/apt.py", "from petl_ext.nn import APTLayer", ["nn"]),
+        ("nn/apt.py", "import petl_ext.attach.report", ["attach"]),
+        ("attach/config.py", "def late():\n    from petl_ext.tasks.vqa import loss", ["tasks"]),
+        ("attach/config.py", "from petl_ext import attach, APTLayer", [""]),
+        ("attach/config.py", "from ..search import bandit", ["search"]),
+        ("attach/config.py", "from .. import search", ["search"]),
+        ("attach/config.py", "from . import report", []),
+        ("models/meter.py", "from petl_ext.attach import attach", ["attach"]),
+        ("tasks/vqa.py", "from petl_ext import APTLayer", [""]),
+        ("tasks/vqa.py", "from petl_ext import ops\nimport petl_ext.attach", []),
+        ("hf.py", "from petl_ext import APTLayer\nfrom petl_ext.search import bandit", []),
+    ],
+)
+def test_a_wrong_import_is_seen(file, source, wrong):
+    assert wrong_imports(source, PACKAGE / file) == wrong
+
+
+def wrong_includes(source, folder):
+    """Includes that a file under csrc/<folder> must not have."""
+    included = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', source, flags=re.MULTILINE)
+    torch_headers = ("torch/", "ATen/", "c10/", "Python.h", "pybind11/")
+    forbidden = {"kernels": (*torch_headers, "ops/", "../ops/", "emulator/"), "ops": ("ATen/", "c10/", "pybind11/")}
+    return [header for header in included if header.startswith(forbidden.get(folder, ()))]
+
+
+def test_kernels_include_neither_torch_nor_ops():
+    sources = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    assert any(path.suffix == ".cpp" for path in sources)
+    for path in sources:
+        folder = path.relative_to(ROOT / "csrc").parts[0]
+        assert wrong_includes(path.read_text(encoding="utf-8"), folder) == [], path
+
+
+def test_a_wrong_include_is_seen():
+    source = '#include <vector>\n#include "ops/check.h"\n  # include <torch/csrc/stable/tensor.h>\n// c10/x.h\n'
+    assert wrong_includes(source, "kernels") == ["ops/check.h", "torch/csrc/stable/tensor.h"]
+    assert wrong_includes(source, "ops") == []
+
+
+def test_importing_petl_ext_loads_no_other_library():
+    script = """
+import sys, torch
+before = set(sys.modules)
+import petl_ext
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+"""
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    outside = set(output.split()) - sys.stdlib_module_names - {"petl_ext", "torch"}
+    assert outside == set()
