@@ -51,7 +51,15 @@ def check(inputs, dout, activation):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("rows", "dim", "num_prompts"),
-    [(1, 64, 1), (7, 64, 5), (TILE - 1, 768, 50), (TILE, 64, 16), (TILE + 1, 1024, 200), (1000, 768, 50), (65, 770, 33)],
+    [
+        (1, 64, 1),
+        (7, 64, 5),
+        (TILE - 1, 768, 50),
+        (TILE, 64, 16),
+        (TILE + 1, 1024, 200),
+        (1000, 768, 50),
+        (65, 770, 33),
+    ],
 )
 def test_values_and_gradients(path, rows, dim, num_prompts, dtype, activation):
     check(*make_inputs(rows, dim, num_prompts, dtype), activation)
@@ -74,7 +82,7 @@ def test_x_wider_than_y_as_under_autocast(path):
 
 def test_large_values_in_float16(path):
     """Scores beyond float16's range (65504) must not overflow inside, since the output is finite."""
-    inputs, dout = make_inputs(50, 768, 8, torch.float16)
+    inputs, _ = make_inputs(50, 768, 8, torch.float16)
     x, y, prompts, keys, log_scale = inputs
     keys, prompts = (keys.float() * 400).half(), (prompts.float() * 1e-4).half()
     x, log_scale = x * 200, torch.full_like(log_scale, -12)
@@ -214,7 +222,7 @@ def test_saved_for_backward_is_keys_gate_and_scores():
 def test_opcheck():
     inputs, dout = make_inputs(30, 64, 10)
     torch.library.opcheck(torch.ops.petl_ext.apt_forward.default, (*inputs, "relu", True))
-    out, gate, scores = torch.ops.petl_ext.apt_forward(*inputs, "relu", True)
+    _, gate, scores = torch.ops.petl_ext.apt_forward(*inputs, "relu", True)
     x, y, prompts, keys, log_scale = inputs
     for optional_y, needs in ((y, (True,) * 4), (None, (False, True, False, True))):
         arguments = (dout, x, optional_y, prompts, keys, log_scale, gate, scores, "relu", *needs)
@@ -263,14 +271,14 @@ def test_works_after_an_error():
 
 def test_device_without_kernel():
     inputs, _ = make_inputs(3, 64, 10)
-    with pytest.raises(NotImplementedError, match="no kernel for meta.*apt_reference"):
+    with pytest.raises(NotImplementedError, match=r"no kernel for meta.*apt_reference"):
         torch.ops.petl_ext.apt_forward.default.redispatch(
             torch._C.DispatchKeySet(torch._C.DispatchKey.XPU), *[t.to("meta") for t in inputs], "relu", False
         )
 
 
 def test_unknown_cpu_path():
-    with pytest.raises(RuntimeError, match="must be auto or one of: .*portable, got sse9"):
+    with pytest.raises(RuntimeError, match=r"must be auto or one of: .*portable, got sse9"):
         ops.cpu_path("sse9")
     code = "import torch, petl_ext; petl_ext.ops.cpu_path()"
     result = subprocess.run(
@@ -283,7 +291,9 @@ def test_cpu_path_from_the_environment():
     code = "import petl_ext; print(petl_ext.ops.cpu_path())"
     for name in PATHS:
         environment = {**os.environ, "PETL_CPU_PATH": name}
-        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
         assert result.stdout.strip() == name
 
 
@@ -343,11 +353,16 @@ class TestLayer:
         layer.eval()
         assert torch.equal(layer(x, y), layer(x, y))
 
-    @pytest.mark.parametrize("wrong", [{"dim": 0}, {"num_prompts": -1}, {"rank": 2.5}, {"activation": "gelu"}, {"dropout": 1}])
-    def test_wrong_arguments(self, wrong):
-        name, value = next(iter(wrong.items()))
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            *(("dim", 0), ("num_prompts", -1), ("num_prompts", True), ("rank", 2.5)),
+            *(("activation", "gelu"), ("dropout", 1), ("dropout", "0.1")),
+        ],
+    )
+    def test_wrong_arguments(self, name, value):
         with pytest.raises(ValueError, match=f"{name} must .*got {value!r}"):
-            APTLayer(**{"dim": 64, **wrong})
+            APTLayer(**{"dim": 64, name: value})
 
     def test_training_follows_the_reference(self, monkeypatch):
         """The same losses over 30 steps, with the fused op and with the reference."""

@@ -34,11 +34,11 @@ class APTLayer(nn.Module):
     def __init__(self, dim, num_prompts=200, rank=4, activation="relu", dropout=0.0, device=None, dtype=None):
         super().__init__()
         for name, value in (("dim", dim), ("num_prompts", num_prompts), ("rank", rank)):
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"APTLayer: {name} must be a positive integer, got {value!r}")
         if activation not in ("relu", "softmax"):
             raise ValueError(f'APTLayer: activation must be "relu" or "softmax", got {activation!r}')
-        if not 0 <= dropout < 1:
+        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise ValueError(f"APTLayer: dropout must lie in [0, 1), got {dropout!r}")
         self.activation = activation
         self.dropout = dropout

@@ -2,7 +2,7 @@
 
 With x the attention's input, y its output, and one row per token,
 
-    scores = act(x keys^T)      gate = rowmax(scores), detached      out = exp(log_scale) * (y + gate * (scores prompts))
+    scores = act(x keys^T)    gate = rowmax(scores), detached    out = exp(log_scale) * (y + gate * (scores prompts))
 
 where act is ReLU, or the softmax over the prompts (APT, section 3; sizes and traps: the paper's ViLT and METER code).
 """
