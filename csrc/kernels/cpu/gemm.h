@@ -48,14 +48,14 @@ struct Left {
 // moving the accumulators out of the registers costs nothing at this length.
 constexpr int64_t kWordsPerSum = 128;
 
-template <int kRows, int kVectors>
-using Sums = Vec[kRows][kVectors];
+// The results of one tile: [rows][vectors].
+using Sums = Vec[kTileRows * kPanelVectors];
 
-// total += left * packed over `depth` words. Not inlined: it keeps all accumulators in registers whatever surrounds the
+// sums += left * packed over `depth` words. Not inlined: it keeps all accumulators in registers whatever surrounds the
 // call, and every epilogue shares it.
 template <class Arithmetic, int kRows, int kVectors>
-__attribute__((noinline)) void accumulate(Left left, int64_t depth, const float* packed, Sums<kRows, kVectors>& total) {
-  Sums<kRows, kVectors> sum = {};
+__attribute__((noinline)) void accumulate(Left left, int64_t depth, const float* packed, Sums& sums) {
+  Vec sum[kRows][kVectors] = {};
   const float* a = left.data;
   for (int64_t k = 0; k < depth; ++k, a += left.step, packed += kVectors * kLanes) {
     Vec b[kVectors];
@@ -71,59 +71,50 @@ __attribute__((noinline)) void accumulate(Left left, int64_t depth, const float*
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) total[m][v] += sum[m][v];
+    for (int v = 0; v < kVectors; ++v) sums[m * kVectors + v] += sum[m][v];
   }
+}
+
+using Accumulate = void (*)(Left left, int64_t depth, const float* packed, Sums& sums);
+
+// accumulate for tiles of 1 to kTileRows rows.
+template <class Arithmetic, int kVectors, int... kRow>
+constexpr std::array<Accumulate, sizeof...(kRow)> accumulate_by_rows(std::integer_sequence<int, kRow...>) {
+  return {accumulate<Arithmetic, kRow + 1, kVectors>...};
 }
 
 // Products hand each vector of results to an epilogue: epilogue(row, column, value). Before the last sums of a row,
 // epilogue.prefetch(row, column, columns) may ask for the memory that its results will meet: it arrives meanwhile, and
 // is not yet evicted by what is read until then.
 
-// kRows x kVectors vectors of the product of `left` and one packed panel, from (row, column) on.
-template <class Arithmetic, int kRows, int kVectors, class Epilogue>
-inline void multiply_tile(Left left, int64_t depth, const float* packed, int64_t row, int64_t column,
-                          const Epilogue& epilogue) {
-  left.data += row * left.row;
-  Sums<kRows, kVectors> total = {};
-  int64_t k = 0;
-  for (; k + kWordsPerSum < depth; k += kWordsPerSum) {
-    accumulate<Arithmetic, kRows, kVectors>(left, kWordsPerSum, packed, total);
-    left.data += kWordsPerSum * left.step;
-    packed += kWordsPerSum * kVectors * kLanes;
-  }
-  for (int m = 0; m < kRows; ++m) epilogue.prefetch(row + m, column, kVectors * kLanes);
-  accumulate<Arithmetic, kRows, kVectors>(left, depth - k, packed, total);
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) epilogue(row + m, column + v * kLanes, total[m][v]);
-  }
-}
-
-template <class Arithmetic, int kVectors, int kRows, class Epilogue>
-inline void multiply_last_rows(int64_t begin, int64_t rows, Left left, int64_t depth, const float* packed,
-                               int64_t column, const Epilogue& epilogue) {
-  if constexpr (kRows > 0) {
-    if (rows - begin == kRows) {
-      return multiply_tile<Arithmetic, kRows, kVectors>(left, depth, packed, begin, column, epilogue);
-    }
-    multiply_last_rows<Arithmetic, kVectors, kRows - 1>(begin, rows, left, depth, packed, column, epilogue);
-  }
-}
-
 // The product of `left` [rows, depth words] and one packed panel.
 template <class Arithmetic, int kVectors = kPanelVectors, class Epilogue>
 inline void multiply_panel(int64_t rows, Left left, int64_t depth, const float* packed, Panel panel,
                            const Epilogue& epilogue) {
-  if constexpr (kVectors > 0) {
-    if (panel.vectors != kVectors) {
+  if constexpr (kVectors > 1) {
+    if (panel.vectors < kVectors) {
       return multiply_panel<Arithmetic, kVectors - 1>(rows, left, depth, packed, panel, epilogue);
     }
-    int64_t begin = 0;
-    for (; begin + kTileRows <= rows; begin += kTileRows) {
-      multiply_tile<Arithmetic, kTileRows, kVectors>(left, depth, packed, begin, panel.column, epilogue);
+  }
+  constexpr int kWidth = kVectors * kLanes;
+  constexpr auto kAccumulate = accumulate_by_rows<Arithmetic, kVectors>(std::make_integer_sequence<int, kTileRows>());
+  for (int64_t begin = 0; begin < rows; begin += kTileRows) {
+    const int64_t tile_rows = std::min<int64_t>(kTileRows, rows - begin);
+    const Accumulate add = kAccumulate[tile_rows - 1];
+    Sums sums = {};
+    Left tile{left.data + begin * left.row, left.row, left.step};
+    int64_t k = 0;
+    for (; k + kWordsPerSum < depth; k += kWordsPerSum, tile.data += kWordsPerSum * left.step) {
+      add(tile, kWordsPerSum, packed + k * kWidth, sums);
     }
-    multiply_last_rows<Arithmetic, kVectors, kTileRows - 1>(begin, rows, left, depth, packed, panel.column, epilogue);
+    for (int64_t m = 0; m < tile_rows; ++m) epilogue.prefetch(begin + m, panel.column, kWidth);
+    add(tile, depth - k, packed + k * kWidth, sums);
+    for (int64_t m = 0; m < tile_rows; ++m) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        epilogue(begin + m, panel.column + v * kLanes, sums[m * kVectors + v]);
+      }
+    }
   }
 }
 

@@ -6,10 +6,12 @@
 //   PETL_TILE_ROWS, PETL_PANEL_VECTORS    the accumulators of the microkernel: rows x vectors
 //   PETL_BFLOAT16_PRODUCTS    where the processor multiplies pairs of bfloat16 itself
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <numeric>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #ifdef PETL_BFLOAT16_PRODUCTS
