@@ -44,6 +44,7 @@ def _parser():
     demo = commands.add_parser("demo", help="fine-tune a small ViLT on pictures of handwritten digits, by each method")
     demo.add_argument("--output", default="demo_out", help="folder for data, report and charts (default: %(default)s)")
     demo.add_argument("--quick", action="store_true", help="fewer steps: a minute, and lower accuracies")
+    demo.add_argument("--tune", action="store_true", help="instead, compare learning rates on the validation split")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--no-progress", action="store_true", help="without progress bars")
     return parser
@@ -54,10 +55,10 @@ def main(arguments=None):
     if options.command == "info":
         print(info())
         return
-    from petl_ext.demo import run_demo
+    from petl_ext.demo import run_demo, tune
 
-    report = run_demo(options.output, quick=options.quick, seed=options.seed, progress=not options.no_progress)
-    print(report)
+    common = {"seed": options.seed, "progress": not options.no_progress}
+    print(tune(options.output, **common) if options.tune else run_demo(options.output, options.quick, **common))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,127 @@
+"""The demo's report and charts."""
+
+import math
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+COLUMNS = (
+    "method",
+    "trained parameters",
+    "of these new",
+    "added MACs",
+    "accuracy",
+    "training step",
+    "inference per image",
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one method cost and learned. MACs per question, accuracies in [0, 1], times in seconds."""
+
+    name: str
+    trained: int
+    new: int
+    macs: int
+    accuracy: float
+    by_type: dict
+    step: float
+    inference: float
+
+    @classmethod
+    def of(cls, name, report, accuracy, by_type, step, inference):
+        new = sum(row.parameters for row in report.rows if row.layer not in ("kept", "its own"))
+        return cls(name, report.trained, new, report.macs, accuracy, by_type, step, inference)
+
+    @property
+    def standard_error(self):
+        questions = sum(one.count for one in self.by_type.values())
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / questions)
+
+    def cells(self):
+        return (
+            self.name,
+            f"{self.trained:,}",
+            f"{self.new:,}",
+            f"{self.macs / 1e6:.2f} M",
+            f"{self.accuracy:.1%} ± {self.standard_error:.1%}",
+            f"{1e3 * self.step:.0f} ms",
+            f"{1e6 * self.inference:.0f} µs",
+        )
+
+
+def write_report(folder, measured, size, seed):
+    """Writes report.md and two charts to `folder`; returns the report's text."""
+    folder = Path(folder)
+    _draw_costs(measured, folder / "accuracy.png")
+    _draw_types(measured, folder / "types.png")
+    text = "\n\n".join([_introduction(size, seed), _table(measured), _types_table(measured), _charts()]) + "\n"
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _introduction(size, seed):
+    return f"""# Answering questions about handwritten digits
+
+A ViLT of 0.9 million parameters, pre-trained on captions and object tags of such pictures, trained by each method for
+{size.steps} steps of {size.batch} questions about {size.scenes["train"]:,} pictures (seed {seed}). Accuracy is that on
+questions about {size.scenes["test"]:,} pictures of other handwritten digits, ± one standard error of that sample.
+
+Every method also trains the classifier, the pooler and the token-type embeddings. Learning rates were chosen on the
+validation split (`petl-ext demo --tune`). Times are medians of turns in one process with one thread and batches of
+{size.batch} (torch {torch.__version__}, {platform.machine()}); a training step is forward, backward and optimiser."""
+
+
+def _table(measured):
+    return _markdown([COLUMNS, *(one.cells() for one in measured)])
+
+
+def _types_table(measured):
+    types = list(measured[0].by_type)
+    majority = [f"{measured[0].by_type[kind].majority:.0%}" for kind in types]
+    rows = [[one.name, *(f"{one.by_type[kind].accuracy:.0%}" for kind in types)] for one in measured]
+    header = "Accuracy by type of question, beside that of always giving the type's most frequent answer:"
+    return f"{header}\n\n" + _markdown([("method", *types), ("most frequent answer", *majority), *rows])
+
+
+def _markdown(rows):
+    header, *body = rows
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _charts():
+    return "![accuracy over trained parameters](accuracy.png)\n\n![accuracy by type of question](types.png)"
+
+
+def _draw_costs(measured, path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(xscale="log", xlabel="trained parameters", ylabel="accuracy on the test split, %")
+    for one in measured:
+        axes.errorbar(one.trained, 100 * one.accuracy, yerr=100 * one.standard_error, fmt="o", capsize=3)
+        axes.annotate(one.name, (one.trained, 100 * one.accuracy), xytext=(6, 6), textcoords="offset points")
+    axes.margins(x=0.25, y=0.15)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_types(measured, path):
+    from matplotlib.figure import Figure
+
+    types = list(measured[0].by_type)
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    axes = figure.add_subplot(ylabel="accuracy on the test split, %")
+    width = 0.8 / len(measured)
+    for index, one in enumerate(measured):
+        places = [kind + (index - len(measured) / 2 + 0.5) * width for kind in range(len(types))]
+        axes.bar(places, [100 * one.by_type[kind].accuracy for kind in types], width, label=one.name)
+    for place, kind in enumerate(types):
+        rate = 100 * measured[0].by_type[kind].majority
+        axes.plot([place - 0.42, place + 0.42], [rate, rate], "k--", label="" if place else "most frequent answer")
+    axes.set_xticks(range(len(types)), types, rotation=20, ha="right")
+    axes.legend(fontsize="small", ncols=2)
+    figure.savefig(path, dpi=120)
