@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from petl_ext import APTConfig, ClassifierOnlyConfig, DeepPromptConfig, FullTuningConfig, attach
 from petl_ext.attach.attachment import Attachment
-from petl_ext.demo_report import Measured, write_report
+from petl_ext.demo.report import Measured, write_report
 from petl_ext.tasks.digits import BACKBONE, DigitsFiles, write_digits
 from petl_ext.tasks.vqa import AnswerVocabulary, VQACollator, VQADataset, accuracy_by_type, compute_metrics
 
