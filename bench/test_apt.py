@@ -10,8 +10,10 @@ from petl_ext import ops
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def compiled():
+    # Without it the ninth shape would run uncompiled, silently: a function is compiled anew eight times at most.
+    torch._dynamo.reset()
     return torch.compile(ops.apt_reference, dynamic=False)
 
 

@@ -7,8 +7,9 @@ constexpr int64_t kRowsPerTile = 16 * kTileRows;
 // Backward gathers dscores of this many rows before they meet x and dout in the weight gradients. A fixed number, and
 // slabs are added in order: the result does not depend on the number of threads.
 constexpr int64_t kRowsPerSlab = 2048;
-// Rows of x or dout that are packed at a time for the weight gradients: their panel stays in the second-level cache.
-constexpr int64_t kRowsPerPack = 256;
+// Words of rows of x or dout that are packed at a time for the weight gradients: a panel of 64 kB at most, which stays in
+// the second-level cache.
+constexpr int64_t kWordsPerPack = 256;
 
 inline float read_scalar(const ConstRows& scalar) {
   float value = 0;
@@ -255,9 +256,9 @@ struct AddToWeight {
 template <class Arithmetic>
 inline void add_weight_gradient(const WeightGradient& task, const AptSizes& size, int64_t slab_begin, int64_t rows,
                                 Panel panel, float* packed) {
-  const int64_t stride = scores_stride<Arithmetic>(size.P);
-  for (int64_t begin = 0; begin < rows; begin += kRowsPerPack) {
-    const int64_t depth = std::min(kRowsPerPack, rows - begin);
+  const int64_t stride = scores_stride<Arithmetic>(size.P), rows_per_pack = kWordsPerPack * Arithmetic::kPerWord;
+  for (int64_t begin = 0; begin < rows; begin += rows_per_pack) {
+    const int64_t depth = std::min(rows_per_pack, rows - begin);
     Arithmetic::pack_panel(task.right, slab_begin + begin, depth, size.D, panel, packed);
     const Left left{task.left + begin / Arithmetic::kPerWord * stride, 1, stride};
     multiply_panel<Arithmetic>(size.P, left, words<Arithmetic>(depth), packed, panel,
@@ -272,7 +273,7 @@ inline void add_weight_gradients(const AptBackward& args, const AptSlab& slab, i
   if (args.dprompts) tasks.push_back({args.dprompts, slab.weighted, args.dout});
   const Panels panels(args.size.D);
   parallel_for(panels.count() * tasks.size(), [&](int64_t first, int64_t last) {
-    float* packed = tile_scratch().reserve(kRowsPerPack * kPanelVectors * kLanes);
+    float* packed = tile_scratch().reserve(kWordsPerPack * kPanelVectors * kLanes);
     for (int64_t i = first; i < last; ++i) {
       add_weight_gradient<Arithmetic>(tasks[i / panels.count()], args.size, slab.begin, rows,
                                       panels[i % panels.count()], packed);

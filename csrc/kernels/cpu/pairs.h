@@ -22,6 +22,9 @@ struct PairArithmetic {
 
   template <Part kPart = Part::rounded, class Source>
   static HalfBitsVec narrow(Source, const char* source, int64_t count) {
+    if constexpr (Source::kType == DType::bfloat16) {
+      if (count >= kLanes) return kPart == Part::rounded ? read<HalfBitsVec>(source) : HalfBitsVec{};
+    }
     const Vec value = Source::load_part(source, count);
     const HalfBitsVec rounded = to_bfloat16(value);
     return kPart == Part::rounded ? rounded : to_bfloat16(value - from_bfloat16(rounded));
