@@ -1,11 +1,15 @@
 // The CPU kernels of prompt diffusion against plain loops in float64, on every path, without torch. Buffers have
 // exactly the size that the kernels may touch, so that the address sanitizer sees any step beyond.
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "kernels/cpu/kernels.h"
@@ -27,22 +31,62 @@ Floats random_floats(size_t count, float scale, unsigned seed) {
   return values;
 }
 
+// Floats as they lie in memory in one of the types that a kernel reads and writes.
+class Stored {
+ public:
+  Stored(const Floats& values, DType dtype) : dtype_(dtype), bytes_(values.size() * (is_wide() ? 4 : 2)) {
+    if (is_wide()) {
+      std::memcpy(bytes_.data(), values.data(), bytes_.size());
+      return;
+    }
+    for (size_t i = 0; i < values.size(); ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, &values[i], 4);
+      const uint16_t half = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+      std::memcpy(bytes_.data() + 2 * i, &half, 2);
+    }
+  }
+
+  Floats values() const {
+    Floats values(bytes_.size() / (is_wide() ? 4 : 2));
+    for (size_t i = 0; i < values.size(); ++i) {
+      uint32_t bits = 0;
+      const size_t size = is_wide() ? 4 : 2;
+      std::memcpy(reinterpret_cast<char*>(&bits) + 4 - size, bytes_.data() + size * i, size);
+      std::memcpy(&values[i], &bits, 4);
+    }
+    return values;
+  }
+
+  ConstRows rows(int64_t width) const { return {bytes_.data(), width, dtype_}; }
+  petl::Rows target() { return {bytes_.data(), dtype_}; }
+
+ private:
+  bool is_wide() const { return dtype_ == DType::float32; }
+  DType dtype_;
+  std::vector<char> bytes_;
+};
+
+Floats rounded(const Floats& values, DType dtype) { return Stored(values, dtype).values(); }
+
 struct Problem {
   int64_t R, D, P;
   Activation activation;
+  DType dtype;  // of x, y and dout; the weights are float32
   Floats x, y, prompts, keys, log_scale, dout;
 
-  Problem(int64_t R, int64_t D, int64_t P, Activation activation)
+  Problem(int64_t R, int64_t D, int64_t P, Activation activation, DType dtype)
       : R(R),
         D(D),
         P(P),
         activation(activation),
-        x(random_floats(R * D, 1, 1)),
-        y(random_floats(R * D, 1, 2)),
+        dtype(dtype),
+        x(rounded(random_floats(R * D, 1, 1), dtype)),
+        y(rounded(random_floats(R * D, 1, 2), dtype)),
         prompts(random_floats(P * D, 0.1f, 3)),
         keys(random_floats(P * D, 0.1f, 4)),
         log_scale{0.2f},
-        dout(random_floats(R * D, 1, 5)) {}
+        dout(rounded(random_floats(R * D, 1, 5), dtype)) {}
 };
 
 struct Results {
@@ -50,7 +94,7 @@ struct Results {
 };
 
 Results expected(const Problem& problem) {
-  const auto& [R, D, P, activation, x, y, prompts, keys, log_scale, dout] = problem;
+  const auto& [R, D, P, activation, dtype, x, y, prompts, keys, log_scale, dout] = problem;
   Results r{Doubles(R * D), Doubles(R * D), Doubles(R * D), Doubles(P * D), Doubles(P * D), Doubles(1)};
   const double scale = std::exp(double{log_scale[0]});
   for (int64_t row = 0; row < R; ++row) {
@@ -95,58 +139,63 @@ void two_threads(int64_t count, const std::function<void(int64_t, int64_t)>& bod
   other.join();
 }
 
-bool close(const std::string& name, const Floats& actual, const Doubles& wanted) {
+bool close(const std::string& name, const Floats& actual, const Doubles& wanted, double tolerance) {
   double error = 0, largest = 0;
   for (size_t i = 0; i < wanted.size(); ++i) {
     error = std::max(error, std::abs(actual[i] - wanted[i]));
     largest = std::max(largest, std::abs(wanted[i]));
   }
-  // float32 sums of this length are good to a few units in the sixth digit.
-  const bool good = error <= 1e-5 * largest;
+  const bool good = error <= tolerance * largest;
   if (!good) std::printf("%s: error %g of %g\n", name.c_str(), error, largest);
   return good;
 }
 
 bool check(const petl::cpu::Kernels& kernels, const Problem& problem) {
-  const auto& [R, D, P, activation, x, y, prompts, keys, log_scale, dout] = problem;
-  const auto rows = [](const Floats& values, int64_t width) { return ConstRows{values.data(), width, DType::float32}; };
-  Floats out(R * D), gate(R), scores(R * P), dx(R * D), dy(R * D), dprompts(P * D), dkeys(P * D), dlog_scale(1);
+  const auto& [R, D, P, activation, dtype, x, y, prompts, keys, log_scale, dout] = problem;
+  const Stored stored_x(x, dtype), stored_y(y, dtype), stored_dout(dout, dtype);
+  const Stored weights[] = {{prompts, DType::float32}, {keys, DType::float32}, {log_scale, DType::float32}};
+  Stored out(Floats(R * D), dtype), dx(Floats(R * D), dtype), dy(Floats(R * D), dtype);
+  Floats gate(R), scores(R * P), dprompts(P * D), dkeys(P * D), dlog_scale(1);
   kernels.apt_forward({{R, D, P},
                        activation,
-                       rows(x, D),
-                       rows(y, D),
-                       rows(prompts, D),
-                       rows(keys, D),
-                       rows(log_scale, 1),
-                       {out.data(), DType::float32},
+                       stored_x.rows(D),
+                       stored_y.rows(D),
+                       weights[0].rows(D),
+                       weights[1].rows(D),
+                       weights[2].rows(1),
+                       out.target(),
                        gate.data(),
                        scores.data()},
                       two_threads);
   kernels.apt_backward({{R, D, P},
                         activation,
-                        rows(dout, D),
-                        rows(x, D),
-                        rows(y, D),
-                        rows(prompts, D),
-                        rows(keys, D),
-                        rows(log_scale, 1),
+                        stored_dout.rows(D),
+                        stored_x.rows(D),
+                        stored_y.rows(D),
+                        weights[0].rows(D),
+                        weights[1].rows(D),
+                        weights[2].rows(1),
                         gate.data(),
                         scores.data(),
-                        {dx.data(), DType::float32},
-                        {dy.data(), DType::float32},
+                        dx.target(),
+                        dy.target(),
                         dprompts.data(),
                         dkeys.data(),
                         dlog_scale.data()},
                        two_threads);
   const Results wanted = expected(problem);
+  const bool wide = dtype == DType::float32;
+  // Sums of this length are good to a few units in the sixth digit in float32, in the third in bfloat16.
+  const double tolerance = wide ? 1e-5 : 1e-2;
   const std::string where = std::string(kernels.path) + " R=" + std::to_string(R) + " D=" + std::to_string(D) +
-                            " P=" + std::to_string(P) + (activation == Activation::relu ? " relu " : " softmax ");
-  bool good = close(where + "out", out, wanted.out);
-  good &= close(where + "dx", dx, wanted.dx);
-  good &= close(where + "dy", dy, wanted.dy);
-  good &= close(where + "dprompts", dprompts, wanted.dprompts);
-  good &= close(where + "dkeys", dkeys, wanted.dkeys);
-  good &= close(where + "dlog_scale", dlog_scale, wanted.dlog_scale);
+                            " P=" + std::to_string(P) + (activation == Activation::relu ? " relu " : " softmax ") +
+                            (wide ? "float32 " : "bfloat16 ");
+  bool good = close(where + "out", out.values(), wanted.out, tolerance);
+  good &= close(where + "dx", dx.values(), wanted.dx, tolerance);
+  good &= close(where + "dy", dy.values(), wanted.dy, tolerance);
+  good &= close(where + "dprompts", dprompts, wanted.dprompts, tolerance);
+  good &= close(where + "dkeys", dkeys, wanted.dkeys, tolerance);
+  good &= close(where + "dlog_scale", dlog_scale, wanted.dlog_scale, tolerance);
   return good;
 }
 
@@ -154,13 +203,18 @@ bool check(const petl::cpu::Kernels& kernels, const Problem& problem) {
 
 int main() {
   int checked = 0, failed = 0;
-  for (const std::string path : {"avx512", "avx2", "portable"}) {
+  for (const std::string path : {"avx512_bf16", "avx512", "avx2", "portable"}) {
     if (!petl::cpu::choose_path(path.c_str())) continue;
     for (const Activation activation : {Activation::relu, Activation::softmax}) {
-      for (const auto& [R, D, P] :
-           {std::tuple<int64_t, int64_t, int64_t>{1, 1, 1}, {5, 33, 3}, {97, 64, 16}, {200, 100, 50}, {2050, 40, 9}}) {
-        ++checked;
-        failed += !check(*petl::cpu::kernels(), Problem(R, D, P, activation));
+      for (const DType dtype : {DType::float32, DType::bfloat16}) {
+        for (const auto& [R, D, P] : {std::tuple<int64_t, int64_t, int64_t>{1, 1, 1},
+                                      {5, 33, 3},
+                                      {97, 64, 16},
+                                      {200, 100, 50},
+                                      {2051, 40, 9}}) {
+          ++checked;
+          failed += !check(*petl::cpu::kernels(), Problem(R, D, P, activation, dtype));
+        }
       }
     }
   }
