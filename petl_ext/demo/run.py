@@ -36,7 +36,7 @@ HEAD = ("classifier", "pooler", "token_type_embeddings")
 TIMED_ROUNDS = 15
 # What --tune tries: the learning rate of the classifier, and that of what a method trains besides the head.
 HEAD_RATES = (2e-3, 5e-3, 1e-2, 2e-2)
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 1e-2)
+RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 1e-2)
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,17 @@ class Method:
     name: str
     config: object
     learning_rate: float
-    head_learning_rate: float = 1e-2
+    head_learning_rate: float
     pretrained: bool = True
 
 
 METHODS = (
-    Method("classifier only", ClassifierOnlyConfig(), learning_rate=0.0),
-    Method("deep prompts, 16", DeepPromptConfig(num_prompts=16), 1e-2),
-    Method("APT, 50 prompts", APTConfig(num_prompts=50), 4e-3),
-    Method("APT, 200 prompts", APTConfig(num_prompts=200), 4e-3),
-    Method("full tuning", FullTuningConfig(), 5e-4),
-    Method("full, not pre-trained", FullTuningConfig(), 1e-3, 2e-3, pretrained=False),
+    Method("classifier only", ClassifierOnlyConfig(), 0.0, 5e-3),
+    Method("deep prompts, 16", DeepPromptConfig(num_prompts=16), 4e-3, 1e-2),
+    Method("APT, 50 prompts", APTConfig(num_prompts=50), 4e-3, 5e-3),
+    Method("APT, 200 prompts", APTConfig(num_prompts=200), 4e-3, 1e-2),
+    Method("full tuning", FullTuningConfig(), 5e-4, 5e-3),
+    Method("full, not pre-trained", FullTuningConfig(), 2e-4, 2e-3, pretrained=False),
 )
 
 
