@@ -1,6 +1,6 @@
 # Each target sets up all it needs, in a virtual environment of its own.
 #   make PYTHON=python3.12    another interpreter
-#   make TORCH=torch          another torch: any requirement that pip understands, 2.10 or later
+#   make TORCH=torch          another torch, 2.10 or later: what to give to pip install
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -27,8 +27,8 @@ bench: $(INSTALLED)
 
 $(INSTALLED): $(BUILT_FROM)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)python -m pip install --quiet "$(TORCH)" ninja
-	$(RUN)python -m pip install --quiet -e ".[test,bench,lint]"
+	$(RUN)python -m pip install --quiet $(TORCH) ninja
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN)python -m pip install --quiet -e ".[test,bench,lint]"
 	touch $@
 
 clean:

@@ -14,7 +14,7 @@ import sysconfig
 from importlib import metadata
 
 MIN_TORCH = (2, 10)
-MIN_SETUPTOOLS = 70
+MIN_SETUPTOOLS = (70, 1)  # the first to build wheels without the package wheel
 
 
 def _sees_system_packages():
@@ -41,11 +41,16 @@ def _expose_target():
     importlib.invalidate_caches()
 
 
-def _has_new_setuptools():
+def _release(package):
+    """The first two components of the version, (0, 0) where the package is missing."""
     try:
-        return int(metadata.version("setuptools").split(".")[0]) >= MIN_SETUPTOOLS
+        return tuple(int(part) for part in metadata.version(package).split(".")[:2])
     except metadata.PackageNotFoundError:
-        return False
+        return (0, 0)
+
+
+def _has_new_setuptools():
+    return _release("setuptools") >= MIN_SETUPTOOLS
 
 
 def _check_torch():
@@ -60,10 +65,9 @@ def _check_torch():
             f"\n*** petl_ext is compiled against the PyTorch (>= {wanted}) of the environment it is installed into;\n"
             f"*** none found in {looked}.\n{remedy}\n"
         )
-    found = metadata.version("torch")
-    if tuple(int(part) for part in found.split(".")[:2]) < MIN_TORCH:
+    if _release("torch") < MIN_TORCH:
         raise SystemExit(
-            f"\n*** petl_ext needs PyTorch >= {wanted}, found {found}.\n"
+            f"\n*** petl_ext needs PyTorch >= {wanted}, found {metadata.version('torch')}.\n"
             f"*** Its C++ part uses the LibTorch stable ABI of {wanted}.\n{remedy}\n"
         )
 
@@ -74,7 +78,7 @@ if _has_new_setuptools():
 
 
 def _requirements():
-    return [] if _has_new_setuptools() else [f"setuptools>={MIN_SETUPTOOLS}"]
+    return [] if _has_new_setuptools() else ["setuptools>={}.{}".format(*MIN_SETUPTOOLS)]
 
 
 def get_requires_for_build_sdist(config_settings=None):

@@ -1,6 +1,7 @@
 """The command line: petl-ext, or python -m petl_ext."""
 
 import argparse
+import importlib.util
 import platform
 from importlib import metadata
 
@@ -9,6 +10,15 @@ import torch
 import petl_ext
 
 OPTIONAL_PACKAGES = ("transformers", "peft", "diffusers", "triton", "cupy")
+
+
+DEMO_MODULES = ("transformers", "accelerate", "PIL", "sklearn", "matplotlib", "tqdm")
+
+
+def _require(modules, extra):
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise SystemExit(f"petl-ext: {', '.join(missing)} is not installed; pip install 'petl_ext[{extra}]' brings it")
 
 
 def _version(package):
@@ -55,6 +65,7 @@ def main(arguments=None):
     if options.command == "info":
         print(info())
         return
+    _require(DEMO_MODULES, "demo")
     from petl_ext.demo import run_demo, tune
 
     common = {"seed": options.seed, "progress": not options.no_progress}

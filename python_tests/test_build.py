@@ -57,7 +57,7 @@ def test_with_an_old_torch(bare_python, tmp_path):
 
 def test_asks_for_setuptools_only_where_there_is_none(bare_python, tmp_path):
     result = ask_backend(bare_python, PETL_TORCH_SITE=make_torch(tmp_path, "2.10.0+cu130"))
-    assert result.stdout.strip() == "['setuptools>=70']", result.stderr
+    assert result.stdout.strip() == "['setuptools>=70.1']", result.stderr
     assert ask_backend(sys.executable).stdout.strip() == "[]"
 
 

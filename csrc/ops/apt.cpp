@@ -67,8 +67,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward_cpu(
     const Tensor& log_scale, const Tensor& gate, const Tensor& scores, std::string activation, bool needs_dx,
     bool needs_dy, bool needs_dprompts, bool needs_dkeys) {
   const AptSizes size = check_sizes(x, dout, prompts, keys, log_scale);
-  Argument{"apt", "gate", gate}.has_shape({size.R});
-  Argument{"apt", "scores", scores}.has_shape({size.R, size.P});
+  const Argument kept[] = {{"apt", "gate", gate}, {"apt", "scores", scores}};
+  kept[0].has_shape({size.R});
+  kept[1].has_shape({size.R, size.P});
+  for (const Argument& argument : kept) argument.is_plain_float32();
   const Argument arguments[] = {{"apt", "dout", dout},       {"apt", "x", x},       {"apt", "y", y ? *y : dout},
                                 {"apt", "prompts", prompts}, {"apt", "keys", keys}, {"apt", "log_scale", log_scale}};
   for (const Argument& argument : arguments) argument.is_on_cpu();

@@ -43,6 +43,12 @@ struct Argument {
     STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU, as the other arguments are");
   }
 
+  void is_plain_float32() const {
+    is_on_cpu();
+    STD_TORCH_CHECK(dtype() == DType::float32 && tensor.is_contiguous(), op, ": ", name,
+                    " must be contiguous and float32, as the forward op returned it");
+  }
+
   DType dtype() const {
     switch (tensor.scalar_type()) {
       case ScalarType::Float:

@@ -51,15 +51,17 @@ def attach(model, config, keep=()):
     if type(config) not in CONFIGS.values():
         known = ", ".join(known.__name__ for known in CONFIGS.values())
         raise TypeError(f"attach: config must be one of {known}, got {config!r}")
-    if isinstance(keep, str):
-        raise TypeError(f"attach: keep must be a list of names, got the string {keep!r}")
+    if not isinstance(keep, list | tuple) or not all(isinstance(entry, str) for entry in keep):
+        raise TypeError(f"attach: keep must be a list of names, got {keep!r}")
     keep = tuple(keep)
     _check_free(model)
     sites = select_sites(model, config)
     kept = select_kept(model, config, keep)
     if not sites and not kept:
         raise ValueError(f"attach: {config} adds nothing and keep is empty, so nothing would train")
-    layers = {name: SITE_CLASSES[config.method].new_layer(config, model, name) for name in sites}
+    # Parameters made in inference mode could never train.
+    with torch.inference_mode(False):
+        layers = {name: SITE_CLASSES[config.method].new_layer(config, model, name) for name in sites}
     return Attachment(model, config, keep, kept, layers)
 
 
@@ -111,6 +113,7 @@ class Attachment:
         self.keep = keep
         self.sites = tuple(layers)
         self._kept = kept
+        self._disabled = 0  # how many `disable` contexts are open
         self._required_grad = {
             name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)
         }
@@ -167,16 +170,16 @@ class Attachment:
         Kept modules keep what they have learned. Parameters, their names and requires_grad stay as they are.
         """
         self._check_attached()
-        sites = self._site_modules()
-        before = [type(site) for site in sites]
-        for site, backbone_class in zip(sites, self._backbone_classes, strict=True):
+        self._disabled += 1
+        for site, backbone_class in zip(self._site_modules(), self._backbone_classes, strict=True):
             site.__class__ = backbone_class
         try:
             yield self
         finally:
-            if self._is_attached():
-                for site, previous in zip(sites, before, strict=True):
-                    site.__class__ = previous
+            self._disabled -= 1
+            if self._is_attached() and not self._disabled:
+                for site in self._site_modules():
+                    site.__class__ = self._site_class
 
     def detach(self):
         """Takes the new layers out for good and gives every parameter the requires_grad that it had before `attach`.

@@ -103,7 +103,7 @@ def _check_sites(config):
     sites = config.sites
     if sites is None:
         return
-    if isinstance(sites, str) or not sites or not all(isinstance(site, str) for site in sites):
+    if not isinstance(sites, list | tuple) or not sites or not all(isinstance(site, str) for site in sites):
         raise ValueError(f"{type(config).__name__}: sites must be None or a list of regular expressions, got {sites!r}")
     for site in sites:
         try:

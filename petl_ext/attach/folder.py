@@ -33,7 +33,7 @@ class Saved(NamedTuple):
 def write_folder(folder, saved):
     """Writes both files to a place of their own and moves them to the folder when they are complete.
 
-    Other files in an existing folder stay.
+    Other files in an existing folder stay. After an error the folder is as it was.
     """
     from safetensors.torch import save_file
 
@@ -58,8 +58,25 @@ def write_folder(folder, saved):
         if not folder.exists():
             complete.rename(folder)
             return
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
+        _replace_files(complete, folder, Path(scratch))
+
+
+def _replace_files(complete, folder, scratch):
+    """Moves the new files in, and the old ones back if that fails halfway."""
+    names = (WEIGHTS_FILE, CONFIG_FILE)
+    before = [name for name in names if (folder / name).exists()]
+    for name in before:
+        os.link(folder / name, scratch / name)
+    try:
+        for name in names:
             os.replace(complete / name, folder / name)
+    except BaseException:
+        for name in names:
+            if name in before:
+                os.replace(scratch / name, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        raise
 
 
 def read_folder(folder):
@@ -76,7 +93,7 @@ def read_folder(folder):
     try:
         description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         config, family, keep = _parse(description)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
     return Saved(config, family, keep, _read_tensors(folder / WEIGHTS_FILE))
 

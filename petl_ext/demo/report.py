@@ -56,19 +56,20 @@ class Measured:
 def write_report(folder, measured, size, seed):
     """Writes report.md and two charts to `folder`; returns the report's text."""
     folder = Path(folder)
-    _draw_costs(measured, folder / "accuracy.png")
-    _draw_types(measured, folder / "types.png")
     text = "\n\n".join([_introduction(size, seed), _table(measured), _types_table(measured), _charts()]) + "\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
+    _draw_costs(measured, folder / "accuracy.png")
+    _draw_types(measured, folder / "types.png")
     return text
 
 
 def _introduction(size, seed):
+    scenes = size.scenes
     return f"""# Answering questions about handwritten digits
 
 A ViLT of 0.9 million parameters, pre-trained on captions and object tags of such pictures, trained by each method for
-{size.steps} steps of {size.batch} questions about {size.scenes["train"]:,} pictures (seed {seed}). Accuracy is that on
-questions about {size.scenes["test"]:,} pictures of other handwritten digits, ± one standard error of that sample.
+{size.steps} steps of {size.batch} questions about {scenes["train"]:,} pictures (seed {seed}). Accuracy: on questions
+about {scenes["test"]:,} pictures of other handwritten digits, ± one standard error of that sample.
 
 Every method also trains the classifier, the pooler and the token-type embeddings. Learning rates were chosen on the
 validation split (`petl-ext demo --tune`). Times are medians of turns in one process with one thread and batches of
@@ -102,10 +103,18 @@ def _draw_costs(measured, path):
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xscale="log", xlabel="trained parameters", ylabel="accuracy on the test split, %")
-    for one in measured:
+    for index, one in enumerate(measured):
+        above = index % 2 == 0
         axes.errorbar(one.trained, 100 * one.accuracy, yerr=100 * one.standard_error, fmt="o", capsize=3)
-        axes.annotate(one.name, (one.trained, 100 * one.accuracy), xytext=(6, 6), textcoords="offset points")
-    axes.margins(x=0.25, y=0.15)
+        axes.annotate(
+            one.name,
+            (one.trained, 100 * one.accuracy),
+            xytext=(0, 9 if above else -9),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if above else "top",
+        )
+    axes.margins(x=0.2, y=0.2)
     figure.savefig(path, dpi=120)
 
 

@@ -9,6 +9,10 @@ from petl_ext.ops.apt import apt, apt_reference
 INITIAL_STD = 0.02
 
 
+def _same(before, now):
+    return all(a is b and old == new for (a, *old), (b, *new) in zip(before, now, strict=True))
+
+
 class APTLayer(nn.Module):
     """Diffuses `num_prompts` learned prompts into the output of one attention (APT, section 3, equations 8 to 11).
 
@@ -64,8 +68,9 @@ class APTLayer(nn.Module):
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._compute_keys()
         sources = (self.prompts, self.down, self.up)
-        state = tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in sources)
-        if self._cached_keys is None or self._cached_keys[0] != state:
+        # The tensors themselves are kept: an address or an id may come back for another tensor.
+        state = [(t, t.data_ptr(), 0 if t.is_inference() else t._version) for t in sources]
+        if self._cached_keys is None or not _same(self._cached_keys[0], state):
             with torch.inference_mode(False), torch.no_grad():
                 self._cached_keys = (state, self._compute_keys())
         return self._cached_keys[1]

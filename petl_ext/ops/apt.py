@@ -27,12 +27,30 @@ torch.library.define(
 )
 
 
+def _check(x, y, prompts, keys, log_scale, activation):
+    """What the kernels check for themselves, for the paths that reach none."""
+    if activation not in ("relu", "softmax"):
+        raise RuntimeError(f"apt: activation must be relu or softmax, got {activation}")
+    if prompts.dim() != 2 or x.dim() == 0 or x.size(-1) != prompts.size(-1):
+        raise RuntimeError(
+            f"apt: x and prompts must have shapes [..., D] and [P, D], got {x.shape} and {prompts.shape}"
+        )
+    expected = {"y": (y, x.shape), "keys": (keys, prompts.shape), "log_scale": (log_scale, (1,))}
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise RuntimeError(f"apt: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+
+
 def apt_reference(x, y, prompts, keys, log_scale, activation="relu", dropout=0.0):
     """`apt` in plain PyTorch, in the dtype of x, on any device and in float64 too; it can drop out scores.
 
     Args:
         dropout: probability that a score is set to zero, before the gate is taken (as in the paper's code).
+
+    Raises:
+        RuntimeError: a shape or the activation is not as `apt` says.
     """
+    _check(x, y, prompts, keys, log_scale, activation)
     scores = x @ keys.to(x.dtype).mT
     scores = scores.relu_() if activation == "relu" else scores.softmax(-1)
     scores = F.dropout(scores, dropout, training=dropout > 0)
@@ -43,6 +61,10 @@ def apt_reference(x, y, prompts, keys, log_scale, activation="relu", dropout=0.0
 
 @torch.library.register_fake("petl_ext::apt_forward")
 def _(x, y, prompts, keys, log_scale, activation, keep_scores):
+    _check(x, y, prompts, keys, log_scale, activation)
+    devices = {str(tensor.device) for tensor in (x, y, prompts, keys, log_scale)}
+    if len(devices) > 1:
+        raise RuntimeError(f"apt: all arguments must be on one device, got {', '.join(sorted(devices))}")
     rows = y.numel() // y.size(-1)
     gate = y.new_empty(rows, dtype=torch.float32)
     scores = y.new_empty((rows, prompts.size(0)) if keep_scores else (0,), dtype=torch.float32)
@@ -88,7 +110,7 @@ class _APT(torch.autograd.Function):
         saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         gradients = torch.ops.petl_ext.apt_backward(dout, *saved, ctx.activation, *needs)
-        return *(g if n else None for g, n in zip(gradients, ctx.needs_input_grad, strict=False)), None
+        return *(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[:5], strict=True)), None
 
 
 def apt(x, y, prompts, keys, log_scale, activation="relu"):

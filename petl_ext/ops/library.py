@@ -1,14 +1,18 @@
 """Loads petl_ext/_C, whose import registers the C++ kernels with torch's dispatcher."""
 
+from pathlib import Path
+
 import torch
 
 try:
     from petl_ext import _C  # noqa: F401
 except ImportError as error:
+    folder = Path(__file__).parent.parent
+    found = "holds none" if not list(folder.glob("_C*")) else "holds one that does not load"
     raise ImportError(
-        f"petl_ext could not load its compiled part, petl_ext._C ({error}). This is torch {torch.__version__}; "
-        "petl_ext needs 2.10 or later and a build for this platform. "
-        "Build it where torch is installed: pip install . in a checkout of petl_ext."
+        f"petl_ext needs its compiled part, petl_ext._C, but {folder} {found} ({error}). This is torch "
+        f"{torch.__version__}; 2.10 or later is needed. In a checkout, `pip install -e .` builds it in place; "
+        "after a plain `pip install .`, work outside the checkout, whose source folder hides the installed package."
     ) from error
 
 
@@ -26,7 +30,7 @@ def raise_no_kernel(op, *tensors):
 
 
 def cpu_path(choice=None):
-    """The instruction set that the CPU kernels use: "avx512", "avx2" or "portable".
+    """The instruction set that the CPU kernels use: "avx512_bf16", "avx512", "avx2" or "portable".
 
     Args:
         choice: selects one for the whole process; "auto" is the best that this CPU runs (the default, or what the

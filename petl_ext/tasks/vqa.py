@@ -119,6 +119,11 @@ class AnswerVocabulary:
     def __init__(self, answers: Iterable[str]):
         self.answers = tuple(answers)
         self.index = {answer: label for label, answer in enumerate(self.answers)}
+        unknown_form = [answer for answer in self.answers if normalize_answer(answer) != answer]
+        if unknown_form:
+            raise ValueError(
+                f"answers: expected normalized ones, got {unknown_form[0]!r} ({normalize_answer(unknown_form[0])!r})"
+            )
         if len(self.index) != len(self.answers):
             raise ValueError(f"answers: expected {len(self.answers)} different ones, got {len(self.index)}")
 
@@ -227,7 +232,7 @@ class VQADataset(torch.utils.data.Dataset):
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(
                 f"{path}: expected an image (image_id {question.image_id}, question_id {question.question_id}), "
                 f"got a file that cannot be decoded: {error}"
@@ -242,7 +247,12 @@ class VQADataset(torch.utils.data.Dataset):
         if not self.images.is_dir():
             raise FileNotFoundError(f"{self.images}: expected the folder of the images, got no such folder")
         present = {entry.name for entry in os.scandir(self.images)}
-        missing = [question for question in self.questions if self._image_path(question).name not in present]
+        flat = "/" not in self.image_name
+        missing = [
+            question
+            for question in self.questions
+            if not ((path := self._image_path(question)).name in present if flat else path.is_file())
+        ]
         if missing:
             first = missing[0]
             raise FileNotFoundError(

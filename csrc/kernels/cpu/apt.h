@@ -7,8 +7,8 @@ constexpr int64_t kRowsPerTile = 16 * kTileRows;
 // Backward gathers dscores of this many rows before they meet x and dout in the weight gradients. A fixed number, and
 // slabs are added in order: the result does not depend on the number of threads.
 constexpr int64_t kRowsPerSlab = 2048;
-// Words of rows of x or dout that are packed at a time for the weight gradients: a panel of 64 kB at most, which stays in
-// the second-level cache.
+// Words of rows of x or dout that are packed at a time for the weight gradients: a panel of 64 kB at most, which stays
+// in the second-level cache.
 constexpr int64_t kWordsPerPack = 256;
 
 inline float read_scalar(const ConstRows& scalar) {
@@ -83,11 +83,11 @@ struct AptForwardTile {
   void operator()(int64_t begin, int64_t rows, float* scratch) const {
     const int64_t D = args.size.D, P = args.size.P, stride = scores_stride<Arithmetic>(P);
     float* scores = scratch;
-    std::fill_n(scores, rows * stride, 0.0f);
     const Left x = Arithmetic::rows_as_left(args.x, begin, rows, D, scratch + kRowsPerTile * stride);
     multiply<Arithmetic>(rows, x, words<Arithmetic>(D), packed_keys, P, StoreFloats{scores, stride});
     for (int64_t row = 0; row < rows; ++row) {
       float* row_scores = scores + row * stride;
+      std::fill(row_scores + P, row_scores + stride, 0.0f);
       if (exact) exact->correct(row_of(args.x, begin + row), P, row_scores);
       args.gate[begin + row] = activate(args.activation, row_scores, P);
       if (args.scores) memcpy(args.scores + (begin + row) * P, row_scores, P * sizeof(float));
@@ -153,7 +153,6 @@ struct AptBackwardTile {
   void operator()(int64_t begin, int64_t rows, float* scratch) const {
     const int64_t D = args.size.D, P = args.size.P, stride = scores_stride<Arithmetic>(P);
     float *dscores = scratch, *weighted = dscores + kRowsPerTile * stride;
-    std::fill_n(dscores, rows * stride, 0.0f);
     const Left dout = Arithmetic::rows_as_left(args.dout, begin, rows, D, weighted + kRowsPerTile * stride);
     multiply<Arithmetic>(rows, dout, words<Arithmetic>(D), packed_prompts, P, StoreFloats{dscores, stride});
     if (packed_rest) multiply<Arithmetic>(rows, dout, words<Arithmetic>(D), packed_rest, P, AddFloats{dscores, stride});
@@ -181,6 +180,7 @@ struct AptBackwardTile {
     const int64_t P = args.size.P, stride = scores_stride<Arithmetic>(P);
     const float* scores = args.scores + row * P;
     const float factor = scale * args.gate[row];
+    std::fill(products + P, products + stride, 0.0f);
     Vec sums = {};
     for (int64_t p = 0; p < stride; p += kLanes) {
       const Vec score = p < P ? Floats::load_part(scores + p, P - p) : Vec{};

@@ -67,9 +67,10 @@ std::atomic<const Kernels*>& chosen() {
 const Kernels* kernels() { return chosen(); }
 
 bool choose_path(const char* name) {
-  const Kernels* wanted = std::strcmp(name, "auto") ? find(name) : default_path();
-  if (wanted) chosen() = wanted;
-  return wanted != nullptr;
+  const bool is_auto = !std::strcmp(name, "auto");
+  const Kernels* wanted = is_auto ? default_path() : find(name);
+  if (wanted || is_auto) chosen() = wanted;
+  return wanted || is_auto;
 }
 
 const char* available_paths() {

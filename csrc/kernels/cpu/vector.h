@@ -119,12 +119,6 @@ inline double sum_lanes(Vec value) {
   return total;
 }
 
-inline float max_lanes(Vec value) {
-  float best = value[0];
-  for (int lane = 1; lane < kLanes; ++lane) best = best < value[lane] ? value[lane] : best;
-  return best;
-}
-
 // exp(value) for value <= 0, to about one unit in the last place; below -87 zero.
 inline Vec exp_nonpositive(Vec value) {
   constexpr float kRound = 0x1.8p23f;  // adding and taking it away rounds to an integer
