@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -101,14 +102,26 @@ def test_nan_is_not_hidden(path):
     assert not out[:3].isnan().any() and not out[4:].isnan().any()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-def test_input_gradient_is_ten_times_better_than_eager_in_bfloat16(path, dtype):
+@pytest.mark.parametrize("seed", range(3))
+def test_input_gradient_is_ten_times_better_than_eager_in_bfloat16(path, seed):
     """Rounded keys flip ReLU's mask; float32 scores of unrounded keys do not (Frobenius norm against float64)."""
-    inputs, dout = make_inputs(1920, 768, 50, dtype, weight_dtype=torch.float32, std=0.02)
+    inputs, dout = make_inputs(1920, 768, 50, torch.bfloat16, weight_dtype=torch.float32, std=0.02, seed=seed)
     exact = outputs_and_gradients(ops.apt_reference, [t.double() for t in inputs], dout.double())[1]
     eager = outputs_and_gradients(ops.apt_reference, inputs, dout)[1]
     ours = outputs_and_gradients(ops.apt, inputs, dout)[1]
     assert 10 * (ours.double() - exact).norm() <= (eager.double() - exact).norm()
+
+
+def test_infinite_input_stays_in_its_row(path):
+    """Odd P and columns beyond it: what is padded must not turn an infinity into NaN elsewhere."""
+    inputs, dout = make_inputs(20, 64, 7, torch.bfloat16)
+    inputs[0][3] = float("-inf")
+    inputs[3] = inputs[3].abs()
+    inputs[2] = inputs[2].abs()
+    out, dx, *_ = outputs_and_gradients(ops.apt, inputs, dout)
+    expected = outputs_and_gradients(ops.apt_reference, [t.double() for t in inputs], dout.double())
+    assert torch.equal(out.isfinite(), expected[0].isfinite())
+    assert torch.equal(dx.isfinite(), expected[1].isfinite())
 
 
 def test_any_leading_shape_and_strides():
@@ -254,10 +267,50 @@ def test_wrong_arguments_are_named(place):
         ops.apt(*wrong_shape)
 
 
-def test_unknown_activation():
-    inputs, _ = make_inputs(30, 64, 10)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_unknown_activation(dtype):
+    inputs, _ = make_inputs(30, 64, 10, dtype)
     with pytest.raises(RuntimeError, match="activation must be relu or softmax, got gelu"):
         ops.apt(*inputs, "gelu")
+
+
+@pytest.mark.parametrize(("place", "name"), [(0, "y"), (1, "y"), (3, "keys"), (4, "log_scale")])
+def test_wrong_shapes_in_float64_and_under_compile(place, name):
+    inputs, _ = make_inputs(30, 64, 10, torch.float64)
+    inputs[place] = torch.cat([inputs[place]] * 2)
+    with pytest.raises(RuntimeError, match=rf"apt: {name} must have shape .*, got"):
+        ops.apt(*inputs)
+    with pytest.raises(RuntimeError, match=rf"{name} must have shape .*, got"):
+        ops.apt(*(tensor.float().to("meta") for tensor in inputs))
+
+
+def test_tensors_on_two_devices():
+    inputs, _ = make_inputs(3, 64, 10)
+    inputs[3] = inputs[3].to("meta")
+    with pytest.raises(RuntimeError, match="all arguments must be on one device, got cpu, meta"):
+        ops.apt(*inputs)
+
+
+def test_backward_op_takes_only_what_forward_returned():
+    inputs, dout = make_inputs(30, 64, 10)
+    _, gate, scores = torch.ops.petl_ext.apt_forward(*inputs, "relu", True)
+    x, y, *weights = inputs
+    for name, wrong in {
+        "scores": (gate, scores.mT.contiguous().mT),
+        "gate": (gate.bfloat16(), scores),
+    }.items():
+        with pytest.raises(RuntimeError, match=f"apt: {name} must be contiguous and float32"):
+            torch.ops.petl_ext.apt_backward(dout, x, y, *weights, *wrong, "relu", True, True, True, True)
+
+
+def test_several_python_threads_at_once():
+    problems = [make_inputs(300, 64, 10 + i, seed=i) for i in range(4)]
+    expected = [outputs_and_gradients(ops.apt, *problem) for problem in problems]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            results = list(pool.map(lambda problem: outputs_and_gradients(ops.apt, *problem), problems))
+            for result, wanted in zip(results, expected, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(result, wanted, strict=True))
 
 
 def test_works_after_an_error():
@@ -281,10 +334,14 @@ def test_unknown_cpu_path():
     with pytest.raises(RuntimeError, match=r"must be auto or one of: .*portable, got sse9"):
         ops.cpu_path("sse9")
     code = "import torch, petl_ext; petl_ext.ops.cpu_path()"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PETL_CPU_PATH": "sse9"}, capture_output=True, text=True
-    )
-    assert result.returncode and "PETL_CPU_PATH must be auto or one of" in result.stderr
+    for call in ("", "'auto'"):
+        result = subprocess.run(
+            [sys.executable, "-c", code.replace("()", f"({call})")],
+            env={**os.environ, "PETL_CPU_PATH": "sse9"},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode and "PETL_CPU_PATH must be auto or one of" in result.stderr
 
 
 def test_cpu_path_from_the_environment():
@@ -337,6 +394,14 @@ class TestLayer:
             in_inference = layer.keys()
         layer.train()
         assert layer.keys() is not in_inference and layer.keys().requires_grad
+
+    def test_cached_keys_are_never_those_of_other_tensors(self):
+        """A freed tensor's address comes back: neither it nor an id tells two tensors apart."""
+        layer = APTLayer(64, num_prompts=10).eval()
+        with torch.no_grad():
+            for _ in range(50):
+                layer.prompts = torch.nn.Parameter(torch.randn(10, 64))
+                assert torch.equal(layer.keys(), layer._compute_keys())
 
     def test_keys_stay_wide_in_bfloat16(self):
         layer = APTLayer(64, num_prompts=10).bfloat16()

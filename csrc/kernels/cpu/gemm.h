@@ -149,16 +149,18 @@ struct AddFloats {
   }
 };
 
-// Epilogue: target [rows, width] in the type of its elements.
+// Epilogue: target [rows, width] in the type of its elements, of the sum with `addend` where there is one.
 template <class Target>
 struct StoreRows {
   char* target;
   int64_t width;
+  const float* addend;  // [rows, width in whole vectors], or null
 
   void prefetch(int64_t row, int64_t column, int64_t columns) const {
     prefetch_lines<true>(target + (row * width + column) * Target::kBytes, columns * Target::kBytes);
   }
   void operator()(int64_t row, int64_t column, Vec value) const {
+    if (addend) value += load(addend + row * round_up(width, kLanes) + column);
     Target::store_part(target + (row * width + column) * Target::kBytes, value, width - column);
   }
 };
@@ -174,6 +176,7 @@ struct FloatArithmetic {
   static Vec multiply_add(Vec a, Vec b, Vec sum) { return a * b + sum; }
 
   // The right operand whose row k is row first_row + k of `source`, one panel of it.
+  template <Part>
   static void pack_panel(const ConstRows& source, int64_t first_row, int64_t depth, int64_t columns, Panel panel,
                          float* packed) {
     with_elements(source.dtype, [&](auto elements) {
@@ -239,11 +242,12 @@ inline int64_t words(int64_t depth) {
 }
 
 // A whole right operand [depth, columns], panel after panel: words(depth) x padded columns.
-template <class Arithmetic>
+template <class Arithmetic, Part kPart = Part::rounded>
 inline void pack(const ConstRows& source, int64_t depth, int64_t columns, float* packed) {
   const Panels panels(columns);
   for (int64_t i = 0; i < panels.count(); ++i) {
-    Arithmetic::pack_panel(source, 0, depth, columns, panels[i], packed + panels[i].column * words<Arithmetic>(depth));
+    Arithmetic::template pack_panel<kPart>(source, 0, depth, columns, panels[i],
+                                           packed + panels[i].column * words<Arithmetic>(depth));
   }
 }
 

@@ -20,7 +20,7 @@ struct PairArithmetic {
     return rows.dtype == DType::bfloat16 && width % 2 == 0 && rows.stride % 2 == 0;
   }
 
-  template <Part kPart = Part::rounded, class Source>
+  template <Part kPart, class Source>
   static HalfBitsVec narrow(Source, const char* source, int64_t count) {
     if constexpr (Source::kType == DType::bfloat16) {
       if (count >= kLanes) return kPart == Part::rounded ? read<HalfBitsVec>(source) : HalfBitsVec{};
@@ -30,6 +30,7 @@ struct PairArithmetic {
     return kPart == Part::rounded ? rounded : to_bfloat16(value - from_bfloat16(rounded));
   }
 
+  template <Part kPart>
   static void pack_panel(const ConstRows& source, int64_t first_row, int64_t depth, int64_t columns, Panel panel,
                          float* packed) {
     with_elements(source.dtype, [&](auto elements) {
@@ -39,8 +40,8 @@ struct PairArithmetic {
           const int64_t column = panel.column + v * kLanes, count = columns - column;
           const char* at = row + column * elements.kBytes;
           const HalfBitsVec second =
-              k + 1 < depth ? narrow(elements, at + source.stride * elements.kBytes, count) : HalfBitsVec{};
-          store(packed, interleave(narrow(elements, at, count), second));
+              k + 1 < depth ? narrow<kPart>(elements, at + source.stride * elements.kBytes, count) : HalfBitsVec{};
+          store(packed, interleave(narrow<kPart>(elements, at, count), second));
         }
       }
     });
