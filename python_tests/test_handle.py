@@ -104,6 +104,27 @@ def test_disable_restores_after_an_exception_and_nests():
     assert not torch.equal(without, output)
 
 
+def test_disable_contexts_may_overlap():
+    model, attachment = attached()
+    inputs = make_inputs(model)
+    randomise(attachment)
+    output = run(model, inputs)
+    first, second = attachment.disable(), attachment.disable()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.equal(run(model, inputs), output)
+    second.__exit__(None, None, None)
+    assert torch.equal(run(model, inputs), output)
+
+
+def test_layers_attached_in_inference_mode_train():
+    model = make_model()
+    with torch.inference_mode():
+        attachment = petl_ext.attach(model, CONFIGS[0])
+    assert not any(parameter.is_inference() for parameter in attachment.parameters())
+
+
 def test_detach_inside_disable_stays_detached():
     model = make_model()
     before = snapshot(model)
@@ -178,6 +199,24 @@ def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch, exists
         attachment.save(target)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert target.exists() == exists
+
+
+def test_a_save_that_fails_between_its_two_files_puts_the_first_back(tmp_path, monkeypatch):
+    attachment = attached()[1]
+    attachment.save(tmp_path / "saved")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    randomise(attachment)
+    replace = folder_module.os.replace
+
+    def fail_at_the_configuration(source, target):
+        if "complete" in str(source) and str(target).endswith(".json"):
+            raise OSError("the file server is gone")
+        replace(source, target)
+
+    monkeypatch.setattr(folder_module.os, "replace", fail_at_the_configuration)
+    with pytest.raises(OSError, match="file server"):
+        attachment.save(tmp_path / "saved")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_saving_over_a_folder_replaces_both_files_and_keeps_others(tmp_path):
