@@ -103,18 +103,11 @@ def _draw_costs(measured, path):
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xscale="log", xlabel="trained parameters", ylabel="accuracy on the test split, %")
-    for index, one in enumerate(measured):
-        above = index % 2 == 0
-        axes.errorbar(one.trained, 100 * one.accuracy, yerr=100 * one.standard_error, fmt="o", capsize=3)
-        axes.annotate(
-            one.name,
-            (one.trained, 100 * one.accuracy),
-            xytext=(0, 9 if above else -9),
-            textcoords="offset points",
-            ha="center",
-            va="bottom" if above else "top",
-        )
-    axes.margins(x=0.2, y=0.2)
+    for one in measured:
+        error = 100 * one.standard_error
+        axes.errorbar(one.trained, 100 * one.accuracy, yerr=error, fmt="o", capsize=3, label=one.name)
+    axes.margins(x=0.1, y=0.1)
+    axes.legend()
     figure.savefig(path, dpi=120)
 
 
