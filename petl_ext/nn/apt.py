@@ -14,7 +14,7 @@ def _same(before, now):
 
 
 class APTLayer(nn.Module):
-    """Diffuses `num_prompts` learned prompts into the output of one attention (APT, section 3, equations 8 to 11).
+    """Diffuses `num_prompts` learned prompts into the output of one attention (APT, arXiv 2306.15706).
 
     It holds `prompts` [P, D], the low-rank pair `down` [r, D] and `up` [D, r] that turns prompts into keys, and
     `log_scale` [1]: P D + 2 r D + 1 parameters.

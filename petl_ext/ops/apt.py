@@ -4,7 +4,8 @@ With x the attention's input, y its output, and one row per token,
 
     scores = act(x keys^T)    gate = rowmax(scores), detached    out = exp(log_scale) * (y + gate * (scores prompts))
 
-where act is ReLU, or the softmax over the prompts (APT, section 3; sizes and traps: the paper's ViLT and METER code).
+where act is ReLU, or the softmax over the prompts. Source: "Approximated Prompt Tuning for Vision-Language Pre-trained
+Models" (arXiv 2306.15706), as the authors' code for ViLT and METER computes it.
 """
 
 import torch
@@ -120,7 +121,7 @@ def apt(x, y, prompts, keys, log_scale, activation="relu"):
         x: [..., D], the attention's input. Any strides; rows that are not contiguous are copied.
         y: [..., D], its output after the output projection, shaped as x. Its dtype may differ from that of x.
         prompts: [P, D].
-        keys: [P, D], what x is scored against: prompts + (prompts W0^T) W1^T (APT, equation 10), see `APTLayer`.
+        keys: [P, D], what x is scored against: prompts + (prompts W0^T) W1^T, see `APTLayer`.
         log_scale: [1]; its exponential scales the whole sum, y included.
         activation: "relu" or "softmax".
 

@@ -302,12 +302,12 @@ class VQACollator:
 
 
 def vqa_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy summed over the answers, mean of the batch; both [batch, answers]. APT, section 4."""
+    """Binary cross-entropy summed over the answers, mean of the batch; both [batch, answers]."""
     return functional.binary_cross_entropy_with_logits(logits, targets) * targets.shape[1]
 
 
 def vqa_score(logits: Tensor, targets: Tensor) -> float:
-    """Mean soft score of the best-rated answer, in [0, 1]; both [n, answers]. APT, section 4."""
+    """Mean soft score of the best-rated answer, in [0, 1]; both [n, answers]."""
     return targets.gather(1, logits.argmax(dim=1, keepdim=True)).mean().item()
 
 
