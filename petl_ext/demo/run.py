@@ -210,7 +210,7 @@ def _train(method, data, size, seed, output, progress):
     model = _make_model(method, len(data.vocabulary))
     attachment = attach(model, method.config, keep=HEAD)
     arguments = TrainingArguments(
-        output_dir=str(output / "trainer"),
+        output_dir=str(output),
         max_steps=size.steps,
         per_device_train_batch_size=size.batch,
         per_device_eval_batch_size=2 * size.batch,
