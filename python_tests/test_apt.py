@@ -303,6 +303,14 @@ def test_backward_op_takes_only_what_forward_returned():
             torch.ops.petl_ext.apt_backward(dout, x, y, *weights, *wrong, "relu", True, True, True, True)
 
 
+def test_backward_op_takes_dout_in_the_dtype_of_y_only():
+    inputs, dout = make_inputs(30, 64, 10)
+    _, gate, scores = torch.ops.petl_ext.apt_forward(*inputs, "relu", True)
+    x, y, *weights = inputs
+    with pytest.raises(RuntimeError, match="apt: dout must have the dtype of y"):
+        torch.ops.petl_ext.apt_backward(dout.bfloat16(), x, y, *weights, gate, scores, "relu", *[True] * 4)
+
+
 def test_several_python_threads_at_once():
     problems = [make_inputs(300, 64, 10 + i, seed=i) for i in range(4)]
     expected = [outputs_and_gradients(ops.apt, *problem) for problem in problems]

@@ -75,6 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward_cpu(
                                 {"apt", "prompts", prompts}, {"apt", "keys", keys}, {"apt", "log_scale", log_scale}};
   for (const Argument& argument : arguments) argument.is_on_cpu();
   arguments[2].has_shape(shape_of(dout));
+  STD_TORCH_CHECK(arguments[2].dtype() == arguments[0].dtype(), "apt: dout must have the dtype of y");
   const RowsOf rows[] = {RowsOf(arguments[0]), RowsOf(arguments[1]), RowsOf(arguments[2]),
                          RowsOf(arguments[3]), RowsOf(arguments[4]), RowsOf(arguments[5])};
   const auto empty_or = [](bool needed, const Tensor& like) {

@@ -97,7 +97,8 @@ struct PairArithmetic {
 // Rounded keys change the sign of scores near zero, and with it ReLU's mask: the input gradient becomes 24 times less
 // accurate than its own rounding. So scores that the rounding may have carried across zero are computed again, with the
 // keys as they are. |x . (key - rounded key)| <= |x| |key - rounded key| bounds the error: at 768 columns that leaves
-// two scores in a hundred. The largest score of a row is computed again as well: as the gate, it scales all the others.
+// four scores in a hundred. The largest score of a row is computed again as well: as the gate, it scales all the
+// others.
 class ExactScores {
  public:
   // `rounding` [P] is filled with |key - rounded key|.
