@@ -229,7 +229,7 @@ def test_saved_for_backward_is_keys_gate_and_scores():
         ops.apt(*inputs)
     for tensor in inputs:
         saved.pop(tensor.untyped_storage().data_ptr(), None)
-    assert sum(saved.values()) <= 4 * 1920 * (50 + 1)
+    assert sum(saved.values()) <= 4 * 1920 * (56 + 1)
 
 
 def test_opcheck():
@@ -299,7 +299,7 @@ def test_backward_op_takes_only_what_forward_returned():
         "scores": (gate, scores.mT.contiguous().mT),
         "gate": (gate.bfloat16(), scores),
     }.items():
-        with pytest.raises(RuntimeError, match=f"apt: {name} must be contiguous and float32"):
+        with pytest.raises(RuntimeError, match=f"apt: {name} must .*, (got|as the forward op returned it)"):
             torch.ops.petl_ext.apt_backward(dout, x, y, *weights, *wrong, "relu", True, True, True, True)
 
 

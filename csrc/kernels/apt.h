@@ -8,6 +8,9 @@ enum class Activation { relu, softmax };
 
 struct AptSizes {
   int64_t R, D, P;  // rows, width, prompts
+
+  // The width of a row of kept scores: whole 16-byte words, so that every row is aligned.
+  int64_t kept() const { return (P + 7) / 8 * 8; }
 };
 
 struct AptForward {
@@ -20,7 +23,7 @@ struct AptForward {
   ConstRows log_scale;  // [1, 1]
   Rows out;             // [R, D]
   float* gate;          // [R]
-  float* scores;        // [R, P], or null: not kept
+  Rows scores;          // [R, kept], bfloat16 or float32, zeros beyond P; null: not kept
 };
 
 struct AptBackward {
@@ -33,7 +36,7 @@ struct AptBackward {
   ConstRows keys;       // [P, D]
   ConstRows log_scale;  // [1, 1]
   const float* gate;    // [R]
-  const float* scores;  // [R, P]
+  ConstRows scores;     // [R, kept]
   // A gradient whose data is null is not computed.
   Rows dx;            // [R, D]
   Rows dy;            // [R, D]

@@ -6,9 +6,24 @@
 
 #include "ops/check.h"
 #include "ops/cpu.h"
+#ifdef PETL_WITH_CUDA
+#include "ops/cuda.h"
+#endif
 
 namespace petl {
 namespace {
+
+void run(const Cpu&, const AptForward& args) { cpu_kernels().apt_forward(args, &parallel_for); }
+void run(const Cpu&, const AptBackward& args, const Tensor&) { cpu_kernels().apt_backward(args, &parallel_for); }
+
+#ifdef PETL_WITH_CUDA
+void run(const Cuda& device, const AptForward& args) { device.check("apt", cuda::apt_forward(args, device.queue())); }
+
+void run(const Cuda& device, const AptBackward& args, const Tensor& like) {
+  const Tensor workspace = new_bytes(like, cuda::apt_backward_workspace(args));
+  device.check("apt", cuda::apt_backward(args, workspace.mutable_data_ptr(), device.queue()));
+}
+#endif
 
 Activation activation_named(const std::string& name) {
   STD_TORCH_CHECK(name == "relu" || name == "softmax", "apt: activation must be relu or softmax, got ", name);
@@ -28,92 +43,94 @@ AptSizes check_sizes(const Tensor& x, const Tensor& y, const Tensor& prompts, co
   return {x.numel() / D, D, P};
 }
 
-std::tuple<Tensor, Tensor, Tensor> apt_forward_cpu(const Tensor& x, const Tensor& y, const Tensor& prompts,
-                                                   const Tensor& keys, const Tensor& log_scale, std::string activation,
-                                                   bool keep_scores) {
+// Scores are kept for backward in half the bytes where x has no more digits itself. float16 has too small a range.
+ScalarType kept_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> apt_forward(const Tensor& x, const Tensor& y, const Tensor& prompts,
+                                               const Tensor& keys, const Tensor& log_scale, std::string activation,
+                                               bool keep_scores) {
   const AptSizes size = check_sizes(x, y, prompts, keys, log_scale);
   const Argument arguments[] = {{"apt", "x", x},
                                 {"apt", "y", y},
                                 {"apt", "prompts", prompts},
                                 {"apt", "keys", keys},
                                 {"apt", "log_scale", log_scale}};
-  for (const Argument& argument : arguments) argument.is_on_cpu();
-  const RowsOf rows[] = {RowsOf(arguments[0]), RowsOf(arguments[1]), RowsOf(arguments[2]), RowsOf(arguments[3]),
-                         RowsOf(arguments[4])};
-  Tensor out = torch::stable::new_empty(y, y.sizes());
-  Tensor gate = new_floats(y, {size.R});
-  Tensor scores = new_floats(y, keep_scores ? std::vector<int64_t>{size.R, size.P} : std::vector<int64_t>{0});
-  cpu_kernels().apt_forward({size,
-                             activation_named(activation),
-                             rows[0].view(),
-                             rows[1].view(),
-                             rows[2].view(),
-                             rows[3].view(),
-                             rows[4].view(),
-                             {out.mutable_data_ptr(), arguments[1].dtype()},
-                             static_cast<float*>(gate.mutable_data_ptr()),
-                             keep_scores ? static_cast<float*>(scores.mutable_data_ptr()) : nullptr},
-                            &parallel_for);
-  return {out, gate, scores};
+  const Device device(x);
+  for (const Argument& argument : arguments) device.holds(argument);
+  device.supports("apt", size.D, "the number of prompts P", size.P);
+  const bool widen = !Device::kMixesDtypes && arguments[0].dtype() != arguments[1].dtype();
+  const ActivationRows<Device> x_rows(arguments[0], widen), y_rows(arguments[1], widen);
+  const RowsOf prompts_rows(arguments[2]), keys_rows(arguments[3]), log_scale_rows(arguments[4]);
+  const Result out(y, widen);
+  const Tensor gate = new_floats(y, {size.R});
+  const auto kept = keep_scores ? std::vector<int64_t>{size.R, size.kept()} : std::vector<int64_t>{0};
+  const Tensor scores = torch::stable::new_empty(y, kept, kept_dtype(x));
+  run(device,
+      AptForward{size,
+                 activation_named(activation),
+                 x_rows.view(),
+                 y_rows.view(),
+                 prompts_rows.view(),
+                 keys_rows.view(),
+                 log_scale_rows.view(),
+                 out.rows(),
+                 static_cast<float*>(gate.mutable_data_ptr()),
+                 {keep_scores ? scores.mutable_data_ptr() : nullptr, Argument{"apt", "scores", scores}.dtype()}});
+  return {out.tensor(), gate, scores};
 }
 
-// A weight's gradient is summed in float32 and takes the weight's dtype at the end.
-Tensor in_dtype_of(const Tensor& gradient, const Tensor& weight) {
-  return weight.scalar_type() == ScalarType::Float ? gradient : torch::stable::to(gradient, weight.scalar_type());
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward_cpu(
-    const Tensor& dout, const Tensor& x, std::optional<Tensor> y, const Tensor& prompts, const Tensor& keys,
-    const Tensor& log_scale, const Tensor& gate, const Tensor& scores, std::string activation, bool needs_dx,
-    bool needs_dy, bool needs_dprompts, bool needs_dkeys) {
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward(const Tensor& dout, const Tensor& x,
+                                                                std::optional<Tensor> y, const Tensor& prompts,
+                                                                const Tensor& keys, const Tensor& log_scale,
+                                                                const Tensor& gate, const Tensor& scores,
+                                                                std::string activation, bool needs_dx, bool needs_dy,
+                                                                bool needs_dprompts, bool needs_dkeys) {
   const AptSizes size = check_sizes(x, dout, prompts, keys, log_scale);
   const Argument kept[] = {{"apt", "gate", gate}, {"apt", "scores", scores}};
   kept[0].has_shape({size.R});
-  kept[1].has_shape({size.R, size.P});
-  for (const Argument& argument : kept) argument.is_plain_float32();
+  kept[0].is_as_forward_returned(ScalarType::Float);
+  kept[1].has_shape({size.R, size.kept()});
+  kept[1].is_as_forward_returned(kept_dtype(x));
   const Argument arguments[] = {{"apt", "dout", dout},       {"apt", "x", x},       {"apt", "y", y ? *y : dout},
                                 {"apt", "prompts", prompts}, {"apt", "keys", keys}, {"apt", "log_scale", log_scale}};
-  for (const Argument& argument : arguments) argument.is_on_cpu();
+  const Device device(x);
+  for (const Argument& argument : arguments) device.holds(argument);
+  for (const Argument& argument : kept) device.holds(argument);
+  device.supports("apt", size.D, "the number of prompts P", size.P);
   arguments[2].has_shape(shape_of(dout));
   STD_TORCH_CHECK(arguments[2].dtype() == arguments[0].dtype(), "apt: dout must have the dtype of y");
-  const RowsOf rows[] = {RowsOf(arguments[0]), RowsOf(arguments[1]), RowsOf(arguments[2]),
-                         RowsOf(arguments[3]), RowsOf(arguments[4]), RowsOf(arguments[5])};
-  const auto empty_or = [](bool needed, const Tensor& like) {
-    return needed ? torch::stable::new_empty(like, like.sizes()) : torch::stable::new_empty(like, {0});
-  };
-  const auto floats_or_empty = [](bool needed, const Tensor& like) {
-    return new_floats(like, needed ? shape_of(like) : std::vector<int64_t>{0});
-  };
-  Tensor dx = empty_or(needs_dx, x), dy = empty_or(needs_dy, dout);
-  Tensor dprompts = floats_or_empty(needs_dprompts, prompts), dkeys = floats_or_empty(needs_dkeys, keys);
-  Tensor dlog_scale = floats_or_empty(y.has_value(), log_scale);
-  const auto floats = [](bool needed, const Tensor& t) {
-    return needed ? static_cast<float*>(t.mutable_data_ptr()) : nullptr;
-  };
-  cpu_kernels().apt_backward({size,
-                              activation_named(activation),
-                              rows[0].view(),
-                              rows[1].view(),
-                              rows[2].view(),
-                              rows[3].view(),
-                              rows[4].view(),
-                              rows[5].view(),
-                              static_cast<const float*>(gate.const_data_ptr()),
-                              static_cast<const float*>(scores.const_data_ptr()),
-                              {needs_dx ? dx.mutable_data_ptr() : nullptr, arguments[1].dtype()},
-                              {needs_dy ? dy.mutable_data_ptr() : nullptr, arguments[0].dtype()},
-                              floats(needs_dprompts, dprompts),
-                              floats(needs_dkeys, dkeys),
-                              floats(y.has_value(), dlog_scale)},
-                             &parallel_for);
-  return {dx, dy, in_dtype_of(dprompts, prompts), in_dtype_of(dkeys, keys), in_dtype_of(dlog_scale, log_scale)};
+  const bool widen = !Device::kMixesDtypes && arguments[0].dtype() != arguments[1].dtype();
+  const ActivationRows<Device> dout_rows(arguments[0], widen), x_rows(arguments[1], widen), y_rows(arguments[2], widen);
+  const RowsOf prompts_rows(arguments[3]), keys_rows(arguments[4]), log_scale_rows(arguments[5]), scores_rows(kept[1]);
+  const Result dx(x, widen, needs_dx), dy(dout, widen, needs_dy);
+  const WeightGradient dprompts(prompts, needs_dprompts), dkeys(keys, needs_dkeys), dlog_scale(log_scale, bool(y));
+  run(device,
+      AptBackward{size, activation_named(activation), dout_rows.view(), x_rows.view(), y_rows.view(),
+                  prompts_rows.view(), keys_rows.view(), log_scale_rows.view(),
+                  static_cast<const float*>(gate.const_data_ptr()), scores_rows.view(), dx.rows(), dy.rows(),
+                  dprompts.data(), dkeys.data(), dlog_scale.data()},
+      x);
+  return {dx.tensor(), dy.tensor(), dprompts.tensor(), dkeys.tensor(), dlog_scale.tensor()};
 }
 
 }  // namespace
 
+#ifndef PETL_EMULATED
 STABLE_TORCH_LIBRARY_IMPL(petl_ext, CPU, m) {
-  m.impl("apt_forward", TORCH_BOX(&apt_forward_cpu));
-  m.impl("apt_backward", TORCH_BOX(&apt_backward_cpu));
+  m.impl("apt_forward", TORCH_BOX(&apt_forward<Cpu>));
+  m.impl("apt_backward", TORCH_BOX(&apt_backward<Cpu>));
 }
+#endif
+
+#ifdef PETL_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(PETL_CUDA_LIBRARY, PETL_CUDA_KEY, m) {
+  m.impl("apt_forward", TORCH_BOX(&apt_forward<Cuda>));
+  m.impl("apt_backward", TORCH_BOX(&apt_backward<Cuda>));
+}
+#endif
 
 }  // namespace petl

@@ -39,14 +39,10 @@ struct Argument {
                     axes, " with no empty axis, got ", shape_text(shape_of(tensor)));
   }
 
-  void is_on_cpu() const {
-    STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU, as the other arguments are");
-  }
-
-  void is_plain_float32() const {
-    is_on_cpu();
-    STD_TORCH_CHECK(dtype() == DType::float32 && tensor.is_contiguous(), op, ": ", name,
-                    " must be contiguous and float32, as the forward op returned it");
+  void is_as_forward_returned(ScalarType expected) const {
+    STD_TORCH_CHECK(tensor.scalar_type() == expected && tensor.is_contiguous(), op, ": ", name,
+                    " must be contiguous and ", torch::headeronly::toString(expected),
+                    ", as the forward op returned it");
   }
 
   DType dtype() const {
@@ -65,18 +61,23 @@ struct Argument {
   }
 };
 
-// A tensor as rows of its last axis, which is made contiguous where it is not; it keeps the copy alive.
+// A tensor as rows of its last axis. Where they are not contiguous, or do not begin at multiples of `alignment` bytes,
+// it is copied; the copy lives as long as this.
 class RowsOf {
  public:
-  explicit RowsOf(const Argument& argument) : dtype_(argument.dtype()), tensor_(as_matrix(argument.tensor)) {}
+  explicit RowsOf(const Argument& argument, int64_t alignment = 1)
+      : dtype_(argument.dtype()), tensor_(as_matrix(argument.tensor, alignment)) {}
 
   ConstRows view() const { return {tensor_.const_data_ptr(), tensor_.stride(0), dtype_}; }
 
  private:
-  static Tensor as_matrix(const Tensor& tensor) {
+  static Tensor as_matrix(const Tensor& tensor, int64_t alignment) {
     const int64_t width = tensor.dim() ? tensor.size(tensor.dim() - 1) : 1;
     Tensor matrix = torch::stable::reshape(tensor, {width ? tensor.numel() / width : 0, width});
-    return matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
+    if (matrix.stride(1) != 1) return torch::stable::contiguous(matrix);
+    const int64_t begin = reinterpret_cast<int64_t>(matrix.const_data_ptr());
+    const bool aligned = begin % alignment == 0 && matrix.stride(0) * matrix.element_size() % alignment == 0;
+    return aligned ? matrix : torch::stable::clone(matrix);
   }
 
   DType dtype_;
@@ -86,5 +87,65 @@ class RowsOf {
 inline Tensor new_floats(const Tensor& like, const std::vector<int64_t>& shape) {
   return torch::stable::new_empty(like, shape, ScalarType::Float);
 }
+
+inline Tensor new_bytes(const Tensor& like, int64_t count) {
+  return torch::stable::new_empty(like, {count}, ScalarType::Byte);
+}
+
+inline Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+// The rows of an activation as a device's kernels want them; `widen` asks for a copy in float32.
+template <class Device>
+class ActivationRows {
+ public:
+  ActivationRows(const Argument& argument, bool widen)
+      : wide_(widen ? in_dtype(argument.tensor, ScalarType::Float) : argument.tensor),
+        rows_({argument.op, argument.name, wide_}, Device::kRowAlignment) {}
+
+  ConstRows view() const { return rows_.view(); }
+
+ private:
+  Tensor wide_;
+  RowsOf rows_;
+};
+
+// A result shaped as an argument and in its dtype, computed in float32 where `widen` says so; empty if not needed.
+class Result {
+ public:
+  Result(const Tensor& like, bool widen, bool needed = true)
+      : dtype_(like.scalar_type()),
+        needed_(needed),
+        tensor_(torch::stable::new_empty(like, needed ? shape_of(like) : std::vector<int64_t>{0},
+                                         widen ? ScalarType::Float : dtype_)) {}
+
+  Rows rows() const {
+    return {needed_ ? tensor_.mutable_data_ptr() : nullptr, Argument{"result", "result", tensor_}.dtype()};
+  }
+  Tensor tensor() const { return in_dtype(tensor_, dtype_); }
+
+ private:
+  ScalarType dtype_;
+  bool needed_;
+  Tensor tensor_;
+};
+
+// The gradient of a weight: summed in float32, it takes the weight's dtype at the end; empty if not needed.
+class WeightGradient {
+ public:
+  WeightGradient(const Tensor& weight, bool needed)
+      : dtype_(weight.scalar_type()),
+        needed_(needed),
+        sums_(new_floats(weight, needed ? shape_of(weight) : std::vector<int64_t>{0})) {}
+
+  float* data() const { return needed_ ? static_cast<float*>(sums_.mutable_data_ptr()) : nullptr; }
+  Tensor tensor() const { return in_dtype(sums_, dtype_); }
+
+ private:
+  ScalarType dtype_;
+  bool needed_;
+  Tensor sums_;
+};
 
 }  // namespace petl

@@ -6,6 +6,7 @@
 #include <cstdlib>
 
 #include "kernels/cpu/kernels.h"
+#include "ops/check.h"
 
 namespace petl {
 
@@ -20,5 +21,21 @@ inline const cpu::Kernels& cpu_kernels() {
 inline void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
   torch::stable::parallel_for(0, count, 1, body);
 }
+
+// The device of a call, as the ops' templates want it; see Cuda in ops/cuda.h.
+class Cpu {
+ public:
+  static constexpr int64_t kRowAlignment = 1;
+  static constexpr bool kMixesDtypes = true;
+
+  explicit Cpu(const Tensor&) {}
+
+  void holds(const Argument& argument) const {
+    STD_TORCH_CHECK(argument.tensor.is_cpu(), argument.op, ": ", argument.name,
+                    " must be on the CPU, as the other arguments are");
+  }
+
+  void supports(const char*, int64_t, const char*, int64_t) const {}
+};
 
 }  // namespace petl

@@ -155,7 +155,8 @@ bool check(const petl::cpu::Kernels& kernels, const Problem& problem) {
   const Stored stored_x(x, dtype), stored_y(y, dtype), stored_dout(dout, dtype);
   const Stored weights[] = {{prompts, DType::float32}, {keys, DType::float32}, {log_scale, DType::float32}};
   Stored out(Floats(R * D), dtype), dx(Floats(R * D), dtype), dy(Floats(R * D), dtype);
-  Floats gate(R), scores(R * P), dprompts(P * D), dkeys(P * D), dlog_scale(1);
+  Stored scores(Floats(R * ((P + 7) / 8 * 8)), dtype);
+  Floats gate(R), dprompts(P * D), dkeys(P * D), dlog_scale(1);
   kernels.apt_forward({{R, D, P},
                        activation,
                        stored_x.rows(D),
@@ -165,7 +166,7 @@ bool check(const petl::cpu::Kernels& kernels, const Problem& problem) {
                        weights[2].rows(1),
                        out.target(),
                        gate.data(),
-                       scores.data()},
+                       scores.target()},
                       two_threads);
   kernels.apt_backward({{R, D, P},
                         activation,
@@ -176,7 +177,7 @@ bool check(const petl::cpu::Kernels& kernels, const Problem& problem) {
                         weights[1].rows(D),
                         weights[2].rows(1),
                         gate.data(),
-                        scores.data(),
+                        scores.rows((P + 7) / 8 * 8),
                         dx.target(),
                         dy.target(),
                         dprompts.data(),

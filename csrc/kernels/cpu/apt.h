@@ -66,10 +66,19 @@ struct AptOutput {
   }
 };
 
-// The width of a row of scores in working memory, whatever a word holds: the columns beyond P stay zero.
+// The width of a row of scores in working memory, whatever a word holds: the columns beyond P stay zero. No narrower
+// than AptSizes::kept.
 template <class Arithmetic>
 inline int64_t scores_stride(int64_t P) {
-  return round_up(P, Arithmetic::kPerWord * kLanes);
+  return round_up(P, std::max<int64_t>(8, Arithmetic::kPerWord * kLanes));
+}
+
+inline void keep_scores(const float* scores, int64_t width, char* kept, DType dtype) {
+  with_elements(dtype, [&](auto elements) {
+    for (int64_t p = 0; p < width; p += kLanes) {
+      elements.store_part(kept + p * elements.kBytes, Floats::load_part(scores + p, width - p), width - p);
+    }
+  });
 }
 
 template <class Arithmetic>
@@ -90,7 +99,10 @@ struct AptForwardTile {
       std::fill(row_scores + P, row_scores + stride, 0.0f);
       if (exact) exact->correct(row_of(args.x, begin + row), P, row_scores);
       args.gate[begin + row] = activate(args.activation, row_scores, P);
-      if (args.scores) memcpy(args.scores + (begin + row) * P, row_scores, P * sizeof(float));
+      if (args.scores.data) {
+        const int64_t kept = args.size.kept();
+        keep_scores(row_scores, kept, row_of(args.scores, begin + row, kept), args.scores.dtype);
+      }
     }
     const Left left = Arithmetic::values_as_left(scores, rows, stride);
     with_elements(args.y.dtype, [&](auto elements) {
@@ -187,22 +199,25 @@ struct AptBackwardTile {
   // Returns sum(dout * (out - exp(log_scale) * y)).
   double score_gradients(int64_t row, float* products, float* weighted) const {
     const int64_t P = args.size.P, stride = scores_stride<Arithmetic>(P);
-    const float* scores = args.scores + row * P;
     const float factor = scale * args.gate[row];
     std::fill(products + P, products + stride, 0.0f);
+    std::fill(weighted + P, weighted + stride, 0.0f);
+    with_elements(args.scores.dtype, [&](auto elements) {
+      const char* scores = row_of(args.scores, row);
+      for (int64_t p = 0; p < P; p += kLanes) {
+        Floats::store_part(weighted + p, elements.load_part(scores + p * elements.kBytes, P - p), P - p);
+      }
+    });
     Vec sums = {};
-    for (int64_t p = 0; p < stride; p += kLanes) {
-      const Vec score = p < P ? Floats::load_part(scores + p, P - p) : Vec{};
-      sums += score * load(products + p);
-      store(weighted + p, factor * score);
-    }
+    for (int64_t p = 0; p < stride; p += kLanes) sums += load(weighted + p) * load(products + p);
     const double total = sum_lanes(sums);
     const float mean = static_cast<float>(total);
     const bool relu = args.activation == Activation::relu;
-    for (int64_t p = 0; p < P; p += kLanes) {
-      const Vec score = Floats::load_part(scores + p, P - p), product = load(products + p);
+    for (int64_t p = 0; p < stride; p += kLanes) {
+      const Vec score = load(weighted + p), product = load(products + p);
       // A comparison written so that the gradient at a NaN is NaN, not zero.
       store(products + p, factor * (relu ? (score <= 0.0f ? Vec{} : product) : score * (product - mean)));
+      store(weighted + p, factor * score);
     }
     return factor * total;
   }

@@ -1,0 +1,70 @@
+// How an op reaches the CUDA kernels: the tensors' device, torch's current stream, and errors in words.
+//
+// No CUDA header is needed here. In an emulated build (PETL_EMULATED) the same ops run the same kernels on the host,
+// for CPU tensors, in a library of their own.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "kernels/cuda/kernels.h"
+#include "ops/check.h"
+
+#ifdef PETL_EMULATED
+#define PETL_CUDA_LIBRARY petl_emulated
+#define PETL_CUDA_KEY CPU
+#else
+#define PETL_CUDA_LIBRARY petl_ext
+#define PETL_CUDA_KEY CUDA
+// libtorch_cuda has it; weak, so that the same file also loads under a torch without CUDA.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
+
+namespace petl {
+
+// The device of a call: the current one, as long as this lives.
+class Cuda {
+ public:
+  static constexpr int64_t kRowAlignment = 16;
+  static constexpr bool kMixesDtypes = false;
+
+#ifdef PETL_EMULATED
+  explicit Cuda(const Tensor&) : queue_{0, nullptr} {}
+  bool is_here(const Tensor& tensor) const { return tensor.is_cpu(); }
+#else
+  explicit Cuda(const Tensor& like) : guard_(like.get_device_index()), queue_{like.get_device_index(), nullptr} {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "petl_ext: this torch has no CUDA support");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(queue_.device, &queue_.stream) == 0,
+                    "petl_ext: torch gave no current stream for cuda:", queue_.device);
+  }
+  bool is_here(const Tensor& tensor) const { return tensor.is_cuda() && tensor.get_device_index() == queue_.device; }
+#endif
+
+  const cuda::Queue& queue() const { return queue_; }
+
+  void holds(const Argument& argument) const {
+    STD_TORCH_CHECK(is_here(argument.tensor), argument.op, ": ", argument.name, " must be on cuda:", queue_.device,
+                    ", as x is");
+  }
+
+  // D, the width, and the inner size under its name.
+  void supports(const char* op, int64_t D, const char* inner_name, int64_t inner) const {
+    STD_TORCH_CHECK(D % cuda::kVectorWidth == 0 && D <= cuda::kMaxWidth, op,
+                    ": on CUDA the width D must be a multiple of ", cuda::kVectorWidth, " up to ", cuda::kMaxWidth,
+                    ", got ", D);
+    STD_TORCH_CHECK(inner <= cuda::kMaxInner, op, ": on CUDA ", inner_name, " must be at most ", cuda::kMaxInner,
+                    ", got ", inner);
+  }
+
+  void check(const char* op, int error) const {
+    STD_TORCH_CHECK(error == 0, op, ": the CUDA kernel could not be launched: ", cuda::error_text(error));
+  }
+
+ private:
+#ifndef PETL_EMULATED
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  cuda::Queue queue_;
+};
+
+}  // namespace petl
