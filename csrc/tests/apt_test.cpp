@@ -1,137 +1,10 @@
-// The CPU kernels of prompt diffusion against plain loops in float64, on every path, without torch. Buffers have
-// exactly the size that the kernels may touch, so that the address sanitizer sees any step beyond.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <random>
-#include <string>
+// The CPU kernels of prompt diffusion, on every path.
 #include <thread>
-#include <tuple>
-#include <vector>
 
+#include "apt_problem.h"
 #include "kernels/cpu/kernels.h"
 
 namespace {
-
-using petl::Activation;
-using petl::ConstRows;
-using petl::DType;
-
-using Floats = std::vector<float>;
-using Doubles = std::vector<double>;
-
-Floats random_floats(size_t count, float scale, unsigned seed) {
-  std::mt19937 engine(seed);
-  std::normal_distribution<float> normal(0, scale);
-  Floats values(count);
-  for (float& value : values) value = normal(engine);
-  return values;
-}
-
-// Floats as they lie in memory in one of the types that a kernel reads and writes.
-class Stored {
- public:
-  Stored(const Floats& values, DType dtype) : dtype_(dtype), bytes_(values.size() * (is_wide() ? 4 : 2)) {
-    if (is_wide()) {
-      std::memcpy(bytes_.data(), values.data(), bytes_.size());
-      return;
-    }
-    for (size_t i = 0; i < values.size(); ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, &values[i], 4);
-      const uint16_t half = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-      std::memcpy(bytes_.data() + 2 * i, &half, 2);
-    }
-  }
-
-  Floats values() const {
-    Floats values(bytes_.size() / (is_wide() ? 4 : 2));
-    for (size_t i = 0; i < values.size(); ++i) {
-      uint32_t bits = 0;
-      const size_t size = is_wide() ? 4 : 2;
-      std::memcpy(reinterpret_cast<char*>(&bits) + 4 - size, bytes_.data() + size * i, size);
-      std::memcpy(&values[i], &bits, 4);
-    }
-    return values;
-  }
-
-  ConstRows rows(int64_t width) const { return {bytes_.data(), width, dtype_}; }
-  petl::Rows target() { return {bytes_.data(), dtype_}; }
-
- private:
-  bool is_wide() const { return dtype_ == DType::float32; }
-  DType dtype_;
-  std::vector<char> bytes_;
-};
-
-Floats rounded(const Floats& values, DType dtype) { return Stored(values, dtype).values(); }
-
-struct Problem {
-  int64_t R, D, P;
-  Activation activation;
-  DType dtype;  // of x, y and dout; the weights are float32
-  Floats x, y, prompts, keys, log_scale, dout;
-
-  Problem(int64_t R, int64_t D, int64_t P, Activation activation, DType dtype)
-      : R(R),
-        D(D),
-        P(P),
-        activation(activation),
-        dtype(dtype),
-        x(rounded(random_floats(R * D, 1, 1), dtype)),
-        y(rounded(random_floats(R * D, 1, 2), dtype)),
-        prompts(random_floats(P * D, 0.1f, 3)),
-        keys(random_floats(P * D, 0.1f, 4)),
-        log_scale{0.2f},
-        dout(rounded(random_floats(R * D, 1, 5), dtype)) {}
-};
-
-struct Results {
-  Doubles out, dx, dy, dprompts, dkeys, dlog_scale;
-};
-
-Results expected(const Problem& problem) {
-  const auto& [R, D, P, activation, dtype, x, y, prompts, keys, log_scale, dout] = problem;
-  Results r{Doubles(R * D), Doubles(R * D), Doubles(R * D), Doubles(P * D), Doubles(P * D), Doubles(1)};
-  const double scale = std::exp(double{log_scale[0]});
-  for (int64_t row = 0; row < R; ++row) {
-    Doubles scores(P), dscores(P);
-    double best = -INFINITY, total = 0, mean = 0;
-    for (int64_t p = 0; p < P; ++p) {
-      for (int64_t d = 0; d < D; ++d) scores[p] += double{x[row * D + d]} * keys[p * D + d];
-      best = std::max(best, scores[p]);
-    }
-    for (double& score : scores) total += std::exp(score - best);
-    for (double& score : scores) {
-      score = activation == Activation::relu ? std::max(score, 0.0) : std::exp(score - best) / total;
-    }
-    const double gate = activation == Activation::relu ? std::max(best, 0.0) : 1 / total;
-    for (int64_t p = 0; p < P; ++p) {
-      for (int64_t d = 0; d < D; ++d) dscores[p] += scale * gate * dout[row * D + d] * prompts[p * D + d];
-      mean += scores[p] * dscores[p];
-    }
-    for (int64_t p = 0; p < P; ++p) {
-      dscores[p] = activation == Activation::relu ? (scores[p] > 0 ? dscores[p] : 0) : scores[p] * (dscores[p] - mean);
-    }
-    for (int64_t d = 0; d < D; ++d) {
-      const double g = dout[row * D + d];
-      double sum = 0;
-      for (int64_t p = 0; p < P; ++p) {
-        sum += scores[p] * prompts[p * D + d];
-        r.dx[row * D + d] += dscores[p] * keys[p * D + d];
-        r.dprompts[p * D + d] += scale * gate * scores[p] * g;
-        r.dkeys[p * D + d] += dscores[p] * x[row * D + d];
-      }
-      r.out[row * D + d] = scale * (y[row * D + d] + gate * sum);
-      r.dy[row * D + d] = scale * g;
-      r.dlog_scale[0] += g * r.out[row * D + d];
-    }
-  }
-  return r;
-}
 
 void two_threads(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
   std::thread other([&] { body(0, count / 2); });
@@ -139,73 +12,18 @@ void two_threads(int64_t count, const std::function<void(int64_t, int64_t)>& bod
   other.join();
 }
 
-bool close(const std::string& name, const Floats& actual, const Doubles& wanted, double tolerance) {
-  double error = 0, largest = 0;
-  for (size_t i = 0; i < wanted.size(); ++i) {
-    error = std::max(error, std::abs(actual[i] - wanted[i]));
-    largest = std::max(largest, std::abs(wanted[i]));
-  }
-  const bool good = error <= tolerance * largest;
-  if (!good) std::printf("%s: error %g of %g\n", name.c_str(), error, largest);
-  return good;
-}
-
-bool check(const petl::cpu::Kernels& kernels, const Problem& problem) {
-  const auto& [R, D, P, activation, dtype, x, y, prompts, keys, log_scale, dout] = problem;
-  const Stored stored_x(x, dtype), stored_y(y, dtype), stored_dout(dout, dtype);
-  const Stored weights[] = {{prompts, DType::float32}, {keys, DType::float32}, {log_scale, DType::float32}};
-  Stored out(Floats(R * D), dtype), dx(Floats(R * D), dtype), dy(Floats(R * D), dtype);
-  Stored scores(Floats(R * ((P + 7) / 8 * 8)), dtype);
-  Floats gate(R), dprompts(P * D), dkeys(P * D), dlog_scale(1);
-  kernels.apt_forward({{R, D, P},
-                       activation,
-                       stored_x.rows(D),
-                       stored_y.rows(D),
-                       weights[0].rows(D),
-                       weights[1].rows(D),
-                       weights[2].rows(1),
-                       out.target(),
-                       gate.data(),
-                       scores.target()},
-                      two_threads);
-  kernels.apt_backward({{R, D, P},
-                        activation,
-                        stored_dout.rows(D),
-                        stored_x.rows(D),
-                        stored_y.rows(D),
-                        weights[0].rows(D),
-                        weights[1].rows(D),
-                        weights[2].rows(1),
-                        gate.data(),
-                        scores.rows((P + 7) / 8 * 8),
-                        dx.target(),
-                        dy.target(),
-                        dprompts.data(),
-                        dkeys.data(),
-                        dlog_scale.data()},
-                       two_threads);
-  const Results wanted = expected(problem);
-  const bool wide = dtype == DType::float32;
-  // Sums of this length are good to a few units in the sixth digit in float32, in the third in bfloat16.
-  const double tolerance = wide ? 1e-5 : 1e-2;
-  const std::string where = std::string(kernels.path) + " R=" + std::to_string(R) + " D=" + std::to_string(D) +
-                            " P=" + std::to_string(P) + (activation == Activation::relu ? " relu " : " softmax ") +
-                            (wide ? "float32 " : "bfloat16 ");
-  bool good = close(where + "out", out.values(), wanted.out, tolerance);
-  good &= close(where + "dx", dx.values(), wanted.dx, tolerance);
-  good &= close(where + "dy", dy.values(), wanted.dy, tolerance);
-  good &= close(where + "dprompts", dprompts, wanted.dprompts, tolerance);
-  good &= close(where + "dkeys", dkeys, wanted.dkeys, tolerance);
-  good &= close(where + "dlog_scale", dlog_scale, wanted.dlog_scale, tolerance);
-  return good;
-}
-
 }  // namespace
 
 int main() {
+  using petl::Activation;
+  using petl::DType;
   int checked = 0, failed = 0;
   for (const std::string path : {"avx512_bf16", "avx512", "avx2", "portable"}) {
     if (!petl::cpu::choose_path(path.c_str())) continue;
+    const petl::cpu::Kernels& kernels = *petl::cpu::kernels();
+    const apt_problem::Device device{path,
+                                     [&](const petl::AptForward& args) { kernels.apt_forward(args, two_threads); },
+                                     [&](const petl::AptBackward& args) { kernels.apt_backward(args, two_threads); }};
     for (const Activation activation : {Activation::relu, Activation::softmax}) {
       for (const DType dtype : {DType::float32, DType::bfloat16}) {
         for (const auto& [R, D, P] : {std::tuple<int64_t, int64_t, int64_t>{1, 1, 1},
@@ -214,7 +32,7 @@ int main() {
                                       {200, 100, 50},
                                       {2051, 40, 9}}) {
           ++checked;
-          failed += !check(*petl::cpu::kernels(), Problem(R, D, P, activation, dtype));
+          failed += !check(device, apt_problem::Problem(R, D, P, activation, dtype));
         }
       }
     }

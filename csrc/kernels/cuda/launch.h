@@ -1,0 +1,81 @@
+// What the host needs to launch a kernel.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <utility>
+
+#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/weights.h"
+
+namespace petl::cuda {
+
+struct Grid {
+  dim3 blocks;
+  int threads;
+  int shared_bytes;
+};
+
+template <class... Arguments>
+inline int launch(Queue queue, const Grid& grid, void (*kernel)(Arguments...), const Arguments&... arguments) {
+  // torch's device may be known to another copy of the CUDA runtime than the one linked here.
+  cudaError_t error = cudaSetDevice(queue.device);
+  // Above 48 kB of shared memory a kernel has to ask.
+  if (error == cudaSuccess && grid.shared_bytes > 48 << 10) {
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 grid.shared_bytes);
+  }
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid.blocks;
+    config.blockDim = dim3(grid.threads);
+    config.dynamicSmemBytes = grid.shared_bytes;
+    config.stream = static_cast<cudaStream_t>(queue.stream);
+    error = cudaLaunchKernelEx(&config, kernel, Arguments(arguments)...);
+  }
+  // An error that is left standing would be blamed on torch's next call.
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+// Calls function with an element of the dtype's type.
+template <class Function>
+inline auto with_element(DType dtype, const Function& function) {
+  switch (dtype) {
+    case DType::bfloat16:
+      return function(Bfloat16{});
+    case DType::float16:
+      return function(Float16{});
+    default:
+      return function(float{});
+  }
+}
+
+inline int64_t divide_up(int64_t count, int64_t by) { return (count + by - 1) / by; }
+inline int64_t round_up(int64_t count, int64_t to) { return divide_up(count, to) * to; }
+
+inline Weights weights_of(const ConstRows& rows, int64_t count, int64_t columns) {
+  const int64_t bytes = rows.dtype == DType::float32 ? 4 : 2;
+  const bool aligned = reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride * bytes % 16 == 0;
+  return {rows.data, rows.stride, rows.dtype, aligned, static_cast<int>(count), static_cast<int>(columns)};
+}
+
+// Shares out a workspace, in 256-byte steps. With a null workspace it only counts.
+class Partition {
+ public:
+  explicit Partition(void* begin) : begin_(static_cast<char*>(begin)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    char* part = begin_ ? begin_ + bytes_ : nullptr;
+    bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)), 256);
+    return reinterpret_cast<T*>(part);
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* begin_;
+  int64_t bytes_ = 0;
+};
+
+}  // namespace petl::cuda

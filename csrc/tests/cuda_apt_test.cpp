@@ -1,0 +1,45 @@
+// The CUDA kernels of prompt diffusion, on the emulator.
+#include "apt_problem.h"
+#include "kernels/cuda/kernels.h"
+
+namespace {
+
+void expect_success(int error) {
+  if (!error) return;
+  std::printf("launch failed: %s\n", petl::cuda::error_text(error));
+  std::exit(EXIT_FAILURE);
+}
+
+void backward(const petl::AptBackward& args) {
+  // Doubles, since device memory is aligned; a workspace of exactly the size asked for.
+  std::vector<double> workspace(petl::cuda::apt_backward_workspace(args) / sizeof(double));
+  expect_success(petl::cuda::apt_backward(args, workspace.data(), {0, nullptr}));
+}
+
+}  // namespace
+
+int main() {
+  using petl::Activation;
+  using petl::DType;
+  const apt_problem::Device device{
+      "emulated", [](const petl::AptForward& args) { expect_success(petl::cuda::apt_forward(args, {0, nullptr})); },
+      backward};
+  int checked = 0, failed = 0;
+  for (const Activation activation : {Activation::relu, Activation::softmax}) {
+    for (const DType dtype : {DType::float32, DType::bfloat16}) {
+      // One size for every shape of the kernels, on and off the edges of its tiles.
+      for (const auto& [R, D, P] : {std::tuple<int64_t, int64_t, int64_t>{1, 8, 1},
+                                    {65, 72, 50},
+                                    {64, 64, 64},
+                                    {67, 136, 100},
+                                    {129, 72, 200},
+                                    {33, 64, 300},
+                                    {600, 24, 9}}) {
+        ++checked;
+        failed += !check(device, apt_problem::Problem(R, D, P, activation, dtype));
+      }
+    }
+  }
+  std::printf("%d checked, %d failed\n", checked, failed);
+  return failed || !checked ? EXIT_FAILURE : EXIT_SUCCESS;
+}
