@@ -8,10 +8,12 @@
 //
 //     Element                                float, Bfloat16 or Float16: of left, of hidden and of what is written
 //     kFirstOrder, kSecondOrder              how the weights lie in their tensors
+//     kBlocks<Shape>                         blocks per multiprocessor that the compiler must leave registers for
 //     kSplits                                whether the first product also sees what rounding its weights leaves out
 //     left, left_stride, first, second, R, D, inner
 //     begin(block)                           before anything else, by all threads
-//     kTransforms, transform(values, ...)    what becomes of eight elements of left before they are multiplied
+//     kTransforms, transforms(), transform(values, statistics, column)
+//                                            what becomes of eight elements of left before they are multiplied
 //     activate(sums, block, hidden) -> Terms
 //     writes_rows(), multiplies()            whether anything is to be written for rows, and from the second product
 //     Inputs, prefetch(row, column), write(row, column, sums, inputs, terms, share)
@@ -25,19 +27,21 @@ namespace petl::cuda {
 
 // How a block of threads divides the work: kRowWarps x kColumnWarps warps; a warp has 16 rows, and of the inner columns
 // every kColumnWarps-th group of 32, kGroups at most.
-template <class T, int kGroups_, int kRowWarps_, int kColumnWarps_, int kChunk_>
+template <class T, int kGroups_, int kRowWarps_, int kColumnWarps_, int kChunk_, int kBlocks_>
 struct Shape {
   using Element = T;
   static constexpr int kGroups = kGroups_, kRowWarps = kRowWarps_, kColumnWarps = kColumnWarps_;
   static constexpr int kThreads = 32 * kRowWarps * kColumnWarps;
+  // Blocks that a multiprocessor shall be able to run at once: a bound for the compiler's use of registers.
+  static constexpr int kBlocks = kBlocks_;
   static constexpr int kRows = 16 * kRowWarps;
   static constexpr int kInner = 32 * kGroups * kColumnWarps;
   // Columns of left, rows of the first weights, that are multiplied between two barriers.
   static constexpr int kChunk = kChunk_;
   // Chunks of left that are on their way or in use. Three on their way are 12 to 24 kB per multiprocessor and block.
   static constexpr int kStages = 4;
-  // The second weights come in tiles of this size.
-  static constexpr int kSecondDepth = sizeof(T) == 2 ? 64 : 32;
+  // The second weights come in tiles of this size: two vectors of eight per thread.
+  static constexpr int kSecondDepth = sizeof(T) == 2 && kThreads == 256 ? 64 : 32;
   static constexpr int kSecondColumns = kColumnWarps == 4 ? 128 : 64;
   static constexpr int kSecondGroups = kSecondColumns / 32 / kColumnWarps;
   // Depth of a step of a product.
@@ -51,6 +55,8 @@ struct Shape {
 // Where a thread stands: its rows are row(0) and row(1).
 template <class Shape>
 struct Block {
+  static constexpr int kRows = Shape::kRows;
+
   float* row_scratch;      // [kRows, kColumnWarps]
   double* block_scratch;   // one per warp
   float2* row_statistics;  // [kRows]
@@ -112,10 +118,6 @@ struct Block {
     }
   }
 };
-
-// Long sums of floats are sums of sums of this depth, which keeps their rounding errors as small as a good library's.
-// Tensor cores' sums are of products of 8 or 11 bits; there it would change nothing.
-constexpr int kShortSum = 128;
 
 template <class T, int kGroups>
 struct LongSums;
@@ -265,7 +267,9 @@ class Sandwich {
       const bool more = chunk + 1 < chunks;
       if (more) stage.load(op_.first, (chunk + 1) * Shape::kChunk, 0);
       wait_for_copies<Shape::kStages - 2>();
-      if constexpr (Op::kTransforms) transform_left(chunk);
+      if constexpr (Op::kTransforms) {
+        if (op_.transforms()) transform_left(chunk);
+      }
       __syncthreads();
       // All have done with the chunk before this one: its place is free.
       if (chunk + Shape::kStages - 1 < chunks) copy_left(chunk + Shape::kStages - 1);
@@ -357,7 +361,8 @@ class Sandwich {
 };
 
 template <class Shape, class Op>
-__global__ void __launch_bounds__(Shape::kThreads) sandwich(const __grid_constant__ Op op) {
+__global__ void __launch_bounds__(Shape::kThreads, Op::template kBlocks<Shape>)
+    sandwich(const __grid_constant__ Op op) {
   Sandwich<Shape, Op>(op).run();
 }
 
@@ -372,21 +377,21 @@ int launch_shape(Queue queue, const Op& op) {
 template <class T, int kInner>
 struct ShapeFor;
 template <class T>
-struct ShapeFor<T, 64> : Shape<T, 2, 4, 1, 32> {};
+struct ShapeFor<T, 64> : Shape<T, 2, 4, 1, 32, 3> {};
 template <class T>
-struct ShapeFor<T, 128> : Shape<T, 4, 4, 1, 32> {};
+struct ShapeFor<T, 128> : Shape<T, 4, 4, 1, 32, 3> {};
 template <class T>
-struct ShapeFor<T, 256> : Shape<T, 8, 8, 1, 16> {};
+struct ShapeFor<T, 256> : Shape<T, 8, 8, 1, 16, 1> {};
 template <class T>
-struct ShapeFor<T, 512> : Shape<T, 8, 4, 2, 16> {};
+struct ShapeFor<T, 512> : Shape<T, 8, 4, 2, 16, 1> {};
 template <>
-struct ShapeFor<float, 64> : Shape<float, 2, 4, 1, 16> {};
+struct ShapeFor<float, 64> : Shape<float, 2, 4, 1, 16, 2> {};
 template <>
-struct ShapeFor<float, 128> : Shape<float, 4, 4, 1, 16> {};
+struct ShapeFor<float, 128> : Shape<float, 4, 4, 1, 16, 2> {};
 template <>
-struct ShapeFor<float, 256> : Shape<float, 4, 4, 2, 16> {};
+struct ShapeFor<float, 256> : Shape<float, 4, 4, 2, 16, 1> {};
 template <>
-struct ShapeFor<float, 512> : Shape<float, 4, 2, 4, 16> {};
+struct ShapeFor<float, 512> : Shape<float, 4, 2, 4, 16, 1> {};
 
 // Runs an op in the smallest shape that holds its inner columns. A block of rows as large as the shape's is the unit of
 // the grid, and of the partial results that end() leaves.

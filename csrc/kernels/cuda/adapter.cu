@@ -1,0 +1,617 @@
+// The bottleneck adapter on CUDA. Forward is one launch. Backward computes the hidden units anew, as forward did, and
+// then the rows' gradients, slabs of the weights' gradients, and from their sums the gradients of the parameters.
+#include "kernels/adapter.h"
+#include "kernels/cuda/activation.h"
+#include "kernels/cuda/sandwich.h"
+#include "kernels/cuda/weight_gradient.h"
+
+namespace petl::cuda {
+namespace {
+
+// scale * gain, which is a number in device memory or nothing.
+struct Scale {
+  float factor;
+  const void* gain;
+  DType gain_dtype;
+
+  __device__ __forceinline__ float value() const { return gain ? factor * load_scalar(gain, gain_dtype, 0) : factor; }
+};
+
+struct Norm {
+  Weights weight, bias;  // [1, D]; null data: none
+  float epsilon;
+
+  __device__ __forceinline__ bool exists() const { return weight.data != nullptr; }
+};
+
+__device__ __forceinline__ void load_row(const Weights& row, int column, float (&values)[8]) {
+  unpack(row.load(0, column), row.dtype, values);
+}
+
+// Mean and 1 / standard deviation of a row, by one warp; the deviations are from the mean itself, so that no digits are
+// lost where it is large.
+template <class T>
+__device__ __forceinline__ float2 row_statistics(const T* row, int D, float epsilon) {
+  const int begin = static_cast<int>(threadIdx.x) % 32 * 8;
+  float sum = 0;
+  for (int column = begin; column < D; column += 256) {
+    float values[8];
+    unpack(load(row + column), values);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum += values[i];
+  }
+  const float mean = sum_warp(sum) / static_cast<float>(D);
+  float squares = 0;
+  for (int column = begin; column < D; column += 256) {
+    float values[8];
+    unpack(load(row + column), values);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) squares += (values[i] - mean) * (values[i] - mean);
+  }
+  return {mean, 1 / sqrtf(sum_warp(squares) / static_cast<float>(D) + epsilon)};
+}
+
+// out = residual + scale (act(norm(x) down^T + down_bias) up^T + up_bias); or, where out is null, the hidden units
+// before the activation and the rows' statistics, for backward.
+template <class T>
+struct AdapterForwardOp {
+  using Element = T;
+  static constexpr Order kFirstOrder = Order::columns, kSecondOrder = Order::columns;
+  static constexpr bool kSplits = false, kTransforms = true;
+  template <class Shape>
+  static constexpr int kBlocks = Shape::kBlocks;
+
+  const T* left;  // x
+  int64_t left_stride;
+  Weights first;   // down
+  Weights second;  // up
+  int64_t R;
+  int D, inner;
+  AdapterActivation activation;
+  Norm norm;
+  Weights down_bias, up_bias;  // [1, B], [1, D]
+  Scale scale;
+  const T* residual;  // null: none
+  int64_t residual_stride;
+  T* out;
+  T* hidden_units;     // [R, kept]
+  float2* statistics;  // [R]
+  int kept;
+
+  struct Terms {
+    float scale;
+  };
+  using Inputs = Packed<T>;  // of the residual
+
+  __device__ __forceinline__ bool splits() const { return false; }
+  __device__ __forceinline__ bool transforms() const { return norm.exists(); }
+  __device__ __forceinline__ bool writes_rows() const { return out; }
+  __device__ __forceinline__ bool multiplies() const { return true; }
+
+  template <class Block>
+  __device__ __forceinline__ void begin(const Block& block) const {
+    if (!norm.exists()) return;
+    for (int row = block.warp(); row < Block::kRows; row += static_cast<int>(blockDim.x) / 32) {
+      const int64_t global_row = block.first_row() + row;
+      if (global_row >= R) break;
+      const float2 values = row_statistics(left + global_row * left_stride, D, norm.epsilon);
+      if (threadIdx.x % 32 != 0) continue;
+      block.row_statistics[row] = values;
+      if (statistics) statistics[global_row] = values;
+    }
+    __syncthreads();
+  }
+
+  template <class Block>
+  __device__ __forceinline__ void end(const Block&, const Terms&, double) const {}
+
+  __device__ __forceinline__ void transform(float (&values)[8], float2 row, int column) const {
+    float weight[8], bias[8];
+    load_row(norm.weight, column, weight);
+    load_row(norm.bias, column, bias);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] = (values[i] - row.x) * row.y * weight[i] + bias[i];
+  }
+
+  template <class Block, int kGroups>
+  __device__ __forceinline__ Terms activate(Sums<kGroups>& sums, const Block& block, Tile<T> hidden) const {
+    block.for_each(sums, inner, [&](int half, int column, float (&values)[8]) {
+      float bias[8];
+      load_row(down_bias, column, bias);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) values[i] += bias[i];
+      if (hidden_units && column < kept && block.row(half) < R) {
+        store(hidden_units + block.row(half) * kept + column, pack<T>(values));
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) values[i] = column + i < inner ? cuda::activate(activation, values[i]).value : 0;
+      store(hidden.data + block.local_row(half) * hidden.stride + column, pack<T>(values));
+    });
+    return {scale.value()};
+  }
+
+  __device__ __forceinline__ Inputs prefetch(int64_t row, int column) const {
+    return load_if(residual != nullptr, residual + row * residual_stride + column);
+  }
+
+  __device__ __forceinline__ void write(int64_t row, int column, const float (&products)[8], const Inputs& inputs,
+                                        const Terms& terms, int, double&) const {
+    float values[8], bias[8];
+    unpack(inputs, values);
+    load_row(up_bias, column, bias);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] += terms.scale * (products[i] + bias[i]);
+    store(out + row * D + column, pack<T>(values));
+  }
+};
+
+// What the normalisation's backward needs of the weights alone, for each hidden unit b.
+struct NormTerms {
+  float* mean_weight;  // [B], mean over d of norm_weight[d] down[b, d]
+  float* offset;       // [B], the hidden unit of a row that is zero after normalisation, before norm_weight
+};
+
+// From dout to dx, the left operands of the weights' gradients, and a share of dgain per block of rows:
+//
+//     dhidden = scale (dout up) act'(hidden)    dnormed = dhidden down    dx = what LayerNorm makes of it (+ dout)
+//
+// LayerNorm's backward needs two sums over a row of dnormed, mean(w dnormed) and mean(w dnormed normed). Both follow
+// from dhidden before the second product: sum_b dhidden[b] mean_weight[b], and sum_b dhidden[b] (hidden[b] - offset[b])
+// / D.
+template <class T>
+struct AdapterBackwardOp {
+  using Element = T;
+  static constexpr Order kFirstOrder = Order::depth, kSecondOrder = Order::depth;
+  static constexpr bool kSplits = false, kTransforms = false;
+  // What it reads for a tile of dx takes more registers than forward has to spare.
+  template <class Shape>
+  static constexpr int kBlocks = Shape::kBlocks < 3 || Shape::kGroups == 2 ? Shape::kBlocks : Shape::kBlocks - 1;
+
+  const T* left;  // dout
+  int64_t left_stride;
+  Weights first;   // up
+  Weights second;  // down
+  int64_t R;
+  int D, inner;
+  AdapterActivation activation;
+  Norm norm;
+  NormTerms norm_terms;
+  Weights up_bias;
+  Scale scale;
+  const T* x;
+  int64_t x_stride;
+  const float2* statistics;  // [R]
+  bool residual_is_input;
+  T* dx;
+  T* hidden_units;  // [R, kept]; before the activation, and if dhidden is wanted, after it when done
+  T* dhidden;       // [R, kept]; null: no weight has a gradient
+  int kept;
+  double* shares;  // of dgain, one per block of rows; null: not wanted
+
+  struct Terms {
+    float2 statistics[2];
+    float mean[2], slope[2];
+    double share;
+  };
+  struct Inputs {
+    Packed<T> dout, x;
+  };
+
+  template <class Block>
+  __device__ __forceinline__ void begin(const Block&) const {}
+  __device__ __forceinline__ bool splits() const { return false; }
+  __device__ __forceinline__ bool writes_rows() const { return dx || shares; }
+  __device__ __forceinline__ bool multiplies() const { return dx; }
+
+  template <class Block, int kGroups>
+  __device__ __forceinline__ Terms activate(Sums<kGroups>& sums, const Block& block, Tile<T> hidden) const {
+    const float factor = scale.value();
+    Terms terms = {};
+    block.for_each(sums, inner, [&](int half, int column, float (&products)[8]) {
+      const bool valid = column < kept && block.row(half) < R;
+      const int64_t place = block.row(half) * kept + column;
+      float units[8];
+      unpack(load_if(valid, hidden_units + place), units);
+      if (norm.exists()) sum_norm_terms(products, units, factor, half, column, terms);
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const ActivationValue unit = cuda::activate(activation, units[i]);
+        sum += column + i < inner ? products[i] * unit.value : 0;
+        products[i] = column + i < inner ? factor * products[i] * unit.derivative : 0;
+        units[i] = unit.value;
+      }
+      terms.share += double{scale.factor} * sum;
+      const Packed<T> packed = pack<T>(products);
+      store(hidden.data + block.local_row(half) * hidden.stride + column, packed);
+      if (!valid || !dhidden) return;
+      store(dhidden + place, packed);
+      store(hidden_units + place, pack<T>(units));
+    });
+    if (!norm.exists()) return terms;
+    block.reduce_rows(terms.mean, Add());
+    block.reduce_rows(terms.slope, Add());
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (block.row(half) < R) terms.statistics[half] = statistics[block.row(half)];
+    }
+    return terms;
+  }
+
+  __device__ __forceinline__ void sum_norm_terms(const float (&products)[8], const float (&units)[8], float factor,
+                                                 int half, int column, Terms& terms) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (column + i >= inner) continue;
+      const float gradient = factor * products[i] * cuda::activate(activation, units[i]).derivative;
+      terms.mean[half] += gradient * norm_terms.mean_weight[column + i];
+      terms.slope[half] += gradient * (units[i] - norm_terms.offset[column + i]) / static_cast<float>(D);
+    }
+  }
+
+  __device__ __forceinline__ Inputs prefetch(int64_t row, int column) const {
+    Inputs inputs = {};
+    if (residual_is_input || shares) inputs.dout = load(left + row * left_stride + column);
+    if (norm.exists() && dx) inputs.x = load(x + row * x_stride + column);
+    return inputs;
+  }
+
+  __device__ __forceinline__ void write(int64_t row, int column, const float (&products)[8], const Inputs& inputs,
+                                        const Terms& terms, int half, double& share) const {
+    float dout[8];
+    unpack(inputs.dout, dout);
+    if (shares) share += double{scale.factor} * dot_up_bias(dout, column);
+    if (!dx) return;
+    float values[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] = products[i];
+    if (norm.exists()) {
+      float x_values[8], weight[8];
+      unpack(inputs.x, x_values);
+      load_row(norm.weight, column, weight);
+      const float2 row_values = terms.statistics[half];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float normed = (x_values[i] - row_values.x) * row_values.y;
+        values[i] = row_values.y * (weight[i] * values[i] - terms.mean[half] - normed * terms.slope[half]);
+      }
+    }
+    if (residual_is_input) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) values[i] += dout[i];
+    }
+    store(dx + row * D + column, pack<T>(values));
+  }
+
+  __device__ __forceinline__ float dot_up_bias(const float (&dout)[8], int column) const {
+    float bias[8], sum = 0;
+    load_row(up_bias, column, bias);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum += dout[i] * bias[i];
+    return sum;
+  }
+
+  template <class Block>
+  __device__ __forceinline__ void end(const Block& block, const Terms& terms, double share) const {
+    if (!shares) return;
+    const double total = sum_block(terms.share + share, block.block_scratch);
+    if (threadIdx.x == 0) shares[blockIdx.x] = total;
+  }
+};
+
+constexpr int kThreads = 256;
+
+struct NormTermsTask {
+  NormTerms terms;
+  Weights down, down_bias;
+  Norm norm;
+};
+
+// One block per hidden unit.
+__global__ void __launch_bounds__(kThreads) adapter_norm_terms(const __grid_constant__ NormTermsTask task) {
+  double weighted = 0, offset = 0;
+  for (int column = 8 * threadIdx.x; column < task.down.columns; column += 8 * kThreads) {
+    float down[8], weight[8], bias[8];
+    unpack(task.down.load(blockIdx.x, column), task.down.dtype, down);
+    load_row(task.norm.weight, column, weight);
+    load_row(task.norm.bias, column, bias);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      weighted += double{down[i]} * weight[i];
+      offset += double{down[i]} * bias[i];
+    }
+  }
+  double* scratch = reinterpret_cast<double*>(shared_memory());
+  weighted = sum_block(weighted, scratch);
+  offset = sum_block(offset, scratch);
+  if (threadIdx.x > 0) return;
+  task.terms.mean_weight[blockIdx.x] = static_cast<float>(weighted / task.down.columns);
+  task.terms.offset[blockIdx.x] =
+      static_cast<float>(offset + load_scalar(task.down_bias.data, task.down_bias.dtype, blockIdx.x));
+}
+
+struct AdapterSums {
+  float* sums[2];  // [slabs, B, D]: dhidden^T x (normalised, if x is) and hidden^T dout; their sums replace the first
+  int slabs;
+  int64_t count;
+};
+
+__global__ void __launch_bounds__(kThreads) adapter_add_slabs(const __grid_constant__ AdapterSums task) {
+  const int64_t index = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * 4;
+  float* sums = task.sums[blockIdx.y];
+  if (index < task.count) add_slabs(sums, task.slabs, task.count, index, sums);
+}
+
+struct AdapterFinish {
+  const float* down_sums;     // [B, D], dhidden^T x
+  const float* up_sums;       // [B, D], hidden^T dout
+  const float* dhidden_sums;  // [slabs, B]
+  const float* dout_sums;     // [slabs, D]
+  int slabs;
+  int D, inner;
+  Weights down;
+  Norm norm;
+  Scale scale;
+  AdapterBackward targets;
+};
+
+constexpr int kFinishColumns = 32, kFinishRows = kThreads / kFinishColumns;
+
+// The sums over rows become the gradients of the parameters, for 32 columns of D per block:
+//
+//     ddown = down_sums norm_weight + ddown_bias norm_bias^T    dup = scale up_sums^T
+//     dnorm_weight = sum_b down down_sums                       dnorm_bias = sum_b down ddown_bias
+__global__ void __launch_bounds__(kThreads) adapter_finish(const __grid_constant__ AdapterFinish task) {
+  float* bias_sums = reinterpret_cast<float*>(shared_memory());  // [B]
+  float* norm_sums = bias_sums + task.inner;                     // [2, kFinishRows, kFinishColumns]
+  for (int b = threadIdx.x; b < task.inner; b += kThreads) {
+    float sum = 0;
+    for (int slab = 0; slab < task.slabs; ++slab) sum += task.dhidden_sums[slab * task.inner + b];
+    bias_sums[b] = sum;
+    if (blockIdx.x == 0) task.targets.ddown_bias[b] = sum;
+  }
+  __syncthreads();
+  const int lane = threadIdx.x % kFinishColumns, first = threadIdx.x / kFinishColumns;
+  const int column = blockIdx.x * kFinishColumns + lane;
+  const bool valid = column < task.D, has_norm = task.norm.exists();
+  const float scale = task.scale.value();
+  float weight = 1, bias = 0, dweight = 0, dbias = 0;
+  if (valid && has_norm) {
+    weight = load_scalar(task.norm.weight.data, task.norm.weight.dtype, column);
+    bias = load_scalar(task.norm.bias.data, task.norm.bias.dtype, column);
+  }
+  for (int b = first; valid && b < task.inner; b += kFinishRows) {
+    const int64_t index = int64_t{b} * task.D + column;
+    const float sum = task.down_sums[index];
+    task.targets.ddown[index] = has_norm ? sum * weight + bias_sums[b] * bias : sum;
+    task.targets.dup[int64_t{column} * task.inner + b] = scale * task.up_sums[index];
+    if (!has_norm) continue;
+    const float down = load_scalar(task.down.data, task.down.dtype, b * task.down.stride + column);
+    dweight += down * sum;
+    dbias += down * bias_sums[b];
+  }
+  norm_sums[threadIdx.x] = dweight;
+  norm_sums[kThreads + threadIdx.x] = dbias;
+  __syncthreads();
+  if (first > 0 || !valid) return;
+  float dout_sum = 0;
+  for (int slab = 0; slab < task.slabs; ++slab) dout_sum += task.dout_sums[slab * task.D + column];
+  task.targets.dup_bias[column] = scale * dout_sum;
+  if (!has_norm) return;
+  dweight = dbias = 0;
+  for (int row = 0; row < kFinishRows; ++row) {
+    dweight += norm_sums[row * kFinishColumns + lane];
+    dbias += norm_sums[kThreads + row * kFinishColumns + lane];
+  }
+  task.targets.dnorm_weight[column] = dweight;
+  task.targets.dnorm_bias[column] = dbias;
+}
+
+struct DgainTask {
+  const double* shares;
+  int64_t blocks;
+  float* dgain;
+};
+
+__global__ void __launch_bounds__(kThreads) adapter_dgain(const __grid_constant__ DgainTask task) {
+  double share = 0;
+  for (int64_t block = threadIdx.x; block < task.blocks; block += kThreads) share += task.shares[block];
+  share = sum_block(share, reinterpret_cast<double*>(shared_memory()));
+  if (threadIdx.x == 0) *task.dgain = static_cast<float>(share);
+}
+
+Norm norm_of(const AdapterInputs& inputs) {
+  return {weights_of(inputs.norm_weight, 1, inputs.size.D), weights_of(inputs.norm_bias, 1, inputs.size.D),
+          inputs.epsilon};
+}
+
+Scale scale_of(const AdapterInputs& inputs) { return {inputs.scale, inputs.gain.data, inputs.gain.dtype}; }
+
+int64_t kept_width(const AdapterSizes& size) { return round_up(size.B, kVectorWidth); }
+
+// Computes the hidden units; the caller adds where they or the output go.
+template <class T>
+AdapterForwardOp<T> forward_op(const AdapterInputs& inputs) {
+  const auto [R, D, B] = inputs.size;
+  AdapterForwardOp<T> op = {};
+  op.left = static_cast<const T*>(inputs.x.data);
+  op.left_stride = inputs.x.stride;
+  op.first = weights_of(inputs.down, B, D);
+  op.second = weights_of(inputs.up, D, B);
+  op.R = R;
+  op.D = static_cast<int>(D);
+  op.inner = static_cast<int>(B);
+  op.activation = inputs.activation;
+  op.norm = norm_of(inputs);
+  op.down_bias = weights_of(inputs.down_bias, 1, B);
+  op.up_bias = weights_of(inputs.up_bias, 1, D);
+  op.scale = scale_of(inputs);
+  op.kept = static_cast<int>(kept_width(inputs.size));
+  return op;
+}
+
+template <class T>
+int forward(const AdapterForward& args, Queue queue) {
+  AdapterForwardOp<T> op = forward_op<T>(args.inputs);
+  op.residual = static_cast<const T*>(args.residual.data);
+  op.residual_stride = args.residual.stride;
+  op.out = static_cast<T*>(args.out.data);
+  return op.R > 0 ? launch_sandwich(queue, op) : 0;
+}
+
+// What backward keeps between its launches.
+template <class T>
+struct AdapterWorkspace {
+  int slabs;
+  int64_t blocks;
+  float2* statistics;
+  T* hidden_units;
+  NormTerms norm_terms;
+  double* shares = nullptr;
+  T* dhidden = nullptr;
+  float* sums[2] = {};
+  float* dhidden_sums = nullptr;
+  float* dout_sums = nullptr;
+  int64_t bytes;
+
+  AdapterWorkspace(const AdapterBackward& args, void* memory) {
+    const auto [R, D, B] = args.inputs.size;
+    const int64_t kept = kept_width(args.inputs.size);
+    Partition partition(memory);
+    slabs = R > 0 ? slab_count(R, D, B, 2) : 0;
+    blocks = blocks_of_rows<T>(R, B);
+    statistics = partition.take<float2>(R);
+    hidden_units = partition.take<T>(R * kept);
+    norm_terms = {partition.take<float>(B), partition.take<float>(B)};
+    if (args.dgain) shares = partition.take<double>(blocks);
+    if (args.ddown) {
+      dhidden = partition.take<T>(R * kept);
+      // One slab even without rows: the sums, which are zero then, lie in it.
+      for (float*& part : sums) part = partition.take<float>((slabs > 0 ? slabs : 1) * B * D);
+      dhidden_sums = partition.take<float>(slabs * B);
+      dout_sums = partition.take<float>(slabs * D);
+    }
+    bytes = partition.bytes();
+  }
+};
+
+template <class T>
+int backward_hidden(const AdapterBackward& args, const AdapterWorkspace<T>& workspace, Queue queue) {
+  AdapterForwardOp<T> op = forward_op<T>(args.inputs);
+  op.hidden_units = workspace.hidden_units;
+  op.statistics = workspace.statistics;
+  if (op.norm.exists()) {
+    const NormTermsTask task{workspace.norm_terms, op.first, op.down_bias, op.norm};
+    const dim3 blocks(static_cast<unsigned>(op.inner));
+    const int error = launch(queue, {blocks, kThreads, kThreads / 32 * sizeof(double)}, &adapter_norm_terms, task);
+    if (error) return error;
+  }
+  return launch_sandwich(queue, op);
+}
+
+template <class T>
+int backward_rows(const AdapterBackward& args, const AdapterWorkspace<T>& workspace, Queue queue) {
+  const AdapterInputs& inputs = args.inputs;
+  const auto [R, D, B] = inputs.size;
+  AdapterBackwardOp<T> op = {};
+  op.left = static_cast<const T*>(args.dout.data);
+  op.left_stride = args.dout.stride;
+  op.first = weights_of(inputs.up, D, B);
+  op.second = weights_of(inputs.down, B, D);
+  op.R = R;
+  op.D = static_cast<int>(D);
+  op.inner = static_cast<int>(B);
+  op.activation = inputs.activation;
+  op.norm = norm_of(inputs);
+  op.norm_terms = workspace.norm_terms;
+  op.up_bias = weights_of(inputs.up_bias, 1, D);
+  op.scale = scale_of(inputs);
+  op.x = static_cast<const T*>(inputs.x.data);
+  op.x_stride = inputs.x.stride;
+  op.statistics = workspace.statistics;
+  op.residual_is_input = args.residual_is_input;
+  op.dx = static_cast<T*>(args.dx.data);
+  op.hidden_units = workspace.hidden_units;
+  op.dhidden = workspace.dhidden;
+  op.kept = static_cast<int>(kept_width(inputs.size));
+  op.shares = workspace.shares;
+  return launch_sandwich(queue, op);
+}
+
+template <class T>
+int backward_weights(const AdapterBackward& args, const AdapterWorkspace<T>& workspace, Queue queue) {
+  const AdapterInputs& inputs = args.inputs;
+  const auto [R, D, B] = inputs.size;
+  const int64_t kept = kept_width(inputs.size);
+  GradientTask<T> task = {};
+  task.R = R;
+  task.D = static_cast<int>(D);
+  task.inner = static_cast<int>(B);
+  task.slabs = workspace.slabs;
+  GradientProblem<T>& of_down = task.problems[0];
+  of_down = {workspace.dhidden, kept, static_cast<const T*>(inputs.x.data), inputs.x.stride};
+  of_down.statistics = inputs.norm_weight.data ? workspace.statistics : nullptr;
+  of_down.sums = workspace.sums[0];
+  of_down.left_sums = workspace.dhidden_sums;
+  GradientProblem<T>& of_up = task.problems[1];
+  of_up = {workspace.hidden_units, kept, static_cast<const T*>(args.dout.data), args.dout.stride};
+  of_up.sums = workspace.sums[1];
+  of_up.right_sums = workspace.dout_sums;
+  return launch_gradients(queue, task, 2);
+}
+
+template <class T>
+int finish_weights(const AdapterBackward& args, const AdapterWorkspace<T>& workspace, Queue queue) {
+  const auto [R, D, B] = args.inputs.size;
+  const AdapterSums sums{{workspace.sums[0], workspace.sums[1]}, workspace.slabs, B * D};
+  const dim3 vectors(static_cast<unsigned>(divide_up(B * D, 4 * kThreads)), 2);
+  const int error = launch(queue, {vectors, kThreads, 0}, &adapter_add_slabs, sums);
+  if (error) return error;
+  const AdapterFinish task{workspace.sums[0],
+                           workspace.sums[1],
+                           workspace.dhidden_sums,
+                           workspace.dout_sums,
+                           workspace.slabs,
+                           static_cast<int>(D),
+                           static_cast<int>(B),
+                           weights_of(args.inputs.down, B, D),
+                           norm_of(args.inputs),
+                           scale_of(args.inputs),
+                           args};
+  const int shared_bytes = static_cast<int>(B + 2 * kThreads) * sizeof(float);
+  const dim3 columns(static_cast<unsigned>(divide_up(D, kFinishColumns)));
+  return launch(queue, {columns, kThreads, shared_bytes}, &adapter_finish, task);
+}
+
+template <class T>
+int backward(const AdapterBackward& args, void* memory, Queue queue) {
+  const AdapterWorkspace<T> workspace(args, memory);
+  int error = 0;
+  if (args.inputs.size.R > 0) {
+    error = backward_hidden(args, workspace, queue);
+    if (!error) error = backward_rows(args, workspace, queue);
+    if (!error && args.ddown) error = backward_weights(args, workspace, queue);
+  }
+  if (!error && args.ddown) error = finish_weights(args, workspace, queue);
+  if (error || !args.dgain) return error;
+  const DgainTask task{workspace.shares, workspace.blocks, args.dgain};
+  return launch(queue, {dim3(1), kThreads, kThreads / 32 * sizeof(double)}, &adapter_dgain, task);
+}
+
+}  // namespace
+
+int adapter_forward(const AdapterForward& args, Queue queue) {
+  return with_element(args.inputs.x.dtype, [&](auto element) { return forward<decltype(element)>(args, queue); });
+}
+
+int64_t adapter_backward_workspace(const AdapterBackward& args) {
+  return with_element(args.inputs.x.dtype,
+                      [&](auto element) { return AdapterWorkspace<decltype(element)>(args, nullptr).bytes; });
+}
+
+int adapter_backward(const AdapterBackward& args, void* workspace, Queue queue) {
+  return with_element(args.inputs.x.dtype,
+                      [&](auto element) { return backward<decltype(element)>(args, workspace, queue); });
+}
+
+}  // namespace petl::cuda
