@@ -5,6 +5,9 @@
 #include <string>
 
 #include "ops/cpu.h"
+#ifdef PETL_WITH_CUDA
+#include "ops/cuda.h"
+#endif
 
 namespace petl {
 namespace {
@@ -17,16 +20,27 @@ std::string cpu_path(std::string choice) {
 
 std::string cpu_paths() { return cpu::available_paths(); }
 
+// Whether this build has CUDA kernels, and the torch that runs it has streams to put them into.
+bool has_cuda_stream() {
+#ifdef PETL_WITH_CUDA
+  return aoti_torch_get_current_cuda_stream != nullptr;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(petl_ext, m) {
   m.def("cpu_path(str choice) -> str");
   m.def("cpu_paths() -> str");
+  m.def("has_cuda_stream() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(petl_ext, CompositeExplicitAutograd, m) {
   m.impl("cpu_path", TORCH_BOX(&cpu_path));
   m.impl("cpu_paths", TORCH_BOX(&cpu_paths));
+  m.impl("has_cuda_stream", TORCH_BOX(&has_cuda_stream));
 }
 
 }  // namespace petl

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from petl_ext.ops.library import raise_no_kernel
+from petl_ext.ops.library import as_autocast_wants, raise_no_kernel
 
 torch.library.define(
     "petl_ext::apt_forward",
@@ -129,7 +129,10 @@ def apt(x, y, prompts, keys, log_scale, activation="relu"):
         activation: "relu" or "softmax".
 
     Each tensor is float32, bfloat16 or float16, in any mixture; scores, gate and sums are float32. Where a tensor is
-    float64, the reference computes.
+    float64, the reference computes. Under autocast a float32 x is rounded to autocast's dtype, as for torch.matmul.
+
+    On CUDA, D is a multiple of 8 up to 8192 and P at most 512; x and y that are not contiguous in rows or not aligned
+    to 16 bytes are copied, and where their dtypes differ both are computed in float32.
 
     Returns:
         [..., D], contiguous, in the dtype of y.
@@ -138,6 +141,7 @@ def apt(x, y, prompts, keys, log_scale, activation="relu"):
         RuntimeError: a shape, dtype, device or activation is not as above.
         NotImplementedError: there is no kernel for the tensors' device.
     """
+    x = as_autocast_wants(x)
     tensors = (x, y, prompts, keys, log_scale)
     if any(tensor.dtype is torch.float64 for tensor in tensors):
         return apt_reference(*tensors, activation)

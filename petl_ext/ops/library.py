@@ -22,11 +22,22 @@ def raise_no_kernel(op, *tensors):
     Raises:
         NotImplementedError: names the devices and the way out.
     """
-    devices = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    remedy = ""
+    if any(device.startswith("cuda") for device in devices):
+        remedy = " Installed anew beside a CUDA build of torch, or with PETL_CUDA=1, petl_ext holds CUDA kernels."
     raise NotImplementedError(
-        f"petl_ext.ops.{op}: this build holds no kernel for {devices} "
-        f"(`python -m petl_ext info` lists what it holds); petl_ext.ops.{op}_reference runs on every device."
+        f"petl_ext.ops.{op}: this build holds no kernel for {', '.join(devices)} "
+        f"(`python -m petl_ext info` lists what it holds); petl_ext.ops.{op}_reference runs on every device.{remedy}"
     )
+
+
+def as_autocast_wants(tensor):
+    """`tensor` in the dtype that torch.autocast gives to the operands of a matrix product; outside of it, itself."""
+    device = tensor.device.type
+    if tensor.dtype is torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
+        return tensor.to(torch.get_autocast_dtype(device))
+    return tensor
 
 
 def cpu_path(choice=None):

@@ -58,8 +58,7 @@ struct AdapterForwardOp {
   using Element = T;
   static constexpr Order kFirstOrder = Order::columns, kSecondOrder = Order::columns;
   static constexpr bool kSplits = false, kTransforms = true;
-  template <class Shape>
-  static constexpr int kBlocks = Shape::kBlocks;
+  static constexpr bool kManyRegisters = false;
 
   const T* left;  // x
   int64_t left_stride;
@@ -163,9 +162,7 @@ struct AdapterBackwardOp {
   using Element = T;
   static constexpr Order kFirstOrder = Order::depth, kSecondOrder = Order::depth;
   static constexpr bool kSplits = false, kTransforms = false;
-  // What it reads for a tile of dx takes more registers than forward has to spare.
-  template <class Shape>
-  static constexpr int kBlocks = Shape::kBlocks < 3 || Shape::kGroups == 2 ? Shape::kBlocks : Shape::kBlocks - 1;
+  static constexpr bool kManyRegisters = true;
 
   const T* left;  // dout
   int64_t left_stride;

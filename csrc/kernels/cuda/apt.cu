@@ -29,8 +29,7 @@ struct AptForwardOp {
   using Kept = typename KeptOf<T>::Type;
   static constexpr Order kFirstOrder = Order::columns, kSecondOrder = Order::depth;
   static constexpr bool kSplits = sizeof(T) == 2, kTransforms = false;
-  template <class Shape>
-  static constexpr int kBlocks = Shape::kBlocks;
+  static constexpr bool kManyRegisters = false;
 
   const T* left;  // x
   int64_t left_stride;
@@ -148,9 +147,7 @@ struct AptBackwardOp {
   using Kept = typename KeptOf<T>::Type;
   static constexpr Order kFirstOrder = Order::columns, kSecondOrder = Order::depth;
   static constexpr bool kSplits = false, kTransforms = false;
-  // What it reads for a tile of dx takes more registers than forward has to spare.
-  template <class Shape>
-  static constexpr int kBlocks = Shape::kBlocks < 3 || Shape::kGroups == 2 ? Shape::kBlocks : Shape::kBlocks - 1;
+  static constexpr bool kManyRegisters = true;
 
   const T* left;  // dout
   int64_t left_stride;

@@ -8,7 +8,7 @@
 //
 //     Element                                float, Bfloat16 or Float16: of left, of hidden and of what is written
 //     kFirstOrder, kSecondOrder              how the weights lie in their tensors
-//     kBlocks<Shape>                         blocks per multiprocessor that the compiler must leave registers for
+//     kManyRegisters                         whether there may be fewer blocks per multiprocessor than usual
 //     kSplits                                whether the first product also sees what rounding its weights leaves out
 //     left, left_stride, first, second, R, D, inner
 //     begin(block)                           before anything else, by all threads
@@ -165,6 +165,7 @@ class Sandwich {
   static constexpr int kRowBytes = Shape::kRows * Shape::kColumnWarps * sizeof(float);
 
  public:
+  static constexpr int kBlocks = Op::kManyRegisters && Shape::kGroups == 4 ? 1 + Shape::kBlocks / 2 : Shape::kBlocks;
   static constexpr int kSharedBytes = kTileBytes + kStatisticsBytes + kRowBytes + Shape::kThreads / 32 * sizeof(double);
   static_assert(kTileBytes % 16 == 0 && kStatisticsBytes % 16 == 0 && kRowBytes % 8 == 0, "parts are aligned");
 
@@ -361,7 +362,7 @@ class Sandwich {
 };
 
 template <class Shape, class Op>
-__global__ void __launch_bounds__(Shape::kThreads, Op::template kBlocks<Shape>)
+__global__ void __launch_bounds__(Shape::kThreads, (Sandwich<Shape, Op>::kBlocks))
     sandwich(const __grid_constant__ Op op) {
   Sandwich<Shape, Op>(op).run();
 }
