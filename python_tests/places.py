@@ -1,0 +1,103 @@
+"""Where an op can run: on each CPU path, on the emulator (CUDA kernels on the CPU), and on a GPU if there is one."""
+
+import functools
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from petl_ext import ops
+
+ROOT = Path(__file__).parent.parent
+CPU_PATHS = torch.ops.petl_ext.cpu_paths().split()
+EMULATED_OPS = ("apt_forward", "apt_backward")
+
+
+@dataclass(frozen=True)
+class Place:
+    name: str
+
+    @property
+    def runs_cuda_kernels(self):
+        return self.name in ("emulated", "cuda")
+
+    @property
+    def device(self):
+        return torch.device("cuda" if self.name == "cuda" else "cpu")
+
+    def put(self, tensors):
+        return [tensor.to(self.device) for tensor in tensors]
+
+    def __str__(self):
+        return self.name
+
+    @contextmanager
+    def entered(self):
+        if self.name == "emulated":
+            with emulation():
+                yield
+        elif self.name == "cuda":
+            yield
+        else:
+            ops.cpu_path(self.name)
+            try:
+                yield
+            finally:
+                ops.cpu_path("auto")
+
+
+EMULATED = Place("emulated")
+CUDA_PLACES = [EMULATED, *([Place("cuda")] if torch.cuda.is_available() else [])]
+CPU_PLACES = [Place(name) for name in CPU_PATHS]
+PLACES = CPU_PLACES + CUDA_PLACES
+
+
+@functools.cache
+def emulated_module():
+    """petl_emulated, built where it is not up to date, with its ops defined as petl_ext's are."""
+    search = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    cmake = shutil.which("cmake", path=search)
+    assert cmake, "CMake is missing: pip install cmake"
+    folder = ROOT / "build" / f"emulated-{sys.implementation.cache_tag}-torch-{torch.__version__}"
+    definitions = ["-DPETL_EMULATED_MODULE=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    for command in (
+        [cmake, "-S", ROOT, "-B", folder, *definitions],
+        [cmake, "--build", folder, "--target", "petl_emulated", "--parallel"],
+    ):
+        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": search})
+        assert result.returncode == 0, result.stdout + result.stderr
+    for name in EMULATED_OPS:
+        schema = str(getattr(torch.ops.petl_ext, name).default._schema)
+        torch.library.define(f"petl_emulated::{name}", schema[schema.index("(") :])
+    sys.path.insert(0, str(folder))
+    return importlib.import_module("petl_emulated")
+
+
+@contextmanager
+def emulation(**settings):
+    """The ops of petl_ext run the emulated CUDA kernels on CPU tensors.
+
+    Args:
+        settings: of petl_emulated.configure.
+    """
+    module = emulated_module()
+    before = module.settings()
+    library = torch.library.Library("petl_ext", "IMPL")
+    try:
+        module.configure(**{**before, **settings})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning only once for all operators")
+            for name in EMULATED_OPS:
+                library.impl(name, getattr(torch.ops.petl_emulated, name).default, "CPU", allow_override=True)
+        yield
+    finally:
+        library._destroy()
+        module.configure(**before)
