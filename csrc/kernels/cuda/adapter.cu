@@ -58,7 +58,7 @@ struct AdapterForwardOp {
   using Element = T;
   static constexpr Order kFirstOrder = Order::columns, kSecondOrder = Order::columns;
   static constexpr bool kSplits = false, kTransforms = true;
-  static constexpr bool kManyRegisters = false;
+  static constexpr int most_blocks(int) { return 3; }
 
   const T* left;  // x
   int64_t left_stride;
@@ -112,19 +112,19 @@ struct AdapterForwardOp {
     for (int i = 0; i < 8; ++i) values[i] = (values[i] - row.x) * row.y * weight[i] + bias[i];
   }
 
-  template <class Block, int kGroups>
-  __device__ __forceinline__ Terms activate(Sums<kGroups>& sums, const Block& block, Tile<T> hidden) const {
-    block.for_each(sums, inner, [&](int half, int column, float (&values)[8]) {
+  template <class Block, class SumsOfThread>
+  __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Tile<T> hidden) const {
+    block.for_each(sums, inner, [&](int line, int column, float (&values)[8]) {
       float bias[8];
       load_row(down_bias, column, bias);
 #pragma unroll
       for (int i = 0; i < 8; ++i) values[i] += bias[i];
-      if (hidden_units && column < kept && block.row(half) < R) {
-        store(hidden_units + block.row(half) * kept + column, pack<T>(values));
+      if (hidden_units && column < kept && block.row(line) < R) {
+        store(hidden_units + block.row(line) * kept + column, pack<T>(values));
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) values[i] = column + i < inner ? cuda::activate(activation, values[i]).value : 0;
-      store(hidden.data + block.local_row(half) * hidden.stride + column, pack<T>(values));
+      store(hidden.data + block.local_row(line) * hidden.stride + column, pack<T>(values));
     });
     return {scale.value()};
   }
@@ -162,7 +162,7 @@ struct AdapterBackwardOp {
   using Element = T;
   static constexpr Order kFirstOrder = Order::depth, kSecondOrder = Order::depth;
   static constexpr bool kSplits = false, kTransforms = false;
-  static constexpr bool kManyRegisters = true;
+  static constexpr int most_blocks(int) { return 2; }
 
   const T* left;  // dout
   int64_t left_stride;
@@ -186,8 +186,8 @@ struct AdapterBackwardOp {
   double* shares;  // of dgain, one per block of rows; null: not wanted
 
   struct Terms {
-    float2 statistics[2];
-    float mean[2], slope[2];
+    float2 statistics[kMaxThreadRows];
+    float mean[kMaxThreadRows], slope[kMaxThreadRows];
     double share;
   };
   struct Inputs {
@@ -200,16 +200,16 @@ struct AdapterBackwardOp {
   __device__ __forceinline__ bool writes_rows() const { return dx || shares; }
   __device__ __forceinline__ bool multiplies() const { return dx; }
 
-  template <class Block, int kGroups>
-  __device__ __forceinline__ Terms activate(Sums<kGroups>& sums, const Block& block, Tile<T> hidden) const {
+  template <class Block, class SumsOfThread>
+  __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Tile<T> hidden) const {
     const float factor = scale.value();
     Terms terms = {};
-    block.for_each(sums, inner, [&](int half, int column, float (&products)[8]) {
-      const bool valid = column < kept && block.row(half) < R;
-      const int64_t place = block.row(half) * kept + column;
+    block.for_each(sums, inner, [&](int line, int column, float (&products)[8]) {
+      const bool valid = column < kept && block.row(line) < R;
+      const int64_t place = block.row(line) * kept + column;
       float units[8];
       unpack(load_if(valid, hidden_units + place), units);
-      if (norm.exists()) sum_norm_terms(products, units, factor, half, column, terms);
+      if (norm.exists()) sum_norm_terms(products, units, factor, line, column, terms);
       float sum = 0;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -220,7 +220,7 @@ struct AdapterBackwardOp {
       }
       terms.share += double{scale.factor} * sum;
       const Packed<T> packed = pack<T>(products);
-      store(hidden.data + block.local_row(half) * hidden.stride + column, packed);
+      store(hidden.data + block.local_row(line) * hidden.stride + column, packed);
       if (!valid || !dhidden) return;
       store(dhidden + place, packed);
       store(hidden_units + place, pack<T>(units));
@@ -229,20 +229,20 @@ struct AdapterBackwardOp {
     block.reduce_rows(terms.mean, Add());
     block.reduce_rows(terms.slope, Add());
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (block.row(half) < R) terms.statistics[half] = statistics[block.row(half)];
+    for (int line = 0; line < Block::kThreadRows; ++line) {
+      if (block.row(line) < R) terms.statistics[line] = statistics[block.row(line)];
     }
     return terms;
   }
 
   __device__ __forceinline__ void sum_norm_terms(const float (&products)[8], const float (&units)[8], float factor,
-                                                 int half, int column, Terms& terms) const {
+                                                 int line, int column, Terms& terms) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if (column + i >= inner) continue;
       const float gradient = factor * products[i] * cuda::activate(activation, units[i]).derivative;
-      terms.mean[half] += gradient * norm_terms.mean_weight[column + i];
-      terms.slope[half] += gradient * (units[i] - norm_terms.offset[column + i]) / static_cast<float>(D);
+      terms.mean[line] += gradient * norm_terms.mean_weight[column + i];
+      terms.slope[line] += gradient * (units[i] - norm_terms.offset[column + i]) / static_cast<float>(D);
     }
   }
 
@@ -254,7 +254,7 @@ struct AdapterBackwardOp {
   }
 
   __device__ __forceinline__ void write(int64_t row, int column, const float (&products)[8], const Inputs& inputs,
-                                        const Terms& terms, int half, double& share) const {
+                                        const Terms& terms, int line, double& share) const {
     float dout[8];
     unpack(inputs.dout, dout);
     if (shares) share += double{scale.factor} * dot_up_bias(dout, column);
@@ -266,11 +266,11 @@ struct AdapterBackwardOp {
       float x_values[8], weight[8];
       unpack(inputs.x, x_values);
       load_row(norm.weight, column, weight);
-      const float2 row_values = terms.statistics[half];
+      const float2 row_values = terms.statistics[line];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const float normed = (x_values[i] - row_values.x) * row_values.y;
-        values[i] = row_values.y * (weight[i] * values[i] - terms.mean[half] - normed * terms.slope[half]);
+        values[i] = row_values.y * (weight[i] * values[i] - terms.mean[line] - normed * terms.slope[line]);
       }
     }
     if (residual_is_input) {

@@ -29,7 +29,7 @@ struct AptForwardOp {
   using Kept = typename KeptOf<T>::Type;
   static constexpr Order kFirstOrder = Order::columns, kSecondOrder = Order::depth;
   static constexpr bool kSplits = sizeof(T) == 2, kTransforms = false;
-  static constexpr bool kManyRegisters = false;
+  static constexpr int most_blocks(int) { return 3; }
 
   const T* left;  // x
   int64_t left_stride;
@@ -49,7 +49,7 @@ struct AptForwardOp {
 
   // exp(log_scale), and what the products are multiplied by
   struct Terms {
-    float scale, factor[2];
+    float scale, factor[kMaxThreadRows];
   };
   using Inputs = Packed<T>;
 
@@ -65,60 +65,63 @@ struct AptForwardOp {
   }
 
   // The raw scores become scores / gate; returns 1 / sum for softmax, nothing for ReLU.
-  template <class Block, int kGroups>
-  __device__ __forceinline__ void activate_rows(Sums<kGroups>& sums, const Block& block, float (&gates)[2]) const {
-    float best[2] = {-INFINITY, -INFINITY};
-    block.for_each(sums, inner, [&](int half, int column, float (&values)[8]) {
+  template <class Block, class SumsOfThread>
+  __device__ __forceinline__ void activate_rows(SumsOfThread& sums, const Block& block,
+                                                float (&gates)[Block::kThreadRows]) const {
+    float best[Block::kThreadRows];
+#pragma unroll
+    for (float& value : best) value = -INFINITY;
+    block.for_each(sums, inner, [&](int line, int column, float (&values)[8]) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        if (column + i < inner) best[half] = Max()(best[half], values[i]);
+        if (column + i < inner) best[line] = Max()(best[line], values[i]);
       }
     });
     block.reduce_rows(best, Max());
     if (activation == Activation::relu) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) gates[half] = best[half] < 0 ? 0 : best[half];
+      for (int line = 0; line < Block::kThreadRows; ++line) gates[line] = best[line] < 0 ? 0 : best[line];
       return;
     }
-    float total[2] = {0, 0};
-    block.for_each(sums, inner, [&](int half, int column, float (&values)[8]) {
+    float total[Block::kThreadRows] = {};
+    block.for_each(sums, inner, [&](int line, int column, float (&values)[8]) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        values[i] = masked(column + i < inner, expf(values[i] - best[half]));
-        total[half] += values[i];
+        values[i] = masked(column + i < inner, expf(values[i] - best[line]));
+        total[line] += values[i];
       }
     });
     block.reduce_rows(total, Add());
 #pragma unroll
-    for (int half = 0; half < 2; ++half) gates[half] = 1 / total[half];
+    for (int line = 0; line < Block::kThreadRows; ++line) gates[line] = 1 / total[line];
   }
 
-  template <class Block, int kGroups>
-  __device__ __forceinline__ Terms activate(Sums<kGroups>& sums, const Block& block, Tile<T> hidden) const {
-    float gates[2], inverse[2];
+  template <class Block, class SumsOfThread>
+  __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Tile<T> hidden) const {
+    float gates[Block::kThreadRows], inverse[Block::kThreadRows];
     activate_rows(sums, block, gates);
     const bool relu = activation == Activation::relu;
     Terms terms;
     terms.scale = expf(load_scalar(log_scale, log_scale_dtype, 0));
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int line = 0; line < Block::kThreadRows; ++line) {
       // Below the smallest normal float gate^2 is zero, and so is what the inverse would be multiplied by.
-      inverse[half] = gates[half] >= 1.2e-38f ? 1 / gates[half] : 0;
-      terms.factor[half] = terms.scale * gates[half] * gates[half];
-      if (block.column_warp() == 0 && threadIdx.x % 4 == 0 && block.row(half) < R) gate[block.row(half)] = gates[half];
+      inverse[line] = gates[line] >= 1.2e-38f ? 1 / gates[line] : 0;
+      terms.factor[line] = terms.scale * gates[line] * gates[line];
+      if (block.column_warp() == 0 && threadIdx.x % 4 == 0 && block.row(line) < R) gate[block.row(line)] = gates[line];
     }
-    block.for_each(sums, inner, [&](int half, int column, float (&values)[8]) {
+    block.for_each(sums, inner, [&](int line, int column, float (&values)[8]) {
       float normalized[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         // Written so that a NaN stays one.
         const float value = relu && values[i] < 0 ? 0 : masked(column + i < inner, values[i]);
-        values[i] = relu ? value : value * gates[half];
-        normalized[i] = relu ? value * inverse[half] : value;
+        values[i] = relu ? value : value * gates[line];
+        normalized[i] = relu ? value * inverse[line] : value;
       }
-      store(hidden.data + block.local_row(half) * hidden.stride + column, pack<T>(normalized));
-      if (scores && column < kept && block.row(half) < R) {
-        store(scores + block.row(half) * kept + column, pack<Kept>(values));
+      store(hidden.data + block.local_row(line) * hidden.stride + column, pack<T>(normalized));
+      if (scores && column < kept && block.row(line) < R) {
+        store(scores + block.row(line) * kept + column, pack<Kept>(values));
       }
     });
     return terms;
@@ -129,11 +132,11 @@ struct AptForwardOp {
   }
 
   __device__ __forceinline__ void write(int64_t row, int column, const float (&products)[8], const Inputs& inputs,
-                                        const Terms& terms, int half, double&) const {
+                                        const Terms& terms, int line, double&) const {
     float values[8];
     unpack(inputs, values);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = terms.scale * values[i] + terms.factor[half] * products[i];
+    for (int i = 0; i < 8; ++i) values[i] = terms.scale * values[i] + terms.factor[line] * products[i];
     store(out + row * D + column, pack<T>(values));
   }
 };
@@ -147,7 +150,7 @@ struct AptBackwardOp {
   using Kept = typename KeptOf<T>::Type;
   static constexpr Order kFirstOrder = Order::columns, kSecondOrder = Order::depth;
   static constexpr bool kSplits = false, kTransforms = false;
-  static constexpr bool kManyRegisters = true;
+  static constexpr int most_blocks(int groups) { return groups <= 2 ? 3 : 2; }
 
   const T* left;  // dout
   int64_t left_stride;
@@ -188,46 +191,48 @@ struct AptBackwardOp {
   }
 
   // sum over the row of scores * products
-  template <class Block, int kGroups>
-  __device__ __forceinline__ void sum_rows(Sums<kGroups>& sums, const Block& block, float (&totals)[2]) const {
-    totals[0] = totals[1] = 0;
-    block.for_each(sums, inner, [&](int half, int column, float (&products)[8]) {
-      float values[8];
-      load_scores(block.row(half), column, values);
+  template <class Block, class SumsOfThread>
+  __device__ __forceinline__ void sum_rows(SumsOfThread& sums, const Block& block,
+                                           float (&totals)[Block::kThreadRows]) const {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) totals[half] += values[i] * products[i];
+    for (float& total : totals) total = 0;
+    block.for_each(sums, inner, [&](int line, int column, float (&products)[8]) {
+      float values[8];
+      load_scores(block.row(line), column, values);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) totals[line] += values[i] * products[i];
     });
     block.reduce_rows(totals, Add());
   }
 
-  template <class Block, int kGroups>
-  __device__ __forceinline__ Terms activate(Sums<kGroups>& sums, const Block& block, Tile<T> hidden) const {
+  template <class Block, class SumsOfThread>
+  __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Tile<T> hidden) const {
     const float scale = expf(load_scalar(log_scale, log_scale_dtype, 0));
-    float totals[2], factor[2];
+    float totals[Block::kThreadRows], factor[Block::kThreadRows];
     sum_rows(sums, block, totals);
     Terms terms{scale, 0};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      factor[half] = block.row(half) < R ? scale * gate[block.row(half)] : 0;
-      if (block.column_warp() == 0 && threadIdx.x % 4 == 0) terms.share += double{factor[half]} * totals[half];
+    for (int line = 0; line < Block::kThreadRows; ++line) {
+      factor[line] = block.row(line) < R ? scale * gate[block.row(line)] : 0;
+      if (block.column_warp() == 0 && threadIdx.x % 4 == 0) terms.share += double{factor[line]} * totals[line];
     }
     const bool relu = activation == Activation::relu;
-    block.for_each(sums, inner, [&](int half, int column, float (&products)[8]) {
+    block.for_each(sums, inner, [&](int line, int column, float (&products)[8]) {
       float values[8];
-      load_scores(block.row(half), column, values);
+      load_scores(block.row(line), column, values);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         // A comparison written so that the gradient at a NaN is NaN, not zero.
-        const float through = relu ? (values[i] <= 0 ? 0 : products[i]) : values[i] * (products[i] - totals[half]);
-        products[i] = masked(column + i < inner, factor[half] * through);
-        values[i] = masked(column + i < inner, factor[half] * values[i]);
+        const float through = relu ? (values[i] <= 0 ? 0 : products[i]) : values[i] * (products[i] - totals[line]);
+        products[i] = masked(column + i < inner, factor[line] * through);
+        values[i] = masked(column + i < inner, factor[line] * values[i]);
       }
       const Packed<T> packed = pack<T>(products);
-      store(hidden.data + block.local_row(half) * hidden.stride + column, packed);
-      if (column >= kept || block.row(half) >= R) return;
+      store(hidden.data + block.local_row(line) * hidden.stride + column, packed);
+      if (column >= kept || block.row(line) >= R) return;
       if (!dscores) return;
-      store(dscores + block.row(half) * kept + column, packed);
-      store(weighted + block.row(half) * kept + column, pack<T>(values));
+      store(dscores + block.row(line) * kept + column, packed);
+      store(weighted + block.row(line) * kept + column, pack<T>(values));
     });
     return terms;
   }

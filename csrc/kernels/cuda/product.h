@@ -19,42 +19,36 @@ struct Tile {
   int stride;
 };
 
-// Four 8-column blocks, and `sums` of a thread in them.
-template <int kGroups>
+// A thread's part of the sums of one warp: kBlocks blocks of 16 rows, kGroups groups of four 8-column blocks. Its rows
+// are numbered 0 ... 2 kBlocks - 1: rows g and g + 8 of the first block, then of the second.
+template <int kBlocks, int kGroups>
 struct Sums {
-  float blocks[kGroups][4][4];
+  float parts[kBlocks][kGroups][4][4];
+
+  template <class Visit>
+  __device__ __forceinline__ void for_each(Visit visit) {
+#pragma unroll
+    for (int i = 0; i < kBlocks * kGroups * 16; ++i)
+      visit(parts[i / 16 / kGroups][i / 16 % kGroups][i / 4 % 4][i % 4], i);
+  }
 
   __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-      for (int block = 0; block < 4; ++block) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) blocks[group][block][i] = 0;
-      }
-    }
+    for_each([](float& sum, int) { sum = 0; });
   }
 
   __device__ __forceinline__ void add(const Sums& other) {
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-      for (int block = 0; block < 4; ++block) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) blocks[group][block][i] += other.blocks[group][block][i];
-      }
-    }
+    for_each([&](float& sum, int i) { sum += other.parts[i / 16 / kGroups][i / 16 % kGroups][i / 4 % 4][i % 4]; });
   }
 
-  // Eight neighbouring columns of row g (half 0) or g + 8 (half 1), of tiles whose columns lie as slot_of says.
-  __device__ __forceinline__ void get(int group, int half, float (&values)[8]) const {
+  // Eight neighbouring columns of one row, of tiles whose columns lie as slot_of says.
+  __device__ __forceinline__ void get(int group, int row, float (&values)[8]) const {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = blocks[group][i / 2][2 * half + i % 2];
+    for (int i = 0; i < 8; ++i) values[i] = parts[row / 2][group][i / 2][2 * (row % 2) + i % 2];
   }
 
-  __device__ __forceinline__ void set(int group, int half, const float (&values)[8]) {
+  __device__ __forceinline__ void set(int group, int row, const float (&values)[8]) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) blocks[group][i / 2][2 * half + i % 2] = values[i];
+    for (int i = 0; i < 8; ++i) parts[row / 2][group][i / 2][2 * (row % 2) + i % 2] = values[i];
   }
 };
 
@@ -84,27 +78,41 @@ __device__ __forceinline__ void load_right(uint32_t (&parts)[4], const T* right,
   }
 }
 
-template <class T, Order kOrder, int kGroups>
-__device__ __forceinline__ void multiply(Sums<kGroups>& sums, Tile<const T> left, Tile<const T> right, Groups groups,
-                                         int depth) {
+// Two neighbouring 8-column blocks of the sums, 16 rows deep.
+template <class T, Order kOrder, int kBlocks, int kGroups>
+__device__ __forceinline__ void multiply_pair(Sums<kBlocks, kGroups>& sums, int group, int pair,
+                                              const uint32_t (&left)[kBlocks][4], const T* right, int stride) {
+  uint32_t parts[4];
+  load_right<T, kOrder>(parts, right, stride);
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+    multiply_step(sums.parts[block][group][2 * pair], left[block], {parts[0], parts[1]}, T{});
+    multiply_step(sums.parts[block][group][2 * pair + 1], left[block], {parts[2], parts[3]}, T{});
+  }
+}
+
+// `rest`, if its data is not null, is added to right: what rounding left out of it.
+template <class T, Order kOrder, int kBlocks, int kGroups>
+__device__ __forceinline__ void multiply(Sums<kBlocks, kGroups>& sums, Tile<const T> left, Tile<const T> right,
+                                         const T* rest, Groups groups, int depth) {
   const int lane = threadIdx.x % 32;
-  const int group_elements = 32 * (kOrder == Order::columns ? right.stride : 1);
-  const int block_elements = 8 * (kOrder == Order::columns ? right.stride : 1);
+  const int column_elements = kOrder == Order::columns ? right.stride : 1;
   for (int k = 0; k < depth; k += 16) {
-    uint32_t left_parts[4];
-    load_matrices(left_parts, left.data + lane % 16 * left.stride + k + lane / 16 * 8);
-    const T* right_step =
-        right.data + groups.first * group_elements + k * (kOrder == Order::columns ? 1 : right.stride);
+    uint32_t left_parts[kBlocks][4];
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      load_matrices(left_parts[block], left.data + (16 * block + lane % 16) * left.stride + k + lane / 16 * 8);
+    }
+    const int step = 32 * groups.first * column_elements + k * (kOrder == Order::columns ? 1 : right.stride);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       if (group >= groups.count) break;
-      const T* blocks = right_step + group * groups.step * group_elements;
+      const int begin = step + 32 * group * groups.step * column_elements;
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
-        uint32_t parts[4];
-        load_right<T, kOrder>(parts, blocks + 2 * pair * block_elements, right.stride);
-        multiply_step(sums.blocks[group][2 * pair], left_parts, {parts[0], parts[1]}, T{});
-        multiply_step(sums.blocks[group][2 * pair + 1], left_parts, {parts[2], parts[3]}, T{});
+        const int offset = begin + 16 * pair * column_elements;
+        multiply_pair<T, kOrder>(sums, group, pair, left_parts, right.data + offset, right.stride);
+        if (rest) multiply_pair<T, kOrder>(sums, group, pair, left_parts, rest + offset, right.stride);
       }
     }
   }
@@ -147,26 +155,25 @@ __device__ __forceinline__ void multiply_step(float (&sums)[4], const float4 (&l
   }
 }
 
-template <class T, Order kOrder, int kGroups>
-__device__ __forceinline__ void multiply(Sums<kGroups>& sums, Tile<const float> left, Tile<const float> right,
-                                         Groups groups, int depth) {
+template <class T, Order kOrder, int kBlocks, int kGroups>
+__device__ __forceinline__ void multiply(Sums<kBlocks, kGroups>& sums, Tile<const float> left, Tile<const float> right,
+                                         const float*, Groups groups, int depth) {
+  static_assert(kBlocks == 1, "two blocks of rows with sums of sums would not fit the registers");
   const int g = threadIdx.x % 32 / 4;
-  const int group_elements = 32 * (kOrder == Order::columns ? right.stride : 1);
-  const int block_elements = 8 * (kOrder == Order::columns ? right.stride : 1);
+  const int column_elements = kOrder == Order::columns ? right.stride : 1;
   for (int k = 0; k < depth; k += 4) {
     const float4 left_parts[2] = {*reinterpret_cast<const float4*>(left.data + g * left.stride + k),
                                   *reinterpret_cast<const float4*>(left.data + (g + 8) * left.stride + k)};
     const float* right_step =
-        right.data + groups.first * group_elements + k * (kOrder == Order::columns ? 1 : right.stride);
+        right.data + 32 * groups.first * column_elements + k * (kOrder == Order::columns ? 1 : right.stride);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       if (group >= groups.count) break;
-      const float* blocks = right_step + group * groups.step * group_elements;
 #pragma unroll
       for (int block = 0; block < 4; ++block) {
         float parts[4][2];
-        load_right<kOrder>(parts, blocks + block * block_elements, right.stride);
-        multiply_step(sums.blocks[group][block], left_parts, parts);
+        load_right<kOrder>(parts, right_step + (32 * group * groups.step + 8 * block) * column_elements, right.stride);
+        multiply_step(sums.parts[0][group][block], left_parts, parts);
       }
     }
   }

@@ -8,7 +8,7 @@
 //
 //     Element                                float, Bfloat16 or Float16: of left, of hidden and of what is written
 //     kFirstOrder, kSecondOrder              how the weights lie in their tensors
-//     kManyRegisters                         whether there may be fewer blocks per multiprocessor than usual
+//     most_blocks(groups)                    per multiprocessor, without spilling registers
 //     kSplits                                whether the first product also sees what rounding its weights leaves out
 //     left, left_stride, first, second, R, D, inner
 //     begin(block)                           before anything else, by all threads
@@ -25,24 +25,28 @@
 
 namespace petl::cuda {
 
-// How a block of threads divides the work: kRowWarps x kColumnWarps warps; a warp has 16 rows, and of the inner columns
-// every kColumnWarps-th group of 32, kGroups at most.
-template <class T, int kGroups_, int kRowWarps_, int kColumnWarps_, int kChunk_, int kBlocks_>
+constexpr int kMaxThreadRows = 4;
+
+// How a block of threads divides the work: kRowWarps x kColumnWarps warps; a warp has kRowBlocks blocks of 16 rows, and
+// of the inner columns every kColumnWarps-th group of 32, kGroups at most. With two row blocks, what a warp loads of
+// the weights from shared memory serves twice as many products.
+template <class T, int kRowBlocks_, int kGroups_, int kRowWarps_, int kColumnWarps_, int kChunk_, int kBlocks_>
 struct Shape {
   using Element = T;
-  static constexpr int kGroups = kGroups_, kRowWarps = kRowWarps_, kColumnWarps = kColumnWarps_;
+  static constexpr int kRowBlocks = kRowBlocks_, kGroups = kGroups_, kRowWarps = kRowWarps_,
+                       kColumnWarps = kColumnWarps_;
   static constexpr int kThreads = 32 * kRowWarps * kColumnWarps;
   // Blocks that a multiprocessor shall be able to run at once: a bound for the compiler's use of registers.
   static constexpr int kBlocks = kBlocks_;
-  static constexpr int kRows = 16 * kRowWarps;
+  static constexpr int kRows = 16 * kRowBlocks * kRowWarps;
   static constexpr int kInner = 32 * kGroups * kColumnWarps;
   // Columns of left, rows of the first weights, that are multiplied between two barriers.
   static constexpr int kChunk = kChunk_;
   // Chunks of left that are on their way or in use. Three on their way are 12 to 24 kB per multiprocessor and block.
   static constexpr int kStages = 4;
   // The second weights come in tiles of this size: two vectors of eight per thread.
-  static constexpr int kSecondDepth = sizeof(T) == 2 && kThreads == 256 ? 64 : 32;
-  static constexpr int kSecondColumns = kColumnWarps == 4 ? 128 : 64;
+  static constexpr int kSecondColumns = kRowBlocks == 2 || kColumnWarps == 4 ? 128 : 64;
+  static constexpr int kSecondDepth = 32;
   static constexpr int kSecondGroups = kSecondColumns / 32 / kColumnWarps;
   // Depth of a step of a product.
   static constexpr int kStep = sizeof(T) == 2 ? 16 : 4;
@@ -52,10 +56,12 @@ struct Shape {
   static constexpr int kLeftElements = kRows * kLeftStride;
 };
 
-// Where a thread stands: its rows are row(0) and row(1).
+// Where a thread stands.
 template <class Shape>
 struct Block {
   static constexpr int kRows = Shape::kRows;
+  // The lines of one thread are row(0), row(1), ...
+  static constexpr int kThreadRows = 2 * Shape::kRowBlocks;
 
   float* row_scratch;      // [kRows, kColumnWarps]
   double* block_scratch;   // one per warp
@@ -65,10 +71,11 @@ struct Block {
   __device__ __forceinline__ static int row_warp() { return warp() / Shape::kColumnWarps; }
   __device__ __forceinline__ static int column_warp() { return warp() % Shape::kColumnWarps; }
   __device__ __forceinline__ static int64_t first_row() { return int64_t{blockIdx.x} * Shape::kRows; }
-  __device__ __forceinline__ static int local_row(int half) {
-    return 16 * row_warp() + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * half;
+  __device__ __forceinline__ static int first_of_warp() { return 16 * Shape::kRowBlocks * row_warp(); }
+  __device__ __forceinline__ static int local_row(int line) {
+    return first_of_warp() + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * line;
   }
-  __device__ __forceinline__ static int64_t row(int half) { return first_row() + local_row(half); }
+  __device__ __forceinline__ static int64_t row(int line) { return first_row() + local_row(line); }
   // The first of the thread's eight columns in a group of 32.
   __device__ __forceinline__ static int column(int group) {
     return 32 * (column_warp() + group * Shape::kColumnWarps) + static_cast<int>(threadIdx.x) % 4 * 8;
@@ -79,52 +86,54 @@ struct Block {
     return {column_warp(), Shape::kColumnWarps, (all - column_warp() + Shape::kColumnWarps - 1) / Shape::kColumnWarps};
   }
 
-  // Calls visit(half, column, values) for the thread's sums by eights; what it changes is kept.
+  // Calls visit(line, column, values) for the thread's sums by eights; what it changes is kept.
   template <class Visit>
-  __device__ __forceinline__ static void for_each(Sums<Shape::kGroups>& sums, int columns, Visit visit) {
+  __device__ __forceinline__ static void for_each(Sums<Shape::kRowBlocks, Shape::kGroups>& sums, int columns,
+                                                  Visit visit) {
     const Groups active = groups(columns);
 #pragma unroll
     for (int group = 0; group < Shape::kGroups; ++group) {
       if (group >= active.count) break;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int line = 0; line < kThreadRows; ++line) {
         float values[8];
-        sums.get(group, half, values);
-        visit(half, column(group), values);
-        sums.set(group, half, values);
+        sums.get(group, line, values);
+        visit(line, column(group), values);
+        sums.set(group, line, values);
       }
     }
   }
 
   // Combines what the threads of a row have; all threads of the block must call it.
-  template <class Combine>
-  __device__ __forceinline__ void reduce_rows(float (&values)[2], Combine combine) const {
+  template <int kSize, class Combine>
+  __device__ __forceinline__ void reduce_rows(float (&values)[kSize], Combine combine) const {
+    static_assert(kSize >= kThreadRows, "one value per line");
 #pragma unroll
-    for (int half = 0; half < 2; ++half) values[half] = reduce_quad(values[half], combine);
+    for (int line = 0; line < kThreadRows; ++line) values[line] = reduce_quad(values[line], combine);
     if constexpr (Shape::kColumnWarps > 1) {
       __syncthreads();
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        row_scratch[local_row(half) * Shape::kColumnWarps + column_warp()] = values[half];
+      for (int line = 0; line < kThreadRows; ++line)
+        row_scratch[local_row(line) * Shape::kColumnWarps + column_warp()] = values[line];
       __syncthreads();
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float* row_values = row_scratch + local_row(half) * Shape::kColumnWarps;
-        values[half] = row_values[0];
+      for (int line = 0; line < kThreadRows; ++line) {
+        const float* row_values = row_scratch + local_row(line) * Shape::kColumnWarps;
+        values[line] = row_values[0];
 #pragma unroll
         for (int other = 1; other < Shape::kColumnWarps; ++other)
-          values[half] = combine(values[half], row_values[other]);
+          values[line] = combine(values[line], row_values[other]);
       }
     }
   }
 };
 
-template <class T, int kGroups>
+template <class T, int kBlocks, int kGroups>
 struct LongSums;
 
-template <int kGroups>
-struct LongSums<float, kGroups> {
-  Sums<kGroups> sums, total;
+template <int kBlocks, int kGroups>
+struct LongSums<float, kBlocks, kGroups> {
+  Sums<kBlocks, kGroups> sums, total;
 
   __device__ __forceinline__ void clear() {
     sums.clear();
@@ -133,20 +142,20 @@ struct LongSums<float, kGroups> {
   __device__ __forceinline__ void end_of(int depth) {
     if (depth % kShortSum == 0) finish();
   }
-  __device__ __forceinline__ Sums<kGroups>& finish() {
+  __device__ __forceinline__ Sums<kBlocks, kGroups>& finish() {
     total.add(sums);
     sums.clear();
     return total;
   }
 };
 
-template <class T, int kGroups>
+template <class T, int kBlocks, int kGroups>
 struct LongSums {
-  Sums<kGroups> sums;
+  Sums<kBlocks, kGroups> sums;
 
   __device__ __forceinline__ void clear() { sums.clear(); }
   __device__ __forceinline__ void end_of(int) {}
-  __device__ __forceinline__ Sums<kGroups>& finish() { return sums; }
+  __device__ __forceinline__ Sums<kBlocks, kGroups>& finish() { return sums; }
 };
 
 template <class Shape, class Op>
@@ -155,6 +164,7 @@ class Sandwich {
   using FirstStage = WeightStage<T, Op::kFirstOrder, Shape::kChunk, Shape::kInner, Shape::kThreads>;
   using SecondStage = WeightStage<T, Op::kSecondOrder, Shape::kSecondDepth, Shape::kSecondColumns, Shape::kThreads>;
 
+  static constexpr int kThreadRows = Block<Shape>::kThreadRows;
   static constexpr int kFirstTiles = Op::kSplits ? 2 : 1;
   static constexpr int kFirstBytes =
       (Shape::kStages * Shape::kLeftElements + 2 * kFirstTiles * FirstStage::kElements) * sizeof(T);
@@ -165,7 +175,8 @@ class Sandwich {
   static constexpr int kRowBytes = Shape::kRows * Shape::kColumnWarps * sizeof(float);
 
  public:
-  static constexpr int kBlocks = Op::kManyRegisters && Shape::kGroups == 4 ? 1 + Shape::kBlocks / 2 : Shape::kBlocks;
+  static constexpr int kMostBlocks = Op::most_blocks(Shape::kGroups);
+  static constexpr int kBlocks = Shape::kBlocks < kMostBlocks ? Shape::kBlocks : kMostBlocks;
   static constexpr int kSharedBytes = kTileBytes + kStatisticsBytes + kRowBytes + Shape::kThreads / 32 * sizeof(double);
   static_assert(kTileBytes % 16 == 0 && kStatisticsBytes % 16 == 0 && kRowBytes % 8 == 0, "parts are aligned");
 
@@ -178,7 +189,7 @@ class Sandwich {
 
   __device__ __forceinline__ void run() {
     op_.begin(block_);
-    LongSums<T, Shape::kGroups> sums;
+    LongSums<T, Shape::kRowBlocks, Shape::kGroups> sums;
     first_product(sums);
     __syncthreads();
     const Tile<T> hidden{tiles_, Shape::kHiddenStride};
@@ -236,19 +247,16 @@ class Sandwich {
     });
   }
 
-  __device__ __forceinline__ void multiply_first(LongSums<T, Shape::kGroups>& sums, int chunk, bool split,
-                                                 Groups groups) const {
-    const Tile<const T> left{left_tile(chunk) + 16 * block_.row_warp() * Shape::kLeftStride, Shape::kLeftStride};
+  __device__ __forceinline__ void multiply_first(LongSums<T, Shape::kRowBlocks, Shape::kGroups>& sums, int chunk,
+                                                 bool split, Groups groups) const {
+    const Tile<const T> left{left_tile(chunk) + block_.first_of_warp() * Shape::kLeftStride, Shape::kLeftStride};
     const T* weights = first_tile(chunk);
-    multiply<T, Op::kFirstOrder>(sums.sums, left, Tile<const T>{weights, FirstStage::kStride}, groups, Shape::kChunk);
-    if (Op::kSplits && split) {
-      const Tile<const T> rest{weights + FirstStage::kElements, FirstStage::kStride};
-      multiply<T, Op::kFirstOrder>(sums.sums, left, rest, groups, Shape::kChunk);
-    }
+    multiply<T, Op::kFirstOrder>(sums.sums, left, Tile<const T>{weights, FirstStage::kStride},
+                                 split ? weights + FirstStage::kElements : nullptr, groups, Shape::kChunk);
     sums.end_of((chunk + 1) * Shape::kChunk);
   }
 
-  __device__ __forceinline__ void first_product(LongSums<T, Shape::kGroups>& sums) const {
+  __device__ __forceinline__ void first_product(LongSums<T, Shape::kRowBlocks, Shape::kGroups>& sums) const {
     const int chunks = (op_.D + Shape::kChunk - 1) / Shape::kChunk;
     const Groups groups = block_.groups(op_.inner);
     const bool split = Op::kSplits && op_.splits();
@@ -295,9 +303,9 @@ class Sandwich {
   __device__ __forceinline__ void second_product(const Terms& terms, double& share) const {
     T* const weights[2] = {tiles_ + Shape::kRows * Shape::kHiddenStride,
                            tiles_ + Shape::kRows * Shape::kHiddenStride + SecondStage::kElements};
-    const T* hidden = tiles_ + 16 * block_.row_warp() * Shape::kHiddenStride;
-    typename Op::Inputs inputs[Shape::kSecondGroups][2];
-    LongSums<T, Shape::kSecondGroups> sums;
+    const T* hidden = tiles_ + block_.first_of_warp() * Shape::kHiddenStride;
+    typename Op::Inputs inputs[Shape::kSecondGroups][kThreadRows];
+    LongSums<T, Shape::kRowBlocks, Shape::kSecondGroups> sums;
     SecondStage stage;
     SecondTile tile;
     stage.load(op_.second, 0, 0);
@@ -318,40 +326,41 @@ class Sandwich {
     }
   }
 
-  __device__ __forceinline__ void multiply_second(Sums<Shape::kSecondGroups>& sums, const T* hidden, const T* weights,
-                                                  int inner) const {
+  __device__ __forceinline__ void multiply_second(Sums<Shape::kRowBlocks, Shape::kSecondGroups>& sums, const T* hidden,
+                                                  const T* weights, int inner) const {
     if (!op_.multiplies()) return;
     const Groups groups{block_.column_warp(), Shape::kColumnWarps, Shape::kSecondGroups};
     const int depth = min(Shape::kSecondDepth, (inner + Shape::kStep - 1) / Shape::kStep * Shape::kStep);
     multiply<T, Op::kSecondOrder>(sums, Tile<const T>{hidden, Shape::kHiddenStride},
-                                  Tile<const T>{weights, SecondStage::kStride}, groups, depth);
+                                  Tile<const T>{weights, SecondStage::kStride}, nullptr, groups, depth);
   }
 
-  using InputsOfTile = typename Op::Inputs[Shape::kSecondGroups][2];
+  using InputsOfTile = typename Op::Inputs[Shape::kSecondGroups][kThreadRows];
 
   __device__ __forceinline__ void prefetch(InputsOfTile& inputs, int first_column) const {
 #pragma unroll
     for (int group = 0; group < Shape::kSecondGroups; ++group) {
       const int column = first_column + block_.column(group);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (column < op_.D && block_.row(half) < op_.R) inputs[group][half] = op_.prefetch(block_.row(half), column);
+      for (int line = 0; line < kThreadRows; ++line) {
+        if (column < op_.D && block_.row(line) < op_.R) inputs[group][line] = op_.prefetch(block_.row(line), column);
       }
     }
   }
 
   template <class Terms>
-  __device__ __forceinline__ void write(const Sums<Shape::kSecondGroups>& sums, const InputsOfTile& inputs,
-                                        int first_column, const Terms& terms, double& share) const {
+  __device__ __forceinline__ void write(const Sums<Shape::kRowBlocks, Shape::kSecondGroups>& sums,
+                                        const InputsOfTile& inputs, int first_column, const Terms& terms,
+                                        double& share) const {
 #pragma unroll
     for (int group = 0; group < Shape::kSecondGroups; ++group) {
       const int column = first_column + block_.column(group);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (column >= op_.D || block_.row(half) >= op_.R) continue;
+      for (int line = 0; line < kThreadRows; ++line) {
+        if (column >= op_.D || block_.row(line) >= op_.R) continue;
         float values[8];
-        sums.get(group, half, values);
-        op_.write(block_.row(half), column, values, inputs[group][half], terms, half, share);
+        sums.get(group, line, values);
+        op_.write(block_.row(line), column, values, inputs[group][line], terms, line, share);
       }
     }
   }
@@ -378,21 +387,21 @@ int launch_shape(Queue queue, const Op& op) {
 template <class T, int kInner>
 struct ShapeFor;
 template <class T>
-struct ShapeFor<T, 64> : Shape<T, 2, 4, 1, 32, 3> {};
+struct ShapeFor<T, 64> : Shape<T, 1, 2, 4, 1, 32, 3> {};
 template <class T>
-struct ShapeFor<T, 128> : Shape<T, 4, 4, 1, 32, 3> {};
+struct ShapeFor<T, 128> : Shape<T, 1, 4, 4, 1, 32, 3> {};
 template <class T>
-struct ShapeFor<T, 256> : Shape<T, 8, 8, 1, 16, 1> {};
+struct ShapeFor<T, 256> : Shape<T, 2, 4, 4, 2, 16, 1> {};
 template <class T>
-struct ShapeFor<T, 512> : Shape<T, 8, 4, 2, 16, 1> {};
+struct ShapeFor<T, 512> : Shape<T, 2, 4, 2, 4, 16, 1> {};
 template <>
-struct ShapeFor<float, 64> : Shape<float, 2, 4, 1, 16, 2> {};
+struct ShapeFor<float, 64> : Shape<float, 1, 2, 4, 1, 16, 2> {};
 template <>
-struct ShapeFor<float, 128> : Shape<float, 4, 4, 1, 16, 2> {};
+struct ShapeFor<float, 128> : Shape<float, 1, 4, 4, 1, 16, 2> {};
 template <>
-struct ShapeFor<float, 256> : Shape<float, 4, 4, 2, 16, 1> {};
+struct ShapeFor<float, 256> : Shape<float, 1, 4, 4, 2, 16, 1> {};
 template <>
-struct ShapeFor<float, 512> : Shape<float, 4, 2, 4, 16, 1> {};
+struct ShapeFor<float, 512> : Shape<float, 1, 4, 2, 4, 16, 1> {};
 
 // Runs an op in the smallest shape that holds its inner columns. A block of rows as large as the shape's is the unit of
 // the grid, and of the partial results that end() leaves.
