@@ -15,6 +15,15 @@ struct Grid {
   int shared_bytes;
 };
 
+// Errors beside CUDA's own, which are positive.
+constexpr int kTooLittleSharedMemory = -1;
+
+inline bool has_shared_memory(int device, int bytes) {
+  int limit = 0;
+  return cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
+         bytes <= limit;
+}
+
 template <class... Arguments>
 inline int launch(Queue queue, const Grid& grid, void (*kernel)(Arguments...), const Arguments&... arguments) {
   // torch's device may be known to another copy of the CUDA runtime than the one linked here.
@@ -32,9 +41,10 @@ inline int launch(Queue queue, const Grid& grid, void (*kernel)(Arguments...), c
     config.stream = static_cast<cudaStream_t>(queue.stream);
     error = cudaLaunchKernelEx(&config, kernel, Arguments(arguments)...);
   }
+  if (error == cudaSuccess) return 0;
   // An error that is left standing would be blamed on torch's next call.
-  if (error != cudaSuccess) cudaGetLastError();
-  return error;
+  cudaGetLastError();
+  return has_shared_memory(queue.device, grid.shared_bytes) ? error : kTooLittleSharedMemory;
 }
 
 // Calls function with an element of the dtype's type.
