@@ -1,4 +1,4 @@
-# Each target sets up all it needs, in a virtual environment of its own.
+# Each target but gpu sets up all it needs, in a virtual environment of its own.
 #   make PYTHON=python3.12    another interpreter
 #   make TORCH=torch          another torch, 2.10 or later: what to give to pip install
 PYTHON ?= python3
@@ -7,9 +7,9 @@ VENV ?= .venv
 RUN := $(VENV)/bin/
 
 INSTALLED := $(VENV)/installed
-BUILT_FROM := pyproject.toml setup.py build_backend/petl_build.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+BUILT_FROM := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 demo: $(INSTALLED)
 	$(RUN)petl-ext demo
@@ -20,10 +20,15 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
-	$(RUN)clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(RUN)clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.h')
 
 bench: $(INSTALLED)
 	$(RUN)python -m pytest bench $(BENCH_OPTIONS)
+
+# On a machine with a GPU: $(PYTHON) as it is, without an environment of its own and without a network.
+#   make gpu OUT=folder    default: bench/results/<GPU>
+gpu:
+	PYTHONPATH=bench $(PYTHON) -m gpu $(if $(OUT),--out "$(OUT)") $(GPU_OPTIONS)
 
 $(INSTALLED): $(BUILT_FROM)
 	$(PYTHON) -m venv $(VENV)

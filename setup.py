@@ -7,6 +7,11 @@ from pathlib import Path
 
 from setuptools import setup
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "build_backend"))
+import cuda_kernels
+
+ROOT = cuda_kernels.ROOT
+
 # Metadata needs neither torch nor a compiler.
 METADATA_ONLY = {"sdist", "egg_info", "dist_info"} & set(sys.argv)
 
@@ -32,24 +37,40 @@ def require_compiler():
         )
 
 
+def cuda_link_flags(compilation):
+    # libtorch.so brings libtorch_cuda.so, where there is one, for the weak symbols; the linker saw no need of it.
+    torch = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+    return [*torch, str(compilation.toolkit.static_runtime), "-ldl", "-lrt", "-lpthread"]
+
+
 def extension_arguments():
     require_compiler()
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    root = Path(__file__).parent
-    folders = (root / "csrc/ops", root / "csrc/kernels/cpu")
-    sources = sorted(str(path.relative_to(root)) for folder in folders for path in folder.glob("*.cpp"))
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    compilation = cuda_kernels.plan([torch.cuda.get_device_capability(gpu) for gpu in gpus])
+    folders = (ROOT / "csrc/ops", ROOT / "csrc/kernels/cpu")
+    sources = sorted(str(path.relative_to(ROOT)) for folder in folders for path in folder.glob("*.cpp"))
     extension = CppExtension(
         "petl_ext._C",
         sources,
-        include_dirs=[str(root.resolve() / "csrc")],
-        extra_compile_args={"cxx": COMPILE_FLAGS},
-        extra_link_args=LINK_FLAGS,
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={"cxx": COMPILE_FLAGS + (["-DPETL_WITH_CUDA"] if compilation else [])},
+        extra_link_args=LINK_FLAGS + (cuda_link_flags(compilation) if compilation else []),
+        depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.*"))],
         py_limited_api=True,
     )
+
+    class Build(BuildExtension):
+        def build_extensions(self):
+            if compilation:
+                extension.extra_objects += map(str, cuda_kernels.compile_all(compilation))
+            super().build_extensions()
+
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": Build},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

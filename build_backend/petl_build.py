@@ -2,7 +2,8 @@
 
 pip's build isolation hides that environment's site-packages but runs its interpreter, so sysconfig still names them.
 They are appended to the end of sys.path: whatever pip put into the isolated environment wins. setuptools is requested
-only where the environment has none that is new enough, which makes `pip install .` work without any index.
+only where the environment has none that is new enough, and a CUDA compiler only where CUDA kernels are to be built and
+the machine has no nvcc for them, which makes `pip install .` work without any index elsewhere.
 """
 
 import importlib
@@ -12,6 +13,8 @@ import site
 import sys
 import sysconfig
 from importlib import metadata
+
+import cuda_toolkit
 
 MIN_TORCH = (2, 10)
 MIN_SETUPTOOLS = (70, 1)  # the first to build wheels without the package wheel
@@ -72,9 +75,24 @@ def _check_torch():
         )
 
 
+def _hook(name):
+    """setuptools' own, looked up at the call: pip asks which hooks there are before it has brought a new setuptools."""
+
+    def call(*arguments, **named_arguments):
+        from setuptools import build_meta
+
+        return getattr(build_meta, name)(*arguments, **named_arguments)
+
+    return call
+
+
 _expose_target()
-if _has_new_setuptools():
-    from setuptools.build_meta import *  # noqa: F403
+
+build_sdist = _hook("build_sdist")
+build_wheel = _hook("build_wheel")
+build_editable = _hook("build_editable")
+prepare_metadata_for_build_wheel = _hook("prepare_metadata_for_build_wheel")
+prepare_metadata_for_build_editable = _hook("prepare_metadata_for_build_editable")
 
 
 def _requirements():
@@ -87,7 +105,7 @@ def get_requires_for_build_sdist(config_settings=None):
 
 def get_requires_for_build_wheel(config_settings=None):
     _check_torch()
-    return _requirements()
+    return _requirements() + cuda_toolkit.packages()
 
 
 get_requires_for_build_editable = get_requires_for_build_wheel

@@ -1,5 +1,6 @@
 """The build: what a wheel holds, and what a user reads where it cannot be made."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -24,12 +25,17 @@ def bare_python(tmp_path_factory):
     return str(folder / "bin" / "python")
 
 
+# Whatever CUDA the machine and the user's variables have to offer, none is seen.
+WITHOUT_CUDA = dict.fromkeys(("PETL_CUDA", "PETL_CUDA_HOME", "CUDA_HOME", "CUDA_PATH", "PATH"), "")
+
+
 def ask_backend(python, **env):
     code = (
         "import sys; sys.path.insert(0, 'build_backend'); import petl_build;"
+        "petl_build.cuda_toolkit.USUAL_NVCC = '/nowhere/nvcc';"
         "print(petl_build.get_requires_for_build_wheel())"
     )
-    return run(python, "-c", code, env=env)
+    return run(python, "-c", code, env=WITHOUT_CUDA | env)
 
 
 def test_without_torch(bare_python):
@@ -40,9 +46,10 @@ def test_without_torch(bare_python):
     assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) <= 5
 
 
-def make_torch(folder, version):
+def make_torch(folder, version, cuda=None):
     (folder / "torch").mkdir()
     (folder / "torch" / "__init__.py").touch()
+    (folder / "torch" / "version.py").write_text(f"cuda = {cuda!r}\n")
     (folder / f"torch-{version}.dist-info").mkdir()
     (folder / f"torch-{version}.dist-info" / "METADATA").write_text(f"Name: torch\nVersion: {version}\n")
     return str(folder)
@@ -61,6 +68,85 @@ def test_asks_for_setuptools_only_where_there_is_none(bare_python, tmp_path):
     assert ask_backend(sys.executable).stdout.strip() == "[]"
 
 
+def make_nvcc(folder, release):
+    """A toolkit that says what it is and compiles nothing."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "lib64").mkdir()
+    (folder / "lib64" / "libcudart_static.a").touch()
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.write_text(
+        f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\necho '#$ TOP={folder}'\n"
+    )
+    nvcc.chmod(0o755)
+    return str(folder)
+
+
+COMPILER_13_0 = [
+    *("nvidia-cuda-nvcc==13.0.*", "nvidia-nvvm==13.0.*", "nvidia-cuda-crt==13.0.*", "nvidia-cuda-runtime==13.0.*"),
+    "nvidia-cuda-cccl==13.*",
+]
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "nvcc_on_path", "settings", "asked"),
+    [
+        ("13.0", None, {}, COMPILER_13_0),
+        ("13.0", "12.8", {}, COMPILER_13_0),
+        ("13.0", "13.1", {}, []),
+        ("13.0", "13.0", {"PETL_CUDA_HOME": "pip"}, COMPILER_13_0),
+        ("13.0", None, {"PETL_CUDA": "0"}, []),
+        ("12.8", "12.6", {}, []),
+        (None, None, {}, []),
+        (None, None, {"PETL_CUDA": "1"}, COMPILER_13_0),
+        (None, "12.8", {"PETL_CUDA": "1"}, []),
+    ],
+)
+def test_asks_for_the_cuda_compiler_that_torch_needs(bare_python, tmp_path, torch_cuda, nvcc_on_path, settings, asked):
+    settings = {"PETL_TORCH_SITE": make_torch(tmp_path, "2.11.0", torch_cuda)} | settings
+    if nvcc_on_path:
+        settings["PATH"] = make_nvcc(tmp_path / "toolkit", nvcc_on_path) + "/bin"
+    result = ask_backend(bare_python, **settings)
+    assert result.returncode == 0, result.stderr
+    assert [name for name in ast.literal_eval(result.stdout) if name.startswith("nvidia")] == asked
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "toolkit", "expected"),
+    [
+        (
+            "12.8",
+            None,
+            [
+                "an nvcc from CUDA 12.4 on and before 13.0",
+                "found /nowhere/nvcc: no nvcc that runs",
+                "from CUDA 13.0 on",
+            ],
+        ),
+        ("12.8", "12.1", ["toolkit/bin/nvcc: is CUDA 12.1"]),
+        ("13.0", "12.8", ["an nvcc from CUDA 13.0 on and before 14.0", "toolkit/bin/nvcc: is CUDA 12.8"]),
+    ],
+)
+def test_where_pip_cannot_help(bare_python, tmp_path, torch_cuda, toolkit, expected):
+    named = {"PETL_CUDA_HOME": make_nvcc(tmp_path / "toolkit", toolkit)} if toolkit else {}
+    result = ask_backend(bare_python, PETL_TORCH_SITE=make_torch(tmp_path, "2.11.0", torch_cuda), **named)
+    assert result.returncode == 1
+    for text in [*expected, f"since torch is built for CUDA {torch_cuda}", "PETL_CUDA_HOME", "PETL_CUDA=0"]:
+        assert text in result.stderr
+    assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) <= 5
+
+
+def test_unknown_cuda_setting(bare_python, tmp_path):
+    result = ask_backend(bare_python, PETL_TORCH_SITE=make_torch(tmp_path, "2.11.0"), PETL_CUDA="yes")
+    assert result.returncode == 1
+    assert "0, 1 or auto" in result.stderr and "found PETL_CUDA=yes" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_offers_its_hooks_before_there_is_a_setuptools(bare_python):
+    code = "import sys; sys.path.insert(0, 'build_backend'); import petl_build; petl_build.build_editable('.')"
+    assert "No module named 'setuptools'" in run(bare_python, "-c", code).stderr
+
+
 def test_without_compiler(tmp_path):
     result = run(sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, env={"PATH": "", "CXX": ""})
     assert result.returncode == 1
@@ -77,7 +163,7 @@ def test_wheel_built_in_isolation_without_an_index(tmp_path):
             shutil.copy(ROOT / name, source / name)
     build = run(
         *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, source),
-        env={"PIP_NO_INDEX": "1"},
+        env={"PIP_NO_INDEX": "1", "PETL_CUDA": "0"},
     )
     assert build.returncode == 0, build.stdout + build.stderr
     (wheel,) = tmp_path.glob("*.whl")

@@ -209,15 +209,21 @@ struct AdapterBackwardOp {
       const int64_t place = block.row(line) * kept + column;
       float units[8];
       unpack(load_if(valid, hidden_units + place), units);
-      if (norm.exists()) sum_norm_terms(products, units, factor, line, column, terms);
-      float sum = 0;
+      float sum = 0, mean = 0, slope = 0;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
+        const bool inside = column + i < inner;
         const ActivationValue unit = cuda::activate(activation, units[i]);
-        sum += column + i < inner ? products[i] * unit.value : 0;
-        products[i] = column + i < inner ? factor * products[i] * unit.derivative : 0;
+        sum += inside ? products[i] * unit.value : 0;
+        products[i] = inside ? factor * products[i] * unit.derivative : 0;
+        if (norm.exists() && inside) {
+          mean += products[i] * norm_terms.mean_weight[column + i];
+          slope += products[i] * (units[i] - norm_terms.offset[column + i]);
+        }
         units[i] = unit.value;
       }
+      terms.mean[line] += mean;
+      terms.slope[line] += slope / static_cast<float>(D);
       terms.share += double{scale.factor} * sum;
       const Packed<T> packed = pack<T>(products);
       store(hidden.data + block.local_row(line) * hidden.stride + column, packed);
@@ -233,17 +239,6 @@ struct AdapterBackwardOp {
       if (block.row(line) < R) terms.statistics[line] = statistics[block.row(line)];
     }
     return terms;
-  }
-
-  __device__ __forceinline__ void sum_norm_terms(const float (&products)[8], const float (&units)[8], float factor,
-                                                 int line, int column, Terms& terms) const {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (column + i >= inner) continue;
-      const float gradient = factor * products[i] * cuda::activate(activation, units[i]).derivative;
-      terms.mean[line] += gradient * norm_terms.mean_weight[column + i];
-      terms.slope[line] += gradient * (units[i] - norm_terms.offset[column + i]) / static_cast<float>(D);
-    }
   }
 
   __device__ __forceinline__ Inputs prefetch(int64_t row, int column) const {

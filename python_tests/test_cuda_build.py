@@ -1,0 +1,188 @@
+"""The CUDA build, where there is an nvcc; no GPU is needed: what the kernels become, and the extension with them."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_kernels
+import cuda_toolkit
+import pytest
+import register_report
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, env=None):
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **(env or {})})
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def compilation():
+    toolkit, flaws = cuda_toolkit.find(None)
+    if toolkit is None:
+        pytest.skip(f"needs nvcc, 12.4 or later: {'; '.join(flaws)}")
+    return register_report.every_architecture()
+
+
+@pytest.fixture(scope="module")
+def objects(compilation):
+    """Where setup.py looks for them too: every kernel is compiled once for all tests."""
+    return cuda_kernels.compile_all(compilation)
+
+
+@pytest.fixture(scope="module")
+def disassembler(compilation):
+    packaged = [path for entry in sys.path if entry for path in Path(entry).glob("nvidia/cu*/bin/cuobjdump")]
+    for candidate in [compilation.toolkit.folder / "bin/cuobjdump", *packaged, shutil.which("cuobjdump")]:
+        if candidate and os.access(candidate, os.X_OK):
+            return str(candidate)
+    pytest.skip("needs cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+
+
+def test_every_kernel_is_compiled_for_every_architecture_without_spills(objects):
+    assert objects
+    uses = register_report.uses_of(objects)
+    kernels = {use.kernel for use in uses}
+    architectures = cuda_kernels.DEFAULT_ARCHITECTURES
+    assert {(use.kernel, use.architecture) for use in uses} == {(k, a) for k in kernels for a in architectures}
+    assert all(use.registers > 0 for use in uses)
+    assert not [use for use in uses if use.spilled]
+
+
+def test_register_report(objects, capsys):
+    register_report.main()
+    header, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert header == "| kernel | architecture | registers | static shared memory | spilled |"
+    assert len(rows) == 1 + len(register_report.uses_of(objects))
+
+
+def instructions(disassembler, object_file):
+    """The names of every kernel's instructions, by (mangled name, architecture)."""
+    code = run(disassembler, "-sass", object_file)
+    for architecture, part in zip(*[iter(re.split(r"\tcode for sm_(\w+)", code)[1:])] * 2, strict=True):
+        for kernel, body in zip(*[iter(re.split(r"\tFunction : (\w+)", part)[1:])] * 2, strict=True):
+            yield kernel, architecture, set(re.findall(r"^\s+/\*\w+\*/\s+(?:@!?\w+ )?(\w+)", body, re.MULTILINE))
+
+
+# By what they do: the products' later names are Hopper's and Blackwell's.
+EXPECTED_INSTRUCTIONS = {
+    "a product on the tensor cores": {"HMMA", "HGMMA", "UTCHMMA"},
+    "a load of matrices for it": {"LDSM"},
+    "copies to shared memory past the registers": {"LDGSTS"},
+}
+
+
+def test_half_precision_runs_on_the_tensor_cores(objects, disassembler):
+    found = [kernel for path in objects for kernel in instructions(disassembler, path)]
+    assert {architecture for _, architecture, _ in found} == set(cuda_kernels.DEFAULT_ARCHITECTURES)
+    half_precision = [kernel for kernel in found if re.search("Bfloat16|Float16", kernel[0])]
+    assert half_precision
+    missing = [
+        f"sm_{architecture} {name}: {purpose}"
+        for name, architecture, names in half_precision
+        for purpose, any_of in EXPECTED_INSTRUCTIONS.items()
+        if not names & any_of
+    ]
+    assert not missing, "\n".join(missing)
+
+
+@pytest.fixture(scope="module")
+def extension(objects, tmp_path_factory):
+    """petl_ext._C with the kernels of `objects`, which must not be compiled again."""
+    folder = tmp_path_factory.mktemp("extension")
+    settings = {"PETL_CUDA": "1", "PETL_CUDA_ARCHS": " ".join(cuda_kernels.DEFAULT_ARCHITECTURES)}
+    options = ["--build-lib", folder, "--build-temp", folder / "objects"]
+    output = run(sys.executable, "setup.py", "build_ext", *options, env=settings)
+    assert "CUDA kernels, since PETL_CUDA=1: for sm_80, sm_90a, sm_100 (PETL_CUDA_ARCHS)" in output
+    assert "-c csrc/kernels/cuda" not in output
+    return folder / "petl_ext" / "_C.abi3.so"
+
+
+def test_extension_holds_all_architectures(extension, disassembler):
+    assert set(re.findall(r"\.sm_(\w+)\.cubin", run(disassembler, "-lelf", extension))) == {"80", "90a", "100"}
+    assert set(re.findall(r"\.sm_(\w+)\.ptx", run(disassembler, "-lptx", extension))) == {"100"}
+
+
+def test_extension_finds_the_current_stream_where_torch_has_cuda(extension):
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "-d", extension))
+    assert "libtorch.so" in needed and not [name for name in needed if "cuda" in name]
+    assert re.search(r"^\s+w aoti_torch_get_current_cuda_stream$", run("nm", "-D", extension), re.MULTILINE)
+    code = f"import torch; torch.ops.load_library({str(extension)!r}); print(torch.ops.petl_ext.has_cuda_stream())"
+    assert run(sys.executable, "-W", "ignore", "-c", code).split() == [str(torch.version.cuda is not None)]
+
+
+@pytest.fixture
+def small_tree(tmp_path, monkeypatch):
+    """The folder of a single kernel, in place of all kernels of this tree."""
+    folder = tmp_path / "csrc" / "kernels" / "cuda"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(cuda_kernels, "ROOT", tmp_path)
+    (folder / "one.h").write_text("constexpr int kOne = 1;\n")
+    (folder / "one.cu").write_text('#include "kernels/cuda/one.h"\n__global__ void one(int* x) { *x = kOne; }\n')
+    return folder
+
+
+def test_an_object_is_compiled_again_only_where_something_changed(compilation, small_tree):
+    compilation = compilation._replace(architectures=("80",))
+    (first,) = cuda_kernels.compile_all(compilation)
+    before = first.stat().st_mtime_ns
+    (small_tree / "unrelated.h").touch()
+    cuda_kernels.compile_all(compilation)
+    assert first.stat().st_mtime_ns == before
+    (small_tree / "one.h").write_text("constexpr int kOne = 2 - 1;\n")
+    assert not cuda_kernels.is_current(first, compilation)
+    cuda_kernels.compile_all(compilation)
+    assert first.stat().st_mtime_ns > before
+    assert not cuda_kernels.is_current(first, compilation._replace(host_compiler="another"))
+    (small_tree / "one.h").unlink()
+    assert not cuda_kernels.is_current(first, compilation)
+
+
+def test_a_failing_compilation_says_what_nvcc_said(compilation, small_tree):
+    (small_tree / "one.h").write_text("#error here\n")
+    with pytest.raises(SystemExit, match=r"nvcc failed on csrc/kernels/cuda/one.cu:\n(.|\n)*#error here"):
+        cuda_kernels.compile_all(compilation)
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "chosen"),
+    [
+        ("", [], (("80", "90a", "100"), "the default")),
+        ("", [(9, 0), (9, 0)], (("90a",), "the GPUs of this machine")),
+        ("", [(8, 6), (7, 5)], (("86",), "the GPUs of this machine")),
+        ("", [(7, 5)], (("80", "90a", "100"), "the default")),
+        ("100, 80;90a", [(9, 0)], (("80", "90a", "100"), "PETL_CUDA_ARCHS")),
+    ],
+)
+def test_architectures(compilation, monkeypatch, asked, gpus, chosen):
+    monkeypatch.setenv("PETL_CUDA_ARCHS", asked)
+    assert cuda_kernels.choose_architectures(compilation.toolkit, gpus) == chosen
+
+
+def test_unknown_architectures(compilation, monkeypatch):
+    monkeypatch.setenv("PETL_CUDA_ARCHS", "80 sm_90 42")
+    with pytest.raises(SystemExit, match=r"PETL_CUDA_ARCHS='80 90a'.*\n.*found sm_90 42, and this nvcc knows"):
+        cuda_kernels.choose_architectures(compilation.toolkit, [])
+
+
+@pytest.fixture
+def too_new_compiler(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nexec g++ -U__GNUC__ -D__GNUC__=99 "$@"\n')
+    compiler.chmod(0o755)
+    return compiler
+
+
+def test_host_compiler_is_one_that_nvcc_takes(compilation, too_new_compiler, monkeypatch):
+    monkeypatch.setenv("CXX", str(too_new_compiler))
+    monkeypatch.delenv("CUDAHOSTCXX", raising=False)
+    assert cuda_kernels.choose_host_compiler(compilation.toolkit) != str(too_new_compiler)
+    monkeypatch.setenv("CUDAHOSTCXX", str(too_new_compiler))
+    with pytest.raises(SystemExit, match=r"a C\+\+ compiler that it takes.*\n.*c\+\+: unsupported GNU version!"):
+        cuda_kernels.choose_host_compiler(compilation.toolkit)
