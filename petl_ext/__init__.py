@@ -12,12 +12,13 @@ from petl_ext.attach import (
     attach,
     load,
 )
-from petl_ext.nn import APTLayer
+from petl_ext.nn import AdapterLayer, APTLayer
 
 __version__ = "0.1.0"
 __all__ = [
     "APTConfig",
     "APTLayer",
+    "AdapterLayer",
     "Attachment",
     "ClassifierOnlyConfig",
     "DeepPromptConfig",

@@ -18,7 +18,7 @@ from petl_ext import ops
 
 ROOT = Path(__file__).parent.parent
 CPU_PATHS = torch.ops.petl_ext.cpu_paths().split()
-EMULATED_OPS = ("apt_forward", "apt_backward")
+EMULATED_OPS = ("apt_forward", "apt_backward", "adapter_forward", "adapter_backward")
 
 
 @dataclass(frozen=True)

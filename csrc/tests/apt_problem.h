@@ -6,69 +6,25 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <functional>
-#include <random>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "kernels/apt.h"
+#include "stored.h"
 
 namespace apt_problem {
 
 using petl::Activation;
 using petl::ConstRows;
 using petl::DType;
-
-using Floats = std::vector<float>;
-using Doubles = std::vector<double>;
-
-Floats random_floats(size_t count, float scale, unsigned seed) {
-  std::mt19937 engine(seed);
-  std::normal_distribution<float> normal(0, scale);
-  Floats values(count);
-  for (float& value : values) value = normal(engine);
-  return values;
-}
-
-// Floats as they lie in memory in one of the types that a kernel reads and writes.
-class Stored {
- public:
-  Stored(const Floats& values, DType dtype) : dtype_(dtype), bytes_(values.size() * (is_wide() ? 4 : 2)) {
-    if (is_wide()) {
-      std::memcpy(bytes_.data(), values.data(), bytes_.size());
-      return;
-    }
-    for (size_t i = 0; i < values.size(); ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, &values[i], 4);
-      const uint16_t half = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-      std::memcpy(bytes_.data() + 2 * i, &half, 2);
-    }
-  }
-
-  Floats values() const {
-    Floats values(bytes_.size() / (is_wide() ? 4 : 2));
-    for (size_t i = 0; i < values.size(); ++i) {
-      uint32_t bits = 0;
-      const size_t size = is_wide() ? 4 : 2;
-      std::memcpy(reinterpret_cast<char*>(&bits) + 4 - size, bytes_.data() + size * i, size);
-      std::memcpy(&values[i], &bits, 4);
-    }
-    return values;
-  }
-
-  ConstRows rows(int64_t width) const { return {bytes_.data(), width, dtype_}; }
-  petl::Rows target() { return {bytes_.data(), dtype_}; }
-
- private:
-  bool is_wide() const { return dtype_ == DType::float32; }
-  DType dtype_;
-  std::vector<char> bytes_;
-};
-
-Floats rounded(const Floats& values, DType dtype) { return Stored(values, dtype).values(); }
+using stored::close;
+using stored::Doubles;
+using stored::Floats;
+using stored::random_floats;
+using stored::rounded;
+using stored::Stored;
 
 struct Problem {
   int64_t R, D, P;
@@ -94,7 +50,7 @@ struct Results {
   Doubles out, dx, dy, dprompts, dkeys, dlog_scale;
 };
 
-Results expected(const Problem& problem) {
+inline Results expected(const Problem& problem) {
   const auto& [R, D, P, activation, dtype, x, y, prompts, keys, log_scale, dout] = problem;
   Results r{Doubles(R * D), Doubles(R * D), Doubles(R * D), Doubles(P * D), Doubles(P * D), Doubles(1)};
   const double scale = std::exp(double{log_scale[0]});
@@ -134,17 +90,6 @@ Results expected(const Problem& problem) {
   return r;
 }
 
-bool close(const std::string& name, const Floats& actual, const Doubles& wanted, double tolerance) {
-  double error = 0, largest = 0;
-  for (size_t i = 0; i < wanted.size(); ++i) {
-    error = std::max(error, std::abs(actual[i] - wanted[i]));
-    largest = std::max(largest, std::abs(wanted[i]));
-  }
-  const bool good = error <= tolerance * largest;
-  if (!good) std::printf("%s: error %g of %g\n", name.c_str(), error, largest);
-  return good;
-}
-
 // The kernels of one device, to be run on memory of the host.
 struct Device {
   std::string name;
@@ -152,7 +97,7 @@ struct Device {
   std::function<void(const petl::AptBackward&)> backward;
 };
 
-bool check(const Device& device, const Problem& problem) {
+inline bool check(const Device& device, const Problem& problem) {
   const auto& [R, D, P, activation, dtype, x, y, prompts, keys, log_scale, dout] = problem;
   const Stored stored_x(x, dtype), stored_y(y, dtype), stored_dout(dout, dtype);
   const Stored weights[] = {{prompts, DType::float32}, {keys, DType::float32}, {log_scale, DType::float32}};

@@ -1,19 +1,12 @@
 // The CUDA kernels of prompt diffusion, on the emulator.
 #include "apt_problem.h"
-#include "kernels/cuda/kernels.h"
+#include "emulated.h"
 
 namespace {
 
-void expect_success(int error) {
-  if (!error) return;
-  std::printf("launch failed: %s\n", petl::cuda::error_text(error));
-  std::exit(EXIT_FAILURE);
-}
-
 void backward(const petl::AptBackward& args) {
-  // Doubles, since device memory is aligned; a workspace of exactly the size asked for.
-  std::vector<double> workspace(petl::cuda::apt_backward_workspace(args) / sizeof(double));
-  expect_success(petl::cuda::apt_backward(args, workspace.data(), {0, nullptr}));
+  std::vector<double> workspace = emulated::workspace(petl::cuda::apt_backward_workspace(args));
+  emulated::expect_success(petl::cuda::apt_backward(args, workspace.data(), emulated::kQueue));
 }
 
 }  // namespace
@@ -22,7 +15,8 @@ int main() {
   using petl::Activation;
   using petl::DType;
   const apt_problem::Device device{
-      "emulated", [](const petl::AptForward& args) { expect_success(petl::cuda::apt_forward(args, {0, nullptr})); },
+      "emulated",
+      [](const petl::AptForward& args) { emulated::expect_success(petl::cuda::apt_forward(args, emulated::kQueue)); },
       backward};
   int checked = 0, failed = 0;
   for (const Activation activation : {Activation::relu, Activation::softmax}) {

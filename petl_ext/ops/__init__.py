@@ -1,6 +1,7 @@
 """Functions on tensors: each op beside its reference in plain PyTorch."""
 
+from petl_ext.ops.adapter import adapter, adapter_reference
 from petl_ext.ops.apt import apt, apt_reference
 from petl_ext.ops.library import cpu_path
 
-__all__ = ["apt", "apt_reference", "cpu_path"]
+__all__ = ["adapter", "adapter_reference", "apt", "apt_reference", "cpu_path"]

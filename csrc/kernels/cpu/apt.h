@@ -2,21 +2,6 @@
 // bfloat16 itself, and x and y are bfloat16, the factors of products are bfloat16 and their sums float32.
 // No include guard: each path includes it once, inside its own namespace (see path.h).
 
-// Rows that one thread takes at a time: their scores stay in its cache, and the packed weights are read once for them.
-constexpr int64_t kRowsPerTile = 16 * kTileRows;
-// Backward gathers dscores of this many rows before they meet x and dout in the weight gradients. A fixed number, and
-// slabs are added in order: the result does not depend on the number of threads.
-constexpr int64_t kRowsPerSlab = 2048;
-// Words of rows of x or dout that are packed at a time for the weight gradients: a panel of 64 kB at most, which stays
-// in the second-level cache.
-constexpr int64_t kWordsPerPack = 256;
-
-inline float read_scalar(const ConstRows& scalar) {
-  float value = 0;
-  with_elements(scalar.dtype, [&](auto elements) { value = elements.load_part(scalar.data, 1)[0]; });
-  return value;
-}
-
 // The raw scores of one row become relu(scores) or softmax(scores), in place; returns their maximum.
 inline float activate(Activation activation, float* scores, int64_t P) {
   float best = scores[0];
@@ -111,20 +96,6 @@ struct AptForwardTile {
     });
   }
 };
-
-// Calls tile(begin, rows, scratch) for tiles that cover [begin, end).
-template <class Tile>
-inline void for_each_tile(int64_t begin, int64_t end, int64_t scratch_floats, ParallelFor parallel_for,
-                          const Tile& tile) {
-  parallel_for(round_up(end - begin, kRowsPerTile) / kRowsPerTile, [&](int64_t first, int64_t last) {
-    float* scratch = tile_scratch().reserve(scratch_floats);
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t row = begin + i * kRowsPerTile;
-      tile(row, std::min(kRowsPerTile, end - row), scratch);
-    }
-    tile_scratch().release_excess();
-  });
-}
 
 template <class Arithmetic>
 inline void apt_forward_by(const AptForward& args, ParallelFor parallel_for) {
@@ -254,57 +225,6 @@ struct AptBackwardTile {
   }
 };
 
-// gradient [P, D] += left right, over the rows of one slab.
-struct WeightGradient {
-  float* gradient;
-  const float* left;       // [words of the slab, scores_stride]
-  const ConstRows& right;  // [R, D]
-};
-
-// Epilogue: adds to a weight's gradient, or begins it.
-struct AddToWeight {
-  float* gradient;
-  int64_t D;
-  bool begin;
-
-  void prefetch(int64_t p, int64_t column, int64_t columns) const {
-    prefetch_lines<true>(reinterpret_cast<const char*>(gradient + p * D + column), columns * sizeof(float));
-  }
-  void operator()(int64_t p, int64_t column, Vec value) const {
-    float* target = gradient + p * D + column;
-    const int64_t count = D - column;
-    Floats::store_part(target, begin ? value : value + Floats::load_part(target, count), count);
-  }
-};
-
-template <class Arithmetic>
-inline void add_weight_gradient(const WeightGradient& task, const AptSizes& size, int64_t slab_begin, int64_t rows,
-                                Panel panel, float* packed) {
-  const int64_t stride = scores_stride<Arithmetic>(size.P), rows_per_pack = kWordsPerPack * Arithmetic::kPerWord;
-  for (int64_t begin = 0; begin < rows; begin += rows_per_pack) {
-    const int64_t depth = std::min(rows_per_pack, rows - begin);
-    Arithmetic::template pack_panel<Part::rounded>(task.right, slab_begin + begin, depth, size.D, panel, packed);
-    const Left left{task.left + begin / Arithmetic::kPerWord * stride, 1, stride};
-    multiply_panel<Arithmetic>(size.P, left, words<Arithmetic>(depth), packed, panel,
-                               AddToWeight{task.gradient, size.D, slab_begin + begin == 0});
-  }
-}
-
-template <class Arithmetic>
-inline void add_weight_gradients(const AptBackward& args, const AptSlab& slab, int64_t rows, ParallelFor parallel_for) {
-  std::vector<WeightGradient> tasks;
-  if (args.dkeys) tasks.push_back({args.dkeys, slab.dscores, args.x});
-  if (args.dprompts) tasks.push_back({args.dprompts, slab.weighted, args.dout});
-  const Panels panels(args.size.D);
-  parallel_for(panels.count() * tasks.size(), [&](int64_t first, int64_t last) {
-    float* packed = tile_scratch().reserve(kWordsPerPack * kPanelVectors * kLanes);
-    for (int64_t i = first; i < last; ++i) {
-      add_weight_gradient<Arithmetic>(tasks[i / panels.count()], args.size, slab.begin, rows,
-                                      panels[i % panels.count()], packed);
-    }
-  });
-}
-
 template <class Arithmetic>
 inline void apt_backward_by(const AptBackward& args, ParallelFor parallel_for) {
   const auto [R, D, P] = args.size;
@@ -339,7 +259,10 @@ inline void apt_backward_by(const AptBackward& args, ParallelFor parallel_for) {
     const AptBackwardTile<Arithmetic> tile{args, prompts, keys, scale, slab};
     for_each_tile(begin, begin + rows, kRowsPerTile * (2 * stride + width), parallel_for, tile);
     dlog_scale = std::accumulate(shares, shares + rows, dlog_scale);
-    add_weight_gradients<Arithmetic>(args, slab, rows, parallel_for);
+    std::vector<WeightGradient> tasks;
+    if (args.dkeys) tasks.push_back({args.dkeys, P, dscores, stride, args.x, nullptr});
+    if (args.dprompts) tasks.push_back({args.dprompts, P, weighted, stride, args.dout, nullptr});
+    add_weight_gradients<Arithmetic>(tasks, D, begin, rows, parallel_for);
   }
   if (args.dlog_scale) *args.dlog_scale = static_cast<float>(dlog_scale);
   call_scratch().release_excess();

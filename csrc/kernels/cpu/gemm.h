@@ -169,10 +169,21 @@ struct StoreRows {
 // away from it, rounded in turn.
 enum class Part { rounded, rest };
 
+// Packing a panel of a wide tensor reads a little of each row, which the processor does not foresee: so it asks for
+// what it will read so many rows later.
+constexpr int64_t kRowsAhead = 16;
+
+inline void prefetch_panel(const ConstRows& source, int64_t row, Panel panel) {
+  const int64_t bytes = size_of(source.dtype);
+  prefetch_lines<false>(row_of(source, row) + panel.column * bytes, panel.vectors * kLanes * bytes);
+}
+
 // An Arithmetic says what a word is and brings operands into that form. This one: a word is a float32.
 struct FloatArithmetic {
   static constexpr int kPerWord = 1;
   static bool rounds(DType) { return false; }
+  // Whether rows of this tensor can be a left operand (rows_as_left).
+  static bool fits(const ConstRows&, int64_t) { return true; }
   static Vec multiply_add(Vec a, Vec b, Vec sum) { return a * b + sum; }
 
   // The right operand whose row k is row first_row + k of `source`, one panel of it.
@@ -182,6 +193,7 @@ struct FloatArithmetic {
     with_elements(source.dtype, [&](auto elements) {
       for (int64_t k = 0; k < depth; ++k) {
         const char* row = row_of(source, first_row + k);
+        prefetch_panel(source, first_row + k + kRowsAhead, panel);
         for (int v = 0; v < panel.vectors; ++v) {
           const int64_t column = panel.column + v * kLanes;
           store(packed + (k * panel.vectors + v) * kLanes,

@@ -2,6 +2,7 @@
 #pragma once
 #include <functional>
 
+#include "kernels/adapter.h"
 #include "kernels/apt.h"
 
 namespace petl::cpu {
@@ -11,6 +12,8 @@ using ParallelFor = void (*)(int64_t count, const std::function<void(int64_t, in
 
 struct Kernels {
   const char* path;
+  void (*adapter_forward)(const AdapterForward&, ParallelFor);
+  void (*adapter_backward)(const AdapterBackward&, ParallelFor);
   void (*apt_forward)(const AptForward&, ParallelFor);
   void (*apt_backward)(const AptBackward&, ParallelFor);
 };

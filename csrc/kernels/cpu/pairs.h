@@ -36,6 +36,8 @@ struct PairArithmetic {
     with_elements(source.dtype, [&](auto elements) {
       for (int64_t k = 0; k < depth; k += 2) {
         const char* row = row_of(source, first_row + k);
+        prefetch_panel(source, first_row + k + kRowsAhead, panel);
+        prefetch_panel(source, first_row + k + kRowsAhead + 1, panel);
         for (int v = 0; v < panel.vectors; ++v, packed += kLanes) {
           const int64_t column = panel.column + v * kLanes, count = columns - column;
           const char* at = row + column * elements.kBytes;

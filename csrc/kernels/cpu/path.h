@@ -44,11 +44,19 @@ namespace {
 // After it:
 #include "kernels/cpu/pairs.h"
 // After it:
+#include "kernels/cpu/tiles.h"
+// After it:
+#include "kernels/cpu/activation.h"
+#include "kernels/cpu/layer_norm.h"
+// After it:
+#include "kernels/cpu/weight_gradient.h"
+// After it:
+#include "kernels/cpu/adapter.h"
 #include "kernels/cpu/apt.h"
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels{PETL_NAME(PETL_PATH), apt_forward, apt_backward};
+const Kernels kernels{PETL_NAME(PETL_PATH), adapter_forward, adapter_backward, apt_forward, apt_backward};
 }  // namespace petl::cpu::PETL_PATH
 
 #ifdef PETL_TARGET

@@ -28,11 +28,12 @@ __device__ __forceinline__ void load_row(const Weights& row, int column, float (
   unpack(row.load(0, column), row.dtype, values);
 }
 
-// Mean and 1 / standard deviation of a row, by one warp; the deviations are from the mean itself, so that no digits are
-// lost where it is large.
+// The statistics of a row, by one warp. Deviations are from the mean as it was found first, and their own mean is what
+// was missing from it.
 template <class T>
-__device__ __forceinline__ float2 row_statistics(const T* row, int D, float epsilon) {
+__device__ __forceinline__ RowStatistics row_statistics(const T* row, int D, float epsilon) {
   const int begin = static_cast<int>(threadIdx.x) % 32 * 8;
+  const float width = static_cast<float>(D);
   float sum = 0;
   for (int column = begin; column < D; column += 256) {
     float values[8];
@@ -40,15 +41,21 @@ __device__ __forceinline__ float2 row_statistics(const T* row, int D, float epsi
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum += values[i];
   }
-  const float mean = sum_warp(sum) / static_cast<float>(D);
-  float squares = 0;
+  const float mean = sum_warp(sum) / width;
+  float deviations = 0, squares = 0;
   for (int column = begin; column < D; column += 256) {
     float values[8];
     unpack(load(row + column), values);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) squares += (values[i] - mean) * (values[i] - mean);
+    for (int i = 0; i < 8; ++i) {
+      const float deviation = values[i] - mean;
+      deviations += deviation;
+      squares += deviation * deviation;
+    }
   }
-  return {mean, 1 / sqrtf(sum_warp(squares) / static_cast<float>(D) + epsilon)};
+  const float rest = sum_warp(deviations) / width;
+  const float variance = sum_warp(squares) / width - rest * rest;
+  return {mean, rest, 1 / sqrtf(fmaxf(variance, 0) + epsilon)};
 }
 
 // out = residual + scale (act(norm(x) down^T + down_bias) up^T + up_bias); or, where out is null, the hidden units
@@ -73,8 +80,8 @@ struct AdapterForwardOp {
   const T* residual;  // null: none
   int64_t residual_stride;
   T* out;
-  T* hidden_units;     // [R, kept]
-  float2* statistics;  // [R]
+  float* hidden_units;        // [R, kept], before the activation
+  RowStatistics* statistics;  // [R]
   int kept;
 
   struct Terms {
@@ -93,7 +100,7 @@ struct AdapterForwardOp {
     for (int row = block.warp(); row < Block::kRows; row += static_cast<int>(blockDim.x) / 32) {
       const int64_t global_row = block.first_row() + row;
       if (global_row >= R) break;
-      const float2 values = row_statistics(left + global_row * left_stride, D, norm.epsilon);
+      const RowStatistics values = row_statistics(left + global_row * left_stride, D, norm.epsilon);
       if (threadIdx.x % 32 != 0) continue;
       block.row_statistics[row] = values;
       if (statistics) statistics[global_row] = values;
@@ -104,12 +111,12 @@ struct AdapterForwardOp {
   template <class Block>
   __device__ __forceinline__ void end(const Block&, const Terms&, double) const {}
 
-  __device__ __forceinline__ void transform(float (&values)[8], float2 row, int column) const {
+  __device__ __forceinline__ void transform(float (&values)[8], const RowStatistics& row, int column) const {
     float weight[8], bias[8];
     load_row(norm.weight, column, weight);
     load_row(norm.bias, column, bias);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = (values[i] - row.x) * row.y * weight[i] + bias[i];
+    for (int i = 0; i < 8; ++i) values[i] = row.normed(values[i]) * weight[i] + bias[i];
   }
 
   template <class Block, class SumsOfThread>
@@ -120,7 +127,7 @@ struct AdapterForwardOp {
 #pragma unroll
       for (int i = 0; i < 8; ++i) values[i] += bias[i];
       if (hidden_units && column < kept && block.row(line) < R) {
-        store(hidden_units + block.row(line) * kept + column, pack<T>(values));
+        store(hidden_units + block.row(line) * kept + column, pack<float>(values));
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) values[i] = column + i < inner ? cuda::activate(activation, values[i]).value : 0;
@@ -177,16 +184,17 @@ struct AdapterBackwardOp {
   Scale scale;
   const T* x;
   int64_t x_stride;
-  const float2* statistics;  // [R]
+  const RowStatistics* statistics;  // [R]
   bool residual_is_input;
   T* dx;
-  T* hidden_units;  // [R, kept]; before the activation, and if dhidden is wanted, after it when done
-  T* dhidden;       // [R, kept]; null: no weight has a gradient
+  const float* hidden_units;  // [R, kept], before the activation
+  T* hidden;                  // [R, kept], after it; null: no weight has a gradient
+  T* dhidden;                 // [R, kept], likewise
   int kept;
   double* shares;  // of dgain, one per block of rows; null: not wanted
 
   struct Terms {
-    float2 statistics[kMaxThreadRows];
+    RowStatistics statistics[kMaxThreadRows];
     float mean[kMaxThreadRows], slope[kMaxThreadRows];
     double share;
   };
@@ -201,7 +209,7 @@ struct AdapterBackwardOp {
   __device__ __forceinline__ bool multiplies() const { return dx; }
 
   template <class Block, class SumsOfThread>
-  __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Tile<T> hidden) const {
+  __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Tile<T> tile) const {
     const float factor = scale.value();
     Terms terms = {};
     block.for_each(sums, inner, [&](int line, int column, float (&products)[8]) {
@@ -226,10 +234,10 @@ struct AdapterBackwardOp {
       terms.slope[line] += slope / static_cast<float>(D);
       terms.share += double{scale.factor} * sum;
       const Packed<T> packed = pack<T>(products);
-      store(hidden.data + block.local_row(line) * hidden.stride + column, packed);
+      store(tile.data + block.local_row(line) * tile.stride + column, packed);
       if (!valid || !dhidden) return;
       store(dhidden + place, packed);
-      store(hidden_units + place, pack<T>(units));
+      store(hidden + place, pack<T>(units));
     });
     if (!norm.exists()) return terms;
     block.reduce_rows(terms.mean, Add());
@@ -261,11 +269,11 @@ struct AdapterBackwardOp {
       float x_values[8], weight[8];
       unpack(inputs.x, x_values);
       load_row(norm.weight, column, weight);
-      const float2 row_values = terms.statistics[line];
+      const RowStatistics& row_values = terms.statistics[line];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const float normed = (x_values[i] - row_values.x) * row_values.y;
-        values[i] = row_values.y * (weight[i] * values[i] - terms.mean[line] - normed * terms.slope[line]);
+        const float normed = row_values.normed(x_values[i]);
+        values[i] = row_values.inverse * (weight[i] * values[i] - terms.mean[line] - normed * terms.slope[line]);
       }
     }
     if (residual_is_input) {
@@ -456,10 +464,11 @@ template <class T>
 struct AdapterWorkspace {
   int slabs;
   int64_t blocks;
-  float2* statistics;
-  T* hidden_units;
+  RowStatistics* statistics;
+  float* hidden_units;
   NormTerms norm_terms;
   double* shares = nullptr;
+  T* hidden = nullptr;
   T* dhidden = nullptr;
   float* sums[2] = {};
   float* dhidden_sums = nullptr;
@@ -472,11 +481,12 @@ struct AdapterWorkspace {
     Partition partition(memory);
     slabs = R > 0 ? slab_count(R, D, B, 2) : 0;
     blocks = blocks_of_rows<T>(R, B);
-    statistics = partition.take<float2>(R);
-    hidden_units = partition.take<T>(R * kept);
+    statistics = partition.take<RowStatistics>(R);
+    hidden_units = partition.take<float>(R * kept);
     norm_terms = {partition.take<float>(B), partition.take<float>(B)};
     if (args.dgain) shares = partition.take<double>(blocks);
     if (args.ddown) {
+      hidden = partition.take<T>(R * kept);
       dhidden = partition.take<T>(R * kept);
       // One slab even without rows: the sums, which are zero then, lie in it.
       for (float*& part : sums) part = partition.take<float>((slabs > 0 ? slabs : 1) * B * D);
@@ -524,6 +534,7 @@ int backward_rows(const AdapterBackward& args, const AdapterWorkspace<T>& worksp
   op.residual_is_input = args.residual_is_input;
   op.dx = static_cast<T*>(args.dx.data);
   op.hidden_units = workspace.hidden_units;
+  op.hidden = workspace.hidden;
   op.dhidden = workspace.dhidden;
   op.kept = static_cast<int>(kept_width(inputs.size));
   op.shares = workspace.shares;
@@ -541,12 +552,18 @@ int backward_weights(const AdapterBackward& args, const AdapterWorkspace<T>& wor
   task.inner = static_cast<int>(B);
   task.slabs = workspace.slabs;
   GradientProblem<T>& of_down = task.problems[0];
-  of_down = {workspace.dhidden, kept, static_cast<const T*>(inputs.x.data), inputs.x.stride};
+  of_down.left = workspace.dhidden;
+  of_down.left_stride = kept;
+  of_down.right = static_cast<const T*>(inputs.x.data);
+  of_down.right_stride = inputs.x.stride;
   of_down.statistics = inputs.norm_weight.data ? workspace.statistics : nullptr;
   of_down.sums = workspace.sums[0];
   of_down.left_sums = workspace.dhidden_sums;
   GradientProblem<T>& of_up = task.problems[1];
-  of_up = {workspace.hidden_units, kept, static_cast<const T*>(args.dout.data), args.dout.stride};
+  of_up.left = workspace.hidden;
+  of_up.left_stride = kept;
+  of_up.right = static_cast<const T*>(args.dout.data);
+  of_up.right_stride = args.dout.stride;
   of_up.sums = workspace.sums[1];
   of_up.right_sums = workspace.dout_sums;
   return launch_gradients(queue, task, 2);

@@ -63,9 +63,9 @@ struct Block {
   // The lines of one thread are row(0), row(1), ...
   static constexpr int kThreadRows = 2 * Shape::kRowBlocks;
 
-  float* row_scratch;      // [kRows, kColumnWarps]
-  double* block_scratch;   // one per warp
-  float2* row_statistics;  // [kRows]
+  float* row_scratch;             // [kRows, kColumnWarps]
+  double* block_scratch;          // one per warp
+  RowStatistics* row_statistics;  // [kRows]
 
   __device__ __forceinline__ static int warp() { return threadIdx.x / 32; }
   __device__ __forceinline__ static int row_warp() { return warp() / Shape::kColumnWarps; }
@@ -171,7 +171,7 @@ class Sandwich {
   static constexpr int kSecondBytes = (Shape::kRows * Shape::kHiddenStride + 2 * SecondStage::kElements) * sizeof(T);
   // The second product's tiles take the place of the first's.
   static constexpr int kTileBytes = kFirstBytes > kSecondBytes ? kFirstBytes : kSecondBytes;
-  static constexpr int kStatisticsBytes = Shape::kRows * sizeof(float2);
+  static constexpr int kStatisticsBytes = Shape::kRows * sizeof(RowStatistics);
   static constexpr int kRowBytes = Shape::kRows * Shape::kColumnWarps * sizeof(float);
 
  public:
@@ -182,7 +182,7 @@ class Sandwich {
 
   __device__ __forceinline__ explicit Sandwich(const Op& op) : op_(op), tiles_(reinterpret_cast<T*>(shared_memory())) {
     unsigned char* next = shared_memory() + kTileBytes;
-    block_.row_statistics = reinterpret_cast<float2*>(next);
+    block_.row_statistics = reinterpret_cast<RowStatistics*>(next);
     block_.row_scratch = reinterpret_cast<float*>(next += kStatisticsBytes);
     block_.block_scratch = reinterpret_cast<double*>(next + kRowBytes);
   }
@@ -395,9 +395,9 @@ struct ShapeFor<T, 256> : Shape<T, 2, 4, 4, 2, 16, 1> {};
 template <class T>
 struct ShapeFor<T, 512> : Shape<T, 2, 4, 2, 4, 16, 1> {};
 template <>
-struct ShapeFor<float, 64> : Shape<float, 1, 2, 4, 1, 16, 2> {};
+struct ShapeFor<float, 64> : Shape<float, 1, 1, 2, 2, 16, 3> {};
 template <>
-struct ShapeFor<float, 128> : Shape<float, 1, 4, 4, 1, 16, 2> {};
+struct ShapeFor<float, 128> : Shape<float, 1, 2, 2, 2, 16, 3> {};
 template <>
 struct ShapeFor<float, 256> : Shape<float, 1, 4, 4, 2, 16, 1> {};
 template <>

@@ -153,12 +153,12 @@ class GradientBlock {
     for_each_vector<Shape::kColumns>([&](int chunk_row, int column) {
       const int64_t row = begin_ + int64_t{chunk} * Shape::kChunk + chunk_row;
       if (row >= end_) return;
-      const float2 statistics = problem_.statistics[row];
+      const RowStatistics statistics = problem_.statistics[row];
       T* vector = right_tile(chunk) + chunk_row * Shape::kRightStride + column;
       float values[8];
       unpack(load(vector), values);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) values[i] = (values[i] - statistics.x) * statistics.y;
+      for (int i = 0; i < 8; ++i) values[i] = statistics.normed(values[i]);
       store(vector, pack<T>(values));
     });
   }

@@ -12,10 +12,10 @@ struct GradientProblem {
   int64_t left_stride;  // at least `inner`, in whole 16-byte words
   const T* right;       // [R, D], rows right_stride apart
   int64_t right_stride;
-  const float2* statistics;  // [R], mean and 1 / deviation: right is normalised by them; null: it is not
-  float* sums;               // [slabs, inner, D]
-  float* left_sums;          // [slabs, inner], sums of left over the rows; null: not wanted
-  float* right_sums;         // [slabs, D], the same of right
+  const RowStatistics* statistics;  // [R]: right is normalised by them; null: it is not
+  float* sums;                      // [slabs, inner, D]
+  float* left_sums;                 // [slabs, inner], sums of left over the rows; null: not wanted
+  float* right_sums;                // [slabs, D], the same of right
 };
 
 template <class T>

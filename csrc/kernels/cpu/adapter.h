@@ -1,0 +1,467 @@
+// The bottleneck adapter on the CPU. Whatever the tensors are, arithmetic is float32; only where the processor
+// multiplies bfloat16 itself, and x is bfloat16, the factors of products are bfloat16 and their sums float32. In
+// backward the products with down^T (Projection) are an exception, unless both factors come as bfloat16: they decide
+// ReLU's mask, and where one is rounded the gradients are ten times less accurate.
+// No include guard: each path includes it once, inside its own namespace (see path.h).
+
+// The weights' rows in float32, in whole vectors; those of the norm are null where there is none.
+struct AdapterRows {
+  const float *down_bias, *up_bias, *norm_weight, *norm_bias;
+};
+
+// The first product, norm(x) down^T, for the rows of one tile.
+template <class Projection>
+struct AdapterProjection {
+  const AdapterInputs& args;
+  const float* packed_down;  // down^T
+  AdapterRows weights;
+
+  // The norm's statistics are filled in. `wide` [rows, D in padded_width] is working memory.
+  void operator()(int64_t begin, int64_t rows, RowStatistics* statistics, float* wide,
+                  const StoreFloats& target) const {
+    const auto [R, D, B] = args.size;
+    const int64_t width = padded_width<Projection>(D);
+    Left left{wide, width, 1};
+    if (!weights.norm_weight && Projection::fits(args.x, D)) {
+      left = Projection::rows_as_left(args.x, begin, rows, D, wide);
+    } else {
+      with_elements(args.x.dtype, [&](auto elements) {
+        for (int64_t row = 0; row < rows; ++row) {
+          widen(elements, row_of(args.x, begin + row), statistics[row], wide + row * width);
+        }
+      });
+      left = Projection::values_as_left(wide, rows, width);
+    }
+    multiply<Projection>(rows, left, words<Projection>(D), packed_down, B, target);
+  }
+
+ private:
+  // norm(x) of one row, with zeros up to padded_width.
+  template <class X>
+  void widen(X elements, const char* x, RowStatistics& statistics, float* target) const {
+    const int64_t D = args.size.D;
+    if (weights.norm_weight) statistics = statistics_of(elements, x, D, args.epsilon);
+    for (int64_t d = 0; d < D; d += kLanes) {
+      Vec value = elements.load_part(x + d * elements.kBytes, D - d);
+      if (weights.norm_weight) {
+        value = statistics.normalised(value) * load(weights.norm_weight + d) + load(weights.norm_bias + d);
+      }
+      store(target + d, value);
+    }
+    std::fill(target + D, target + padded_width<Projection>(D), 0.0f);
+  }
+};
+
+// Epilogue: out = residual + factor * (hidden up^T + up_bias), for the rows of one tile.
+template <class X>
+struct AdapterOutput {
+  const char* residual;  // null: none
+  char* out;
+  int64_t residual_stride, D;
+  const float* up_bias;
+  float factor;
+
+  AdapterOutput(const AdapterForward& args, int64_t begin, const float* up_bias, float factor)
+      : residual(args.residual.data ? row_of(args.residual, begin) : nullptr),
+        out(row_of(args.out, begin, args.inputs.size.D)),
+        residual_stride(args.residual.stride),
+        D(args.inputs.size.D),
+        up_bias(up_bias),
+        factor(factor) {}
+
+  void prefetch(int64_t row, int64_t column, int64_t columns) const {
+    if (residual) {
+      prefetch_lines<false>(residual + (row * residual_stride + column) * X::kBytes, columns * X::kBytes);
+    }
+    prefetch_lines<true>(out + (row * D + column) * X::kBytes, columns * X::kBytes);
+  }
+
+  void operator()(int64_t row, int64_t column, Vec value) const {
+    value = factor * (value + load(up_bias + column));
+    if (residual) value += X::load_part(residual + (row * residual_stride + column) * X::kBytes, D - column);
+    X::store_part(out + (row * D + column) * X::kBytes, value, D - column);
+  }
+};
+
+template <class Arithmetic>
+struct AdapterForwardTile {
+  const AdapterForward& args;
+  AdapterProjection<Arithmetic> project;
+  const float* packed_up;  // up^T
+  float factor;
+
+  void operator()(int64_t begin, int64_t rows, float* scratch) const {
+    const auto [R, D, B] = args.inputs.size;
+    const int64_t stride = padded_width<Arithmetic>(B);
+    float *hidden = scratch, *wide = hidden + kRowsPerTile * stride;
+    RowStatistics statistics[kRowsPerTile];
+    project(begin, rows, statistics, wide, StoreFloats{hidden, stride});
+    activate(rows, hidden);
+    const Left left = Arithmetic::values_as_left(hidden, rows, stride);
+    with_elements(args.out.dtype, [&](auto elements) {
+      const AdapterOutput<decltype(elements)> epilogue(args, begin, project.weights.up_bias, factor);
+      multiply<Arithmetic>(rows, left, words<Arithmetic>(args.inputs.size.B), packed_up, args.inputs.size.D, epilogue);
+    });
+  }
+
+  // hidden = act(hidden + down_bias)
+  void activate(int64_t rows, float* hidden) const {
+    const int64_t B = args.inputs.size.B, stride = padded_width<Arithmetic>(B);
+    with_activation(args.inputs.activation, [&](auto activation) {
+      for (int64_t row = 0; row < rows; ++row, hidden += stride) {
+        for (int64_t b = 0; b < B; b += kLanes) {
+          store(hidden + b, activation.value(load(hidden + b) + load(project.weights.down_bias + b)));
+        }
+        std::fill(hidden + B, hidden + stride, 0.0f);
+      }
+    });
+  }
+};
+
+inline float adapter_factor(const AdapterInputs& args) {
+  return args.gain.data ? args.scale * read_scalar(args.gain) : args.scale;
+}
+
+// `memory` holds two rows of B and D in whole vectors, and two more of D where x is normalised.
+inline AdapterRows adapter_rows(const AdapterInputs& args, float* memory) {
+  const auto [R, D, B] = args.size;
+  const int64_t hidden_width = round_up(B, kLanes), width = round_up(D, kLanes);
+  float *down_bias = memory, *up_bias = down_bias + hidden_width;
+  widen_row(args.down_bias, B, down_bias);
+  widen_row(args.up_bias, D, up_bias);
+  if (!args.norm_weight.data) return {down_bias, up_bias, nullptr, nullptr};
+  float *norm_weight = up_bias + width, *norm_bias = norm_weight + width;
+  widen_row(args.norm_weight, D, norm_weight);
+  widen_row(args.norm_bias, D, norm_bias);
+  return {down_bias, up_bias, norm_weight, norm_bias};
+}
+
+template <class Arithmetic>
+inline void adapter_forward_by(const AdapterForward& args, ParallelFor parallel_for) {
+  const AdapterInputs& inputs = args.inputs;
+  const auto [R, D, B] = inputs.size;
+  const int64_t stride = padded_width<Arithmetic>(B), width = round_up(D, kLanes);
+  const auto [packed_down, packed_up, rows] =
+      parts_of<3>(call_scratch(), {words<Arithmetic>(D) * stride, words<Arithmetic>(B) * width, stride + 3 * width});
+  pack_transposed<Arithmetic>(inputs.down, D, B, packed_down);
+  pack_transposed<Arithmetic>(inputs.up, B, D, packed_up);
+  const AdapterForwardTile<Arithmetic> tile{
+      args, {inputs, packed_down, adapter_rows(inputs, rows)}, packed_up, adapter_factor(inputs)};
+  for_each_tile(0, R, kRowsPerTile * (stride + padded_width<Arithmetic>(D)), parallel_for, tile);
+  call_scratch().release_excess();
+}
+
+// What backward keeps of one slab of rows until all its tiles are done. dhidden is the gradient of the hidden units
+// before their activation.
+struct AdapterSlab {
+  int64_t begin;
+  RowStatistics* statistics;  // [rows]
+  float* dhidden;             // the left operand of ddown: [words of rows, padded_width]
+  float* hidden;              // the left operand of dup: the same
+  float* dhidden_sums;        // [tiles, padded_width], over each tile's rows
+  float* dout_sums;           // [tiles, D in whole vectors]
+  double* dgain;              // [rows], each row's share
+};
+
+// The sums over a row that LayerNorm's backward needs are known before the product dhidden down: with n = norm(x),
+//   sum_d(dn * norm_weight)              = sum_b(dhidden[b] * weight_sums[b])
+//   sum_d(dn * norm_weight * normalised) = sum_b(dhidden[b] * (products[b] - bias_sums[b])).
+struct AdapterNormSums {
+  const float* weight_sums;  // [B] sum_d(down[b, d] * norm_weight[d]); null: x is not normalised
+  const float* bias_sums;    // [B] sum_d(down[b, d] * norm_bias[d])
+};
+
+// The same two sums of one row, divided by D.
+struct RowGradient {
+  float mean, slope;
+};
+
+// Epilogue: dx from the products dhidden down, for the rows of one tile.
+template <class X>
+struct AdapterInputGradient {
+  const char* x;
+  const char* dout;  // null: dx gains nothing
+  char* dx;
+  int64_t x_stride, dout_stride, D;
+  const float* norm_weight;         // null: x is not normalised
+  const RowStatistics* statistics;  // [rows]
+  const RowGradient* gradients;     // [rows]
+
+  AdapterInputGradient(const AdapterBackward& args, int64_t begin, const float* norm_weight,
+                       const RowStatistics* statistics, const RowGradient* gradients)
+      : x(row_of(args.inputs.x, begin)),
+        dout(args.residual_is_input ? row_of(args.dout, begin) : nullptr),
+        dx(row_of(args.dx, begin, args.inputs.size.D)),
+        x_stride(args.inputs.x.stride),
+        dout_stride(args.dout.stride),
+        D(args.inputs.size.D),
+        norm_weight(norm_weight),
+        statistics(statistics),
+        gradients(gradients) {}
+
+  void prefetch(int64_t row, int64_t column, int64_t columns) const {
+    if (norm_weight) prefetch_lines<false>(x + (row * x_stride + column) * X::kBytes, columns * X::kBytes);
+    if (dout) prefetch_lines<false>(dout + (row * dout_stride + column) * X::kBytes, columns * X::kBytes);
+    prefetch_lines<true>(dx + (row * D + column) * X::kBytes, columns * X::kBytes);
+  }
+
+  void operator()(int64_t row, int64_t column, Vec value) const {
+    const int64_t count = D - column;
+    if (norm_weight) {
+      const RowStatistics& of = statistics[row];
+      const Vec normalised = of.normalised(X::load_part(x + (row * x_stride + column) * X::kBytes, count));
+      value = value * load(norm_weight + column) - gradients[row].mean - normalised * gradients[row].slope;
+      value *= of.inverse;
+    }
+    if (dout) value += X::load_part(dout + (row * dout_stride + column) * X::kBytes, count);
+    X::store_part(dx + (row * D + column) * X::kBytes, value, count);
+  }
+};
+
+// From x and dout to dx and to what the weights' gradients need, for a tile of one slab.
+template <class Arithmetic, class Projection>
+struct AdapterBackwardTile {
+  const AdapterBackward& args;
+  AdapterProjection<Projection> project;
+  const float* packed_up;    // up
+  const float* packed_down;  // down
+  AdapterNormSums norm_sums;
+  float factor;
+  AdapterSlab slab;
+
+  void operator()(int64_t begin, int64_t rows, float* scratch) const {
+    const auto [R, D, B] = args.inputs.size;
+    const int64_t stride = padded_width<Arithmetic>(B), offset = begin - slab.begin;
+    float *hidden = scratch, *dhidden = hidden + kRowsPerTile * stride, *wide = dhidden + kRowsPerTile * stride;
+    RowGradient gradients[kRowsPerTile];
+    project(begin, rows, slab.statistics + offset, wide, StoreFloats{hidden, stride});
+    const Left dout = Arithmetic::rows_as_left(args.dout, begin, rows, D, wide);
+    multiply<Arithmetic>(rows, dout, words<Arithmetic>(D), packed_up, B, StoreFloats{dhidden, stride});
+    hidden_gradients(offset, rows, hidden, dhidden, gradients);
+    if (args.dgain) add_bias_shares(begin, rows);
+    if (args.ddown) {
+      const int64_t tile = offset / kRowsPerTile, gathered = offset / Arithmetic::kPerWord * stride;
+      Arithmetic::gather(hidden, rows, stride, slab.hidden + gathered);
+      Arithmetic::gather(dhidden, rows, stride, slab.dhidden + gathered);
+      sum_columns({dhidden, stride, DType::float32}, 0, rows, B, slab.dhidden_sums + tile * stride);
+      sum_columns(args.dout, begin, rows, D, slab.dout_sums + tile * round_up(D, kLanes));
+    }
+    if (args.dx.data) input_gradient(begin, rows, Arithmetic::values_as_left(dhidden, rows, stride), gradients);
+  }
+
+  // The products norm(x) down^T become the hidden units, and the products dout up become dhidden, both in place.
+  void hidden_gradients(int64_t offset, int64_t rows, float* hidden, float* dhidden, RowGradient* gradients) const {
+    const auto [R, D, B] = args.inputs.size;
+    const int64_t stride = padded_width<Arithmetic>(B);
+    with_activation(args.inputs.activation, [&](auto activation) {
+      for (int64_t row = 0; row < rows; ++row, hidden += stride, dhidden += stride) {
+        gradients[row] = hidden_gradient(activation, hidden, dhidden, slab.dgain + offset + row);
+      }
+    });
+  }
+
+  // For one row; *dgain becomes sum(dhidden * hidden) before the factor.
+  template <class Activated>
+  RowGradient hidden_gradient(Activated activation, float* hidden, float* dhidden, double* dgain) const {
+    const int64_t B = args.inputs.size.B, stride = padded_width<Arithmetic>(B);
+    // Zeros stay zeros below, whatever the activation.
+    std::fill(hidden + B, hidden + stride, 0.0f);
+    std::fill(dhidden + B, dhidden + stride, 0.0f);
+    Vec shares = {}, means = {}, slopes = {};
+    for (int64_t b = 0; b < B; b += kLanes) {
+      const Vec product = load(hidden + b), raw = product + load(project.weights.down_bias + b);
+      const Vec value = activation.value(raw), dvalue = load(dhidden + b);
+      const Vec draw = factor * activation.gradient(raw, dvalue);
+      shares += value * dvalue;
+      if (norm_sums.weight_sums) {
+        means += draw * load(norm_sums.weight_sums + b);
+        slopes += draw * (product - load(norm_sums.bias_sums + b));
+      }
+      store(hidden + b, value);
+      store(dhidden + b, draw);
+    }
+    *dgain = sum_lanes(shares);
+    const double D = static_cast<double>(args.inputs.size.D);
+    return {static_cast<float>(sum_lanes(means) / D), static_cast<float>(sum_lanes(slopes) / D)};
+  }
+
+  // dgain += sum(dout * up_bias) for each row
+  void add_bias_shares(int64_t begin, int64_t rows) const {
+    const int64_t D = args.inputs.size.D;
+    with_elements(args.dout.dtype, [&](auto elements) {
+      for (int64_t row = 0; row < rows; ++row) {
+        const char* dout = row_of(args.dout, begin + row);
+        Vec sums = {};
+        for (int64_t d = 0; d < D; d += kLanes) {
+          sums += elements.load_part(dout + d * elements.kBytes, D - d) * load(project.weights.up_bias + d);
+        }
+        slab.dgain[begin - slab.begin + row] += sum_lanes(sums);
+      }
+    });
+  }
+
+  // sums [columns in whole vectors] over rows [begin, begin + rows)
+  static void sum_columns(const ConstRows& source, int64_t begin, int64_t rows, int64_t columns, float* sums) {
+    std::fill_n(sums, round_up(columns, kLanes), 0.0f);
+    with_elements(source.dtype, [&](auto elements) {
+      for (int64_t row = 0; row < rows; ++row) {
+        const char* from = row_of(source, begin + row);
+        for (int64_t i = 0; i < columns; i += kLanes) {
+          store(sums + i, load(sums + i) + elements.load_part(from + i * elements.kBytes, columns - i));
+        }
+      }
+    });
+  }
+
+  void input_gradient(int64_t begin, int64_t rows, Left dhidden, const RowGradient* gradients) const {
+    const int64_t D = args.inputs.size.D, depth = words<Arithmetic>(args.inputs.size.B);
+    with_elements(args.dx.dtype, [&](auto elements) {
+      const AdapterInputGradient<decltype(elements)> epilogue(args, begin, project.weights.norm_weight,
+                                                              slab.statistics + begin - slab.begin, gradients);
+      multiply<Arithmetic>(rows, dhidden, depth, packed_down, D, epilogue);
+    });
+  }
+};
+
+inline void adapter_norm_sums(const AdapterInputs& args, const AdapterRows& weights, float* weight_sums,
+                              float* bias_sums) {
+  const auto [R, D, B] = args.size;
+  for (float* sums : {weight_sums, bias_sums}) std::fill_n(sums, round_up(B, kLanes), 0.0f);
+  for (int64_t b = 0; b < B; ++b) {
+    Vec by_weight = {}, by_bias = {};
+    with_elements(args.down.dtype, [&](auto elements) {
+      const char* down = row_of(args.down, b);
+      for (int64_t d = 0; d < args.size.D; d += kLanes) {
+        const Vec value = elements.load_part(down + d * elements.kBytes, args.size.D - d);
+        by_weight += value * load(weights.norm_weight + d);
+        by_bias += value * load(weights.norm_bias + d);
+      }
+    });
+    weight_sums[b] = static_cast<float>(sum_lanes(by_weight));
+    bias_sums[b] = static_cast<float>(sum_lanes(by_bias));
+  }
+}
+
+// target [columns] += each of `count` rows of `sums`, in order.
+inline void add_rows(const float* sums, int64_t count, int64_t stride, int64_t columns, float* target) {
+  for (int64_t i = 0; i < count; ++i, sums += stride) {
+    for (int64_t column = 0; column < columns; ++column) target[column] += sums[column];
+  }
+}
+
+// dup [D, B] = factor * transposed [B, D], and dup_bias likewise.
+inline void finish_up_gradient(const AdapterBackward& args, float factor, const float* transposed) {
+  const auto [R, D, B] = args.inputs.size;
+  for (int64_t d = 0; d < D; d += kLanes) {
+    const int64_t lanes = std::min<int64_t>(kLanes, D - d);
+    for (int64_t b = 0; b < B; ++b) {
+      const Vec values = factor * Floats::load_part(transposed + b * D + d, lanes);
+      for (int64_t lane = 0; lane < lanes; ++lane) args.dup[(d + lane) * B + b] = values[lane];
+    }
+  }
+  for (int64_t d = 0; d < D; ++d) args.dup_bias[d] *= factor;
+}
+
+// ddown comes as g = dhidden^T normalised, from which all three gradients follow:
+//   ddown = g * norm_weight + ddown_bias norm_bias^T
+//   dnorm_weight = sum_b(down[b] * g[b])    dnorm_bias = sum_b(down[b] * ddown_bias[b])
+inline void finish_norm_gradients(const AdapterBackward& args, const AdapterRows& weights) {
+  const auto [R, D, B] = args.inputs.size;
+  std::fill_n(args.dnorm_weight, D, 0.0f);
+  std::fill_n(args.dnorm_bias, D, 0.0f);
+  for (int64_t b = 0; b < B; ++b) {
+    float* gradient = args.ddown + b * D;
+    with_elements(args.inputs.down.dtype, [&](auto elements) {
+      const char* down = row_of(args.inputs.down, b);
+      const float dbias = args.ddown_bias[b];
+      const int64_t width = args.inputs.size.D;
+      const auto add = [&](float* sums, int64_t d, Vec value) {
+        Floats::store_part(sums + d, Floats::load_part(sums + d, width - d) + value, width - d);
+      };
+      for (int64_t d = 0; d < width; d += kLanes) {
+        const Vec weight = elements.load_part(down + d * elements.kBytes, width - d);
+        const Vec g = Floats::load_part(gradient + d, width - d);
+        add(args.dnorm_weight, d, weight * g);
+        add(args.dnorm_bias, d, weight * dbias);
+        Floats::store_part(gradient + d, g * load(weights.norm_weight + d) + dbias * load(weights.norm_bias + d),
+                           width - d);
+      }
+    });
+  }
+}
+
+template <class Arithmetic, class Projection>
+inline void adapter_backward_by(const AdapterBackward& args, ParallelFor parallel_for) {
+  const AdapterInputs& inputs = args.inputs;
+  const auto [R, D, B] = inputs.size;
+  const bool has_norm = inputs.norm_weight.data, has_weights = args.ddown;
+  const int64_t stride = padded_width<Arithmetic>(B), width = round_up(D, kLanes);
+  const int64_t slab_rows = round_up(std::min(R, kRowsPerSlab), Arithmetic::kPerWord);
+  const int64_t slab_tiles = round_up(slab_rows, kRowsPerTile) / kRowsPerTile;
+  const int64_t gathered = has_weights ? words<Arithmetic>(slab_rows) * stride : 0;
+  const auto [project_down, packed_up, packed_down, rows, weight_sums, bias_sums, dhidden, hidden, dhidden_sums,
+              dout_sums, dup, statistics, dgains] =
+      parts_of<13>(call_scratch(),
+                   {words<Projection>(D) * stride, words<Arithmetic>(D) * stride, words<Arithmetic>(B) * width,
+                    stride + 3 * width, stride, stride, gathered, gathered, slab_tiles * stride, slab_tiles * width,
+                    has_weights ? B * D : 0, 3 * slab_rows, 2 * slab_rows});
+  pack_transposed<Projection>(inputs.down, D, B, project_down);
+  pack<Arithmetic>(inputs.up, D, B, packed_up);
+  pack<Arithmetic>(inputs.down, B, D, packed_down);
+  const AdapterRows weights = adapter_rows(inputs, rows);
+  if (has_norm) adapter_norm_sums(inputs, weights, weight_sums, bias_sums);
+  const float factor = adapter_factor(inputs);
+  if (has_weights) {
+    std::fill_n(args.ddown_bias, B, 0.0f);
+    std::fill_n(args.dup_bias, D, 0.0f);
+    if (R == 0) std::fill_n(args.ddown, B * D, 0.0f);
+    if (R == 0) std::fill_n(dup, B * D, 0.0f);
+  }
+  const AdapterNormSums norm_sums{has_norm ? weight_sums : nullptr, bias_sums};
+  AdapterSlab slab{0,
+                   reinterpret_cast<RowStatistics*>(statistics),
+                   dhidden,
+                   hidden,
+                   dhidden_sums,
+                   dout_sums,
+                   reinterpret_cast<double*>(dgains)};
+  double dgain = 0;
+  for (; slab.begin < R; slab.begin += kRowsPerSlab) {
+    const int64_t slab_end = std::min(R, slab.begin + kRowsPerSlab), count = slab_end - slab.begin;
+    const AdapterBackwardTile<Arithmetic, Projection> tile{
+        args, {inputs, project_down, weights}, packed_up, packed_down, norm_sums, factor, slab};
+    for_each_tile(slab.begin, slab_end, kRowsPerTile * (2 * stride + padded_width<Arithmetic>(D)), parallel_for, tile);
+    dgain = std::accumulate(slab.dgain, slab.dgain + count, dgain);
+    if (!has_weights) continue;
+    const int64_t tiles = round_up(count, kRowsPerTile) / kRowsPerTile;
+    add_rows(dhidden_sums, tiles, stride, B, args.ddown_bias);
+    add_rows(dout_sums, tiles, width, D, args.dup_bias);
+    const std::vector<WeightGradient> tasks{
+        {args.ddown, B, dhidden, stride, inputs.x, has_norm ? slab.statistics : nullptr},
+        {dup, B, hidden, stride, args.dout, nullptr}};
+    add_weight_gradients<Arithmetic>(tasks, D, slab.begin, count, parallel_for);
+  }
+  if (has_weights) finish_up_gradient(args, factor, dup);
+  if (has_weights && has_norm) finish_norm_gradients(args, weights);
+  if (args.dgain) *args.dgain = static_cast<float>(inputs.scale * dgain);
+  call_scratch().release_excess();
+}
+
+inline void adapter_forward(const AdapterForward& args, ParallelFor parallel_for) {
+#ifdef PETL_BFLOAT16_PRODUCTS
+  if (args.inputs.x.dtype == DType::bfloat16) return adapter_forward_by<PairArithmetic>(args, parallel_for);
+#endif
+  adapter_forward_by<FloatArithmetic>(args, parallel_for);
+}
+
+inline void adapter_backward(const AdapterBackward& args, ParallelFor parallel_for) {
+#ifdef PETL_BFLOAT16_PRODUCTS
+  const AdapterInputs& inputs = args.inputs;
+  if (PairArithmetic::fits(args.dout, inputs.size.D)) {
+    const bool rounds = inputs.norm_weight.data || PairArithmetic::rounds(inputs.down.dtype);
+    if (rounds) return adapter_backward_by<PairArithmetic, FloatArithmetic>(args, parallel_for);
+    return adapter_backward_by<PairArithmetic, PairArithmetic>(args, parallel_for);
+  }
+#endif
+  adapter_backward_by<FloatArithmetic, FloatArithmetic>(args, parallel_for);
+}

@@ -1,0 +1,46 @@
+// LayerNorm's statistics, and values normalised by them.
+// No include guard: each path includes it once, inside its own namespace (see path.h).
+
+struct RowStatistics {
+  // The mean is the sum of both: rounded to one float, it would shift a row whose mean is far greater than its
+  // deviations.
+  float mean, mean_rest;
+  float inverse;  // of sqrt(variance + epsilon)
+
+  Vec normalised(Vec value) const { return ((value - mean) - mean_rest) * inverse; }
+};
+
+// Calls use(chain, d, value) for the vectors of a row of D elements, value beginning at element d; what lies beyond the
+// row is zero. Sums are made in kChains chains, since an addition waits for the one before.
+constexpr int kChains = 4;
+
+template <class Elements, class Use>
+inline void for_each_vector(Elements elements, const char* row, int64_t D, const Use& use) {
+  int64_t d = 0;
+  for (; d + kChains * kLanes <= D; d += kChains * kLanes) {
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) {
+      const int64_t at = d + chain * kLanes;
+      use(chain, at, elements.load(row + at * elements.kBytes));
+    }
+  }
+  for (; d < D; d += kLanes) use(0, d, elements.load_part(row + d * elements.kBytes, D - d));
+}
+
+inline double sum_chains(const Vec (&sums)[kChains]) { return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])); }
+
+// In two passes: the squares are those of deviations, never of the values.
+template <class Elements>
+inline RowStatistics statistics_of(Elements elements, const char* row, int64_t D, float epsilon) {
+  Vec sums[kChains] = {}, rests[kChains] = {}, squares[kChains] = {};
+  for_each_vector(elements, row, D, [&](int chain, int64_t, Vec value) { sums[chain] += value; });
+  const float mean = static_cast<float>(sum_chains(sums) / D);
+  for_each_vector(elements, row, D, [&](int chain, int64_t d, Vec value) {
+    Vec deviation = value - mean;
+    for (int64_t lane = D - d; lane < kLanes; ++lane) deviation[lane] = 0;
+    rests[chain] += deviation;
+    squares[chain] += deviation * deviation;
+  });
+  const double rest = sum_chains(rests) / D, variance = sum_chains(squares) / D - rest * rest;
+  return {mean, static_cast<float>(rest), static_cast<float>(1 / std::sqrt(variance + epsilon))};
+}

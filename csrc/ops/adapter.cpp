@@ -1,0 +1,187 @@
+#include "kernels/adapter.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "ops/check.h"
+#include "ops/cpu.h"
+#ifdef PETL_WITH_CUDA
+#include "ops/cuda.h"
+#endif
+
+namespace petl {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+void run(const Cpu&, const AdapterForward& args) { cpu_kernels().adapter_forward(args, &parallel_for); }
+void run(const Cpu&, const AdapterBackward& args, const Tensor&) {
+  cpu_kernels().adapter_backward(args, &parallel_for);
+}
+
+#ifdef PETL_WITH_CUDA
+void run(const Cuda& device, const AdapterForward& args) {
+  device.check("adapter", cuda::adapter_forward(args, device.queue()));
+}
+
+void run(const Cuda& device, const AdapterBackward& args, const Tensor& like) {
+  const Tensor workspace = new_bytes(like, cuda::adapter_backward_workspace(args));
+  device.check("adapter", cuda::adapter_backward(args, workspace.mutable_data_ptr(), device.queue()));
+}
+#endif
+
+AdapterActivation activation_named(const std::string& name) {
+  STD_TORCH_CHECK(name == "relu" || name == "gelu" || name == "silu",
+                  "adapter: activation must be relu, gelu or silu, got ", name);
+  return name == "relu" ? AdapterActivation::relu : name == "gelu" ? AdapterActivation::gelu : AdapterActivation::silu;
+}
+
+// What forward and backward share, as the caller gave it.
+struct AdapterTensors {
+  const Tensor& x;
+  const OptionalTensor &norm_weight, &norm_bias;
+  const Tensor &down, &down_bias, &up, &up_bias;
+  const OptionalTensor& gain;
+
+  AdapterSizes check_sizes() const {
+    STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) > 0,
+                    "adapter: x must have shape [..., D] with a width D above zero, got ", shape_text(shape_of(x)));
+    const int64_t D = x.size(x.dim() - 1);
+    STD_TORCH_CHECK(down.dim() == 2 && down.size(0) > 0 && down.size(1) == D, "adapter: down must have shape [B, ", D,
+                    "], got ", shape_text(shape_of(down)));
+    const int64_t B = down.size(0);
+    Argument{"adapter", "down_bias", down_bias}.has_shape({B});
+    Argument{"adapter", "up", up}.has_shape({D, B});
+    Argument{"adapter", "up_bias", up_bias}.has_shape({D});
+    STD_TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(),
+                    "adapter: norm_weight and norm_bias must be given both or neither");
+    if (norm_weight) {
+      Argument{"adapter", "norm_weight", *norm_weight}.has_shape({D});
+      Argument{"adapter", "norm_bias", *norm_bias}.has_shape({D});
+    }
+    if (gain) Argument{"adapter", "gain", *gain}.has_shape({1});
+    return {x.numel() / D, D, B};
+  }
+};
+
+// A weight as rows; an absent one has no data.
+template <class Device>
+class WeightRows {
+ public:
+  WeightRows(const Device& device, const char* name, const OptionalTensor& weight) {
+    if (!weight) return;
+    const Argument argument{"adapter", name, *weight};
+    device.holds(argument);
+    rows_.emplace(argument);
+  }
+
+  ConstRows view() const { return rows_ ? rows_->view() : ConstRows{nullptr, 0, DType::float32}; }
+
+ private:
+  std::optional<RowsOf> rows_;
+};
+
+// An activation shaped as x and in its dtype.
+template <class Device>
+ActivationRows<Device> rows_like_x(const Device& device, const char* name, const Tensor& tensor, const Tensor& x) {
+  const Argument argument{"adapter", name, tensor};
+  argument.has_shape(shape_of(x));
+  device.holds(argument);
+  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), "adapter: ", name, " must have the dtype of x, ",
+                  torch::headeronly::toString(x.scalar_type()), ", got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
+  return {argument, false};
+}
+
+// The checked inputs, and whatever had to be copied for the kernels to read them.
+template <class Device>
+class AdapterInputRows {
+ public:
+  AdapterInputRows(const Device& device, const AdapterTensors& tensors, const std::string& activation, double scale,
+                   double eps)
+      : size_(tensors.check_sizes()),
+        activation_(activation_named(activation)),
+        x_(rows_like_x(device, "x", tensors.x, tensors.x)),
+        norm_weight_(device, "norm_weight", tensors.norm_weight),
+        norm_bias_(device, "norm_bias", tensors.norm_bias),
+        down_(device, "down", tensors.down),
+        down_bias_(device, "down_bias", tensors.down_bias),
+        up_(device, "up", tensors.up),
+        up_bias_(device, "up_bias", tensors.up_bias),
+        gain_(device, "gain", tensors.gain),
+        scale_(static_cast<float>(scale)),
+        epsilon_(static_cast<float>(eps)) {
+    device.supports("adapter", size_.D, "the bottleneck B", size_.B);
+  }
+
+  AdapterInputs view() const {
+    return {size_,        activation_,       x_.view(),  norm_weight_.view(), norm_bias_.view(),
+            down_.view(), down_bias_.view(), up_.view(), up_bias_.view(),     gain_.view(),
+            scale_,       epsilon_};
+  }
+
+ private:
+  AdapterSizes size_;
+  AdapterActivation activation_;
+  ActivationRows<Device> x_;
+  WeightRows<Device> norm_weight_, norm_bias_, down_, down_bias_, up_, up_bias_, gain_;
+  float scale_, epsilon_;
+};
+
+template <class Device>
+Tensor adapter_forward(const Tensor& x, OptionalTensor residual, OptionalTensor norm_weight, OptionalTensor norm_bias,
+                       const Tensor& down, const Tensor& down_bias, const Tensor& up, const Tensor& up_bias,
+                       OptionalTensor gain, double scale, double eps, std::string activation) {
+  const AdapterTensors tensors{x, norm_weight, norm_bias, down, down_bias, up, up_bias, gain};
+  const Device device(x);
+  const AdapterInputRows<Device> rows(device, tensors, activation, scale, eps);
+  std::optional<ActivationRows<Device>> residual_rows;
+  if (residual) residual_rows.emplace(rows_like_x(device, "residual", *residual, x));
+  const Result out(x, false);
+  const ConstRows none{nullptr, 0, DType::float32};
+  run(device, AdapterForward{rows.view(), residual_rows ? residual_rows->view() : none, out.rows()});
+  return out.tensor();
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
+    const Tensor& dout, const Tensor& x, OptionalTensor norm_weight, OptionalTensor norm_bias, const Tensor& down,
+    const Tensor& down_bias, const Tensor& up, const Tensor& up_bias, OptionalTensor gain, double scale, double eps,
+    std::string activation, bool residual_is_input, bool needs_dx, bool needs_dweights, bool needs_dgain) {
+  const AdapterTensors tensors{x, norm_weight, norm_bias, down, down_bias, up, up_bias, gain};
+  const Device device(x);
+  const AdapterInputRows<Device> rows(device, tensors, activation, scale, eps);
+  const ActivationRows<Device> dout_rows = rows_like_x(device, "dout", dout, x);
+  const Result dx(x, false, needs_dx);
+  // Empty ones need a tensor to be like.
+  const bool needs_dnorm = needs_dweights && norm_weight;
+  const WeightGradient dnorm_weight(norm_weight.value_or(down_bias), needs_dnorm),
+      dnorm_bias(norm_bias.value_or(down_bias), needs_dnorm), ddown(down, needs_dweights),
+      ddown_bias(down_bias, needs_dweights), dup(up, needs_dweights), dup_bias(up_bias, needs_dweights),
+      dgain(gain.value_or(down_bias), needs_dgain && gain);
+  run(device,
+      AdapterBackward{rows.view(), dout_rows.view(), residual_is_input, dx.rows(), dnorm_weight.data(),
+                      dnorm_bias.data(), ddown.data(), ddown_bias.data(), dup.data(), dup_bias.data(), dgain.data()},
+      x);
+  return {dx.tensor(),         dnorm_weight.tensor(), dnorm_bias.tensor(), ddown.tensor(),
+          ddown_bias.tensor(), dup.tensor(),          dup_bias.tensor(),   dgain.tensor()};
+}
+
+}  // namespace
+
+#ifndef PETL_EMULATED
+STABLE_TORCH_LIBRARY_IMPL(petl_ext, CPU, m) {
+  m.impl("adapter_forward", TORCH_BOX(&adapter_forward<Cpu>));
+  m.impl("adapter_backward", TORCH_BOX(&adapter_backward<Cpu>));
+}
+#endif
+
+#ifdef PETL_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(PETL_CUDA_LIBRARY, PETL_CUDA_KEY, m) {
+  m.impl("adapter_forward", TORCH_BOX(&adapter_forward<Cuda>));
+  m.impl("adapter_backward", TORCH_BOX(&adapter_backward<Cuda>));
+}
+#endif
+
+}  // namespace petl

@@ -1,0 +1,42 @@
+// The CUDA kernels of the adapter, on the emulator.
+#include "adapter_problem.h"
+#include "emulated.h"
+
+namespace {
+
+void backward(const petl::AdapterBackward& args) {
+  std::vector<double> workspace = emulated::workspace(petl::cuda::adapter_backward_workspace(args));
+  emulated::expect_success(petl::cuda::adapter_backward(args, workspace.data(), emulated::kQueue));
+}
+
+}  // namespace
+
+int main() {
+  using adapter_problem::Residual;
+  using petl::AdapterActivation;
+  using petl::DType;
+  const adapter_problem::Device device{"emulated",
+                                       [](const petl::AdapterForward& args) {
+                                         emulated::expect_success(petl::cuda::adapter_forward(args, emulated::kQueue));
+                                       },
+                                       backward};
+  int checked = 0, failed = 0;
+  for (const DType dtype : {DType::float32, DType::bfloat16}) {
+    for (const bool norm : {false, true}) {
+      // One size for every shape of the kernels, on and off the edges of its tiles.
+      for (const auto& [R, D, B, activation, residual] :
+           {std::tuple<int64_t, int64_t, int64_t, AdapterActivation, Residual>{1, 8, 1, AdapterActivation::silu,
+                                                                               Residual::none},
+            {65, 72, 50, AdapterActivation::relu, Residual::input},
+            {67, 136, 96, AdapterActivation::gelu, Residual::other},
+            {129, 72, 200, AdapterActivation::relu, Residual::none},
+            {33, 64, 300, AdapterActivation::silu, Residual::input},
+            {600, 24, 9, AdapterActivation::relu, Residual::input}}) {
+        ++checked;
+        failed += !check(device, adapter_problem::Problem(R, D, B, activation, dtype, norm, residual));
+      }
+    }
+  }
+  std::printf("%d checked, %d failed\n", checked, failed);
+  return failed || !checked ? EXIT_FAILURE : EXIT_SUCCESS;
+}

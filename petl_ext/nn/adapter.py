@@ -1,0 +1,120 @@
+"""The bottleneck adapter as a layer."""
+
+import math
+
+import torch
+from torch import nn
+
+from petl_ext.ops.adapter import ACTIVATIONS, adapter, adapter_reference
+
+INITIAL_STD = 0.02
+
+
+class AdapterLayer(nn.Module):
+    """Adds `scale * (act(norm(x) down^T + down_bias) up^T + up_bias)` to a residual, which by default is x itself.
+
+    With its defaults it is the sequential adapter behind a frozen module (arXiv 1902.00751). With `layer_norm=True`,
+    `residual=False` and a `scale` it is the scaled parallel one beside a module (arXiv 2110.04366), and with
+    `layer_norm=True` the bypass that takes the place of a skipped layer.
+
+    It holds `down` [B, D], `down_bias` [B], `up` [D, B] and `up_bias` [D]; with layer_norm also `norm_weight` [D] and
+    `norm_bias` [D], and with trainable_scale `gain` [1]: 2 B D + B + D parameters, 2 D more for the norm.
+
+    Initialisation: down and up are drawn from Normal(0, 0.02), biases are 0, the norm is 1 and 0. The APT paper's
+    code asks for Normal(0, 0.01) in its adapter, but the initialisers of its ViLT and METER overwrite that with 0.02
+    before training starts; 0.02 is what its results were made with. The layer is not the identity at the start.
+
+    Args:
+        dim: the model's width D.
+        bottleneck: B.
+        activation: "relu", "gelu" or "silu".
+        layer_norm: whether LayerNorm over the last axis comes first.
+        scale: a number; with trainable_scale the initial value of `gain`.
+        residual: whether x is added where `forward` is given no residual.
+        dropout: on the hidden units, in training. Above 0 the training forward runs `ops.adapter_reference`: the fused
+            kernel has no dropout.
+        trainable_scale: whether the scale is a parameter.
+
+    Raises:
+        ValueError: a size below 1, an unknown activation, a scale that is no finite number, a dropout outside [0, 1),
+            or a switch that is neither True nor False.
+    """
+
+    def __init__(
+        self,
+        dim,
+        bottleneck=96,
+        activation="relu",
+        layer_norm=False,
+        scale=1.0,
+        residual=True,
+        dropout=0.0,
+        trainable_scale=False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        for name, value in (("dim", dim), ("bottleneck", bottleneck)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"AdapterLayer: {name} must be a positive integer, got {value!r}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f'AdapterLayer: activation must be "relu", "gelu" or "silu", got {activation!r}')
+        switches = {"layer_norm": layer_norm, "residual": residual, "trainable_scale": trainable_scale}
+        for name, value in switches.items():
+            if type(value) is not bool:
+                raise ValueError(f"AdapterLayer: {name} must be True or False, got {value!r}")
+        if type(scale) not in (int, float) or not math.isfinite(scale):
+            raise ValueError(f"AdapterLayer: scale must be a finite number, got {scale!r}")
+        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ValueError(f"AdapterLayer: dropout must lie in [0, 1), got {dropout!r}")
+        self.activation = activation
+        self.scale = scale
+        self.residual = residual
+        self.dropout = dropout
+
+        def parameter(*shape):
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        self.norm_weight = parameter(dim) if layer_norm else None
+        self.norm_bias = parameter(dim) if layer_norm else None
+        self.down = parameter(bottleneck, dim)
+        self.down_bias = parameter(bottleneck)
+        self.up = parameter(dim, bottleneck)
+        self.up_bias = parameter(dim)
+        self.gain = parameter(1) if trainable_scale else None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        for weight in (self.down, self.up):
+            nn.init.normal_(weight, std=INITIAL_STD)
+        for bias in (self.down_bias, self.up_bias):
+            nn.init.zeros_(bias)
+        if self.norm_weight is not None:
+            nn.init.ones_(self.norm_weight)
+            nn.init.zeros_(self.norm_bias)
+        if self.gain is not None:
+            nn.init.constant_(self.gain, self.scale)
+
+    def forward(self, x, residual=None):
+        """x [..., D] to the new output [..., D] in x's dtype; a given `residual` is added in place of x."""
+        if residual is None and self.residual:
+            residual = x
+        arguments = {
+            "scale": self.scale if self.gain is None else self.gain,
+            "activation": self.activation,
+            "norm_weight": self.norm_weight,
+            "norm_bias": self.norm_bias,
+            "residual": residual,
+        }
+        tensors = (x, self.down, self.down_bias, self.up, self.up_bias)
+        if self.training and self.dropout > 0:
+            return adapter_reference(*tensors, **arguments, dropout=self.dropout)
+        return adapter(*tensors, **arguments)
+
+    def extra_repr(self):
+        bottleneck, dim = self.down.shape
+        return (
+            f"dim={dim}, bottleneck={bottleneck}, activation={self.activation!r}, "
+            f"layer_norm={self.norm_weight is not None}, scale={self.scale}, residual={self.residual}, "
+            f"dropout={self.dropout}, trainable_scale={self.gain is not None}"
+        )
