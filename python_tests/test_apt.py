@@ -217,7 +217,9 @@ def test_cuda_kernel_that_cannot_be_launched():
         expected = outputs_and_gradients(ops.apt, *problem)
         with (
             emulation(shared_memory_limit=64 << 10),
-            pytest.raises(RuntimeError, match=r"apt: the CUDA kernel could not be launched: .* too little shared memory"),
+            pytest.raises(
+                RuntimeError, match=r"apt: the CUDA kernel could not be launched: .* too little shared memory"
+            ),
         ):
             ops.apt(*problem[0])
         again = outputs_and_gradients(ops.apt, *problem)

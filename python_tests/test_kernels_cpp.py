@@ -1,26 +1,49 @@
-"""The kernels without torch: CMake builds them with the address and undefined-behaviour sanitizers, ctest runs them."""
+"""The kernels without torch: CMake builds them with sanitizers, ctest runs them. CUDA kernels run on the emulator."""
 
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+CUDA_TESTS = ("emulator", "cuda_apt", "cuda_adapter")
+MODES = [f"{order}_{copies}" for order in ("forward", "reverse") for copies in ("lazy", "eager")]
 
 
 def run(*command):
-    result = subprocess.run(command, capture_output=True, text=True)
+    search = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    program = shutil.which(command[0], path=search)
+    assert program, "CMake is missing: pip install cmake"
+    result = subprocess.run([program, *command[1:]], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
-def test_kernels_under_sanitizers(tmp_path):
-    search = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
-    cmake, ctest = shutil.which("cmake", path=search), shutil.which("ctest", path=search)
-    assert cmake and ctest, "CMake is missing: pip install cmake"
-    # With the sanitizers, -O3 compiles for minutes.
-    run(cmake, "-S", ROOT, "-B", tmp_path, "-DPETL_SANITIZE=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
-    run(cmake, "--build", tmp_path, "-j2")
-    report = run(ctest, "--test-dir", tmp_path, "--output-on-failure")
-    assert "1/1 Test #1: apt" in report and "100% tests passed" in report
+def passed(folder, option, targets=("all",)):
+    """The tests of ctest that passed, among those of the targets. With sanitizers, -O3 compiles for minutes."""
+    run("cmake", "-S", ROOT, "-B", folder, option, "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
+    run("cmake", "--build", folder, "-j2", "--target", *targets)
+    names = "|".join(target.removesuffix("_test") for target in targets if target != "all")
+    report = run("ctest", "--test-dir", folder, "--output-on-failure", "-j2", "-R", f"^({names})")
+    return set(re.findall(r"Test +#\d+: (\w+) \.+ +Passed", report))
+
+
+def test_no_address_and_no_undefined_behaviour_is_reported(tmp_path):
+    planted = ("shared_overrun", "shared_underrun", "global_overrun", "copy_overrun")
+    assert passed(tmp_path, "-DPETL_SANITIZE=ON") >= {
+        "apt",
+        "adapter",
+        *(f"{name}_{mode}" for name in CUDA_TESTS for mode in MODES),
+        *(f"emulator_{fault}" for fault in planted),
+    }
+
+
+def test_no_race_between_cuda_threads_is_reported(tmp_path):
+    planted = ("no_barrier_after_wait", "no_barrier_before_reuse", "no_syncwarp", "lost_update")
+    targets = [f"{name}_test" for name in CUDA_TESTS]
+    assert passed(tmp_path, "-DPETL_FIND_RACES=ON", targets) >= {
+        *(f"{name}_races" for name in CUDA_TESTS),
+        *(f"emulator_{fault}" for fault in planted),
+    }

@@ -113,16 +113,16 @@ struct Block {
     if constexpr (Shape::kColumnWarps > 1) {
       __syncthreads();
 #pragma unroll
-      for (int line = 0; line < kThreadRows; ++line)
-        row_scratch[local_row(line) * Shape::kColumnWarps + column_warp()] = values[line];
+      for (int line = 0; line < kThreadRows; ++line) {
+        if (threadIdx.x % 4 == 0) row_scratch[local_row(line) * Shape::kColumnWarps + column_warp()] = values[line];
+      }
       __syncthreads();
 #pragma unroll
       for (int line = 0; line < kThreadRows; ++line) {
         const float* row_values = row_scratch + local_row(line) * Shape::kColumnWarps;
         values[line] = row_values[0];
 #pragma unroll
-        for (int other = 1; other < Shape::kColumnWarps; ++other)
-          values[line] = combine(values[line], row_values[other]);
+        for (int warp = 1; warp < Shape::kColumnWarps; ++warp) values[line] = combine(values[line], row_values[warp]);
       }
     }
   }
