@@ -4,15 +4,13 @@ import datetime
 import json
 import os
 import platform
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from record import RESULTS, commit, file_stem, machine_folder
 
 import petl_ext
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def pytest_addoption(parser):
@@ -43,11 +41,6 @@ def _cpu_lines():
     return path.read_text().splitlines() if path.exists() else []
 
 
-def _commit():
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
 def pytest_terminal_summary(terminalreporter):
     reports = terminalreporter.getreports("passed")
     rows = [dict(report.user_properties)["comparison"] for report in reports if report.user_properties]
@@ -67,7 +60,7 @@ def pytest_terminal_summary(terminalreporter):
 def _write(rows):
     result = {
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "processor": _processor(),
         "cpu_path": petl_ext.ops.cpu_path(),
         "onednn_isa_limit": os.environ.get("ONEDNN_MAX_CPU_ISA"),
@@ -76,9 +69,9 @@ def _write(rows):
         "threads": 1,
         "comparisons": rows,
     }
-    folder = RESULTS / "-".join(result["processor"].lower().replace("(r)", "").split())
+    folder = machine_folder(result["processor"])
     folder.mkdir(parents=True, exist_ok=True)
     suffix = "-" + result["onednn_isa_limit"].lower() if result["onednn_isa_limit"] else ""
-    path = folder / f"{result['date']}-{result['commit']}{suffix}.json"
+    path = folder / f"{file_stem()}{suffix}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path.relative_to(RESULTS.parent.parent)

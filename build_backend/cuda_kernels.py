@@ -166,6 +166,6 @@ def compile_all(compilation):
     sources = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
     compilation.folder.mkdir(parents=True, exist_ok=True)
     # Rather all architectures of one file at a time than several files: these differ more in how long they take.
-    threads = min(jobs(), len(compilation.architectures))
+    threads = min(jobs(), len(compilation.architectures) + 1)  # one more for the PTX
     with ThreadPoolExecutor(jobs() // threads) as pool:
         return list(pool.map(lambda source: compile_one(source, compilation, threads), sources))

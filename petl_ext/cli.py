@@ -34,12 +34,19 @@ def _kernel_devices(op):
     return [device for device in ("CPU", "CUDA") if has_kernel(f"petl_ext::{op}_forward", device)]
 
 
+def _cuda_state():
+    if "CUDA" not in _kernel_devices("apt"):
+        return "none in this build (installed beside a CUDA build of torch, or with PETL_CUDA=1, it has them)"
+    return "built" if torch.ops.petl_ext.has_cuda_stream() else "built, but this torch has no CUDA"
+
+
 def info():
     """What is installed, what the compiled part holds, and where it runs, one fact per line."""
     lines = [
         f"petl_ext {petl_ext.__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         *(f"{package} {_version(package)}" for package in OPTIONAL_PACKAGES),
-        f"kernels: apt on {', '.join(_kernel_devices('apt'))}",
+        *(f"kernels: {op} on {', '.join(_kernel_devices(op))}" for op in ("apt", "adapter")),
+        f"CUDA kernels: {_cuda_state()}",
         f"CPU path: {petl_ext.ops.cpu_path()} of {torch.ops.petl_ext.cpu_paths()} (PETL_CPU_PATH chooses), "
         f"{torch.get_num_threads()} threads",
     ]

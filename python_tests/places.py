@@ -2,21 +2,16 @@
 
 import functools
 import importlib
-import os
-import shutil
-import subprocess
 import sys
-import sysconfig
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
+import emulated_build
 import torch
 
 from petl_ext import ops
 
-ROOT = Path(__file__).parent.parent
 CPU_PATHS = torch.ops.petl_ext.cpu_paths().split()
 EMULATED_OPS = ("apt_forward", "apt_backward", "adapter_forward", "adapter_backward")
 
@@ -63,21 +58,11 @@ PLACES = CPU_PLACES + CUDA_PLACES
 @functools.cache
 def emulated_module():
     """petl_emulated, built where it is not up to date, with its ops defined as petl_ext's are."""
-    search = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
-    cmake = shutil.which("cmake", path=search)
-    assert cmake, "CMake is missing: pip install cmake"
-    folder = ROOT / "build" / f"emulated-{sys.implementation.cache_tag}-torch-{torch.__version__}"
-    definitions = ["-DPETL_EMULATED_MODULE=ON", f"-DPython_EXECUTABLE={sys.executable}"]
-    for command in (
-        [cmake, "-S", ROOT, "-B", folder, *definitions],
-        [cmake, "--build", folder, "--target", "petl_emulated", "--parallel"],
-    ):
-        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": search})
-        assert result.returncode == 0, result.stdout + result.stderr
+    emulated_build.build(capture_output=True, text=True)
     for name in EMULATED_OPS:
         schema = str(getattr(torch.ops.petl_ext, name).default._schema)
         torch.library.define(f"petl_emulated::{name}", schema[schema.index("(") :])
-    sys.path.insert(0, str(folder))
+    sys.path.insert(0, str(emulated_build.folder()))
     return importlib.import_module("petl_emulated")
 
 

@@ -1,0 +1,112 @@
+"""What a call costs besides the time on the device: host time, launches, memory."""
+
+import sys
+
+import torch
+from clock import call_clock, race, speed_up
+
+from gpu.kernel_log import kernels_of
+from gpu.problems import OPS, draw, forward, forward_backward
+from gpu.records import record
+from gpu.speed import INNER, compiled
+
+FEW_ROWS = 240  # of one picture with its question: the device is faster than the host
+MANY_ROWS = 15360
+CALLS = 20  # eager's launches for as many calls still fit into the queue, so that nothing waits for the device
+ROUNDS = 15
+
+
+def functions_of(op):
+    return {"ours": op.ours, "eager": op.reference, "compile": compiled(op.reference)}
+
+
+def host_time(op, inner, step):
+    problem = draw(op, FEW_ROWS, 768, inner, torch.bfloat16, torch.float32, device="cuda")
+
+    def repeat(function):
+        def run():
+            for _ in range(CALLS):
+                step(problem, function)
+
+        return run
+
+    seconds = race({name: repeat(f) for name, f in functions_of(op).items()}, ROUNDS, call_clock)
+    record(
+        "host time per call",
+        op=op.name,
+        inner=inner,
+        rows=FEW_ROWS,
+        direction=step.__name__,
+        microseconds={name: round(1e6 * sorted(s)[ROUNDS // 2] / CALLS, 2) for name, s in seconds.items()},
+        speed_up={f"vs {name}": speed_up(seconds, name, "ours") for name in ("eager", "compile")},
+    )
+
+
+def launches(op, inner):
+    """Of one forward call of ours."""
+    problem = draw(op, FEW_ROWS, 768, inner, torch.bfloat16, torch.float32, device="cuda")
+    forward(problem, op.ours)
+    kernels_of(lambda: forward(problem, op.ours))
+    names = [name for name, _ in kernels_of(lambda: forward(problem, op.ours))]
+    record("launches of a forward call", op=op.name, inner=inner, count=len(names), names=names)
+    return len(names)
+
+
+def bytes_saved(problem, function):
+    """For backward, beyond the inputs themselves."""
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # The result holds the graph, and the graph what it saved: no address is used twice meanwhile.
+        out = problem.op.call(function, problem.activation, *problem.inputs)
+    for tensor in problem.inputs:
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    del out
+    return sum(saved.values())
+
+
+def peak_bytes(problem, function):
+    """That forward and backward need beside the inputs, at most at a time."""
+    forward_backward(problem, function)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    forward_backward(problem, function)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def memory(op, inner):
+    problem = draw(op, MANY_ROWS, 768, inner, torch.bfloat16, torch.float32, device="cuda")
+    functions = functions_of(op)
+    record(
+        "memory",
+        op=op.name,
+        inner=inner,
+        rows=MANY_ROWS,
+        peak_bytes={name: peak_bytes(problem, f) for name, f in functions.items()},
+        saved_bytes={name: bytes_saved(problem, f) for name, f in functions.items()},
+    )
+
+
+def main():
+    counts = {f"{op} {op.inner}={inner}": launches(op, inner) for op in OPS.values() for inner in INNER[op.name]}
+    wrong = {name: count for name, count in counts.items() if count != 1}
+    text = f"a forward call is not one launch: {wrong}" if wrong else "a forward call is one launch"
+    # Before the rest: if the time is not enough, what could be wrong is known.
+    record("summary", text=text)
+    for op in OPS.values():
+        # One size is enough where the compiler takes longest.
+        largest = max(INNER[op.name])
+        for step in (forward, forward_backward):
+            host_time(op, largest, step)
+        memory(op, largest)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""How fast the ops are: against eager PyTorch, torch.compile and a plain copy of as many bytes.
+
+Each contender is captured in a CUDA graph of several calls, so that host time does not count. The calls take turns over
+inputs that together are larger than four times the L2 cache, and each writes to memory of its own: all is cold, as in
+a model, where other layers have been at work in between.
+"""
+
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from clock import cuda_clock, race, speed_up
+
+from gpu import problems as problems_module
+from gpu.graphs import captured
+from gpu.problems import OPS, Op, draw
+from gpu.records import record, seconds_granted
+from gpu.traffic import FORWARD, FORWARD_BACKWARD, LEAST, OWN, verdicts
+
+DIRECTIONS = {FORWARD: problems_module.forward, FORWARD_BACKWARD: problems_module.forward_backward}
+INNER = {"apt": (50, 200), "adapter": (96, 192)}
+ROWS = (61440, 15360)
+ROUNDS = 25
+FEWEST_CALLS = 12  # in a graph, so that launching the graph itself does not count
+MOST_ERROR = 1e-2  # relative, of a bfloat16 result that is right
+LAST_CASE = 25  # seconds that a case may take: none is begun when fewer are left
+
+
+@dataclass(frozen=True)
+class Case:
+    op: Op
+    direction: str
+    rows: int
+    dim: int
+    inner: int
+    weight_dtype: torch.dtype
+
+    def __str__(self):
+        weights = str(self.weight_dtype).removeprefix("torch.")
+        return f"{self.op} {self.direction} M={self.rows} {self.op.inner}={self.inner} weights {weights}"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and how it is measured.
+
+    Attributes:
+        capture: from a function that makes calls to one that makes them again; see graphs.py.
+        clock: one of clock.py.
+        cold_bytes: how large all inputs together are at least.
+    """
+
+    device: str
+    capture: Callable
+    clock: Callable
+    cold_bytes: int
+    rounds: int = ROUNDS
+    fewest_calls: int = FEWEST_CALLS
+
+
+def cases():
+    """The most important first: the time may not suffice for all."""
+    for weight_dtype in (torch.float32, torch.bfloat16):
+        for rows in ROWS:
+            for op in OPS.values():
+                for inner in INNER[op.name]:
+                    for direction in DIRECTIONS:
+                        yield Case(op, direction, rows, 768, inner, weight_dtype)
+
+
+def compiled(function):
+    # Without it the ninth case would run uncompiled, silently: a function is compiled anew eight times at most.
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def draw_cold(case, bench):
+    """As many problems as are larger than the cache."""
+    bytes_of_one = 2 * case.rows * case.dim * (len(case.op.rows) + (case.direction == FORWARD_BACKWARD))
+    count = max(2, -(-bench.cold_bytes // bytes_of_one))
+    return [
+        draw(
+            case.op, case.rows, case.dim, case.inner, torch.bfloat16, case.weight_dtype, device=bench.device, seed=seed
+        )
+        for seed in range(count)
+    ]
+
+
+def calls_of(case, problems, function, count):
+    step = DIRECTIONS[case.direction]
+    return lambda: [step(problems[index % len(problems)], function) for index in range(count)]
+
+
+def copies_of(bytes_moved, bench, count):
+    """Two ways to read and write `bytes_moved` bytes in all: the runtime's copy, and a kernel that reads and writes."""
+    elements = bytes_moved // 2 // 2
+    buffers = [
+        torch.randn(2, elements, device=bench.device, dtype=torch.bfloat16)
+        for _ in range(max(2, -(-bench.cold_bytes // bytes_moved)))
+    ]
+
+    def repeat(copy):
+        return lambda: [copy(*buffers[index % len(buffers)]) for index in range(count)]
+
+    return {
+        "copy": repeat(lambda source, target: target.copy_(source)),
+        "copy kernel": repeat(lambda source, target: torch.neg(source, out=target)),
+    }
+
+
+def relative_errors(case, problem, function, oracle):
+    results = DIRECTIONS[case.direction](problem, function)
+    return [float((r.double() - o).norm() / o.norm()) for r, o in zip(results, oracle, strict=True)]
+
+
+def wrong_results(case, problem, ours):
+    """Name to relative error of what is not right, at the very sizes that are measured."""
+    oracle = DIRECTIONS[case.direction](problem.to(torch.float64), case.op.reference)
+    our_errors, eager_errors = (relative_errors(case, problem, f, oracle) for f in (ours, case.op.reference))
+    # Written so that NaN is wrong.
+    return {
+        name: our_error
+        for name, our_error, eager_error in zip(case.op.results, our_errors, eager_errors, strict=False)
+        if not our_error <= max(2 * eager_error, MOST_ERROR)
+    }
+
+
+def capture_all(queues, bench):
+    """(name to replay, name to what went wrong)"""
+    replays, failures = {}, {}
+    for name, queue in queues.items():
+        try:
+            replays[name] = bench.capture(queue)
+        # Whatever ails another contender, or the compiler, must not hide our own times.
+        except Exception as error:
+            failures[name] = f"{type(error).__name__}: {error}"[:500]
+    return replays, failures
+
+
+def compare(case, contenders, bench):
+    """The record of one case.
+
+    Args:
+        contenders: name to function with the op's signature; "ours" is one of them.
+    """
+    problems = draw_cold(case, bench)
+    wrong = wrong_results(case, problems[0], contenders["ours"])
+    count = -(-bench.fewest_calls // len(problems)) * len(problems)
+    sizes = (case.rows, case.dim, case.inner)
+    least, own = LEAST[case.op.name, case.direction], OWN[case.op.name, case.direction]
+    queues = {name: calls_of(case, problems, function, count) for name, function in contenders.items()}
+    queues |= copies_of(least.bytes(*sizes), bench, count)
+    replays, failures = capture_all(queues, bench)
+    result = {
+        "name": str(case),
+        "op": case.op.name,
+        "direction": case.direction,
+        "rows": case.rows,
+        "dim": case.dim,
+        "inner": case.inner,
+        "weights": str(case.weight_dtype).removeprefix("torch."),
+        "wrong": wrong,
+        "failures": failures,
+        "calls_per_graph": count,
+        "least_bytes": least.bytes(*sizes),
+        "least_bytes_formula": str(least),
+        "own_bytes": own.bytes(*sizes),
+        "own_bytes_formula": str(own),
+    }
+    if "ours" not in replays:
+        return result
+    return result | speeds(case, race(replays, bench.rounds, bench.clock), count, result)
+
+
+def speeds(case, seconds, count, sizes):
+    """What follows from the seconds that `count` calls took in each round."""
+    per_call = {name: statistics.median(of_one) / count for name, of_one in seconds.items()}
+    fastest_copy = min(("copy", "copy kernel"), key=per_call.get)
+    others = [name for name in seconds if name not in ("ours", "copy", "copy kernel")]
+    speed_ups = {f"vs {name}": speed_up(seconds, over=name, of="ours") for name in others}
+    share_of_least = per_call[fastest_copy] / per_call["ours"]
+    share_of_own = share_of_least * sizes["own_bytes"] / sizes["least_bytes"]
+    return {
+        "microseconds": {name: round(1e6 * value, 2) for name, value in per_call.items()},
+        "speed_up": speed_ups,
+        "own_gigabytes_per_second": round(1e-9 * sizes["own_bytes"] / per_call["ours"], 1),
+        "copy_gigabytes_per_second": round(1e-9 * sizes["least_bytes"] / per_call[fastest_copy], 1),
+        "share_of_least": round(share_of_least, 3),
+        "share_of_own": round(share_of_own, 3),
+        "goals": verdicts(case.op.name, case.direction, case.inner, round(share_of_own, 3), speed_ups),
+    }
+
+
+def on_the_gpu():
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return Bench("cuda", captured, cuda_clock, cold_bytes=4 * cache)
+
+
+def main():
+    end = time.monotonic() + seconds_granted(default=600)
+    bench = on_the_gpu()
+    measured, left_out, flawed = 0, [], []
+    for case in cases():
+        if time.monotonic() > end - LAST_CASE:
+            left_out.append(str(case))
+            continue
+        contenders = {"ours": case.op.ours, "eager": case.op.reference, "compile": compiled(case.op.reference)}
+        try:
+            result = compare(case, contenders, bench)
+        # One op that cannot be run must not hide the times of the others.
+        except Exception as error:
+            traceback.print_exc()
+            record("failed comparison", name=str(case), error=str(error)[:500])
+            flawed.append(str(case))
+            continue
+        record("comparison", **result)
+        measured += 1
+        if result["wrong"] or "ours" in result["failures"]:
+            flawed.append(str(case))
+        torch.cuda.empty_cache()
+    record("left out for lack of time", cases=left_out)
+    faults = f", failed, wrong or not captured: {', '.join(flawed)}" if flawed else ""
+    record("summary", text=f"{measured} comparisons, {len(left_out)} left out for lack of time{faults}")
+    return 1 if flawed or not measured else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

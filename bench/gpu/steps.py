@@ -1,0 +1,95 @@
+"""What `make gpu` does, step by step."""
+
+import glob
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from gpu.runner import Step
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TESTED_OPS = ("apt", "adapter")
+# Where NVIDIA's tools lie that need not be on PATH.
+TOOL_PATTERNS = {
+    "compute-sanitizer": ("{cuda}/bin", "{cuda}/compute-sanitizer"),
+    "ncu": ("{cuda}/bin", "{cuda}/nsight-compute*", "/opt/nvidia/nsight-compute/*"),
+}
+PYTHON_PATH = os.pathsep.join(str(ROOT / folder) for folder in ("bench", "python_tests"))
+
+
+def find_tool(name):
+    """Its path, "" where there is none."""
+    cuda = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    folders = [folder for pattern in TOOL_PATTERNS[name] for folder in glob.glob(pattern.format(cuda=cuda))]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders)) or ""
+
+
+def build():
+    cores = str(os.cpu_count())
+    install = ["-m", "pip", "install", "--verbose", "--no-index", "--no-build-isolation", "--no-deps", "--editable"]
+    return Step(
+        "build",
+        ([sys.executable, *install, ROOT], [sys.executable, ROOT / "python_tests" / "emulated_build.py"]),
+        limit=240,
+        environment={"PETL_CUDA": "1", "MAX_JOBS": cores, "PYTHONUNBUFFERED": "1"},
+    )
+
+
+def tests(name, paths, limit, *options):
+    command = [sys.executable, "-m", "pytest", "-p", "gpu.pytest_plugin", "-p", "no:cacheprovider", *options, *paths]
+    return Step(name, (command,), limit=limit)
+
+
+def sanitizers():
+    """Both at the same time, hence the ports. What they look for is in our kernels alone."""
+    tool = find_tool("compute-sanitizer")
+    checks = {"memcheck": "--padding 256 --report-api-errors no", "racecheck": ""}
+    program = [sys.executable, "-m", "gpu.every_kernel", "--every-activation"]
+    commands = []
+    for index, (name, options) in enumerate(checks.items()):
+        general = (
+            f"--tool {name} --kernel-name kns=petl --error-exitcode 9 --launch-timeout 0 --port {49152 + 100 * index}"
+        )
+        commands.append([tool, *general.split(), *options.split(), *program])
+    return Step(
+        "sanitizers",
+        tuple(commands),
+        limit=100,
+        least=30,
+        # Each tensor is an allocation: whoever leaves it is found.
+        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        obstacle="" if tool else "compute-sanitizer was not found",
+    )
+
+
+def module(name, title, limit, least):
+    return Step(title, ([sys.executable, "-m", f"gpu.{name}"],), limit=limit, least=least)
+
+
+def counters(report):
+    tool = find_tool("ncu")
+    kernels = "--clock-control none --kernel-name-base demangled --kernel-name regex:petl"
+    shown = "--set basic --section ComputeWorkloadAnalysis --section MemoryWorkloadAnalysis --section WarpStateStats"
+    program = "-m gpu.every_kernel --rows 61440 --dims 768 --dtypes mixed --inner 50 200"
+    command = [
+        *(tool, *kernels.split(), *shown.split(), "--print-details", "all", "--log-file", report),
+        *(sys.executable, *program.split()),
+    ]
+    obstacle = "" if tool else "ncu was not found"
+    return Step("hardware counters", (command,), limit=90, least=30, obstacle=obstacle, is_check=False)
+
+
+def steps(counter_report):
+    op_tests = [ROOT / "python_tests" / f"test_{op}.py" for op in TESTED_OPS]
+    return (
+        build(),
+        tests("op tests", [path for path in op_tests if path.exists()], 90, "--on", "cuda"),
+        tests("device tests", [ROOT / "python_tests" / "test_cuda_device.py"], 90),
+        sanitizers(),
+        module("speed", "speed", limit=170, least=45),
+        module("calls", "calls", limit=60, least=20),
+        module("vilt", "vilt", limit=60, least=20),
+        module("kernel_times", "kernel times", limit=45, least=20),
+        counters(counter_report),
+    )

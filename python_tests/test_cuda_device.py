@@ -1,0 +1,119 @@
+"""The CUDA kernels on a GPU: as the emulator says they are, and the same bits however they are queued."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from gpu.every_kernel import DTYPES, INNER
+from gpu.graphs import captured
+from gpu.problems import OPS, draw, forward, forward_backward
+from places import emulation
+from tolerance import assert_as_good_as_torch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+ROWS = 131
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=str)
+every_size = pytest.mark.parametrize("inner", INNER)
+every_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+both_directions = pytest.mark.parametrize("step", [forward, forward_backward], ids=lambda step: step.__name__)
+
+# Each activation at the small width, the usual one at that of the models too.
+ACTIVATIONS_AND_WIDTHS = [
+    pytest.param(op, activation, dim, id=f"{op}-{activation}-{dim}")
+    for op in OPS.values()
+    for dim in (72, 768)
+    for activation in (op.activations if dim == 72 else op.activations[:1])
+]
+
+
+def same_bits(results, expected):
+    return all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def large_problem(op, dtypes, inner, seed=0):
+    """More rows than a slab of the weights' gradients, more blocks than multiprocessors."""
+    return draw(op, 20_000, 72, inner, *dtypes, device="cuda", seed=seed)
+
+
+@every_dtype
+@every_size
+@pytest.mark.parametrize(("op", "activation", "dim"), ACTIVATIONS_AND_WIDTHS)
+def test_hardware_and_emulator_agree(op, activation, dim, inner, dtypes, record_property):
+    problem = draw(op, ROWS, dim, inner, *dtypes, activation=activation)
+    with emulation():
+        emulated = [result.cuda() for result in forward_backward(problem, op.ours)]
+    problem = problem.to("cuda")
+    hardware, torchs = forward_backward(problem, op.ours), forward_backward(problem, op.reference)
+    oracle = forward_backward(problem.to(torch.float64), op.reference)
+    difference = {
+        name: float((a.double() - b.double()).abs().max() / b.double().abs().max())
+        for name, a, b in zip(op.results, hardware, emulated, strict=True)
+    }
+    record_property("largest difference from the emulator", {"difference": difference})
+    for name, *results in zip(op.results, hardware, emulated, torchs, oracle, strict=True):
+        ours, emulators, theirs, exact = (result.double() for result in results)
+        if exact.numel() == 1:
+            continue  # how far torch is off a single number is chance
+        assert_as_good_as_torch(f"{name} on the GPU", ours, theirs, exact)
+        # As far from the emulator as torch may be from the exact value.
+        assert_as_good_as_torch(f"{name}, GPU against emulator", ours, emulators + (theirs - exact), emulators)
+
+
+@every_op
+@every_dtype
+@every_size
+def test_two_runs_are_bit_equal(op, dtypes, inner):
+    problem = large_problem(op, dtypes, inner)
+    expected = forward_backward(problem, op.ours)
+    assert same_bits(forward_backward(problem, op.ours), expected)
+
+
+@every_op
+@every_size
+def test_two_streams_at_once(op, inner):
+    problems = [large_problem(op, DTYPES["mixed"], inner, seed) for seed in range(2)]
+    expected = [forward_backward(problem, op.ours) for problem in problems]
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.Stream() for _ in problems], []
+    for _ in range(5):
+        for stream, problem, wanted in zip(streams, problems, expected, strict=True):
+            with torch.cuda.stream(stream):
+                results.append((forward_backward(problem, op.ours), wanted))
+    torch.cuda.synchronize()
+    assert all(same_bits(result, wanted) for result, wanted in results)
+
+
+@every_op
+@every_size
+def test_two_threads_at_once(op, inner):
+    problems = [large_problem(op, DTYPES["mixed"], inner, seed) for seed in range(2)]
+    expected = [forward_backward(problem, op.ours) for problem in problems]
+    torch.cuda.synchronize()
+
+    def run(problem):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results = [forward_backward(problem, op.ours) for _ in range(5)]
+            torch.cuda.current_stream().synchronize()
+        return results
+
+    with ThreadPoolExecutor(2) as pool:
+        for results, wanted in zip(pool.map(run, problems), expected, strict=True):
+            assert all(same_bits(result, wanted) for result in results)
+
+
+@every_op
+@every_dtype
+@every_size
+@both_directions
+def test_graph_gives_the_same_bits(op, dtypes, inner, step):
+    problem, other = (large_problem(op, dtypes, inner, seed) for seed in range(2))
+    expected, expected_of_other = step(problem, op.ours), step(other, op.ours)
+    replay = captured(lambda: step(problem, op.ours))
+    for result in replay():
+        result.fill_(torch.nan)
+    assert same_bits(replay(), expected)
+    with torch.no_grad():
+        for tensor, value in zip([*problem.inputs, problem.dout], [*other.inputs, other.dout], strict=True):
+            tensor.copy_(value)
+    assert same_bits(replay(), expected_of_other)
