@@ -21,6 +21,7 @@ class Use(NamedTuple):
     architecture: str
     registers: int
     static_shared_memory: int
+    stack: int  # local memory: arrays that are indexed at run time
     spilled: int
 
 
@@ -43,13 +44,14 @@ def uses_in(ptxas_report):
         numbers = {
             "registers": r"Used (\d+) registers",
             "static_shared_memory": r"(\d+) bytes smem",
+            "stack": r"(\d+) bytes stack frame",
             "spill stores": r"(\d+) bytes spill stores",
             "spill loads": r"(\d+) bytes spill loads",
         }
         found = {name: re.search(pattern, part) for name, pattern in numbers.items()}
         number = {name: int(match[1]) if match else 0 for name, match in found.items()}
         spilled = number["spill stores"] + number["spill loads"]
-        yield Use(kernel, architecture, number["registers"], number["static_shared_memory"], spilled)
+        yield Use(kernel, architecture, number["registers"], number["static_shared_memory"], number["stack"], spilled)
 
 
 def uses_of(objects):
@@ -61,11 +63,13 @@ def uses_of(objects):
 
 
 def table(uses):
-    lines = ["| kernel | architecture | registers | static shared memory | spilled |", "|---|---|---:|---:|---:|"]
-    lines += [
-        f"| `{use.kernel}` | sm_{use.architecture} | {use.registers} | {use.static_shared_memory} B | {use.spilled} B |"
-        for use in uses
+    lines = [
+        "| kernel | architecture | registers | static shared memory | stack | spilled |",
+        "|---|---|---:|---:|---:|---:|",
     ]
+    for use in uses:
+        memory = f"{use.static_shared_memory} B | {use.stack} B | {use.spilled} B"
+        lines.append(f"| `{use.kernel}` | sm_{use.architecture} | {use.registers} | {memory} |")
     return "\n".join(lines)
 
 

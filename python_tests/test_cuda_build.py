@@ -52,13 +52,13 @@ def test_every_kernel_is_compiled_for_every_architecture_without_spills(objects)
     architectures = cuda_kernels.DEFAULT_ARCHITECTURES
     assert {(use.kernel, use.architecture) for use in uses} == {(k, a) for k in kernels for a in architectures}
     assert all(use.registers > 0 for use in uses)
-    assert not [use for use in uses if use.spilled]
+    assert not [use for use in uses if use.spilled or use.stack]
 
 
 def test_register_report(objects, capsys):
     register_report.main()
     header, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert header == "| kernel | architecture | registers | static shared memory | spilled |"
+    assert header == "| kernel | architecture | registers | static shared memory | stack | spilled |"
     assert len(rows) == 1 + len(register_report.uses_of(objects))
 
 

@@ -43,9 +43,11 @@ AptSizes check_sizes(const Tensor& x, const Tensor& y, const Tensor& prompts, co
   return {x.numel() / D, D, P};
 }
 
-// Scores are kept for backward in half the bytes where x has no more digits itself. float16 has too small a range.
-ScalarType kept_dtype(const Tensor& x) {
-  return x.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+// Scores are kept for backward in half the bytes where x and y (or dout) have no more digits themselves. float16 has
+// too small a range.
+ScalarType kept_dtype(const Tensor& x, const Tensor& y) {
+  const bool narrow = x.scalar_type() == ScalarType::BFloat16 && y.scalar_type() == ScalarType::BFloat16;
+  return narrow ? ScalarType::BFloat16 : ScalarType::Float;
 }
 
 template <class Device>
@@ -67,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> apt_forward(const Tensor& x, const Tensor& y,
   const Result out(y, widen);
   const Tensor gate = new_floats(y, {size.R});
   const auto kept = keep_scores ? std::vector<int64_t>{size.R, size.kept()} : std::vector<int64_t>{0};
-  const Tensor scores = torch::stable::new_empty(y, kept, kept_dtype(x));
+  const Tensor scores = torch::stable::new_empty(y, kept, kept_dtype(x, y));
   run(device,
       AptForward{size,
                  activation_named(activation),
@@ -94,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward(const Tensor& do
   kept[0].has_shape({size.R});
   kept[0].is_as_forward_returned(ScalarType::Float);
   kept[1].has_shape({size.R, size.kept()});
-  kept[1].is_as_forward_returned(kept_dtype(x));
+  kept[1].is_as_forward_returned(kept_dtype(x, dout));
   const Argument arguments[] = {{"apt", "dout", dout},       {"apt", "x", x},       {"apt", "y", y ? *y : dout},
                                 {"apt", "prompts", prompts}, {"apt", "keys", keys}, {"apt", "log_scale", log_scale}};
   const Device device(x);

@@ -77,7 +77,10 @@ class RowsOf {
     if (matrix.stride(1) != 1) return torch::stable::contiguous(matrix);
     const int64_t begin = reinterpret_cast<int64_t>(matrix.const_data_ptr());
     const bool aligned = begin % alignment == 0 && matrix.stride(0) * matrix.element_size() % alignment == 0;
-    return aligned ? matrix : torch::stable::clone(matrix);
+    if (aligned) return matrix;
+    // Not clone(), which keeps the strides of a tensor whose rows overlap.
+    Tensor copy = torch::stable::new_empty(matrix, shape_of(matrix));
+    return torch::stable::copy_(copy, matrix);
   }
 
   DType dtype_;

@@ -32,7 +32,7 @@ class Cuda {
   explicit Cuda(const Tensor&) : queue_{0, nullptr} {}
   bool is_here(const Tensor& tensor) const { return tensor.is_cpu(); }
 #else
-  explicit Cuda(const Tensor& like) : guard_(like.get_device_index()), queue_{like.get_device_index(), nullptr} {
+  explicit Cuda(const Tensor& like) : guard_(index_of(like)), queue_{index_of(like), nullptr} {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "petl_ext: this torch has no CUDA support");
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(queue_.device, &queue_.stream) == 0,
                     "petl_ext: torch gave no current stream for cuda:", queue_.device);
@@ -57,11 +57,17 @@ class Cuda {
   }
 
   void check(const char* op, int error) const {
-    STD_TORCH_CHECK(error == 0, op, ": the CUDA kernel could not be launched: ", cuda::error_text(error));
+    STD_TORCH_CHECK(error == 0, op,
+                    ": the CUDA kernel could not be launched, or one before it failed: ", cuda::error_text(error));
   }
 
  private:
 #ifndef PETL_EMULATED
+  static int index_of(const Tensor& x) {
+    STD_TORCH_CHECK(x.is_cuda(), "petl_ext: x must be on CUDA, as other arguments are");
+    return x.get_device_index();
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
   cuda::Queue queue_;

@@ -68,9 +68,9 @@ def _(x, y, prompts, keys, log_scale, activation, keep_scores):
         raise RuntimeError(f"apt: all arguments must be on one device, got {', '.join(sorted(devices))}")
     rows = y.numel() // y.size(-1)
     gate = y.new_empty(rows, dtype=torch.float32)
-    # Rows of kept scores are whole 16-byte words; in bfloat16 where x is, since then x has no more digits.
+    # Rows of kept scores are whole 16-byte words; in bfloat16 where x and y are, which have no more digits.
     width = (prompts.size(0) + 7) // 8 * 8
-    kept = torch.bfloat16 if x.dtype is torch.bfloat16 else torch.float32
+    kept = torch.bfloat16 if x.dtype is y.dtype is torch.bfloat16 else torch.float32
     scores = y.new_empty((rows, width) if keep_scores else (0,), dtype=kept)
     return y.new_empty(y.shape), gate, scores
 

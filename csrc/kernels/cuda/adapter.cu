@@ -28,34 +28,43 @@ __device__ __forceinline__ void load_row(const Weights& row, int column, float (
   unpack(row.load(0, column), row.dtype, values);
 }
 
-// The statistics of a row, by one warp. Deviations are from the mean as it was found first, and their own mean is what
-// was missing from it.
-template <class T>
-__device__ __forceinline__ RowStatistics row_statistics(const T* row, int D, float epsilon) {
+// The statistics of a few rows at once, by one warp: their loads are under way together. Deviations are from the mean
+// as it was found first, and their own mean is what was missing from it. Rows from `rows` on are not there.
+template <class T, int kRows>
+__device__ __forceinline__ void find_statistics(const T* first, int64_t stride, int rows, int D, float epsilon,
+                                                RowStatistics (&statistics)[kRows]) {
   const int begin = static_cast<int>(threadIdx.x) % 32 * 8;
   const float width = static_cast<float>(D);
-  float sum = 0;
-  for (int column = begin; column < D; column += 256) {
-    float values[8];
-    unpack(load(row + column), values);
+  float sums[kRows] = {}, deviations[kRows] = {}, squares[kRows] = {};
+  const auto for_each = [&](auto visit) {
+    for (int column = begin; column < D; column += 256) {
+      Packed<T> packed[kRows];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sum += values[i];
-  }
-  const float mean = sum_warp(sum) / width;
-  float deviations = 0, squares = 0;
-  for (int column = begin; column < D; column += 256) {
-    float values[8];
-    unpack(load(row + column), values);
+      for (int row = 0; row < kRows; ++row) packed[row] = load_if(row < rows, first + row * stride + column);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float deviation = values[i] - mean;
-      deviations += deviation;
-      squares += deviation * deviation;
+      for (int row = 0; row < kRows; ++row) {
+        float values[8];
+        unpack(packed[row], values);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) visit(row, values[i]);
+      }
     }
+  };
+  for_each([&](int row, float value) { sums[row] += value; });
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) statistics[row].mean = sum_warp(sums[row]) / width;
+  for_each([&](int row, float value) {
+    const float deviation = value - statistics[row].mean;
+    deviations[row] += deviation;
+    squares[row] += deviation * deviation;
+  });
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    const float rest = sum_warp(deviations[row]) / width;
+    const float variance = sum_warp(squares[row]) / width - rest * rest;
+    statistics[row].rest = rest;
+    statistics[row].inverse = 1 / sqrtf(fmaxf(variance, 0) + epsilon);
   }
-  const float rest = sum_warp(deviations) / width;
-  const float variance = sum_warp(squares) / width - rest * rest;
-  return {mean, rest, 1 / sqrtf(fmaxf(variance, 0) + epsilon)};
 }
 
 // out = residual + scale (act(norm(x) down^T + down_bias) up^T + up_bias); or, where out is null, the hidden units
@@ -97,13 +106,21 @@ struct AdapterForwardOp {
   template <class Block>
   __device__ __forceinline__ void begin(const Block& block) const {
     if (!norm.exists()) return;
-    for (int row = block.warp(); row < Block::kRows; row += static_cast<int>(blockDim.x) / 32) {
-      const int64_t global_row = block.first_row() + row;
-      if (global_row >= R) break;
-      const RowStatistics values = row_statistics(left + global_row * left_stride, D, norm.epsilon);
+    constexpr int kTogether = 4;
+    const int warps = static_cast<int>(blockDim.x) / 32;
+    for (int row = kTogether * block.warp(); row < Block::kRows; row += kTogether * warps) {
+      const int64_t first = block.first_row() + row;
+      if (first >= R) break;
+      RowStatistics values[kTogether];
+      const int rows = static_cast<int>(R - first < kTogether ? R - first : kTogether);
+      find_statistics(left + first * left_stride, left_stride, rows, D, norm.epsilon, values);
       if (threadIdx.x % 32 != 0) continue;
-      block.row_statistics[row] = values;
-      if (statistics) statistics[global_row] = values;
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (i >= rows) break;
+        block.row_statistics[row + i] = values[i];
+        if (statistics) statistics[first + i] = values[i];
+      }
     }
     __syncthreads();
   }
@@ -154,7 +171,7 @@ struct AdapterForwardOp {
 // What the normalisation's backward needs of the weights alone, for each hidden unit b.
 struct NormTerms {
   float* mean_weight;  // [B], mean over d of norm_weight[d] down[b, d]
-  float* offset;       // [B], the hidden unit of a row that is zero after normalisation, before norm_weight
+  float* offset;  // [B], the hidden unit of a row that is zero after normalisation: what the biases alone make of it
 };
 
 // From dout to dx, the left operands of the weights' gradients, and a share of dgain per block of rows:

@@ -11,13 +11,15 @@
 //     most_blocks(groups)                    per multiprocessor, without spilling registers
 //     kSplits                                whether the first product also sees what rounding its weights leaves out
 //     left, left_stride, first, second, R, D, inner
-//     begin(block)                           before anything else, by all threads
+//     begin(block)                           by all threads, before left is transformed; ends in a barrier if it writes
+//                                            shared memory
 //     kTransforms, transforms(), transform(values, statistics, column)
 //                                            what becomes of eight elements of left before they are multiplied
-//     activate(sums, block, hidden) -> Terms
+//     activate(sums, block, hidden) -> Terms by all threads; Terms is what write() needs of the thread's rows
 //     writes_rows(), multiplies()            whether anything is to be written for rows, and from the second product
 //     Inputs, prefetch(row, column), write(row, column, sums, inputs, terms, share)
-//     end(block, terms, share)               `share` is what write() has added up
+//     end(block, terms, share)               by all threads; `share` is what write() has added up, of a sum over all
+//     rows
 #pragma once
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/product.h"
@@ -68,8 +70,10 @@ struct Block {
   RowStatistics* row_statistics;  // [kRows]
 
   __device__ __forceinline__ static int warp() { return threadIdx.x / 32; }
-  __device__ __forceinline__ static int row_warp() { return warp() / Shape::kColumnWarps; }
-  __device__ __forceinline__ static int column_warp() { return warp() % Shape::kColumnWarps; }
+  // Warps whose numbers differ by 4 share a part of the multiprocessor; those of the first columns, which may have a
+  // group more to multiply, are spread over all four.
+  __device__ __forceinline__ static int row_warp() { return warp() % Shape::kRowWarps; }
+  __device__ __forceinline__ static int column_warp() { return warp() / Shape::kRowWarps; }
   __device__ __forceinline__ static int64_t first_row() { return int64_t{blockIdx.x} * Shape::kRows; }
   __device__ __forceinline__ static int first_of_warp() { return 16 * Shape::kRowBlocks * row_warp(); }
   __device__ __forceinline__ static int local_row(int line) {
@@ -188,7 +192,6 @@ class Sandwich {
   }
 
   __device__ __forceinline__ void run() {
-    op_.begin(block_);
     LongSums<T, Shape::kRowBlocks, Shape::kGroups> sums;
     first_product(sums);
     __syncthreads();
@@ -269,6 +272,7 @@ class Sandwich {
       if (chunk < chunks) copy_left(chunk);
       commit_copies();
     }
+    op_.begin(block_);
     stage.load(op_.first, 0, 0);
     store_stage(0);
     sums.clear();
@@ -301,15 +305,14 @@ class Sandwich {
 
   template <class Terms>
   __device__ __forceinline__ void second_product(const Terms& terms, double& share) const {
-    T* const weights[2] = {tiles_ + Shape::kRows * Shape::kHiddenStride,
-                           tiles_ + Shape::kRows * Shape::kHiddenStride + SecondStage::kElements};
+    T* const weights = tiles_ + Shape::kRows * Shape::kHiddenStride;
     const T* hidden = tiles_ + block_.first_of_warp() * Shape::kHiddenStride;
     typename Op::Inputs inputs[Shape::kSecondGroups][kThreadRows];
     LongSums<T, Shape::kRowBlocks, Shape::kSecondGroups> sums;
     SecondStage stage;
     SecondTile tile;
     stage.load(op_.second, 0, 0);
-    stage.store(op_.second, weights[0], nullptr);
+    stage.store(op_.second, weights, nullptr);
     for (int i = 0; tile.column < op_.D; ++i) {
       const SecondTile next = tile.next(op_.inner);
       if (next.column < op_.D) stage.load(op_.second, next.depth, next.column);
@@ -318,10 +321,10 @@ class Sandwich {
         prefetch(inputs, tile.column);
       }
       __syncthreads();
-      multiply_second(sums.sums, hidden + tile.depth, weights[i % 2], op_.inner - tile.depth);
+      multiply_second(sums.sums, hidden + tile.depth, weights + i % 2 * SecondStage::kElements, op_.inner - tile.depth);
       sums.end_of(tile.depth + Shape::kSecondDepth);
       if (next.depth == 0) write(sums.finish(), inputs, tile.column, terms, share);
-      if (next.column < op_.D) stage.store(op_.second, weights[(i + 1) % 2], nullptr);
+      if (next.column < op_.D) stage.store(op_.second, weights + (i + 1) % 2 * SecondStage::kElements, nullptr);
       tile = next;
     }
   }

@@ -20,43 +20,52 @@ struct GradientShape {
   static constexpr int kSharedBytes = kStages * kStageElements * sizeof(T);
 };
 
-// sums [16, 64] += left^T right over kChunk rows; left [rows, 16], right [rows, 64].
-template <class T, int kChunk>
-__device__ __forceinline__ void multiply_transposed(float (&sums)[8][4], Tile<const T> left, Tile<const T> right) {
+// sums of blocks 0, 1, ... [16, 64] += left^T right over kChunk rows. Block i's columns of left [rows, ...] begin at
+// i * left_step; right [rows, 64] is loaded once for all blocks.
+template <int kChunk, class T, int kBlocks>
+__device__ __forceinline__ void multiply_transposed(float (&sums)[kBlocks][8][4], Tile<const T> left, int left_step,
+                                                    Tile<const T> right, int blocks) {
   const int lane = threadIdx.x % 32;
+  const T* left_row = left.data + (lane % 8 + lane / 16 * 8) * left.stride + lane / 8 % 2 * 8;
 #pragma unroll
   for (int k = 0; k < kChunk; k += 16) {
-    uint32_t left_parts[4];
-    load_matrices_transposed(left_parts, left.data + (k + lane % 8 + lane / 16 * 8) * left.stride + lane / 8 % 2 * 8);
+    uint32_t parts[4][4];
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-      uint32_t parts[4];
-      load_right<T, Order::depth>(parts, right.data + k * right.stride + 16 * pair, right.stride);
-      multiply_step(sums[2 * pair], left_parts, {parts[0], parts[1]}, T{});
-      multiply_step(sums[2 * pair + 1], left_parts, {parts[2], parts[3]}, T{});
+      load_right<T, Order::depth>(parts[pair], right.data + k * right.stride + 16 * pair, right.stride);
+    }
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      if (block >= blocks) break;
+      uint32_t left_parts[4];
+      load_matrices_transposed(left_parts, left_row + k * left.stride + block * left_step);
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        multiply_step(sums[block][2 * pair], left_parts, {parts[pair][0], parts[pair][1]}, T{});
+        multiply_step(sums[block][2 * pair + 1], left_parts, {parts[pair][2], parts[pair][3]}, T{});
+      }
     }
   }
 }
 
-template <class T, int kChunk>
-__device__ __forceinline__ void multiply_transposed(float (&sums)[8][4], Tile<const float> left,
-                                                    Tile<const float> right) {
+template <int kChunk, int kBlocks>
+__device__ __forceinline__ void multiply_transposed(float (&sums)[kBlocks][8][4], Tile<const float> left, int left_step,
+                                                    Tile<const float> right, int blocks) {
   const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+    if (block >= blocks) break;
 #pragma unroll 1
-  for (int k = 0; k < kChunk; k += 4) {
-    float left_steps[2][4];
+    for (int k = 0; k < kChunk; k += 4) {
+      const float* row = left.data + k * left.stride + block * left_step + g;
+      const float4 left_parts[2] = {{row[0], row[left.stride], row[2 * left.stride], row[3 * left.stride]},
+                                    {row[8], row[left.stride + 8], row[2 * left.stride + 8], row[3 * left.stride + 8]}};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) left_steps[half][i] = left.data[(k + i) * left.stride + g + 8 * half];
-    }
-    const float4 left_parts[2] = {{left_steps[0][0], left_steps[0][1], left_steps[0][2], left_steps[0][3]},
-                                  {left_steps[1][0], left_steps[1][1], left_steps[1][2], left_steps[1][3]}};
-#pragma unroll
-    for (int block = 0; block < 8; ++block) {
-      float parts[4][2];
-      load_right<Order::depth>(parts, right.data + k * right.stride + 8 * block, right.stride);
-      multiply_step(sums[block], left_parts, parts);
+      for (int columns = 0; columns < 8; ++columns) {
+        float parts[4][2];
+        load_right<Order::depth>(parts, right.data + k * right.stride + 8 * columns, right.stride);
+        multiply_step(sums[block][columns], left_parts, parts);
+      }
     }
   }
 }
@@ -168,13 +177,11 @@ class GradientBlock {
   __device__ __forceinline__ static int inner_of(int block) { return 16 * (row_warp() + block * Shape::kRowWarps); }
 
   __device__ __forceinline__ void multiply(int chunk) {
+    const int left_step = 16 * Shape::kRowWarps;
+    const int blocks = (task_.inner - first_inner_ - inner_of(0) + left_step - 1) / left_step;
+    const Tile<const T> left{left_tile(chunk) + inner_of(0), Shape::kLeftStride};
     const Tile<const T> right{right_tile(chunk) + 64 * column_warp(), Shape::kRightStride};
-#pragma unroll
-    for (int block = 0; block < Shape::kBlocks; ++block) {
-      if (first_inner_ + inner_of(block) >= task_.inner) break;
-      const Tile<const T> left{left_tile(chunk) + inner_of(block), Shape::kLeftStride};
-      multiply_transposed<T, Shape::kChunk>(sums_[block], left, right);
-    }
+    multiply_transposed<Shape::kChunk>(sums_, left, left_step, right, blocks);
   }
 
   __device__ __forceinline__ void clear() {

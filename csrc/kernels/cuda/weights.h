@@ -34,17 +34,21 @@ struct Weights {
   }
 
  private:
+  // Element by element. The loop is not unrolled: this is rare, and would fill the instruction cache.
   __device__ __forceinline__ void load_part(int64_t begin, int count, AnyPacked& packed) const {
-    uint32_t words[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) words[i] = 0;
-#pragma unroll
+    uint32_t words[8] = {};
+#pragma unroll 1
     for (int i = 0; i < 8; ++i) {
-      if (i >= count) continue;
+      const bool valid = i < count;
       if (dtype == DType::float32) {
-        words[i] = static_cast<const uint32_t*>(data)[begin + i];
+#pragma unroll
+        for (int j = 0; j < 7; ++j) words[j] = words[j + 1];
+        words[7] = valid ? static_cast<const uint32_t*>(data)[begin + i] : 0;
       } else {
-        words[i / 2] |= uint32_t{static_cast<const uint16_t*>(data)[begin + i]} << 16 * (i % 2);
+#pragma unroll
+        for (int j = 0; j < 3; ++j) words[j] = words[j] >> 16 | words[j + 1] << 16;
+        const uint32_t bits = valid ? static_cast<const uint16_t*>(data)[begin + i] : 0;
+        words[3] = words[3] >> 16 | bits << 16;
       }
     }
     packed.words[0] = {words[0], words[1], words[2], words[3]};
@@ -53,7 +57,8 @@ struct Weights {
 };
 
 // Where column `column` of a right operand lies in shared memory. Within 32 columns they are dealt out so that a
-// thread's sums of four neighbouring 8-column blocks belong to eight neighbouring columns, which it can store at once.
+// thread's sums of four neighbouring 8-column blocks belong to eight neighbouring columns, which it can store at once:
+// column 8 t + 2 q + i lies in slot 8 q + 2 t + i, where lane 4 g + t has its sums of block q.
 __device__ __forceinline__ int slot_of(int column) {
   return (column & ~31) | (column & 6) << 2 | (column >> 2 & 6) | (column & 1);
 }
