@@ -203,7 +203,7 @@ def adapter(
             that of x without another pass.
 
     Each tensor is float32, bfloat16 or float16, in any mixture but for the residual; hidden units and sums are float32.
-    Where a tensor is float64, the reference computes.
+    Where a tensor is float64, the reference computes. Autocast changes nothing: x is taken in its own dtype.
 
     On CUDA, D is a multiple of 8 up to 8192 and B at most 512; x and the residual are copied where they are not
     contiguous in rows or not aligned to 16 bytes.

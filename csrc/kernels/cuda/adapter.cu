@@ -74,7 +74,7 @@ struct AdapterForwardOp {
   using Element = T;
   static constexpr Order kFirstOrder = Order::columns, kSecondOrder = Order::columns;
   static constexpr bool kSplits = false, kTransforms = true;
-  static constexpr int most_blocks(int) { return 3; }
+  static constexpr int most_resident_blocks(int) { return 3; }
 
   const T* left;  // x
   int64_t left_stride;
@@ -186,7 +186,7 @@ struct AdapterBackwardOp {
   using Element = T;
   static constexpr Order kFirstOrder = Order::depth, kSecondOrder = Order::depth;
   static constexpr bool kSplits = false, kTransforms = false;
-  static constexpr int most_blocks(int) { return 2; }
+  static constexpr int most_resident_blocks(int) { return 2; }
 
   const T* left;  // dout
   int64_t left_stride;

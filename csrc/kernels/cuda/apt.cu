@@ -29,7 +29,7 @@ struct AptForwardOp {
   using Kept = typename KeptOf<T>::Type;
   static constexpr Order kFirstOrder = Order::columns, kSecondOrder = Order::depth;
   static constexpr bool kSplits = sizeof(T) == 2, kTransforms = false;
-  static constexpr int most_blocks(int) { return 3; }
+  static constexpr int most_resident_blocks(int) { return 3; }
 
   const T* left;  // x
   int64_t left_stride;
@@ -64,7 +64,7 @@ struct AptForwardOp {
     return activation == Activation::relu && first.dtype == DType::float32;
   }
 
-  // The raw scores become scores / gate; returns 1 / sum for softmax, nothing for ReLU.
+  // Finds the gates. For softmax the raw scores become scores / gate, the exponentials; for ReLU they stay as they are.
   template <class Block, class SumsOfThread>
   __device__ __forceinline__ void activate_rows(SumsOfThread& sums, const Block& block,
                                                 float (&gates)[Block::kThreadRows]) const {
@@ -105,7 +105,8 @@ struct AptForwardOp {
     terms.scale = expf(load_scalar(log_scale, log_scale_dtype, 0));
 #pragma unroll
     for (int line = 0; line < Block::kThreadRows; ++line) {
-      // Below the smallest normal float gate^2 is zero, and so is what the inverse would be multiplied by.
+      // Below the smallest normal float gate^2 is zero, and so is what the inverse would be multiplied by. A NaN comes
+      // through the factor.
       inverse[line] = gates[line] >= 1.2e-38f ? 1 / gates[line] : 0;
       terms.factor[line] = terms.scale * gates[line] * gates[line];
       if (block.column_warp() == 0 && threadIdx.x % 4 == 0 && block.row(line) < R) gate[block.row(line)] = gates[line];
@@ -150,7 +151,7 @@ struct AptBackwardOp {
   using Kept = typename KeptOf<T>::Type;
   static constexpr Order kFirstOrder = Order::columns, kSecondOrder = Order::depth;
   static constexpr bool kSplits = false, kTransforms = false;
-  static constexpr int most_blocks(int groups) { return groups <= 2 ? 3 : 2; }
+  static constexpr int most_resident_blocks(int groups) { return groups <= 2 ? 3 : 2; }
 
   const T* left;  // dout
   int64_t left_stride;

@@ -26,7 +26,8 @@ inline bool has_shared_memory(int device, int bytes) {
 
 template <class... Arguments>
 inline int launch(Queue queue, const Grid& grid, void (*kernel)(Arguments...), const Arguments&... arguments) {
-  // torch's device may be known to another copy of the CUDA runtime than the one linked here.
+  // torch has made the device current in its own copy of the CUDA runtime; the one linked here shares the device's
+  // context with it, but not its choice.
   cudaError_t error = cudaSetDevice(queue.device);
   // Above 48 kB of shared memory a kernel has to ask.
   if (error == cudaSuccess && grid.shared_bytes > 48 << 10) {

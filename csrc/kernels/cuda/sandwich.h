@@ -8,7 +8,7 @@
 //
 //     Element                                float, Bfloat16 or Float16: of left, of hidden and of what is written
 //     kFirstOrder, kSecondOrder              how the weights lie in their tensors
-//     most_blocks(groups)                    per multiprocessor, without spilling registers
+//     most_resident_blocks(groups)           how many a multiprocessor can run at once without spilling registers
 //     kSplits                                whether the first product also sees what rounding its weights leaves out
 //     left, left_stride, first, second, R, D, inner
 //     begin(block)                           by all threads, before left is transformed; ends in a barrier if it writes
@@ -32,14 +32,14 @@ constexpr int kMaxThreadRows = 4;
 // How a block of threads divides the work: kRowWarps x kColumnWarps warps; a warp has kRowBlocks blocks of 16 rows, and
 // of the inner columns every kColumnWarps-th group of 32, kGroups at most. With two row blocks, what a warp loads of
 // the weights from shared memory serves twice as many products.
-template <class T, int kRowBlocks_, int kGroups_, int kRowWarps_, int kColumnWarps_, int kChunk_, int kBlocks_>
+template <class T, int kRowBlocks_, int kGroups_, int kRowWarps_, int kColumnWarps_, int kChunk_, int kResidentBlocks_>
 struct Shape {
   using Element = T;
   static constexpr int kRowBlocks = kRowBlocks_, kGroups = kGroups_, kRowWarps = kRowWarps_,
                        kColumnWarps = kColumnWarps_;
   static constexpr int kThreads = 32 * kRowWarps * kColumnWarps;
   // Blocks that a multiprocessor shall be able to run at once: a bound for the compiler's use of registers.
-  static constexpr int kBlocks = kBlocks_;
+  static constexpr int kResidentBlocks = kResidentBlocks_;
   static constexpr int kRows = 16 * kRowBlocks * kRowWarps;
   static constexpr int kInner = 32 * kGroups * kColumnWarps;
   // Columns of left, rows of the first weights, that are multiplied between two barriers.
@@ -84,7 +84,7 @@ struct Block {
   __device__ __forceinline__ static int column(int group) {
     return 32 * (column_warp() + group * Shape::kColumnWarps) + static_cast<int>(threadIdx.x) % 4 * 8;
   }
-  // The warp's groups that hold any of `columns` columns.
+  // The warp's groups of 32 columns that hold any of `columns` columns.
   __device__ __forceinline__ static Groups groups(int columns) {
     const int all = (columns + 31) / 32;
     return {column_warp(), Shape::kColumnWarps, (all - column_warp() + Shape::kColumnWarps - 1) / Shape::kColumnWarps};
@@ -179,8 +179,8 @@ class Sandwich {
   static constexpr int kRowBytes = Shape::kRows * Shape::kColumnWarps * sizeof(float);
 
  public:
-  static constexpr int kMostBlocks = Op::most_blocks(Shape::kGroups);
-  static constexpr int kBlocks = Shape::kBlocks < kMostBlocks ? Shape::kBlocks : kMostBlocks;
+  static constexpr int kMostBlocks = Op::most_resident_blocks(Shape::kGroups);
+  static constexpr int kResidentBlocks = Shape::kResidentBlocks < kMostBlocks ? Shape::kResidentBlocks : kMostBlocks;
   static constexpr int kSharedBytes = kTileBytes + kStatisticsBytes + kRowBytes + Shape::kThreads / 32 * sizeof(double);
   static_assert(kTileBytes % 16 == 0 && kStatisticsBytes % 16 == 0 && kRowBytes % 8 == 0, "parts are aligned");
 
@@ -374,7 +374,7 @@ class Sandwich {
 };
 
 template <class Shape, class Op>
-__global__ void __launch_bounds__(Shape::kThreads, (Sandwich<Shape, Op>::kBlocks))
+__global__ void __launch_bounds__(Shape::kThreads, (Sandwich<Shape, Op>::kResidentBlocks))
     sandwich(const __grid_constant__ Op op) {
   Sandwich<Shape, Op>(op).run();
 }

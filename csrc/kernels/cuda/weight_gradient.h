@@ -28,8 +28,9 @@ struct GradientTask {
   int64_t slab_rows;
 };
 
-// How the rows are cut: as many slabs as give some 256 blocks, two for each multiprocessor of a large GPU, but none
-// below 256 rows. Of the sizes alone, so that every device and every run adds in the same order.
+// How the rows are cut, given tiles of the sizes in weight_gradient.cu: as many slabs as give some 256 blocks, two for
+// each multiprocessor of a large GPU, but none below 256 rows. Of the sizes alone, so that every device and every run
+// adds in the same order.
 inline int slab_count(int64_t R, int64_t D, int64_t inner, int problems) {
   const int64_t columns = inner <= 64 ? 256 : 128;
   const int64_t blocks_per_slab = divide_up(D, columns) * divide_up(inner, 256) * problems;
