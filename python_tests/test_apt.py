@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from places import CPU_PATHS, CPU_PLACES, CUDA_PLACES, emulation
 from tolerance import assert_as_good_as_torch, outputs_and_gradients
 
 from petl_ext import ops
+from petl_ext.ops.library import raise_no_kernel
 
 NAMES = ("out", "dx", "dy", "dprompts", "dkeys", "dlog_scale")
 TILE = 96  # rows per tile on the widest CPU path
@@ -56,6 +58,7 @@ def check(place, inputs, dout, activation):
         (TILE + 1, 1024, 200),
         (CUDA_TILE - 1, 64, 129),
         (CUDA_TILE + 1, 72, 512),
+        (3, 8192, 5),
         (1000, 768, 50),
     ],
 )
@@ -100,6 +103,20 @@ def test_x_and_y_in_two_dtypes(place, narrow, wide):
     dtypes = (torch.bfloat16, wide) if narrow == "x" else (wide, torch.bfloat16)
     inputs[:2] = [tensor.to(dtype) for tensor, dtype in zip(inputs[:2], dtypes, strict=True)]
     check(place, inputs, dout.to(inputs[1].dtype), "relu")
+
+
+def test_rows_more_than_2_to_the_31_elements_apart(place):
+    inputs, dout = make_inputs(2, 64, 10, torch.bfloat16)
+    *inputs, dout = place.put([*inputs, dout])
+    expected = outputs_and_gradients(ops.apt, inputs, dout)
+    # Only the two rows are touched, so only their pages take memory.
+    far_apart = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=place.device).as_strided((2, 64), (2**31, 1))
+    for i in range(2):
+        x_or_y = [far_apart.copy_(inputs[i]) if j == i else inputs[j] for j in range(2)]
+        tensors = [t.detach().requires_grad_() for t in (*x_or_y, *inputs[2:])]
+        out = ops.apt(*tensors)
+        actual = [out, *torch.autograd.grad(out, tensors, dout)]
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_rows_that_overlap(place):
@@ -417,6 +434,13 @@ def test_device_without_kernel():
         torch.ops.petl_ext.apt_forward.default.redispatch(
             torch._C.DispatchKeySet(torch._C.DispatchKey.XPU), *[t.to("meta") for t in inputs], "relu", False
         )
+
+
+def test_cuda_tensors_where_the_build_has_no_cuda():
+    with pytest.raises(
+        NotImplementedError, match=r"no kernel for cuda:0 .*Installed anew beside a CUDA build of torch"
+    ):
+        raise_no_kernel("apt", SimpleNamespace(device="cuda:0"))
 
 
 def test_unknown_cpu_path():
