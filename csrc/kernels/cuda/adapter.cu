@@ -451,13 +451,7 @@ template <class T>
 AdapterForwardOp<T> forward_op(const AdapterInputs& inputs) {
   const auto [R, D, B] = inputs.size;
   AdapterForwardOp<T> op = {};
-  op.left = static_cast<const T*>(inputs.x.data);
-  op.left_stride = inputs.x.stride;
-  op.first = weights_of(inputs.down, B, D);
-  op.second = weights_of(inputs.up, D, B);
-  op.R = R;
-  op.D = static_cast<int>(D);
-  op.inner = static_cast<int>(B);
+  set_operands(op, inputs.x, weights_of(inputs.down, B, D), weights_of(inputs.up, D, B), R, D, B);
   op.activation = inputs.activation;
   op.norm = norm_of(inputs);
   op.down_bias = weights_of(inputs.down_bias, 1, B);
@@ -533,13 +527,7 @@ int backward_rows(const AdapterBackward& args, const AdapterWorkspace<T>& worksp
   const AdapterInputs& inputs = args.inputs;
   const auto [R, D, B] = inputs.size;
   AdapterBackwardOp<T> op = {};
-  op.left = static_cast<const T*>(args.dout.data);
-  op.left_stride = args.dout.stride;
-  op.first = weights_of(inputs.up, D, B);
-  op.second = weights_of(inputs.down, B, D);
-  op.R = R;
-  op.D = static_cast<int>(D);
-  op.inner = static_cast<int>(B);
+  set_operands(op, args.dout, weights_of(inputs.up, D, B), weights_of(inputs.down, B, D), R, D, B);
   op.activation = inputs.activation;
   op.norm = norm_of(inputs);
   op.norm_terms = workspace.norm_terms;

@@ -295,13 +295,7 @@ template <class T>
 int forward(const AptForward& args, Queue queue) {
   const auto [R, D, P] = args.size;
   AptForwardOp<T> op;
-  op.left = static_cast<const T*>(args.x.data);
-  op.left_stride = args.x.stride;
-  op.first = weights_of(args.keys, P, D);
-  op.second = weights_of(args.prompts, P, D);
-  op.R = R;
-  op.D = static_cast<int>(D);
-  op.inner = static_cast<int>(P);
+  set_operands(op, args.x, weights_of(args.keys, P, D), weights_of(args.prompts, P, D), R, D, P);
   op.activation = args.activation;
   op.log_scale = args.log_scale.data;
   op.log_scale_dtype = args.log_scale.dtype;
@@ -345,13 +339,7 @@ template <class T>
 int backward_rows(const AptBackward& args, const AptWorkspace<T>& workspace, Queue queue) {
   const auto [R, D, P] = args.size;
   AptBackwardOp<T> op;
-  op.left = static_cast<const T*>(args.dout.data);
-  op.left_stride = args.dout.stride;
-  op.first = weights_of(args.prompts, P, D);
-  op.second = weights_of(args.keys, P, D);
-  op.R = R;
-  op.D = static_cast<int>(D);
-  op.inner = static_cast<int>(P);
+  set_operands(op, args.dout, weights_of(args.prompts, P, D), weights_of(args.keys, P, D), R, D, P);
   op.activation = args.activation;
   op.log_scale = args.log_scale.data;
   op.log_scale_dtype = args.log_scale.dtype;

@@ -44,9 +44,9 @@ struct Shape {
   static constexpr int kInner = 32 * kGroups * kColumnWarps;
   // Columns of left, rows of the first weights, that are multiplied between two barriers.
   static constexpr int kChunk = kChunk_;
-  // Chunks of left that are on their way or in use. Three on their way are 12 to 24 kB per multiprocessor and block.
+  // Chunks of left that are on their way or in use. Three on their way are 6 or 12 kB per block.
   static constexpr int kStages = 4;
-  // The second weights come in tiles of this size: two vectors of eight per thread.
+  // The second weights come in tiles of this size: one or two vectors of eight per thread.
   static constexpr int kSecondColumns = kRowBlocks == 2 || kColumnWarps == 4 ? 128 : 64;
   static constexpr int kSecondDepth = 32;
   static constexpr int kSecondGroups = kSecondColumns / 32 / kColumnWarps;
@@ -385,8 +385,8 @@ int launch_shape(Queue queue, const Op& op) {
   return launch(queue, {blocks, Shape::kThreads, Sandwich<Shape, Op>::kSharedBytes}, &sandwich<Shape, Op>, op);
 }
 
-// The shapes, by the number of inner columns. What bounds them is the registers for the sums: 4 per column and group of
-// 32 rows, twice that for float32, whose sums are in two levels.
+// The shapes, by the number of inner columns. What bounds them is a thread's registers for the sums: 16 for every block
+// of 16 rows and group of 32 columns of its warp, twice that for float32, whose sums are in two levels.
 template <class T, int kInner>
 struct ShapeFor;
 template <class T>
@@ -405,6 +405,19 @@ template <>
 struct ShapeFor<float, 256> : Shape<float, 1, 4, 4, 2, 16, 1> {};
 template <>
 struct ShapeFor<float, 512> : Shape<float, 1, 4, 2, 4, 16, 1> {};
+
+// What every op has: left [R, D], and the weights of both products.
+template <class Op>
+void set_operands(Op& op, const ConstRows& left, const Weights& first, const Weights& second, int64_t R, int64_t D,
+                  int64_t inner) {
+  op.left = static_cast<const typename Op::Element*>(left.data);
+  op.left_stride = left.stride;
+  op.first = first;
+  op.second = second;
+  op.R = R;
+  op.D = static_cast<int>(D);
+  op.inner = static_cast<int>(inner);
+}
 
 // Runs an op in the smallest shape that holds its inner columns. A block of rows as large as the shape's is the unit of
 // the grid, and of the partial results that end() leaves.
