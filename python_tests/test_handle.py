@@ -27,8 +27,8 @@ def test_report_counts_every_site_and_kept_module():
     report = attachment.report(tokens=TOKENS)
     macs = 2 * TOKENS * 5 * 32 + 2 * 5 * 2 * 32
     assert [(row.site, row.layer, row.parameters, row.macs) for row in report.rows] == [
-        ("vilt.encoder.layer.0.attention.output", "APTLayer", 5 * 32 + 2 * 2 * 32 + 1, macs),
-        ("vilt.encoder.layer.1.attention.output", "APTLayer", 5 * 32 + 2 * 2 * 32 + 1, macs),
+        ("vilt.encoder.layer.0.attention.output.apt", "APTLayer", 5 * 32 + 2 * 2 * 32 + 1, macs),
+        ("vilt.encoder.layer.1.attention.output.apt", "APTLayer", 5 * 32 + 2 * 2 * 32 + 1, macs),
         ("classifier", "kept", KEPT, 0),
     ]
     assert report.macs == LAYERS * macs
@@ -42,7 +42,7 @@ def test_report_prints_a_table():
     head, columns, *rows, summary = text.splitlines()
     assert "APTConfig(num_prompts=5" in head and "ViltForQuestionAnswering" in head
     assert columns.split() == ["site", "layer", "parameters", "MACs", "kernel", "because"]
-    assert len(rows) == LAYERS + 1 and rows[0].startswith("vilt.encoder.layer.0.attention.output  APTLayer  289")
+    assert len(rows) == LAYERS + 1 and rows[0].startswith("vilt.encoder.layer.0.attention.output.apt  APTLayer  289")
     assert f"3,143 of {28135:,} parameters train (11.17%)" in summary
     assert f"for a sequence of {TOKENS} tokens" in summary
     assert "report(tokens=...)" in str(attached()[1].report())
@@ -339,7 +339,7 @@ def test_models_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"16 differences|expected the shape \(5, 64\), found \(5, 32\)"):
         petl_ext.load(make_model(hidden_size=64), tmp_path / "saved")
     bert = BertModel(BertConfig(vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
-    with pytest.raises(ValueError, match="family 'vilt', but BertModel is of None"):
+    with pytest.raises(ValueError, match="family 'vilt', but BertModel is of 'bert'"):
         petl_ext.load(bert, tmp_path / "saved")
     with pytest.raises(FileNotFoundError, match="nowhere: expected the files"):
         petl_ext.load(make_model(), tmp_path / "nowhere")

@@ -3,18 +3,30 @@
 `petl_ext.attach` is the function `attach`, not this package, which is imported from: `from petl_ext.attach import ...`.
 """
 
-from petl_ext.attach.attachment import Attachment, attach, load
-from petl_ext.attach.config import APTConfig, ClassifierOnlyConfig, DeepPromptConfig, FullTuningConfig
+from petl_ext.attach.attach import attach, load
+from petl_ext.attach.attachment import Attachment
+from petl_ext.attach.config import (
+    AdapterConfig,
+    APTConfig,
+    ClassifierOnlyConfig,
+    DASConfig,
+    DeepPromptConfig,
+    FullTuningConfig,
+)
 from petl_ext.attach.report import Report, ReportRow
+from petl_ext.attach.skipping import SkippingAttachment
 
 __all__ = [
     "APTConfig",
+    "AdapterConfig",
     "Attachment",
     "ClassifierOnlyConfig",
+    "DASConfig",
     "DeepPromptConfig",
     "FullTuningConfig",
     "Report",
     "ReportRow",
+    "SkippingAttachment",
     "attach",
     "load",
 ]

@@ -6,15 +6,23 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from petl_ext.attach.deep_prompts import DeepPrompts
-from petl_ext.nn import APTLayer
+from petl_ext.nn import AdapterLayer, APTLayer
+
+# By kind of adapter: what None stands for.
+ADAPTER_KINDS = {
+    "sequential": {"layer_norm": False, "scale": 1.0},
+    "parallel": {"layer_norm": True, "scale": 4.0},
+}
+DEFAULT_BYPASS_BOTTLENECK = 192
 
 
 class Config:
     """What the methods' configurations have in common.
 
     Attributes:
-        method: the name of the method in saved files and in the tables of families.py.
+        method: the name of the method in saved files.
         trains_all: whether every parameter of the model trains.
+        placement: its name in the tables of families.py; None for a method that adds nothing to the model.
         sites: which of the model's candidate sites get a layer. None stands for those of the model family's table;
             otherwise regular expressions, each of which must match the end of a site's dotted name from a dot or from
             its start: "attention.output", r"layer\\.[0-5]\\.attention\\.output".
@@ -22,6 +30,7 @@ class Config:
 
     method: ClassVar[str]
     trains_all: ClassVar[bool] = False
+    placement = None
     sites = None
 
     def to_dict(self):
@@ -33,6 +42,7 @@ class APTConfig(Config):
     """Approximated prompt tuning: one `APTLayer` per attention, whose documentation explains the sizes."""
 
     method: ClassVar[str] = "apt"
+    placement: ClassVar[str] = "apt"
     num_prompts: int = 200
     rank: int = 4
     activation: str = "relu"
@@ -52,6 +62,7 @@ class DeepPromptConfig(Config):
     """Deep prompts: `num_prompts` learned rows that every attention can attend to, new ones in each block."""
 
     method: ClassVar[str] = "deep_prompts"
+    placement: ClassVar[str] = "deep_prompts"
     num_prompts: int = 200
     sites: tuple[str, ...] | None = None
 
@@ -61,6 +72,101 @@ class DeepPromptConfig(Config):
 
     def new_layer(self, dim, **place):
         return DeepPrompts(dim, self.num_prompts, **place)
+
+
+@dataclass(frozen=True)
+class AdapterConfig(Config):
+    """Bottleneck adapters: an `AdapterLayer`, whose documentation explains the sizes, at every site.
+
+    The defaults are those of the APT paper's baselines (arXiv 2306.15706). "sequential": behind every attention and
+    every MLP. "parallel": beside every attention, with LayerNorm and a scale of 4.
+
+    Attributes:
+        kind: "sequential" (arXiv 1902.00751) or "parallel" (arXiv 2110.04366).
+        layer_norm: None stands for the kind's own: False, True.
+        scale: None stands for the kind's own: 1.0, 4.0.
+    """
+
+    method: ClassVar[str] = "adapter"
+    kind: str = "sequential"
+    bottleneck: int = 96
+    activation: str = "relu"
+    layer_norm: bool | None = None
+    scale: float | None = None
+    dropout: float = 0.0
+    trainable_scale: bool = False
+    zero_init: bool = False
+    sites: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        if self.kind not in ADAPTER_KINDS:
+            raise ValueError(f'AdapterConfig: kind must be "sequential" or "parallel", got {self.kind!r}')
+        self.new_layer(1, device="meta")
+        _check_sites(self)
+
+    @property
+    def placement(self):
+        return f"{self.kind}_adapter"
+
+    def new_layer(self, dim, **place):
+        return AdapterLayer(dim, **_adapter_options(self), **place)
+
+
+@dataclass(frozen=True)
+class DASConfig(Config):
+    """Dynamic architecture skipping (arXiv 2309.01479): a bypass adapter for every layer, which takes the layer's place
+    while it is skipped, and adapters beside the attentions and MLPs of the layers that run.
+
+    Both kinds are `AdapterLayer`s with LayerNorm. Which layers are skipped can change at any time
+    (`SkippingAttachment.skip`); `DepthSearch` finds those that a task does not need. CLIP, LLaMA and T5 get bypasses
+    only; those of LLaMA and T5 keep the first norm of the layer that they replace in place of one of their own.
+
+    Attributes:
+        bottleneck: of the adapters in the layers that run; 0 for none.
+        bypass_bottleneck: of the bypasses. None stands for the sum of the adapters that the skipped layer loses (ViLT:
+            2 x 96, METER: 3 x 96), or 192 where it loses none.
+        skip: indices of the layers that are skipped now, in the order of `SkippingAttachment.layers`.
+        permanent: whether the weights of these layers are removed from the model.
+        sites: regular expressions for the layers that can be skipped; None stands for the family's.
+    """
+
+    method: ClassVar[str] = "das"
+    placement: ClassVar[str] = "bypass"
+    bottleneck: int = 96
+    bypass_bottleneck: int | None = None
+    activation: str = "relu"
+    layer_norm: bool = True
+    scale: float = 1.0
+    dropout: float = 0.0
+    trainable_scale: bool = False
+    zero_init: bool = False
+    skip: tuple[int, ...] = ()
+    permanent: bool = False
+    sites: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        if type(self.bottleneck) is not int or self.bottleneck < 0:
+            raise ValueError(f"DASConfig: bottleneck must be a positive integer, or 0, got {self.bottleneck!r}")
+        self.new_bypass(1, lost=1, device="meta")
+        if not isinstance(self.skip, list | tuple) or not all(type(i) is int and i >= 0 for i in self.skip):
+            raise ValueError(f"DASConfig: skip must be a list of the layers' indices, got {self.skip!r}")
+        if type(self.permanent) is not bool or (self.permanent and not self.skip):
+            raise ValueError(f"DASConfig: permanent must be False, or True with layers in skip, got {self.permanent!r}")
+        object.__setattr__(self, "skip", tuple(sorted(set(self.skip))))
+        _check_sites(self)
+
+    def new_layer(self, dim, **place):
+        return AdapterLayer(dim, **_adapter_options(self), **place)
+
+    def new_bypass(self, dim, lost, own_norm=False, **place):
+        """Args: how many adapters the skipped layer loses, and whether it keeps a norm that the bypass reads."""
+        width = self.bypass_bottleneck
+        if width is None:
+            width = lost * self.bottleneck or DEFAULT_BYPASS_BOTTLENECK
+        options = _adapter_options(self) | {"bottleneck": width}
+        if own_norm:
+            options["layer_norm"] = False
+        return AdapterLayer(dim, **options, **place)
 
 
 @dataclass(frozen=True)
@@ -78,7 +184,8 @@ class FullTuningConfig(Config):
     trains_all: ClassVar[bool] = True
 
 
-CONFIGS = {c.method: c for c in (APTConfig, DeepPromptConfig, ClassifierOnlyConfig, FullTuningConfig)}
+_ALL = (APTConfig, DeepPromptConfig, AdapterConfig, DASConfig, ClassifierOnlyConfig, FullTuningConfig)
+CONFIGS = {config.method: config for config in _ALL}
 
 
 def config_from_dict(data):
@@ -97,6 +204,13 @@ def config_from_dict(data):
     if fields.keys() != expected:
         raise ValueError(f"method {method!r}: expected the fields {sorted(expected)}, found {sorted(fields)}")
     return CONFIGS[method](**fields)
+
+
+def _adapter_options(config):
+    names = ("bottleneck", "activation", "layer_norm", "scale", "dropout", "trainable_scale", "zero_init")
+    options = {name: getattr(config, name) for name in names}
+    defaults = ADAPTER_KINDS.get(getattr(config, "kind", None), {})
+    return options | {name: value for name, value in defaults.items() if options[name] is None}
 
 
 def _check_sites(config):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from petl_ext.attach.site import Site
 from petl_ext.cost import deep_prompt_macs
 
 # The initialisation of the ViLT baseline has 16 x 16 RGB patches in it whatever the model's patches are.
@@ -40,7 +41,7 @@ class DeepPrompts(nn.Module):
         return f"dim={dim}, num_prompts={num_prompts}"
 
 
-class DeepPromptSelfAttention(nn.Module):
+class DeepPromptSelfAttention(Site):
     """What a self-attention with the children query, key, value and dropout becomes: it also attends to prompts.
 
     `forward(hidden_states [B, N, D], attention_mask, output_attentions)` computes what ViLT's own attention does, in
@@ -61,14 +62,13 @@ class DeepPromptSelfAttention(nn.Module):
         return found
 
     @staticmethod
-    def weight_of(site):
-        return site.key.weight
+    def weight_of(module):
+        return module.key.weight
 
-    @staticmethod
-    def new_layer(config, model, name):
-        weight = model.get_submodule(name).key.weight
-        layer = config.new_layer(weight.size(1), device=weight.device, dtype=weight.dtype)
-        block = model.get_submodule(name.removesuffix("attention.attention").rstrip("."))
+    @classmethod
+    def new_layer(cls, config, model, place):
+        layer = super().new_layer(config, model, place)
+        block = model.get_submodule(place.name.removesuffix("attention.attention").rstrip("."))
         # The norm belongs to the block. In a tuple it is no child of the layer, so no state-dict key appears twice.
         layer.norm = (block.layernorm_before,)
         return layer

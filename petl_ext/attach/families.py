@@ -1,25 +1,77 @@
-"""Where each method goes in each model family: one line per family and method.
+"""Where each method goes in each model family: one line per family and placement.
 
 A family is a Hugging Face `config.model_type`. Its entries are regular expressions over the dotted names of the
-method's candidate sites, matched from a dot or from the start to the end of the name.
+placement's candidate sites, matched from a dot or from the start to the end of the name; several stand in the order in
+which their sites are numbered.
 """
 
+from petl_ext.attach.adapter import (
+    ParallelAdapterOutput,
+    ParallelAdapterSelfOutput,
+    SequentialAdapterOutput,
+    SequentialAdapterSelfOutput,
+    StreamAdapterBlock,
+    StreamAdapterSelfOutput,
+)
+from petl_ext.attach.apt import APTSelfOutput
 from petl_ext.attach.deep_prompts import DeepPromptSelfAttention
-from petl_ext.attach.self_output import APTSelfOutput
+from petl_ext.attach.skippable import SkippableLayer, SkippableLlamaLayer, SkippableT5Block, SkippableViltLayer
 
-# The class that a site's module becomes, by method; methods that are not here add nothing to the model.
-SITE_CLASSES = {"apt": APTSelfOutput, "deep_prompts": DeepPromptSelfAttention}
+# What a site can become, by placement (Config.placement); a pattern may match candidates of several.
+SITE_CLASSES = {
+    "apt": (APTSelfOutput,),
+    "deep_prompts": (DeepPromptSelfAttention,),
+    "sequential_adapter": (SequentialAdapterSelfOutput, SequentialAdapterOutput),
+    "parallel_adapter": (ParallelAdapterSelfOutput, ParallelAdapterOutput),
+    "bypass": (SkippableLayer,),
+    "das_adapter": (StreamAdapterBlock, StreamAdapterSelfOutput, ParallelAdapterOutput),
+}
+# Families whose layers return more than a tensor or bring their own norm.
+SKIPPABLE = {"vilt": SkippableViltLayer, "llama": SkippableLlamaLayer, "t5": SkippableT5Block}
+
+_LAYER = r"encoder\.layer\.\d+"
+_BERT = {
+    "apt": rf"{_LAYER}\.(cross)?attention\.output",
+    "sequential_adapter": rf"{_LAYER}\.((cross)?attention\.)?output",
+    "parallel_adapter": rf"{_LAYER}\.(cross)?attention\.output",
+    "bypass": _LAYER,
+    "das_adapter": rf"{_LAYER}\.((cross)?attention\.)?output",
+}
+_FUSION = r"cross_modal_(text|image)_layers\.\d+"
+_CLIP = {"bypass": r"encoder\.layers\.\d+"}
 
 FAMILIES = {
     "vilt": {
-        "apt": r"encoder\.layer\.\d+\.attention\.output",
-        "deep_prompts": r"encoder\.layer\.\d+\.attention\.attention",
+        "apt": rf"{_LAYER}\.attention\.output",
+        "deep_prompts": rf"{_LAYER}\.attention\.attention",
+        "sequential_adapter": rf"{_LAYER}\.(attention\.)?output",
+        "parallel_adapter": rf"{_LAYER}\.attention\.output",
+        "bypass": _LAYER,
+        "das_adapter": rf"{_LAYER}(\.output)?",
     },
+    "meter": {
+        **{placement: pattern.replace(_LAYER, _FUSION) for placement, pattern in _BERT.items()},
+        "bypass": (r"cross_modal_text_layers\.\d+", r"cross_modal_image_layers\.\d+"),
+    },
+    "bert": _BERT,
+    "roberta": _BERT,
+    "clip": _CLIP,
+    "clip_text_model": _CLIP,
+    "clip_vision_model": _CLIP,
+    "t5": {"bypass": r"(encoder|decoder)\.block\.\d+"},
+    "llama": {"bypass": r"layers\.\d+"},
 }
 
 
 def family_of(model):
-    """The name of the one family that `model` or modules inside it belong to, or None."""
-    configs = (getattr(module, "config", None) for module in model.modules())
-    found = {getattr(config, "model_type", None) for config in configs} & FAMILIES.keys()
-    return found.pop() if len(found) == 1 else None
+    """The name of the one family that `model` or the outermost modules with a family inside it belong to, or None.
+
+    A METER contains a RoBERTa, and is a METER.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        family = getattr(getattr(module, "config", None), "model_type", None)
+        if family in FAMILIES and not any(f"{name}.".startswith(outer) for outer in found):
+            found[f"{name}." if name else ""] = family
+    families = set(found.values())
+    return families.pop() if len(families) == 1 else None

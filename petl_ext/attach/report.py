@@ -10,11 +10,11 @@ class ReportRow:
     """One site, or one entry of `keep`.
 
     Attributes:
-        site: its dotted name.
+        site: the dotted name of the new layer, or the entry.
         layer: what was put there, or "kept": the model's own parameters, which train.
         parameters: how many train.
         macs: multiply-accumulates added for one sequence; None where the number of tokens is not known.
-        kernel: what computes there: "apt (cpu, avx512)", "reference" or "none".
+        kernel: what computes there: "apt (cpu, avx512)", "reference" or "none", as where the layer does not run now.
         reason: why it is not a kernel.
     """
 

@@ -2,31 +2,26 @@
 
 import re
 
-from petl_ext.attach.families import FAMILIES, SITE_CLASSES, family_of
+from petl_ext.attach.families import FAMILIES, SITE_CLASSES, SKIPPABLE, family_of
+from petl_ext.attach.site import Place
 
 LISTED = 12
 
 
-def select_sites(model, config):
-    """The modules that get a layer, by dotted name.
+def select_places(model, config):
+    """Where `config` puts new layers: a list of `Place`.
 
     Raises:
         ValueError: nothing, or nothing for one of the patterns, matches; or a site cannot take a layer.
     """
-    if config.method not in SITE_CLASSES:
-        return {}
-    site_class = SITE_CLASSES[config.method]
-    candidates = site_class.candidates(model)
-    patterns = _patterns(model, config)
-    chosen = {}
-    for pattern in patterns:
-        matching = {name: site for name, site in candidates.items() if re.fullmatch(rf"(.*\.)?({pattern})", name)}
-        if not matching:
-            raise ValueError(_nothing_found(model, config, pattern, candidates))
-        chosen |= matching
-    for name, site in chosen.items():
-        _check_site(name, site, site_class)
-    return {name: site for name, site in candidates.items() if name in chosen}
+    if config.placement is None:
+        return []
+    places = _matching(model, config, _patterns(model, config))
+    if config.placement == "bypass":
+        places = _with_adapters(model, config, places)
+    for place in places:
+        _check_site(place, model.get_submodule(place.name))
+    return places
 
 
 def select_kept(model, config, keep):
@@ -61,25 +56,59 @@ def _patterns(model, config):
     if config.sites is not None:
         return config.sites
     sites = FAMILIES.get(family_of(model), {})
-    if config.method not in sites:
-        candidates = SITE_CLASSES[config.method].candidates(model)
-        known = ", ".join(family for family, sites in FAMILIES.items() if config.method in sites)
+    if config.placement not in sites:
+        known = ", ".join(family for family, sites in FAMILIES.items() if config.placement in sites)
         raise ValueError(
             f"attach: {type(model).__name__} belongs to none of the families with sites for {config.method} ({known}), "
-            f"so {config} must name them. {_candidates_text(model, config, candidates)}"
+            f"so {config} must name them. {_candidates_text(model, config.placement)}"
         )
-    return [sites[config.method]]
+    patterns = sites[config.placement]
+    return [patterns] if isinstance(patterns, str) else patterns
 
 
-def _nothing_found(model, config, pattern, candidates):
-    return (
-        f"attach: {config} matches nothing in {type(model).__name__} with the pattern {pattern!r}. "
-        f"{_candidates_text(model, config, candidates)}"
-    )
+def _matching(model, config, patterns):
+    """The places that the patterns match, by pattern and then in the model's order."""
+    candidates = _candidates(model, config.placement)
+    order = [name for name, _ in model.named_modules()]
+    chosen = {}
+    for pattern in patterns:
+        matching = {name: found for name, found in candidates.items() if _matches(pattern, name)}
+        if not matching:
+            raise ValueError(
+                f"attach: {config} matches nothing in {type(model).__name__} with the pattern {pattern!r}. "
+                f"{_candidates_text(model, config.placement)}"
+            )
+        chosen |= {name: matching[name] for name in order if name in matching and name not in chosen}
+    return [Place(name, site_class) for name, site_class in chosen.items()]
 
 
-def _candidates_text(model, config, candidates):
-    looked_for = SITE_CLASSES[config.method].looked_for
+def _candidates(model, placement):
+    """{dotted name: what it can become}."""
+    classes = SITE_CLASSES[placement]
+    if placement == "bypass":
+        classes = (SKIPPABLE.get(family_of(model), SITE_CLASSES[placement][0]),)
+    return {name: site_class for site_class in classes for name in site_class.candidates(model)}
+
+
+def _with_adapters(model, config, bypasses):
+    """The bypasses, each told how many adapters are lost with its layer, and these adapters."""
+    pattern = FAMILIES.get(family_of(model), {}).get("das_adapter")
+    candidates = _candidates(model, "das_adapter") if pattern and config.bottleneck else {}
+    adapters = {name: site_class for name, site_class in candidates.items() if _matches(pattern, name)}
+    places = []
+    for name, site_class, _ in bypasses:
+        inside = [Place(inner, adapters[inner]) for inner in adapters if f"{inner}.".startswith(f"{name}.")]
+        places += [Place(name, site_class, lost=len(inside)), *inside]
+    return places
+
+
+def _matches(pattern, name):
+    return re.fullmatch(rf"(.*\.)?({pattern})", name)
+
+
+def _candidates_text(model, placement):
+    looked_for = " and ".join(dict.fromkeys(site_class.looked_for for site_class in SITE_CLASSES[placement]))
+    candidates = _candidates(model, placement)
     if candidates:
         return f"Candidates, {looked_for}: {_listed(candidates)}"
     modules = [name for name, _ in model.named_modules() if name]
@@ -87,16 +116,15 @@ def _candidates_text(model, config, candidates):
     return f"It has no {looked_for}; its modules: {_listed(attentions or modules)}"
 
 
-def _check_site(name, site, site_class):
-    if hasattr(site, site_class.child):
+def _check_site(place, module):
+    child = place.site_class.child
+    if hasattr(module, child):
+        raise ValueError(f"attach: {place.name} already has a child {child!r}; detach what is attached there first")
+    if "forward" in vars(module):
         raise ValueError(
-            f"attach: {name} already has a child {site_class.child!r}; detach what is attached there first"
+            f"attach: {place.name} has a forward of its own, put there by another library, that would bypass the layer"
         )
-    if "forward" in vars(site):
-        raise ValueError(
-            f"attach: {name} has a forward of its own, put there by another library, that would bypass the layer"
-        )
-    _check_trainable(f"{name}'s weight", site_class.weight_of(site))
+    _check_trainable(f"{place.name}'s weight", place.site_class.weight_of(module))
 
 
 def _check_trainable(name, tensor):

@@ -22,7 +22,8 @@ class AdapterLayer(nn.Module):
 
     Initialisation: down and up are drawn from Normal(0, 0.02), biases are 0, the norm is 1 and 0. The APT paper's
     code asks for Normal(0, 0.01) in its adapter, but the initialisers of its ViLT and METER overwrite that with 0.02
-    before training starts; 0.02 is what its results were made with. The layer is not the identity at the start.
+    before training starts; 0.02 is what its results were made with. Without zero_init the layer is not the identity at
+    the start.
 
     Args:
         dim: the model's width D.
@@ -34,6 +35,7 @@ class AdapterLayer(nn.Module):
         dropout: on the hidden units, in training. Above 0 the training forward runs `ops.adapter_reference`: the fused
             kernel has no dropout.
         trainable_scale: whether the scale is a parameter.
+        zero_init: whether `up` starts at zero, so that the layer starts as its residual.
 
     Raises:
         ValueError: a size below 1, an unknown activation, a scale that is no finite number, a dropout outside [0, 1),
@@ -50,6 +52,7 @@ class AdapterLayer(nn.Module):
         residual=True,
         dropout=0.0,
         trainable_scale=False,
+        zero_init=False,
         device=None,
         dtype=None,
     ):
@@ -59,7 +62,12 @@ class AdapterLayer(nn.Module):
                 raise ValueError(f"AdapterLayer: {name} must be a positive integer, got {value!r}")
         if activation not in ACTIVATIONS:
             raise ValueError(f'AdapterLayer: activation must be "relu", "gelu" or "silu", got {activation!r}')
-        switches = {"layer_norm": layer_norm, "residual": residual, "trainable_scale": trainable_scale}
+        switches = {
+            "layer_norm": layer_norm,
+            "residual": residual,
+            "trainable_scale": trainable_scale,
+            "zero_init": zero_init,
+        }
         for name, value in switches.items():
             if type(value) is not bool:
                 raise ValueError(f"AdapterLayer: {name} must be True or False, got {value!r}")
@@ -71,6 +79,7 @@ class AdapterLayer(nn.Module):
         self.scale = scale
         self.residual = residual
         self.dropout = dropout
+        self.zero_init = zero_init
 
         def parameter(*shape):
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
@@ -87,6 +96,8 @@ class AdapterLayer(nn.Module):
     def reset_parameters(self):
         for weight in (self.down, self.up):
             nn.init.normal_(weight, std=INITIAL_STD)
+        if self.zero_init:
+            nn.init.zeros_(self.up)
         for bias in (self.down_bias, self.up_bias):
             nn.init.zeros_(bias)
         if self.norm_weight is not None:
@@ -116,5 +127,5 @@ class AdapterLayer(nn.Module):
         return (
             f"dim={dim}, bottleneck={bottleneck}, activation={self.activation!r}, "
             f"layer_norm={self.norm_weight is not None}, scale={self.scale}, residual={self.residual}, "
-            f"dropout={self.dropout}, trainable_scale={self.gain is not None}"
+            f"dropout={self.dropout}, trainable_scale={self.gain is not None}, zero_init={self.zero_init}"
         )

@@ -1,0 +1,96 @@
+"""`attach` puts a method's layers into a model, `load` fills a model from a saved folder."""
+
+import torch
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from petl_ext.attach.attachment import HANDLE, Attachment
+from petl_ext.attach.config import CONFIGS, DASConfig
+from petl_ext.attach.families import family_of
+from petl_ext.attach.folder import read_folder
+from petl_ext.attach.selection import select_kept, select_places
+from petl_ext.attach.skipping import SkippingAttachment
+
+
+def attach(model, config, keep=()):
+    """Puts the method's new layers into `model` and freezes everything but them and what `keep` names.
+
+    The layers are made on the device and in the dtype of the module that they join. A model carries one attachment at
+    a time; it is also at hand as `model.petl_attachment`, in copies and unpickled models too.
+
+    Attach after `from_pretrained`, which knows nothing of the layers, and before DistributedDataParallel. Reentrant
+    gradient checkpointing needs inputs that require gradients; transformers' `gradient_checkpointing_enable` sees to
+    that.
+
+    Args:
+        model: any nn.Module. One of a family of the table in families.py, unless `config.sites` says where.
+        config: an `APTConfig`, `AdapterConfig`, `DASConfig`, `DeepPromptConfig`, `ClassifierOnlyConfig` or
+            `FullTuningConfig`.
+        keep: names of the model's own modules or parameters that stay trainable, or parts of such names between
+            dots: ["classifier", "vilt.pooler"].
+
+    Returns:
+        The `Attachment`; of a `DASConfig` a `SkippingAttachment`.
+
+    Raises:
+        TypeError: config or keep is of the wrong type.
+        ValueError: something matches nothing, nothing would train, or layers are there already. The model has not
+            changed.
+    """
+    if type(config) not in CONFIGS.values():
+        known = ", ".join(known.__name__ for known in CONFIGS.values())
+        raise TypeError(f"attach: config must be one of {known}, got {config!r}")
+    if not isinstance(keep, list | tuple) or not all(isinstance(entry, str) for entry in keep):
+        raise TypeError(f"attach: keep must be a list of names, got {keep!r}")
+    keep = tuple(keep)
+    _check_free(model)
+    places = select_places(model, config)
+    kept = select_kept(model, config, keep)
+    if not places and not kept:
+        raise ValueError(f"attach: {config} adds nothing and keep is empty, so nothing would train")
+    # Parameters made in inference mode could never train.
+    with torch.inference_mode(False):
+        layers = {place: place.site_class.new_layer(config, model, place) for place in places}
+    kind = SkippingAttachment if isinstance(config, DASConfig) else Attachment
+    return kind(model, config, keep, kept, layers)
+
+
+def load(model, folder):
+    """Fills `model` with what `Attachment.save` wrote, attaching first if nothing is attached yet.
+
+    A tensor saved in another floating-point dtype is converted to the model's; that is logged.
+
+    Returns:
+        The model's `Attachment`.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a file is broken or does not fit the model or what is attached to it. The model has not changed.
+    """
+    saved = read_folder(folder)
+    family = family_of(model)
+    if saved.family != family:
+        raise ValueError(
+            f"{folder}: saved from a model of the family {saved.family!r}, but {type(model).__name__} is of {family!r}"
+        )
+    attachment = getattr(model, HANDLE, None)
+    if attachment is not None:
+        attachment._take_over(saved, folder)
+        return attachment
+    attachment = attach(model, saved.config, saved.keep)
+    try:
+        attachment._fill(saved.tensors, folder)
+    except BaseException:
+        attachment.detach()
+        raise
+    return attachment
+
+
+def _check_free(model):
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        raise ValueError(f"attach: got a {type(model).__name__}; attach to the model first, then wrap it")
+    for name, module in model.named_modules():
+        if HANDLE in vars(module):
+            place = name or "the model"
+            raise ValueError(
+                f"attach: {getattr(module, HANDLE).config} is already attached to {place}; detach() it first"
+            )

@@ -1,0 +1,103 @@
+"""A place in a model that carries a new layer, and how its module takes the layer's computation in.
+
+The module becomes an instance of a subclass of its own class, in which one class per new layer comes first
+(`composed`). So its children, hooks and state-dict keys stay, `isinstance` goes on finding it, and giving it back its
+own class takes the computation out again.
+"""
+
+import copyreg
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from petl_ext.ops import cpu_path
+
+
+class Place(NamedTuple):
+    """Where one new layer goes.
+
+    Attributes:
+        name: the dotted name of the module that carries it.
+        site_class: the `Site` that the module becomes.
+        lost: how many adapters inside that module fall away where it is skipped.
+    """
+
+    name: str
+    site_class: type
+    lost: int = 0
+
+    @property
+    def layer_name(self):
+        return f"{self.name}.{self.site_class.child}".lstrip(".")
+
+
+class Site(nn.Module):
+    """What a module becomes that carries a new layer. Its methods but `forward` answer questions about the layer.
+
+    Attributes:
+        child: the new layer's name in the module.
+        looked_for: what `candidates` finds, for error messages.
+    """
+
+    child: str
+    looked_for: str
+
+    @staticmethod
+    def candidates(model):
+        """{dotted name: module} of all in `model` that can become such a site."""
+        raise NotImplementedError
+
+    @staticmethod
+    def weight_of(module):
+        """The weight that says on which device, in which dtype and, by its first axis, how wide the new layer is."""
+        return module.dense.weight
+
+    @classmethod
+    def new_layer(cls, config, model, place):
+        weight = cls.weight_of(model.get_submodule(place.name))
+        return config.new_layer(weight.size(0), device=weight.device, dtype=weight.dtype)
+
+    @staticmethod
+    def macs(layer, tokens):
+        """Multiply-accumulates of the layer for one sequence of `tokens` rows."""
+        raise NotImplementedError
+
+    @staticmethod
+    def kernel(layer):
+        """(what computes the layer, why it is not a kernel)."""
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol):
+        _, _, *state = super().__reduce_ex__(protocol)
+        *sites, backbone = type(self).__bases__
+        return (_new, (backbone, tuple(sites)), *state)
+
+
+@functools.cache
+def composed(backbone, sites):
+    """The class of a module of the class `backbone` that has become each of the classes `sites`, the first outermost.
+
+    It keeps the backbone's name, by which other libraries know a layer (FSDP's wrapping policy, device maps).
+    """
+    return type(backbone.__name__, (*sites, backbone), {})
+
+
+def fused_kernel(op, layer):
+    """`Site.kernel` of a layer that calls `petl_ext.ops.<op>` and has a `dropout`."""
+    weight = next(layer.parameters())
+    device = weight.device.type
+    if layer.training and layer.dropout > 0:
+        return "reference", f"dropout {layer.dropout} in training"
+    if weight.dtype is torch.float64:
+        return "reference", "float64"
+    key = torch._C._dispatch_key_for_device(device)
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"petl_ext::{op}_forward", key):
+        return "none", f"this build holds no kernel for {device}"
+    return f"{op} ({device}, {cpu_path()})" if device == "cpu" else f"{op} ({device})", ""
+
+
+def _new(backbone, sites):
+    """What unpickling and copying start from: classes made at run time have no name to be found by."""
+    return copyreg.__newobj__(composed(backbone, sites))

@@ -1,0 +1,150 @@
+"""Layers that can be skipped: a bypass adapter takes the place of the whole layer (DAS, arXiv 2309.01479).
+
+Whether a layer is skipped is a plain attribute, so it can change from step to step. A skipped layer must still return
+what its model expects, and what other layers take from it must reach them: `SkippableLayer.rewire` sees to that.
+"""
+
+import inspect
+
+from torch import nn
+
+from petl_ext.attach.site import Site, fused_kernel
+from petl_ext.cost import adapter_macs
+
+
+class SkippableLayer(Site):
+    """A layer that takes hidden states [..., D] first and returns a tensor of that shape.
+
+    Attributes:
+        skipped: whether the child `bypass` takes the layer's place.
+        own_norm: dotted name, inside the layer, of the norm before the bypass; None where the bypass has its own.
+        survivors: dotted names of modules that a skipped layer still needs.
+    """
+
+    child = "bypass"
+    looked_for = "layers (modules of a ModuleList whose forward takes hidden_states first)"
+    skipped = False
+    own_norm = None
+    survivors = ()
+
+    @staticmethod
+    def candidates(model):
+        return {
+            f"{name}.{index}".lstrip("."): layer
+            for name, layers in model.named_modules()
+            if isinstance(layers, nn.ModuleList)
+            for index, layer in layers.named_children()
+            if _takes_hidden_states(layer)
+        }
+
+    @staticmethod
+    def weight_of(module):
+        return next(p for name, p in module.named_parameters() if p.dim() == 1 and name.endswith("weight"))
+
+    @classmethod
+    def new_layer(cls, config, model, place):
+        weight = cls.weight_of(model.get_submodule(place.name))
+        size = {"dim": weight.size(0), "lost": place.lost}
+        return config.new_bypass(**size, own_norm=cls.own_norm is not None, device=weight.device, dtype=weight.dtype)
+
+    @staticmethod
+    def macs(layer, tokens):
+        bottleneck, dim = layer.down.shape
+        return adapter_macs(tokens, dim, bottleneck)
+
+    @staticmethod
+    def kernel(layer):
+        return fused_kernel("adapter", layer)
+
+    def forward(self, hidden_states, *arguments, **named):
+        if not self.skipped:
+            return super().forward(hidden_states, *arguments, **named)
+        normed = hidden_states if self.own_norm is None else self.get_submodule(self.own_norm)(hidden_states)
+        return self.returned(self.bypass(normed, residual=hidden_states), *arguments, **named)
+
+    def returned(self, hidden_states, *arguments, **named):
+        """What the model expects of the layer: `hidden_states`, and perhaps more, from the layer's other arguments."""
+        return hidden_states
+
+    @staticmethod
+    def rewire(stack):
+        """Called with all layers of one stack after the set of skipped ones has changed.
+
+        A key-value cache takes its length from layer 0, so a decoder whose first layer is skipped would believe the
+        cache to be empty and give every token the position 0: the layers that run are numbered anew.
+        """
+        running = [layer for layer in stack if not getattr(layer, "skipped", False)]
+        for index, layer in enumerate(running):
+            for module in layer.modules():
+                if vars(module).get("layer_idx") is not None:
+                    module.layer_idx = index
+
+
+class SkippableViltLayer(SkippableLayer):
+    """ViLT's layer returns a tuple; a skipped one has no attentions."""
+
+    def returned(self, hidden_states, attention_mask=None, output_attentions=False):
+        return (hidden_states, None) if output_attentions else (hidden_states,)
+
+
+class SkippableLlamaLayer(SkippableLayer):
+    """A pre-RMSNorm layer, whose bypass keeps the layer's first norm, as the authors' code for LLaMA does."""
+
+    own_norm = "input_layernorm"
+    survivors = ("input_layernorm",)
+
+
+class SkippableT5Block(SkippableLayer):
+    """T5's block returns its position biases too, which block 0 computes for all.
+
+    Where block 0 is skipped, the first block that runs is lent the table of block 0: without one it would make the
+    biases zero. The table stays block 0's in the state dict.
+    """
+
+    own_norm = "layer.0.layer_norm"
+    survivors = ("layer.0.layer_norm", "layer.0.SelfAttention.relative_attention_bias")
+
+    def returned(
+        self,
+        hidden_states,
+        attention_mask=None,
+        position_bias=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        encoder_decoder_position_bias=None,
+        **named,
+    ):
+        return hidden_states, position_bias, encoder_decoder_position_bias
+
+    @staticmethod
+    def rewire(stack):
+        SkippableLayer.rewire(stack)
+        owner, *others = (block.layer[0].SelfAttention for block in stack)
+        for attention in others:
+            attention.has_relative_attention_bias = False
+            vars(attention).pop("relative_attention_bias", None)
+        running = (block for block in stack if not getattr(block, "skipped", False))
+        first = next(running, stack[0]).layer[0].SelfAttention
+        if first is not owner:
+            first.has_relative_attention_bias = True
+            vars(first)["relative_attention_bias"] = owner.relative_attention_bias
+
+
+def strip(layer):
+    """Deletes from a skipped layer all but the bypass and what a skipped layer still needs."""
+    _keep_only(layer, (layer.child, *layer.survivors))
+
+
+def _keep_only(module, names):
+    """Deletes all children but those with one of the dotted `names` and what leads there."""
+    for child in list(module._modules):
+        below = [rest for head, _, rest in (name.partition(".") for name in names) if head == child]
+        if not below:
+            del module._modules[child]
+        elif "" not in below:
+            _keep_only(module._modules[child], below)
+
+
+def _takes_hidden_states(layer):
+    _, *arguments = inspect.signature(type(layer).forward).parameters
+    return arguments[:1] == ["hidden_states"]

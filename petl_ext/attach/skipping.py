@@ -1,0 +1,145 @@
+"""The handle of a `DASConfig`: which layers are skipped, now and for good."""
+
+import dataclasses
+from contextlib import contextmanager
+
+from petl_ext.attach.attachment import Attachment
+from petl_ext.attach.skippable import SkippableLayer, strip
+
+
+class SkippingAttachment(Attachment):
+    """What `attach` put into a model for a `DASConfig`.
+
+    A skipped layer's own adapters get no gradients, and neither do the bypasses of the layers that run:
+    DistributedDataParallel needs `find_unused_parameters=True`, and where the set changes from step to step not
+    `static_graph`. torch.compile compiles anew for every set.
+
+    Attributes:
+        layers: dotted names of the layers that can be skipped; their indices are those of `skip`.
+    """
+
+    def __init__(self, model, config, keep, kept, layers):
+        places = [place for place in layers if issubclass(place.site_class, SkippableLayer)]
+        self.layers = tuple(place.name for place in places)
+        self._rewire = places[0].site_class.rewire
+        self._removed = False
+        super().__init__(model, dataclasses.replace(config, skip=(), permanent=False), keep, kept, layers)
+        try:
+            self.skip(config.skip)
+            if config.permanent:
+                self.remove_skipped()
+        except BaseException:
+            self.detach()
+            raise
+
+    @property
+    def skipped(self):
+        """Indices of the layers that are skipped, ascending."""
+        return tuple(index for index, name in enumerate(self.layers) if self._layer(name).skipped)
+
+    def skip(self, layers):
+        """Skips these layers from the next forward on, and no others.
+
+        Args:
+            layers: indices into `layers`, or names from it, in any order.
+
+        Raises:
+            ValueError: not a layer that can be skipped.
+            RuntimeError: the model is disabled, or skipped layers have been removed.
+        """
+        self._check_attached()
+        self._check_switchable("skip")
+        chosen = {self._name_of(layer) for layer in layers}
+        for name in self.layers:
+            self._layer(name).skipped = name in chosen
+        self._rewire_stacks()
+        self.config = dataclasses.replace(self.config, skip=self.skipped)
+
+    def remove_skipped(self):
+        """Deletes the weights of the skipped layers and the bypasses of all others, for good.
+
+        State dict, memory and saved folders shrink; `load` does the same to a fresh model. Call it before an optimiser
+        is made. After it the set is fixed, and `disable` and `detach` raise: the backbone is gone.
+
+        Raises:
+            RuntimeError: the model is disabled, or this has been done.
+            ValueError: no layer is skipped.
+        """
+        self._check_attached()
+        self._check_switchable("remove_skipped")
+        skipped = {self.layers[index] for index in self.skipped}
+        if not skipped:
+            raise ValueError(f"remove_skipped: none of the {len(self.layers)} layers is skipped; call skip first")
+        self._leave_sites()
+        remaining = [place for place in self._places if self._remains(place, skipped)]
+        for place in set(self._places) - set(remaining):
+            self.model.get_submodule(place.name)._modules.pop(place.site_class.child, None)
+        self._places = tuple(remaining)
+        self._enter_sites()
+        for name in skipped:
+            strip(self._layer(name))
+        self._removed = True
+        self.config = dataclasses.replace(self.config, permanent=True)
+
+    @contextmanager
+    def disable(self):
+        self._check_attached()
+        self._check_whole("disable")
+        before = self.skipped
+        if not self._disabled:
+            self.skip(())
+        with super().disable():
+            yield self
+        if self._is_attached() and not self._disabled:
+            self.skip(before)
+
+    def detach(self):
+        self._check_attached()
+        self._check_whole("detach")
+        if not self._disabled:
+            self.skip(())
+        for name in self.layers:
+            vars(self._layer(name)).pop("skipped", None)
+        super().detach()
+
+    def _remains(self, place, skipped):
+        inside = any(f"{place.name}.".startswith(f"{name}.") for name in skipped)
+        return inside == issubclass(place.site_class, SkippableLayer)
+
+    def _idle(self, place):
+        skipped = [self.layers[index] for index in self.skipped]
+        inside = any(f"{place.name}.".startswith(f"{name}.") for name in skipped)
+        if issubclass(place.site_class, SkippableLayer):
+            return "" if inside else "its layer is not skipped"
+        return "its layer is skipped" if inside else ""
+
+    def _take_over(self, saved, folder):
+        ours, theirs = self.config, saved.config
+        if type(ours) is type(theirs) and not ours.permanent and not theirs.permanent:
+            saved = saved._replace(config=dataclasses.replace(theirs, skip=ours.skip))
+        super()._take_over(saved, folder)
+        if not ours.permanent:
+            self.skip(theirs.skip)
+
+    def _layer(self, name):
+        return self.model.get_submodule(name)
+
+    def _name_of(self, layer):
+        if type(layer) is int and 0 <= layer < len(self.layers):
+            return self.layers[layer]
+        if layer in self.layers:
+            return layer
+        raise ValueError(f"skip: expected indices below {len(self.layers)} or names of layers, got {layer!r}")
+
+    def _rewire_stacks(self):
+        for stack in dict.fromkeys(name.rpartition(".")[0] for name in self.layers):
+            self._rewire(list(self.model.get_submodule(stack)))
+
+    def _check_switchable(self, method):
+        self._check_whole(method)
+        if self._disabled:
+            raise RuntimeError(f"{method}: the attachment is disabled")
+
+    def _check_whole(self, method):
+        if self._removed:
+            raise RuntimeError(f"{method}: the layers {list(self.skipped)} have been removed for good")
