@@ -1,0 +1,409 @@
+"""Layers that are skipped, on every family: against smaller models that never had them, and through a model's life."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from tiny_families import DIM, FAMILIES, LAYERS, make_inputs, make_model, run
+from tiny_vilt import randomise, snapshot
+from transformers import BertConfig, BertModel
+
+import petl_ext
+from petl_ext import APTConfig, DASConfig
+from petl_ext.ops import adapter_reference
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+SKIPS = ([0], [1], [0, 1], [LAYERS - 1], list(range(LAYERS)))
+
+
+def stacks(family):
+    return FAMILIES[family].stacks or ("encoder.layers",)
+
+
+def attached(family, **options):
+    model = make_model(family)
+    return model, petl_ext.attach(model, DASConfig(**{"bottleneck": 4} | options))
+
+
+def without_layers(model, family, skipped):
+    """The model made anew with fewer layers, and given the weights of those that remain."""
+    kept = {stack: [i for i in range(LAYERS) if f"{stack}.{i}" not in skipped] for stack in stacks(family)}
+    small = FAMILIES[family].make(*map(len, kept.values()))
+    weights = model.state_dict()
+    for stack, indices in kept.items():
+        layers = {name: weights.pop(name) for name in list(weights) if name.startswith(f"{stack}.")}
+        for new, old in enumerate(indices):
+            for name in [name for name in layers if name.startswith(f"{stack}.{old}.")]:
+                weights[name.replace(f"{stack}.{old}.", f"{stack}.{new}.")] = layers[name]
+        table = f"{stack}.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        weights.update({name: layers[name] for name in layers if name == table})
+    small.load_state_dict(
+        {
+            name: tensor
+            for name, tensor in weights.items()
+            if "relative_attention_bias" not in name or ".0.layer.0." in name
+        }
+    )
+    return small
+
+
+class Passing(torch.nn.Module):
+    def forward(self, hidden_states, *arguments, **named):
+        return hidden_states
+
+
+@pytest.mark.parametrize("skip", SKIPS, ids=str)
+@every_family
+def test_a_bypass_that_passes_leaves_the_smaller_model(family, skip):
+    model = make_model(family)
+    several = len(stacks(family)) > 1
+    layers = [f"{stack}.{index}" for stack in stacks(family) for index in skip][several:]  # unequal in two stacks
+    if family == "meter":  # its two stacks are of one length
+        expected = copy.deepcopy(model)
+        for name in layers:
+            stack, _, index = name.rpartition(".")
+            expected.get_submodule(stack)[int(index)] = Passing()
+    elif len(skip) == LAYERS:
+        pytest.skip("transformers has no model without layers")
+    else:
+        expected = without_layers(model, family, layers)
+    attachment = petl_ext.attach(model, DASConfig(bottleneck=0, zero_init=True))
+    attachment.skip(layers)
+    inputs = make_inputs(model)
+    torch.testing.assert_close(run(model, inputs), run(expected, inputs))
+
+
+@every_family
+def test_a_skipped_layer_is_its_bypass(family):
+    model, attachment = attached(family)
+    randomise(attachment)
+    attachment.skip([0, len(attachment.layers) - 1])
+    seen = []
+    for index in attachment.skipped:
+        layer = model.get_submodule(attachment.layers[index])
+        layer.register_forward_hook(lambda layer, arguments, output: seen.append((layer, arguments[0], output)))
+    run(model, make_inputs(model))
+    assert len(seen) == 2
+    for layer, x, output in seen:
+        own_norm = {"t5": "layer.0.layer_norm", "llama": "input_layernorm"}.get(family)
+        bypass = layer.bypass
+        norm = {} if own_norm else {"norm_weight": bypass.norm_weight, "norm_bias": bypass.norm_bias}
+        normed = layer.get_submodule(own_norm)(x) if own_norm else x
+        expected = adapter_reference(
+            normed, bypass.down, bypass.down_bias, bypass.up, bypass.up_bias, residual=x, **norm
+        )
+        assert (bypass.norm_weight is None) == bool(own_norm)
+        torch.testing.assert_close(output if torch.is_tensor(output) else output[0], expected)
+        assert not torch.allclose(expected, x, atol=0.1)
+
+
+@every_family
+def test_skipping_ends_where_it_began(family):
+    model, attachment = attached(family)
+    randomise(attachment)
+    inputs = make_inputs(model)
+    before, output = snapshot(model), run(model, inputs)
+    attachment.skip([0, 1])
+    assert attachment.skipped == (0, 1) and attachment.config.skip == (0, 1)
+    assert not torch.equal(run(model, inputs), output)
+    attachment.skip([1])
+    attachment.skip([])
+    assert snapshot(model) == before
+    assert torch.equal(run(model, inputs), output)
+
+
+@torch.no_grad()  # attention takes another path where a bias requires gradients
+@every_family
+def test_disable_and_detach_restore_the_backbone(family):
+    model = make_model(family)
+    inputs = make_inputs(model)
+    before, output, indices = snapshot(model), run(model, inputs), layer_indices(model)
+    attachment = petl_ext.attach(model, DASConfig(bottleneck=4))
+    randomise(attachment)
+    attachment.skip([0])
+    skipped = run(model, inputs)
+    with attachment.disable(), attachment.disable():
+        assert torch.equal(run(model, inputs), output)
+        assert layer_indices(model) == indices
+    assert attachment.skipped == (0,)
+    assert torch.equal(run(model, inputs), skipped)
+    attachment.detach()
+    assert torch.equal(run(model, inputs), output)
+    assert snapshot(model) == before
+    assert layer_indices(model) == indices
+    assert not any("skipped" in vars(module) for module in model.modules())
+
+
+def layer_indices(model):
+    return {name: module.layer_idx for name, module in model.named_modules() if "layer_idx" in vars(module)}
+
+
+@pytest.mark.parametrize("skip", [[0], [0, 1], [1]], ids=str)
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_the_cache_gives_what_the_whole_sequence_gives(family, skip):
+    model, attachment = attached(family)
+    randomise(attachment)
+    first = len(attachment.layers) - LAYERS  # of the decoder
+    attachment.skip([first + index for index in skip])
+    torch.manual_seed(0)
+    words = torch.randint(3, 40, (2, 7))
+    name, others = ("decoder_input_ids", {"input_ids": words.flip(1)}) if family == "t5" else ("input_ids", {})
+    expected = model(**{name: words}, **others).logits
+    cache, steps = None, []
+    for step in (slice(0, 4), slice(4, 5), slice(5, 6), slice(6, 7)):
+        output = model(**{name: words[:, step]}, **others, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        steps.append(output.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_generation_is_the_same_with_and_without_a_cache(family):
+    model, attachment = attached(family)
+    randomise(attachment)
+    attachment.skip([0, len(attachment.layers) - LAYERS])
+    inputs = {
+        "input_ids": make_inputs(model)["input_ids"],
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "min_new_tokens": 6,
+    }
+    torch.testing.assert_close(model.generate(**inputs, use_cache=True), model.generate(**inputs, use_cache=False))
+
+
+@every_family
+def test_removing_the_skipped_layers(family, tmp_path):
+    model, attachment = attached(family)
+    randomise(attachment)
+    layers = [0, len(attachment.layers) - 1]
+    attachment.skip(layers)
+    inputs = make_inputs(model)
+    expected, keys = run(model, inputs), set(model.state_dict())
+    gone = [attachment.layers[index] for index in layers]
+    size = sum(p.numel() for name, p in model.named_parameters() if not remains(name, gone))
+    total = sum(p.numel() for p in model.parameters())
+    attachment.remove_skipped()
+    assert torch.equal(run(model, inputs), expected)
+    assert set(model.state_dict()) == {name for name in keys if remains(name, gone)}
+    assert sum(p.numel() for p in model.parameters()) == total - size
+    assert attachment.config.permanent and attachment.skipped == tuple(layers)
+    assert all(name in dict(model.named_parameters()) for name, _ in attachment.named_parameters())
+    check_it_reloads(family, model, attachment, expected, tmp_path)
+    for act in (
+        lambda: attachment.skip([]),
+        attachment.detach,
+        attachment.remove_skipped,
+        attachment.disable().__enter__,
+    ):
+        with pytest.raises(RuntimeError, match=r"the layers \[0, \d\] have been removed for good"):
+            act()
+    assert torch.equal(run(model, inputs), expected)
+
+
+def remains(name, gone):
+    """Whether a tensor stays: bypasses of the layers that are gone, norms and tables that they still need, the rest."""
+    layer = next((layer for layer in gone if name.startswith(f"{layer}.")), None)
+    if layer is None:
+        return ".bypass." not in name
+    rest = name.removeprefix(f"{layer}.")
+    return rest.startswith(("bypass.", "input_layernorm", "layer.0.layer_norm")) or "relative_attention_bias" in rest
+
+
+def check_it_reloads(family, model, attachment, expected, folder):
+    inputs = make_inputs(model)
+    attachment.save(folder / "saved")
+    fresh = make_model(family)
+    loaded = petl_ext.load(fresh, folder / "saved")
+    assert torch.equal(run(fresh, inputs), expected)
+    assert loaded.config == attachment.config
+    assert snapshot(fresh)[0] == snapshot(model)[0]
+    torch.save(model, folder / "whole.pt")
+    assert torch.equal(run(torch.load(folder / "whole.pt", weights_only=False), inputs), expected)
+    assert torch.equal(run(copy.deepcopy(model), inputs), expected)
+    other = make_model(family)
+    petl_ext.attach(other, attachment.config)
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(run(other, inputs), expected)
+
+
+@pytest.mark.parametrize("family", ["vilt", "t5"])
+def test_what_is_skipped_is_saved_and_loaded(family, tmp_path):
+    model, attachment = attached(family)
+    randomise(attachment)
+    attachment.skip([0, 2])
+    attachment.save(tmp_path / "saved")
+    fresh = make_model(family)
+    assert petl_ext.load(fresh, tmp_path / "saved").skipped == (0, 2)
+    inputs = make_inputs(model)
+    assert torch.equal(run(fresh, inputs), run(model, inputs))
+    again, other = attached(family)
+    other.skip([1])
+    assert petl_ext.load(again, tmp_path / "saved") is other and other.skipped == (0, 2)
+    assert torch.equal(run(again, inputs), run(model, inputs))
+    narrow, _ = attached(family, bottleneck=3)
+    before = snapshot(narrow)
+    with pytest.raises(ValueError, match="expected the config that is attached"):
+        petl_ext.load(narrow, tmp_path / "saved")
+    assert snapshot(narrow) == before
+
+
+@pytest.mark.parametrize("family", ["vilt", "meter", "t5", "llama"])
+def test_copies_and_pickles_skip_on_their_own(family, tmp_path):
+    model, attachment = attached(family)
+    randomise(attachment)
+    inputs, whole = make_inputs(model), run(model, make_inputs(model))
+    attachment.skip([0])
+    skipped = run(model, inputs)
+    torch.save(model, tmp_path / "model.pt")
+    for twin in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(run(twin, inputs), skipped)
+        twin.petl_attachment.skip([])
+        assert torch.equal(run(twin, inputs), whole)
+        assert torch.equal(run(model, inputs), skipped)
+
+
+@every_family
+def test_gradients_reach_what_runs_and_nothing_else(family):
+    model, attachment = attached(family)
+    attachment.skip([1])
+    run(model, make_inputs(model)).square().sum().backward()
+    layer = attachment.layers[1]
+    graded = {name for name, p in model.named_parameters() if p.grad is not None}
+    running = {
+        name for name, _ in attachment.named_parameters() if (".bypass." in name) == name.startswith(f"{layer}.")
+    }
+    assert graded == running
+    assert any(".bypass." in name for name in graded)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["vilt", "meter", "bert", "t5", "llama"])
+def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
+    model, attachment = attached(family)
+    attachment.skip([0])
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    calls, gradients = [], []
+    model.get_submodule(attachment.layers[1]).register_forward_hook(lambda *_: calls.append(1))
+    inner = next(m for m in model.get_submodule(attachment.layers[1]).modules() if isinstance(m, torch.nn.Linear))
+    inner.register_forward_hook(lambda *_: calls.append("inner"))
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.zero_grad()
+        run(model, make_inputs(model)).square().sum().backward()
+        gradients.append([p.grad.clone() for p in attachment.parameters() if p.grad is not None])
+    assert calls.count("inner") == 3  # once without checkpointing, twice with it
+    assert len(gradients[0]) == len(gradients[1]) >= 4
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_model_follows_the_skips():
+    torch._dynamo.reset()
+    model, attachment = attached("bert")
+    randomise(attachment)
+    inputs = make_inputs(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for skip in ([], [1], [0, 2]):
+        attachment.skip(skip)
+        torch.testing.assert_close(compiled(**inputs).last_hidden_state, run(model, inputs))
+
+
+def test_output_attentions_of_a_skipped_vilt_layer():
+    model, attachment = attached("vilt")
+    attachment.skip([1])
+    output = model(**make_inputs(model), output_attentions=True, output_hidden_states=True)
+    assert [attentions is None for attentions in output.attentions] == [False, True, False]
+    assert len(output.hidden_states) == LAYERS + 1
+
+
+def test_sites_choose_the_layers_that_can_be_skipped():
+    model = make_model("vilt")
+    attachment = petl_ext.attach(model, DASConfig(bottleneck=4, sites=[r"layer\.[12]"]))
+    assert attachment.layers == ("vilt.encoder.layer.1", "vilt.encoder.layer.2")
+    assert len(attachment.sites) == 4
+    attachment.skip(["vilt.encoder.layer.2"])
+    assert attachment.skipped == (1,)
+
+
+def test_an_unknown_family_by_its_sites():
+    bert = BertModel(BertConfig(vocab_size=50, hidden_size=DIM, num_hidden_layers=3, num_attention_heads=4)).eval()
+    bert.config.model_type = "my_bert"
+    with pytest.raises(ValueError, match=r"none of the families with sites for das .*Candidates, layers.*layer\.0"):
+        petl_ext.attach(bert, DASConfig())
+    attachment = petl_ext.attach(bert, DASConfig(sites=[r"encoder\.layer\.\d"]))
+    assert attachment.layers == tuple(f"encoder.layer.{index}" for index in range(3))
+    assert bert.encoder.layer[0].bypass.down.shape == (192, DIM)
+    attachment.skip([0, 2])
+    assert bert(input_ids=torch.ones(1, 4, dtype=torch.long)).last_hidden_state.shape == (1, 4, DIM)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bottleneck": -1}, "bottleneck must be a positive integer, or 0, got -1"),
+        ({"bypass_bottleneck": 0}, "bottleneck must be a positive integer, got 0"),
+        ({"skip": [-1]}, r"skip must be a list of the layers' indices, got \[-1\]"),
+        ({"skip": 3}, "skip must be a list of the layers' indices, got 3"),
+        ({"permanent": True}, "permanent must be False, or True with layers in skip, got True"),
+        ({"activation": "tanh"}, "activation must be"),
+        ({"sites": ["("]}, "not a regular expression"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DASConfig(**options)
+
+
+def test_wrong_layers_are_refused_and_change_nothing():
+    _, attachment = attached("vilt")
+    attachment.skip([1])
+    for wrong in ([3], [-1], ["vilt.encoder.layer.9"], [True], [1.0]):
+        with pytest.raises(ValueError, match="expected indices below 3 or names of layers, got"):
+            attachment.skip(wrong)
+    assert attachment.skipped == (1,)
+    attachment.skip([])
+    with pytest.raises(ValueError, match="none of the 3 layers is skipped"):
+        attachment.remove_skipped()
+    with attachment.disable(), pytest.raises(RuntimeError, match="skip: the attachment is disabled"):
+        attachment.skip([1])
+    fresh = make_model("vilt")
+    before = snapshot(fresh)
+    with pytest.raises(ValueError, match="expected indices below 3"):
+        petl_ext.attach(fresh, DASConfig(skip=[7]))
+    assert snapshot(fresh) == before
+    with pytest.raises(ValueError, match="nothing in ViltForQuestionAnswering with the pattern 'nowhere'"):
+        petl_ext.attach(fresh, DASConfig(sites=["nowhere"]))
+    assert snapshot(fresh) == before
+
+
+def test_a_configuration_can_skip_from_the_start():
+    model = make_model("vilt")
+    attachment = petl_ext.attach(model, DASConfig(bottleneck=4, skip=[2, 0, 2]))
+    assert attachment.skipped == (0, 2)
+    removed = make_model("vilt")
+    config = dataclasses.replace(attachment.config, permanent=True)
+    assert petl_ext.attach(removed, config).config == config
+    assert not hasattr(removed.vilt.encoder.layer[0], "attention")
+
+
+def test_the_report_tells_which_layers_run():
+    _, attachment = attached("vilt")
+    attachment.skip([1])
+    rows = {row.site: row for row in attachment.report(tokens=10).rows}
+    assert rows["vilt.encoder.layer.0.bypass"].reason == "its layer is not skipped"
+    assert rows["vilt.encoder.layer.1.adapter"].reason == "its layer is skipped"
+    assert rows["vilt.encoder.layer.1.bypass"].macs == 2 * 10 * DIM * 8
+    assert rows["vilt.encoder.layer.1.output.adapter"].macs == 0
+    assert attachment.report(tokens=10).macs == 3 * 2 * 10 * DIM * 8
+
+
+def test_a_skipping_model_takes_no_second_attachment():
+    model, _ = attached("vilt")
+    with pytest.raises(ValueError, match="already attached"):
+        petl_ext.attach(model, APTConfig())
