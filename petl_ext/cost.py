@@ -128,7 +128,7 @@ def count_macs(model, inputs):
 
     positional, named = _arguments(inputs)
     register_flop_formulas()
-    counter = FlopCounterMode(display=False, custom_mapping=_unknown_to_torch())
+    counter = FlopCounterMode(display=False, custom_mapping=_formulas_for_torch())
     with _left_as_it_was(model), counter, _flops_by_module(model, counter) as flops:
         model(*positional, **named)
 
@@ -188,11 +188,15 @@ def _adapter_backward_flops(dout, x, norm_weight, norm_bias, down, *rest, **_):
     return 2 * (2 + needs_dx + 2 * needs_dweights) * prod(x[:-1]) * prod(down)
 
 
-def _unknown_to_torch():
-    """Formulas for torch's own ops that its counter passes over in silence, for this count alone."""
+def _formulas_for_torch():
+    """For this count alone: torch's counter passes over some of torch's ops in silence, and that of torch 2.11 raises
+    at fused attention in which several query heads share a key."""
     aten = torch.ops.aten
     return {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten._scaled_dot_product_flash_attention: _attention_flops,
+        aten._scaled_dot_product_efficient_attention: _attention_flops,
+        aten._scaled_dot_product_cudnn_attention: _attention_flops,
         aten.mv: lambda matrix, vector, **_: 2 * prod(matrix),
         aten.addmv: lambda added, matrix, vector, **_: 2 * prod(matrix),
         aten.dot: lambda left, right, **_: 2 * prod(left),

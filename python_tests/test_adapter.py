@@ -491,14 +491,37 @@ def test_other_wrong_arguments(dtype, device):
             case.call(ops.adapter)
 
 
-def test_residual_in_another_dtype():
-    problem = make_problem(30, 64, 10, residual="other")
-    problem = problem.change(residual=problem.tensors["residual"].bfloat16())
+def test_residual_in_another_dtype(place):
+    problem = make_problem(30, 64, 10, residual="other").on(place)
+    residual = problem.tensors["residual"].bfloat16().requires_grad_()
+    apart = problem.change(residual=None)
     for function in (ops.adapter, ops.adapter_reference):
-        with pytest.raises(
-            RuntimeError, match=r"residual must have the dtype of x, .*[Ff]loat.*, got .*[Bb][Ff]loat16"
-        ):
-            problem.call(function)
+        out = problem.change(residual=residual).call(function)
+        assert out.dtype is torch.float32
+        assert torch.equal(out, residual + apart.call(function))
+        out.sum().backward()
+        assert residual.grad.dtype is torch.bfloat16 and torch.equal(residual.grad, torch.ones_like(residual))
+        residual.grad = None
+    with pytest.raises(RuntimeError, match=r"residual must have shape \[30, 64\], got \[1, 64\]"):
+        problem.change(residual=residual[:1]).call(ops.adapter)
+    with pytest.raises(RuntimeError, match="residual must have the dtype of x"):
+        weights = [problem.tensors.get(name) for name in ("down", "down_bias", "up", "up_bias")]
+        torch.ops.petl_ext.adapter_forward(
+            problem.tensors["x"], residual, None, None, *weights, None, 1.0, 1e-5, "relu"
+        )
+
+
+def test_autocast_multiplies_in_its_dtype_and_leaves_the_stream_alone(place):
+    problem = make_problem(30, 64, 10, **FORMS["bypass"]).on(place)
+    x, apart = problem.tensors["x"], replace(problem, residual_is_input=False)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        out, reference = problem.call(ops.adapter), problem.call(ops.adapter_reference)
+        alone = apart.call(ops.adapter)
+    assert (out.dtype, reference.dtype, alone.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+    assert torch.equal(out, x + apart.change(x=x.bfloat16()).call(ops.adapter))
+    exact = problem.call(ops.adapter)
+    torch.testing.assert_close(out, exact, rtol=0.02, atol=0.02 * exact.abs().max().item())
+    torch.testing.assert_close(reference, exact, rtol=0.02, atol=0.02 * exact.abs().max().item())
 
 
 def test_tensors_on_two_devices():

@@ -13,9 +13,17 @@ from transformers import BertConfig, BertModel, Trainer, TrainingArguments, Vilt
 import petl_ext
 from petl_ext import APTConfig, ClassifierOnlyConfig
 
-every_method = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.method)
+every_method = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.placement or config.method)
 every_model = pytest.mark.parametrize("model_class", KEEP, ids=lambda model_class: model_class.__name__)
-methods_with_layers = pytest.mark.parametrize("config", CONFIGS[:2], ids=lambda config: config.method)
+methods_with_layers = pytest.mark.parametrize(
+    "config", [config for config in CONFIGS if config.placement], ids=lambda config: config.placement
+)
+
+
+def runs(config, name):
+    """Whether the parameter of that name takes part in the model's output."""
+    skipped = any(f"layer.{index}." in name for index in getattr(config, "skip", ()))
+    return (".bypass." in name) == skipped
 
 
 def attached(config, model_class=ViltForQuestionAnswering, seed=0):
@@ -52,13 +60,13 @@ def test_only_new_and_kept_parameters_train(config, model_class):
     optimizer = torch.optim.SGD(attachment.parameters(), lr=1.0)
     run(model, make_inputs(model)).square().sum().backward()
     optimizer.step()
-    trained = {name for name, _ in attachment.named_parameters()}
+    trained = {name for name, _ in attachment.named_parameters() if runs(config, name)}
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     if config.trains_all:
         assert trained == before.keys()
     else:
-        new = {name for name in trained if "apt" in name or "deep_prompts" in name}
+        new = {name for name in trained if name not in make_model(model_class).state_dict()}
         assert changed == trained
         assert trained - new == {n for n in before if any(f".{entry}." in f".{n}" for entry in KEEP[model_class])}
     assert changed <= trained
@@ -71,8 +79,8 @@ def test_backbone_keys_stay_and_new_ones_are_the_layers(config, model_class):
     model, _ = attached(config, model_class)
     added = [name for name in model.state_dict() if name not in keys]
     assert [name for name in model.state_dict() if name in keys] == keys
-    assert len(added) == LAYERS * len(NEW_KEYS.get(config.method, []))
-    assert all(name.endswith(tuple(NEW_KEYS.get(config.method, []))) for name in added)
+    assert len(added) == LAYERS * len(NEW_KEYS.get(config.placement, []))
+    assert all(name.endswith(tuple(NEW_KEYS.get(config.placement, []))) for name in added)
 
 
 @every_model
@@ -127,14 +135,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(config, reentrant):
     model, attachment = attached(config)
     model.train()
     calls = []
-    model.get_submodule(attachment.sites[0]).register_forward_hook(lambda *_: calls.append(1))
+    model.vilt.encoder.layer[1].intermediate.register_forward_hook(lambda *_: calls.append(1))
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         model.zero_grad()
         run(model, make_inputs(model)).square().sum().backward()
-        gradients.append([parameter.grad.clone() for parameter in attachment.parameters()])
+        gradients.append([p.grad.clone() for name, p in attachment.named_parameters() if runs(config, name)])
     assert len(calls) == 3  # once without checkpointing, twice with it
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(checkpointed, plain)
@@ -150,7 +158,7 @@ def test_autocast_trains_float32_layers(config):
     assert output.dtype is torch.bfloat16
     torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
     output.float().square().sum().backward()
-    for parameter in attachment.parameters():
+    for parameter in (p for name, p in attachment.named_parameters() if runs(config, name)):
         assert parameter.dtype is torch.float32
         assert parameter.grad.isfinite().all() and parameter.grad.any()
 

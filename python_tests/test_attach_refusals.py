@@ -54,7 +54,7 @@ def meta_projection(model):
         (own_forward, CONFIGS[0], [], "layer.1.attention.output has a forward of its own"),
         (integer_projection, CONFIGS[0], [], "layer.1.attention.output's weight is torch.int8"),
         (meta_projection, CONFIGS[0], [], "layer.1.attention.output's weight is on the meta device"),
-        (meta_projection, CONFIGS[2], ["dense"], "layer.1.attention.output.dense.* is on the meta device"),
+        (meta_projection, ClassifierOnlyConfig(), ["dense"], "layer.1.attention.output.dense.* is on the meta device"),
     ],
 )
 def test_a_refused_attach_changes_nothing(prepare, config, keep, message):

@@ -214,6 +214,17 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(query, memory, memory, is_causal=True, enable_gqa=True)
 
 
+class FusedAttention(nn.Module):
+    """What `Attention` runs on a GPU."""
+
+    def __init__(self, op, *options):
+        super().__init__()
+        self.op, self.options = op, options
+
+    def forward(self, query, memory):
+        return self.op(query, memory, memory, *self.options)
+
+
 class Vector(nn.Module):
     """Products with vectors: one by a matrix, one of two vectors, one added to something."""
 
@@ -238,6 +249,19 @@ HAND_COUNTED = {
     "adapter": (AdapterLayer(8, 3), torch.randn(2, 5, 8), 2 * 10 * 8 * 3),
     "apt": (APTLayer(8, 3, 2), (torch.randn(2, 5, 8),) * 2, 2 * 10 * 8 * 3 + 2 * 3 * 2 * 8),
 }
+
+
+FUSED_ATTENTION = {
+    "flash": FusedAttention(torch.ops.aten._scaled_dot_product_flash_attention),
+    "efficient": FusedAttention(torch.ops.aten._scaled_dot_product_efficient_attention, None, False),
+    "cudnn": FusedAttention(torch.ops.aten._scaled_dot_product_cudnn_attention, None, False),
+}
+
+
+@pytest.mark.parametrize("op", FUSED_ATTENTION)
+def test_fused_attention_with_shared_keys(op):
+    query, memory = torch.empty(3, 4, 5, 8, device="meta"), torch.empty(3, 2, 6, 8, device="meta")
+    assert count_macs(FUSED_ATTENTION[op], (query, memory)).total == 2 * 3 * 4 * 5 * 6 * 8
 
 
 @pytest.mark.parametrize("case", HAND_COUNTED)

@@ -9,7 +9,14 @@ from transformers import (
     ViltModel,
 )
 
-from petl_ext import APTConfig, ClassifierOnlyConfig, DeepPromptConfig, FullTuningConfig
+from petl_ext import (
+    AdapterConfig,
+    APTConfig,
+    ClassifierOnlyConfig,
+    DASConfig,
+    DeepPromptConfig,
+    FullTuningConfig,
+)
 
 TEXT, IMAGE, PATCH, DIM, LAYERS, LABELS = 6, 32, 8, 32, 2, 5
 TOKENS = TEXT + 1 + (IMAGE // PATCH) ** 2
@@ -24,12 +31,21 @@ KEEP = {
 CONFIGS = [
     APTConfig(num_prompts=5, rank=2),
     DeepPromptConfig(num_prompts=3),
+    AdapterConfig(bottleneck=6),
+    AdapterConfig(kind="parallel", bottleneck=6),
+    DASConfig(bottleneck=6, skip=[0]),
     ClassifierOnlyConfig(),
     FullTuningConfig(),
 ]
+_ADAPTER = ["down", "down_bias", "up", "up_bias"]
+_NORMED = [*_ADAPTER, "norm_weight", "norm_bias"]
+# What each layer of the model gets, by placement.
 NEW_KEYS = {
     "apt": ["attention.output.apt." + name for name in ("prompts", "down", "up", "log_scale")],
     "deep_prompts": ["attention.attention.deep_prompts.prompts"],
+    "sequential_adapter": [f"{site}.adapter.{name}" for site in ("attention.output", "output") for name in _ADAPTER],
+    "parallel_adapter": [f"attention.output.adapter.{name}" for name in _NORMED],
+    "bypass": [f"{layer}.{name}" for layer in ("bypass", "adapter", "output.adapter") for name in _NORMED],
 }
 
 

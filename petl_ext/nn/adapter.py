@@ -107,7 +107,8 @@ class AdapterLayer(nn.Module):
             nn.init.constant_(self.gain, self.scale)
 
     def forward(self, x, residual=None):
-        """x [..., D] to the new output [..., D] in x's dtype; a given `residual` is added in place of x."""
+        """x [..., D] to the new output [..., D] in the dtype that `ops.adapter` says; a given `residual` is added in
+        place of x."""
         if residual is None and self.residual:
             residual = x
         arguments = {

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from petl_ext.ops.library import raise_no_kernel
+from petl_ext.ops.library import as_autocast_wants, raise_no_kernel
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
@@ -54,8 +54,6 @@ def _check(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, ga
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != shape:
             raise RuntimeError(f"adapter: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
-    if residual is not None and residual.dtype != x.dtype:
-        raise RuntimeError(f"adapter: residual must have the dtype of x, {x.dtype}, got {residual.dtype}")
 
 
 def _split(scale):
@@ -83,9 +81,9 @@ def adapter_reference(
         dropout: probability that a hidden unit is set to zero after its activation.
 
     Raises:
-        RuntimeError: a shape, the activation or the residual's dtype is not as `adapter` says.
+        RuntimeError: a shape or the activation is not as `adapter` says.
     """
-    gain, _ = _split(scale)
+    x, gain = as_autocast_wants(x), _split(scale)[0]
     _check(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, activation)
 
     def as_x(tensor):
@@ -97,13 +95,16 @@ def adapter_reference(
     hidden = ACTIVATIONS[activation](F.linear(hidden, as_x(down), as_x(down_bias)))
     hidden = F.dropout(hidden, dropout, training=dropout > 0)
     added = F.linear(hidden, as_x(up), as_x(up_bias)) * (scale if gain is None else as_x(gain))
-    return (added if residual is None else residual + added).to(x.dtype)
+    added = added.to(x.dtype)
+    return added if residual is None else residual + added
 
 
 @torch.library.register_fake("petl_ext::adapter_forward")
 def _(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, scale, eps, activation):
     weights = (norm_weight, norm_bias, down, down_bias, up, up_bias, gain)
     _check(x, residual, *weights, activation)
+    if residual is not None and residual.dtype != x.dtype:
+        raise RuntimeError(f"adapter: residual must have the dtype of x, {x.dtype}, got {residual.dtype}")
     devices = {str(tensor.device) for tensor in (x, residual, *weights) if tensor is not None}
     if len(devices) > 1:
         raise RuntimeError(f"adapter: all arguments must be on one device, got {', '.join(sorted(devices))}")
@@ -199,22 +200,29 @@ def adapter(
         norm_weight: [D]; where it is given, LayerNorm over the last axis comes first.
         norm_bias: [D], given with norm_weight.
         eps: LayerNorm's.
-        residual: shaped as x and in its dtype, or None. `residual=x` makes the sequential adapter: its gradient joins
-            that of x without another pass.
+        residual: shaped as x, or None. `residual=x` makes the sequential adapter: its gradient joins that of x without
+            another pass. In another dtype than x it is added outside of the kernel.
 
-    Each tensor is float32, bfloat16 or float16, in any mixture but for the residual; hidden units and sums are float32.
-    Where a tensor is float64, the reference computes. Autocast changes nothing: x is taken in its own dtype.
+    Each tensor is float32, bfloat16 or float16, in any mixture; hidden units and sums are float32. Where a tensor is
+    float64, the reference computes. Under autocast a float32 x is rounded to autocast's dtype, as for torch.matmul; a
+    residual is not, so that a stream in float32 stays one.
 
     On CUDA, D is a multiple of 8 up to 8192 and B at most 512; x and the residual are copied where they are not
     contiguous in rows or not aligned to 16 bytes.
 
     Returns:
-        [..., D], contiguous, in the dtype of x.
+        [..., D], in the dtype of x (under autocast, in autocast's), or in what that and the residual's promote to.
 
     Raises:
         RuntimeError: a shape, dtype, device or activation is not as above.
         NotImplementedError: there is no kernel for the tensors' device.
     """
+    is_input, x = residual is x, as_autocast_wants(x)
+    if residual is not None and residual.dtype != x.dtype and residual.is_floating_point():
+        added = adapter(x, down, down_bias, up, up_bias, scale, activation, norm_weight, norm_bias, eps)
+        if residual.shape != x.shape:
+            raise RuntimeError(f"adapter: residual must have shape {list(x.shape)}, got {list(residual.shape)}")
+        return residual + added
     gain, number = _split(scale)
     weights = (norm_weight, norm_bias, down, down_bias, up, up_bias, gain)
     tensors = [tensor for tensor in (x, residual, *weights) if tensor is not None]
@@ -223,6 +231,5 @@ def adapter(
             x, down, down_bias, up, up_bias, scale, activation, norm_weight, norm_bias, eps, residual
         )
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        is_input = residual is x
         return _Adapter.apply(x, None if is_input else residual, is_input, *weights, number, eps, activation)
     return torch.ops.petl_ext.adapter_forward(x, residual, *weights, number, eps, activation)

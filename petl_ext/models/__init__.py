@@ -1,0 +1,34 @@
+"""Models that Hugging Face transformers lacks."""
+
+try:
+    import transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise ImportError('petl_ext.models needs transformers: pip install "petl_ext[hf]"') from error
+
+from petl_ext.models.meter import (
+    MeterConfig,
+    MeterForImageAndTextRetrieval,
+    MeterForImagesAndTextClassification,
+    MeterForQuestionAnswering,
+    MeterForVisualEntailment,
+    MeterFusionLayer,
+    MeterModel,
+    MeterModelOutput,
+    MeterPreTrainedModel,
+    resize_position_embeddings,
+)
+
+__all__ = [
+    "MeterConfig",
+    "MeterForImageAndTextRetrieval",
+    "MeterForImagesAndTextClassification",
+    "MeterForQuestionAnswering",
+    "MeterForVisualEntailment",
+    "MeterFusionLayer",
+    "MeterModel",
+    "MeterModelOutput",
+    "MeterPreTrainedModel",
+    "resize_position_embeddings",
+]
