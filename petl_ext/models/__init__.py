@@ -7,6 +7,7 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError('petl_ext.models needs transformers: pip install "petl_ext[hf]"') from error
 
+from petl_ext.models.checkpoints import CheckpointReport, KeyOutcome, load_meter_checkpoint, load_vilt_checkpoint
 from petl_ext.models.meter import (
     MeterConfig,
     MeterForImageAndTextRetrieval,
@@ -21,6 +22,8 @@ from petl_ext.models.meter import (
 )
 
 __all__ = [
+    "CheckpointReport",
+    "KeyOutcome",
     "MeterConfig",
     "MeterForImageAndTextRetrieval",
     "MeterForImagesAndTextClassification",
@@ -30,5 +33,7 @@ __all__ = [
     "MeterModel",
     "MeterModelOutput",
     "MeterPreTrainedModel",
+    "load_meter_checkpoint",
+    "load_vilt_checkpoint",
     "resize_position_embeddings",
 ]
