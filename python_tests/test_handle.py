@@ -12,6 +12,7 @@ from transformers import BertConfig, BertModel, ViltModel
 import petl_ext
 from petl_ext import APTConfig, ClassifierOnlyConfig, DeepPromptConfig, FullTuningConfig
 from petl_ext.attach import folder as folder_module
+from petl_ext.cost import count_macs
 from petl_ext.ops import cpu_path
 
 KEPT = 2565
@@ -35,6 +36,21 @@ def test_report_counts_every_site_and_kept_module():
     assert report.trained == sum(p.numel() for p in attachment.parameters()) == LAYERS * 289 + KEPT
     assert report.total == sum(p.numel() for p in model.parameters())
     assert attachment.report().macs is None
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.placement or config.method)
+def test_counted_macs_are_those_of_the_formulas(config):
+    model, attachment = attached(config)
+    inputs = make_inputs(model, batch=1)
+    counted, computed = attachment.report(inputs=inputs), attachment.report(tokens=TOKENS)
+    assert [row.macs for row in counted.rows] == [row.macs for row in computed.rows]
+    assert counted.rows == computed.rows
+    with attachment.disable():
+        assert counted.backbone_macs == count_macs(model, inputs).total
+        assert attachment.report(inputs=inputs).macs == 0
+    assert f"MACs added for these inputs, {counted.macs / counted.backbone_macs:.2%} of the backbone's" in str(counted)
+    with pytest.raises(ValueError, match="give tokens or inputs, not both"):
+        attachment.report(tokens=TOKENS, inputs=inputs)
 
 
 def test_report_prints_a_table():

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 
 import pytest
+import tiny_meter
 import torch
 from tiny_families import DIM, FAMILIES, LAYERS, make_inputs, make_model, run
 from tiny_vilt import randomise, snapshot
@@ -11,6 +12,7 @@ from transformers import BertConfig, BertModel
 
 import petl_ext
 from petl_ext import APTConfig, DASConfig
+from petl_ext.cost import count_macs
 from petl_ext.ops import adapter_reference
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -401,6 +403,29 @@ def test_the_report_tells_which_layers_run():
     assert rows["vilt.encoder.layer.1.bypass"].macs == 2 * 10 * DIM * 8
     assert rows["vilt.encoder.layer.1.output.adapter"].macs == 0
     assert attachment.report(tokens=10).macs == 3 * 2 * 10 * DIM * 8
+
+
+def test_what_each_layer_costs_and_its_bypass_saves():
+    model, attachment = attached("meter")
+    inputs = make_inputs(model, batch=1)
+    attachment.skip([4])
+    report = attachment.report(inputs=inputs)
+    costs = report.layer_costs
+    assert attachment.skipped == (4,) and costs == attachment.layer_costs(inputs)
+    assert tuple(costs.layers) == attachment.layers
+    with attachment.disable():
+        assert costs.backbone == count_macs(model, inputs).total
+    for skipped in ([], [1], [0, 3, 5], range(6)):
+        attachment.skip(skipped)
+        assert count_macs(model, inputs).total == round(costs.ratio(skipped) * costs.backbone)
+    text, image = (costs.layers[name][1] for name in (attachment.layers[0], attachment.layers[3]))
+    assert (text, image) == (2 * 6 * DIM * 12, 2 * tiny_meter.IMAGE_TOKENS * DIM * 12)
+    assert "layer that can be skipped" in str(report) and f"{costs.savings[0]:,}" in str(report)
+    attachment.remove_skipped()
+    removed = attachment.report(inputs=inputs)
+    assert removed.layer_costs is None and removed.backbone_macs is None and removed.macs > 0
+    with pytest.raises(RuntimeError, match="removed for good"):
+        attachment.layer_costs(inputs)
 
 
 def test_a_skipping_model_takes_no_second_attachment():

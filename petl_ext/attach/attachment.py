@@ -15,7 +15,7 @@ from petl_ext.attach.folder import Saved, write_folder
 from petl_ext.attach.report import Report, ReportRow
 from petl_ext.attach.selection import is_part
 from petl_ext.attach.site import composed
-from petl_ext.cost import count_parameters
+from petl_ext.cost import count_macs, count_parameters
 
 logger = logging.getLogger("petl_ext")
 
@@ -68,20 +68,29 @@ class Attachment:
         """The parameters of `named_parameters`, as an optimiser takes them."""
         return (parameter for _, parameter in self.named_parameters())
 
-    def report(self, tokens=None):
+    def report(self, tokens=None, inputs=None):
         """A `Report`: every site, its parameters, the MACs that it adds, which kernel runs there and, if none, why.
 
         Args:
             tokens: rows N of the sequence that the encoder sees (ViLT: text, image class token and patches), for
-                which MACs are counted.
+                which MACs follow from formulas.
+            inputs: in its place, what `petl_ext.cost.count_macs` takes: the model runs, and MACs are counted. Models
+                whose sites see sequences of different lengths, such as METER, need it.
+
+        Raises:
+            ValueError: both are given.
         """
         self._check_attached()
-        rows = [self._site_row(place, tokens) for place in self._places]
-        rows += [self._kept_row(entry) for entry in self.keep]
-        if self.config.trains_all:
-            rows = [ReportRow("the whole model", "its own", count_parameters(self.model)[0], 0, "none", ADDS_NOTHING)]
-        title = f"{self.config} on {type(self.model).__name__}"
-        return Report(title, rows, *count_parameters(self.model), tokens)
+        if tokens is not None and inputs is not None:
+            raise ValueError("report: give tokens or inputs, not both")
+        if inputs is not None:
+            return self._counted_report(inputs)
+
+        def macs_of(place, layer):
+            idle = self._disabled or self._idle(place)
+            return None if tokens is None else 0 if idle else place.site_class.macs(layer, tokens)
+
+        return self._report(macs_of, None if tokens is None else f"a sequence of {tokens} tokens")
 
     def save(self, folder):
         """Writes the new layers and the kept modules, nothing else of the model, and how to attach them.
@@ -160,13 +169,38 @@ class Attachment:
         """What is saved, by state-dict name: new layers and kept modules, buffers too."""
         return {name: tensor for name, tensor in self.model.state_dict().items() if self._owns(name)}
 
-    def _site_row(self, place, tokens):
+    def _counted_report(self, inputs):
+        attached, backbone = count_macs(self.model, inputs), self._count_backbone(inputs)
+
+        def macs_of(place, _):
+            return place.site_class.counted_macs(place, attached, backbone)
+
+        total = None if backbone is None else backbone.total
+        return self._report(macs_of, "these inputs", total, self._count_layers(inputs, backbone))
+
+    def _report(self, macs_of, counted_for, backbone_macs=None, layer_costs=None):
+        rows = [self._site_row(place, macs_of) for place in self._places]
+        rows += [self._kept_row(entry) for entry in self.keep]
+        trained, total = count_parameters(self.model)
+        if self.config.trains_all:
+            rows = [ReportRow("the whole model", "its own", trained, 0, "none", ADDS_NOTHING)]
+        title = f"{self.config} on {type(self.model).__name__}"
+        return Report(title, rows, trained, total, counted_for, backbone_macs, layer_costs)
+
+    def _site_row(self, place, macs_of):
         layer = self.model.get_submodule(place.layer_name)
         idle = "disabled" if self._disabled else self._idle(place)
-        macs = None if tokens is None else 0 if idle else place.site_class.macs(layer, tokens)
         kernel, reason = ("none", idle) if idle else place.site_class.kernel(layer)
         size = sum(parameter.numel() for parameter in layer.parameters())
-        return ReportRow(place.layer_name, type(layer).__name__, size, macs, kernel, reason)
+        return ReportRow(place.layer_name, type(layer).__name__, size, macs_of(place, layer), kernel, reason)
+
+    def _count_backbone(self, inputs):
+        with self.disable():
+            return count_macs(self.model, inputs)
+
+    def _count_layers(self, inputs, backbone):
+        """The `LayerCosts`, where layers can be skipped."""
+        return None
 
     def _idle(self, place):
         """Why the layer does not run, or an empty string."""

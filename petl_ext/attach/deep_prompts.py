@@ -79,6 +79,10 @@ class DeepPromptSelfAttention(Site):
         return deep_prompt_macs(tokens, dim, num_prompts)
 
     @staticmethod
+    def counted_macs(place, attached, backbone):
+        return attached.of(place.name) - backbone.of(place.name)
+
+    @staticmethod
     def kernel(layer):
         return "none", "deep prompts are plain PyTorch"
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 COLUMNS = ("site", "layer", "parameters", "MACs", "kernel", "because")
+LAYER_COLUMNS = ("layer that can be skipped", "MACs", "its bypass", "saved", "of the backbone")
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,7 @@ class ReportRow:
         site: the dotted name of the new layer, or the entry.
         layer: what was put there, or "kept": the model's own parameters, which train.
         parameters: how many train.
-        macs: multiply-accumulates added for one sequence; None where the number of tokens is not known.
+        macs: multiply-accumulates added; None where it is not known for what.
         kernel: what computes there: "apt (cpu, avx512)", "reference" or "none", as where the layer does not run now.
         reason: why it is not a kernel.
     """
@@ -25,6 +26,39 @@ class ReportRow:
     kernel: str
     reason: str
 
+    def cells(self):
+        macs = "?" if self.macs is None else f"{self.macs:,}"
+        return self.site, self.layer, f"{self.parameters:,}", macs, self.kernel, self.reason
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """Multiply-accumulates of a model whose layers can be skipped, counted for some inputs.
+
+    Attributes:
+        backbone: of the bare model.
+        unskipped: with what is attached, and no layer skipped.
+        layers: {dotted name: (the layer's, its adapters included; its bypass's)}, in the order of the layers.
+    """
+
+    backbone: int
+    unskipped: int
+    layers: dict
+
+    @property
+    def savings(self):
+        """What skipping each layer takes off."""
+        return tuple(layer - bypass for layer, bypass in self.layers.values())
+
+    def ratio(self, skipped):
+        """Of the model with the layers of these indices skipped to the bare backbone."""
+        return (self.unskipped - sum(self.savings[layer] for layer in skipped)) / self.backbone
+
+    def cells(self):
+        for name, (layer, bypass) in self.layers.items():
+            saved = layer - bypass
+            yield name, f"{layer:,}", f"{bypass:,}", f"{saved:,}", f"{saved / self.backbone:.2%}"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -34,33 +68,41 @@ class Report:
         title: the configuration and the model's class.
         rows: a list of `ReportRow`.
         trained, total: parameters of the model, those shared between modules once.
-        tokens: rows of a sequence for which MACs are counted, or None.
+        counted_for: what MACs are counted for, in words, or None.
+        backbone_macs: multiply-accumulates of the bare model, where they have been counted.
+        layer_costs: a `LayerCosts`, where layers can be skipped and inputs were given.
     """
 
     title: str
     rows: list
     trained: int
     total: int
-    tokens: int | None
+    counted_for: str | None = None
+    backbone_macs: int | None = None
+    layer_costs: LayerCosts | None = None
 
     @property
     def macs(self):
-        """Multiply-accumulates added for one sequence of `tokens` rows by all sites, or None."""
-        return None if self.tokens is None else sum(row.macs for row in self.rows)
+        """Multiply-accumulates added by all sites, or None."""
+        return None if self.counted_for is None else sum(row.macs for row in self.rows)
 
     def __str__(self):
-        cells = [COLUMNS, *(_cells(row) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
         share = self.trained / self.total if self.total else 0
-        summary = f"{self.trained:,} of {self.total:,} parameters train ({share:.2%})"
-        if self.tokens is None:
-            macs = "MACs: give report(tokens=...)"
-        else:
-            macs = f"{self.macs:,} MACs added for a sequence of {self.tokens} tokens"
-        return "\n".join([self.title, *lines, f"{summary}; {macs}"])
+        summary = f"{self.trained:,} of {self.total:,} parameters train ({share:.2%}); {self._macs_text()}"
+        lines = [self.title, *_table([COLUMNS, *(row.cells() for row in self.rows)]), summary]
+        if self.layer_costs is not None:
+            lines += ["", *_table([LAYER_COLUMNS, *self.layer_costs.cells()])]
+        return "\n".join(lines)
+
+    def _macs_text(self):
+        if self.counted_for is None:
+            return "MACs: give report(tokens=...) or report(inputs=...)"
+        text = f"{self.macs:,} MACs added for {self.counted_for}"
+        if self.backbone_macs is None:
+            return text
+        return f"{text}, {self.macs / self.backbone_macs:.2%} of the backbone's {self.backbone_macs:,}"
 
 
-def _cells(row):
-    macs = "?" if row.macs is None else f"{row.macs:,}"
-    return row.site, row.layer, f"{row.parameters:,}", macs, row.kernel, row.reason
+def _table(rows):
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

@@ -65,6 +65,11 @@ class Site(nn.Module):
         raise NotImplementedError
 
     @staticmethod
+    def counted_macs(place, attached, backbone):
+        """The same from two `MacCount`s: of the model and of the bare backbone, which may be None."""
+        return attached.of(place.layer_name)
+
+    @staticmethod
     def kernel(layer):
         """(what computes the layer, why it is not a kernel)."""
         raise NotImplementedError

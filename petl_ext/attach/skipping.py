@@ -4,7 +4,9 @@ import dataclasses
 from contextlib import contextmanager
 
 from petl_ext.attach.attachment import Attachment
+from petl_ext.attach.report import LayerCosts
 from petl_ext.attach.skippable import SkippableLayer, strip
+from petl_ext.cost import count_macs
 
 
 class SkippingAttachment(Attachment):
@@ -81,6 +83,23 @@ class SkippingAttachment(Attachment):
         self._removed = True
         self.config = dataclasses.replace(self.config, permanent=True)
 
+    def layer_costs(self, inputs):
+        """Multiply-accumulates of every layer, of its bypass and of the bare backbone.
+
+        Args:
+            inputs: what `petl_ext.cost.count_macs` takes.
+
+        Returns:
+            A `LayerCosts`.
+
+        Raises:
+            RuntimeError: the model is disabled, or skipped layers have been removed.
+            ValueError: the layers' savings do not add up, as where a layer contains another one.
+        """
+        self._check_attached()
+        self._check_switchable("layer_costs")
+        return self._count_layers(inputs, self._count_backbone(inputs))
+
     @contextmanager
     def disable(self):
         self._check_attached()
@@ -101,6 +120,27 @@ class SkippingAttachment(Attachment):
         for name in self.layers:
             vars(self._layer(name)).pop("skipped", None)
         super().detach()
+
+    def _count_backbone(self, inputs):
+        return None if self._removed else super()._count_backbone(inputs)
+
+    def _count_layers(self, inputs, backbone):
+        if self._removed or self._disabled:
+            return None
+        before = self.skipped
+        try:
+            self.skip(())
+            whole = count_macs(self.model, inputs)
+            self.skip(self.layers)
+            bypassed = count_macs(self.model, inputs)
+        finally:
+            self.skip(before)
+        costs = LayerCosts(
+            backbone.total, whole.total, {name: (whole.of(name), bypassed.of(name)) for name in self.layers}
+        )
+        if whole.total - sum(costs.savings) != bypassed.total:
+            raise ValueError("layer_costs: what the layers save does not add up; does a layer contain another one?")
+        return costs
 
     def _remains(self, place, skipped):
         inside = any(f"{place.name}.".startswith(f"{name}.") for name in skipped)
