@@ -107,10 +107,12 @@ class SkippingAttachment(Attachment):
         before = self.skipped
         if not self._disabled:
             self.skip(())
-        with super().disable():
-            yield self
-        if self._is_attached() and not self._disabled:
-            self.skip(before)
+        try:
+            with super().disable():
+                yield self
+        finally:
+            if self._is_attached() and not self._disabled:
+                self.skip(before)
 
     def detach(self):
         self._check_attached()

@@ -3,7 +3,6 @@
 import math
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -12,29 +11,36 @@ COLUMNS = (
     "trained parameters",
     "of these new",
     "added MACs",
+    "all MACs",
     "accuracy",
     "training step",
     "inference per image",
 )
+GATES = "gates.png"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one method cost and learned. MACs per question, accuracies in [0, 1], times in seconds."""
+    """What one method cost and learned.
+
+    MACs are per question: those added, by formula, and all that the model needs, counted, over the bare backbone's.
+    Accuracies are in [0, 1], times in seconds.
+    """
 
     name: str
     trained: int
     new: int
     macs: int
+    all_macs: float
     accuracy: float
     by_type: dict
     step: float
     inference: float
 
     @classmethod
-    def of(cls, name, report, accuracy, by_type, step, inference):
+    def of(cls, name, report, all_macs, score, step, inference):
         new = sum(row.parameters for row in report.rows if row.layer not in ("kept", "its own"))
-        return cls(name, report.trained, new, report.macs, accuracy, by_type, step, inference)
+        return cls(name, report.trained, new, report.macs, all_macs, *score, step, inference)
 
     @property
     def standard_error(self):
@@ -47,19 +53,25 @@ class Measured:
             f"{self.trained:,}",
             f"{self.new:,}",
             f"{self.macs / 1e6:.2f} M",
+            f"{self.all_macs:.1%}",
             f"{self.accuracy:.1%} ± {self.standard_error:.1%}",
             f"{1e3 * self.step:.0f} ms",
             f"{1e6 * self.inference:.0f} µs",
         )
 
 
-def write_report(folder, measured, size, seed):
-    """Writes report.md and two charts to `folder`; returns the report's text."""
-    folder = Path(folder)
-    text = "\n\n".join([_introduction(size, seed), _table(measured), _types_table(measured), _charts()]) + "\n"
-    (folder / "report.md").write_text(text, encoding="utf-8")
-    _draw_costs(measured, folder / "accuracy.png")
-    _draw_types(measured, folder / "types.png")
+def write_report(run, measured, searched):
+    """Writes report.md and the charts below `run.output`; returns the report's text.
+
+    Args:
+        searched: those `Trained` that a search came before; the picture is the first one's.
+    """
+    parts = [_introduction(run.size, run.seed), _table(measured), *map(_search, searched), _types_table(measured)]
+    text = "\n\n".join([*parts, _charts()]) + "\n"
+    (run.output / "report.md").write_text(text, encoding="utf-8")
+    _draw_costs(measured, run.output / "accuracy.png")
+    _draw_types(measured, run.output / "types.png")
+    searched[0].search.plot(run.output / GATES)
     return text
 
 
@@ -72,12 +84,26 @@ A ViLT of 0.9 million parameters, pre-trained on captions and object tags of suc
 about {scenes["test"]:,} pictures of other handwritten digits, ± one standard error of that sample.
 
 Every method also trains the classifier, the pooler and the token-type embeddings. Learning rates were chosen on the
-validation split (`petl-ext demo --tune`). Times are medians of turns in one process with one thread and batches of
-{size.batch} (torch {torch.__version__}, {platform.machine()}); a training step is forward, backward and optimiser."""
+validation split (`petl-ext demo --tune`). Added MACs: by formula, of the new layers that run, for one question; all
+MACs: of the whole model, counted, over those of the bare backbone. Times are medians of turns in one process with one
+thread and batches of {size.batch} (torch {torch.__version__}, {platform.machine()}); a training step is forward,
+backward and optimiser."""
 
 
 def _table(measured):
     return _markdown([COLUMNS, *(one.cells() for one in measured)])
+
+
+def _search(trained):
+    search = trained.search
+    layers = len(search.layers)
+    preferences = ", ".join(f"{preference:+.3f}" for preference in search.bandit.preferences)
+    return f"""{trained.method.name}: layer {", ".join(map(str, search.selection()))}, counted from 0, found by `DepthSearch` in {search.step} steps
+with {len(search.history)} updates (preferences for skipping layers 0 to {layers - 1}: {preferences}). The search took
+{trained.search_seconds:.0f} s, the training after it, from the pre-trained weights again and without the skipped layer,
+{trained.seconds:.0f} s.
+
+![preferences for skipping over training steps]({GATES})"""
 
 
 def _types_table(measured):
