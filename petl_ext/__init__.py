@@ -1,5 +1,7 @@
 """Fused kernels for parameter- and computation-efficient transfer of vision-language models."""
 
+import importlib
+
 from petl_ext import ops
 
 # The function takes the name of the package petl_ext.attach, from which everything can still be imported.
@@ -16,6 +18,7 @@ from petl_ext.attach import (
     load,
 )
 from petl_ext.nn import AdapterLayer, APTLayer
+from petl_ext.search import DepthSearch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,9 +30,20 @@ __all__ = [
     "ClassifierOnlyConfig",
     "DASConfig",
     "DeepPromptConfig",
+    "DepthSearch",
     "FullTuningConfig",
     "SkippingAttachment",
     "attach",
     "load",
     "ops",
 ]
+
+# They need more than torch.
+_ON_DEMAND = ("hf", "models")
+
+
+def __getattr__(name):
+    """Makes `petl_ext.hf` and others work without an import of their own."""
+    if name in _ON_DEMAND:
+        return importlib.import_module(f"petl_ext.{name}")
+    raise AttributeError(f"module 'petl_ext' has no attribute {name!r}")

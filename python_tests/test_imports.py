@@ -114,3 +114,14 @@ print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     outside = set(output.split()) - sys.stdlib_module_names - {"petl_ext", "torch"}
     assert outside == set()
+
+
+def test_parts_that_need_more_than_torch_are_there_on_demand():
+    script = """
+import sys
+import petl_ext
+assert "transformers" not in sys.modules
+assert petl_ext.hf.SearchCallback and petl_ext.models.MeterModel and petl_ext.cost.count_macs
+assert not hasattr(petl_ext, "nothing")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

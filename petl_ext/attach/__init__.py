@@ -13,7 +13,7 @@ from petl_ext.attach.config import (
     DeepPromptConfig,
     FullTuningConfig,
 )
-from petl_ext.attach.report import Report, ReportRow
+from petl_ext.attach.report import LayerCosts, Report, ReportRow
 from petl_ext.attach.skipping import SkippingAttachment
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "DASConfig",
     "DeepPromptConfig",
     "FullTuningConfig",
+    "LayerCosts",
     "Report",
     "ReportRow",
     "SkippingAttachment",

@@ -38,7 +38,8 @@ class LayerCosts:
     Attributes:
         backbone: of the bare model.
         unskipped: with what is attached, and no layer skipped.
-        layers: {dotted name: (the layer's, its adapters included; its bypass's)}, in the order of the layers.
+        layers: {dotted name: [the layer's, its adapters included; its bypass's]}, in the order of the layers; ready
+            for JSON.
     """
 
     backbone: int

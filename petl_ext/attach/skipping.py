@@ -25,7 +25,7 @@ class SkippingAttachment(Attachment):
         self.layers = tuple(place.name for place in places)
         self._rewire = places[0].site_class.rewire
         self._removed = False
-        super().__init__(model, dataclasses.replace(config, skip=(), permanent=False), keep, kept, layers)
+        super().__init__(model, config, keep, kept, layers)
         try:
             self.skip(config.skip)
             if config.permanent:
@@ -33,6 +33,16 @@ class SkippingAttachment(Attachment):
         except BaseException:
             self.detach()
             raise
+
+    @property
+    def config(self):
+        """The `DASConfig`, with the layers that are skipped now."""
+        return dataclasses.replace(self._config, skip=self.skipped, permanent=self._removed)
+
+    @config.setter
+    def config(self, config):
+        # Made anew when it is asked for: its checks take longer than a change of layers, which every step may bring.
+        self._config = config
 
     @property
     def skipped(self):
@@ -55,7 +65,6 @@ class SkippingAttachment(Attachment):
         for name in self.layers:
             self._layer(name).skipped = name in chosen
         self._rewire_stacks()
-        self.config = dataclasses.replace(self.config, skip=self.skipped)
 
     def remove_skipped(self):
         """Deletes the weights of the skipped layers and the bypasses of all others, for good.
@@ -81,7 +90,6 @@ class SkippingAttachment(Attachment):
         for name in skipped:
             strip(self._layer(name))
         self._removed = True
-        self.config = dataclasses.replace(self.config, permanent=True)
 
     def layer_costs(self, inputs):
         """Multiply-accumulates of every layer, of its bypass and of the bare backbone.
@@ -138,7 +146,7 @@ class SkippingAttachment(Attachment):
         finally:
             self.skip(before)
         costs = LayerCosts(
-            backbone.total, whole.total, {name: (whole.of(name), bypassed.of(name)) for name in self.layers}
+            backbone.total, whole.total, {name: [whole.of(name), bypassed.of(name)] for name in self.layers}
         )
         if whole.total - sum(costs.savings) != bypassed.total:
             raise ValueError("layer_costs: what the layers save does not add up; does a layer contain another one?")

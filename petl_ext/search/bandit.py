@@ -1,0 +1,199 @@
+"""A k-armed bandit over subsets of its arms. It knows no model."""
+
+import math
+import random
+import sys
+
+REDRAWS = 100
+
+
+def _log_sigmoid(preferences):
+    return [min(g, 0.0) - math.log1p(math.exp(-abs(g))) for g in preferences]
+
+
+def _log_softmax(preferences):
+    largest = max(preferences)
+    log_sum = largest + math.log(sum(math.exp(g - largest) for g in preferences))
+    return [g - log_sum for g in preferences]
+
+
+LOG_PROBABILITIES = {"sigmoid": _log_sigmoid, "softmax": _log_softmax}
+
+
+class Bandit:
+    """Preferences g for arms 0, 1, ... (DAS, arXiv 2309.01479): a larger one makes the arm likelier to be drawn.
+
+    A draw depends on the preferences, the seed and the number of draws before it, and on nothing else: not on torch's
+    generators, the device or the number of processes. Without replacement its law is that of drawing one arm after the
+    other with weights p, as torch.multinomial does: arms in ascending order of independent Exponential(p) numbers.
+    These are compared by their logarithms, so that preferences of any size draw as they should.
+
+    Args:
+        num_arms: how many arms.
+        seed: an integer.
+        step_size: factor of every update.
+        probability: "sigmoid": p_i = sigmoid(g_i), which need not sum to 1, or "softmax".
+        temperature: p comes from g / temperature.
+        baseline: whether the mean reward is subtracted from the rewards of an update.
+
+    Attributes:
+        preferences: list of floats, all 0 at the start.
+        draws: how many random orders of the arms have been drawn.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(self, num_arms, seed=0, step_size=1.0, probability="sigmoid", temperature=1.0, baseline=True):
+        if type(num_arms) is not int or num_arms < 1:
+            raise ValueError(f"Bandit: num_arms must be a positive integer, got {num_arms!r}")
+        if type(seed) is not int:
+            raise ValueError(f"Bandit: seed must be an integer, got {seed!r}")
+        for name, value in (("step_size", step_size), ("temperature", temperature)):
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"Bandit: {name} must be a positive number, got {value!r}")
+        if probability not in LOG_PROBABILITIES:
+            raise ValueError(f'Bandit: probability must be "sigmoid" or "softmax", got {probability!r}')
+        self.seed = seed
+        self.step_size = step_size
+        self.probability = probability
+        self.temperature = temperature
+        self.baseline = baseline
+        self.preferences = [0.0] * num_arms
+        self.draws = 0
+
+    @property
+    def num_arms(self):
+        return len(self.preferences)
+
+    @property
+    def probabilities(self):
+        """p, one float per arm."""
+        return [math.exp(value) for value in self._log_probabilities()]
+
+    def ranking(self):
+        """All arms, the largest preference first; of equal ones the lower index."""
+        return sorted(range(self.num_arms), key=lambda arm: -self.preferences[arm])
+
+    def order(self, uniform=False):
+        """All arms in a new random order: its first m are a draw of m without replacement.
+
+        Args:
+            uniform: whether all arms are equally likely instead of as their probabilities say.
+        """
+        return self._order(self._generator(), uniform)
+
+    def draw(self, size=1, replacement=False, uniform=False):
+        """A tuple of `size` arms, ascending; with replacement an arm can occur more than once.
+
+        Raises:
+            ValueError: without replacement, size is more than there are arms.
+        """
+        if not replacement and size > self.num_arms:
+            raise ValueError(f"Bandit: {size} different arms asked for, there are {self.num_arms}")
+        generator = self._generator()
+        if replacement:
+            return tuple(sorted(self._order(generator, uniform)[0] for _ in range(size)))
+        return tuple(sorted(self._order(generator, uniform)[:size]))
+
+    def draw_distinct(self, count, take):
+        """A list of `count` subsets, no two the same.
+
+        Each is redrawn until it differs from those before it, as in DAS; after 100 attempts in vain, which only very
+        unequal preferences cause, the best by preference of the others is taken instead.
+
+        Args:
+            take: makes an order of arms into a subset, a tuple, or into None where these arms cannot make one. A
+                subset must not contain another one.
+
+        Raises:
+            ValueError: there are fewer different subsets.
+        """
+        subsets = []
+        while len(subsets) < count:
+            attempts = (take(self.order()) for _ in range(REDRAWS))
+            subset = next((s for s in attempts if s not in subsets), None)
+            if subset is None:
+                subset = self._best_but(subsets, take)
+            if subset is None:
+                raise ValueError(f"Bandit: {count} different subsets asked for, there are only {len(subsets)}")
+            subsets.append(subset)
+        return subsets
+
+    def best_distinct(self, count, take):
+        """The list of the `count` best different subsets by preference, shorter where there are fewer."""
+        subsets = []
+        while len(subsets) < count and (subset := self._best_but(subsets, take)) is not None:
+            subsets.append(subset)
+        return subsets
+
+    def update(self, subsets, rewards):
+        """g_i += step_size * (R_j - mean R) * p_i * (1 - p_i) for every subset j and every arm i in it.
+
+        p is that before the update; without a baseline, R_j itself stands in place of the difference.
+
+        Raises:
+            ValueError: not one finite reward per subset, or an arm that there is not. Nothing has changed.
+        """
+        if len(subsets) != len(rewards) or not subsets:
+            raise ValueError(f"Bandit: one reward per subset, got {len(rewards)} for {len(subsets)} subsets")
+        if not all(math.isfinite(reward) for reward in rewards):
+            raise ValueError(f"Bandit: rewards must be finite, got {rewards}")
+        if not all(arm in range(self.num_arms) for subset in subsets for arm in subset):
+            raise ValueError(f"Bandit: arms are 0 to {self.num_arms - 1}, got {subsets}")
+        slopes = [p * (1 - p) for p in self.probabilities]
+        mean = math.fsum(rewards) / len(rewards) if self.baseline else 0.0
+        for subset, reward in zip(subsets, rewards, strict=True):
+            for arm in subset:
+                self.preferences[arm] += self.step_size * (reward - mean) * slopes[arm]
+
+    def state_dict(self):
+        """All that the future depends on, ready for JSON."""
+        return {**self._settings(), "preferences": list(self.preferences), "draws": self.draws}
+
+    def load_state_dict(self, state):
+        """The inverse of `state_dict`.
+
+        Raises:
+            ValueError: the state is of a bandit with other arguments. Nothing has changed.
+        """
+        settings = {name: value for name, value in state.items() if name not in ("preferences", "draws")}
+        if settings != self._settings() or len(state["preferences"]) != self.num_arms:
+            raise ValueError(f"Bandit: expected a state of {self._settings()}, found {settings}")
+        self.preferences = list(state["preferences"])
+        self.draws = state["draws"]
+
+    def __repr__(self):
+        settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
+        return f"Bandit({settings}, draws={self.draws})"
+
+    def _settings(self):
+        names = ("num_arms", "seed", "step_size", "probability", "temperature", "baseline")
+        return {name: getattr(self, name) for name in names}
+
+    def _log_probabilities(self):
+        return LOG_PROBABILITIES[self.probability]([g / self.temperature for g in self.preferences])
+
+    def _generator(self):
+        self.draws += 1
+        return random.Random(f"{self.seed}/{self.draws}")
+
+    def _order(self, generator, uniform):
+        rates = [0.0] * self.num_arms if uniform else self._log_probabilities()
+        # Python promises that random() stays the same in later versions, and of expovariate() it does not.
+        waits = [max(-math.log1p(-generator.random()), sys.float_info.min) for _ in rates]
+        keys = [math.log(wait) - rate for wait, rate in zip(waits, rates, strict=True)]
+        return sorted(range(self.num_arms), key=keys.__getitem__)
+
+    def _best_but(self, subsets, take, banned=frozenset()):
+        """The best subset by preference that is none of `subsets` and has no banned arm, or None.
+
+        Complete: of a subset that is taken already, any other one lacks some arm, and each is banned in turn, the least
+        preferred first. Finite: what lacks that arm is another subset, so there are as many levels as subsets.
+        """
+        ranking = [arm for arm in self.ranking() if arm not in banned]
+        best = take(ranking)
+        if best is None or best not in subsets:
+            return best
+        others = (self._best_but(subsets, take, banned | {arm}) for arm in ranking[::-1] if arm in best)
+        return next((other for other in others if other is not None), None)
