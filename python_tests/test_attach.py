@@ -11,7 +11,7 @@ from tiny_vilt import CONFIGS, KEEP, LABELS, LAYERS, NEW_KEYS, make_inputs, make
 from transformers import BertConfig, BertModel, Trainer, TrainingArguments, ViltForQuestionAnswering
 
 import petl_ext
-from petl_ext import APTConfig, ClassifierOnlyConfig
+from petl_ext import APTConfig, ClassifierOnlyConfig, DASConfig
 
 every_method = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.placement or config.method)
 every_model = pytest.mark.parametrize("model_class", KEEP, ids=lambda model_class: model_class.__name__)
@@ -312,8 +312,19 @@ def free_port():
 
 
 def gradients_of(model, attachment, seed):
-    run(model, make_inputs(attachment.model, seed)).square().mean().backward()
-    return {name: parameter.grad.clone() for name, parameter in attachment.named_parameters()}
+    """Of one step, or with layers that can be skipped of several, each of which skips other ones."""
+    skips = [[0], [1], []] if hasattr(attachment, "skip") else [None]
+    gradients = {}
+    for skip in skips:
+        if skip is not None:
+            attachment.skip(skip)
+        model.zero_grad()
+        run(model, make_inputs(attachment.model, seed)).square().mean().backward()
+        for name, parameter in attachment.named_parameters():
+            # Where ranks share gradients, a parameter that did not run has one of zeros.
+            found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients[f"{name} with {skip} skipped"] = found.clone()
+    return gradients
 
 
 def train_rank(rank, port, config, folder):
@@ -327,13 +338,16 @@ def data_parallel_gradients(config, seed):
     """In a function of its own, so that the wrapper is gone before its process group: as the last owner of the group
     it would destroy it with the interpreter's lock held, for which gloo's thread may be waiting."""
     model, attachment = attached(config)
-    return gradients_of(torch.nn.parallel.DistributedDataParallel(model), attachment, seed)
+    changes = config.placement == "bypass"
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=changes)
+    return gradients_of(wrapped, attachment, seed)
 
 
-def test_data_parallel_ranks_share_gradients(tmp_path):
-    torch.multiprocessing.spawn(train_rank, (free_port(), CONFIGS[0], tmp_path), nprocs=2)
+@pytest.mark.parametrize("config", [CONFIGS[0], DASConfig(bottleneck=6)], ids=lambda config: config.placement)
+def test_data_parallel_ranks_share_gradients(config, tmp_path):
+    torch.multiprocessing.spawn(train_rank, (free_port(), config, tmp_path), nprocs=2)
     shared = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    alone = [gradients_of(*attached(CONFIGS[0]), seed=10 + rank) for rank in range(2)]
+    alone = [gradients_of(*attached(config), seed=10 + rank) for rank in range(2)]
     for name, gradient in shared[0].items():
         assert torch.equal(gradient, shared[1][name])
         torch.testing.assert_close(gradient, (alone[0][name] + alone[1][name]) / 2)

@@ -19,7 +19,8 @@ LEVELS = [
     {"attach", "models"},
     {"tasks", "search"},
     {""},
-    {"hf", "peft", "patch", "demo"},
+    {"hf", "peft", "patch"},
+    {"demo"},
     {"cli"},
     {"__main__"},
 ]
