@@ -220,6 +220,9 @@ def test_apt_in_a_post_norm_encoder_named_by_sites():
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
     bert = BertModel(BertConfig(vocab_size=50, max_position_embeddings=10, **sizes)).eval()
+    attachment = petl_ext.attach(bert, APTConfig())
+    assert attachment.sites == tuple(f"encoder.layer.{index}.attention.output" for index in range(3))
+    attachment.detach()
     bert.config.model_type = "my_bert"
     with pytest.raises(
         ValueError, match=r"none of the families with sites for apt \(vilt, .*encoder.layer.0.attention.output"

@@ -10,7 +10,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_example(tmp_path, monkeypatch, capsys):
     files = write_digits(tmp_path / "digits", {"train": 60}, progress=False)["train"]
-    example, handle = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    example, handle, search = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     ours = {
         "dandelin/vilt-b32-mlm": BACKBONE,
         "v2_OpenEnded_mscoco_train2014_questions.json": files.questions,
@@ -31,3 +31,17 @@ def test_example(tmp_path, monkeypatch, capsys):
     exec(handle, names)
     assert "attention.output" in capsys.readouterr().out  # the report
     assert names["model"].state_dict().keys().isdisjoint(name for name in trained if ".apt." in name)
+    ours = {
+        "num_skip=4": "num_skip=1, warmup_steps=0, interval=1",
+        "vocabulary, annotations)": ours["vocabulary, annotations)"],
+    }
+    for theirs, mine in ours.items():
+        assert theirs in search, f"README no longer has {theirs}"
+        search = search.replace(theirs, mine)
+    exec(search, names)
+    assert (tmp_path / "gates.png").stat().st_size > 10_000
+    assert len(names["search"].history) == 2
+    (skipped,) = names["search"].selection()
+    assert f"vilt.encoder.layer.{skipped}.bypass" in capsys.readouterr().out
+    layer = names["model"].vilt.encoder.layer[skipped]
+    assert [name for name, _ in layer.named_children()] == ["bypass"]
