@@ -2,7 +2,9 @@
 
 import argparse
 import importlib.util
+import json
 import platform
+import sys
 from importlib import metadata
 
 import torch
@@ -10,9 +12,11 @@ import torch
 import petl_ext
 
 OPTIONAL_PACKAGES = ("transformers", "peft", "diffusers", "triton", "cupy")
-
-
 DEMO_MODULES = ("transformers", "accelerate", "PIL", "sklearn", "matplotlib", "tqdm")
+DAS_OUTPUT = (
+    "Prints one line of JSON: what DASConfig(skip=...) takes, and the share of the bare backbone's "
+    "multiply-accumulates that remains. Writes search.json, which DepthSearch.from_json reads, and gates.png."
+)
 
 
 def _require(modules, extra):
@@ -54,29 +58,91 @@ def info():
     return "\n".join([*lines, f"GPUs: {', '.join(gpus) or 'none'}"])
 
 
-def _parser():
-    parser = argparse.ArgumentParser(prog="petl-ext", description=petl_ext.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, kernels, CPU path, GPUs")
-    demo = commands.add_parser("demo", help="fine-tune a small ViLT on pictures of handwritten digits, by each method")
-    demo.add_argument("--output", default="demo_out", help="folder for data, report and charts (default: %(default)s)")
-    demo.add_argument("--quick", action="store_true", help="fewer steps: a minute, and lower accuracies")
-    demo.add_argument("--tune", action="store_true", help="instead, compare learning rates on the validation split")
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--no-progress", action="store_true", help="without progress bars")
-    return parser
+def _run_info(_):
+    print(info())
 
 
-def main(arguments=None):
-    options = _parser().parse_args(arguments)
-    if options.command == "info":
-        print(info())
-        return
-    _require(DEMO_MODULES, "demo")
+def _run_demo(options):
     from petl_ext.demo import run_demo, tune
 
     common = {"seed": options.seed, "progress": not options.no_progress}
     print(tune(options.output, **common) if options.tune else run_demo(options.output, options.quick, **common))
+
+
+def _run_depth_search(options):
+    from petl_ext.demo.search import DigitsDepthSearch
+    from petl_ext.demo.training import Run, size_of
+
+    given = {"num_skip": options.num_skip, "max_macs": options.max_macs}
+    goal = {name: value for name, value in given.items() if value is not None} or {"num_skip": 1}
+    size = size_of(options.quick, options.steps)
+    try:
+        run = Run.prepare(options.output, size, options.seed, not options.no_progress)
+        search = DigitsDepthSearch.prepare(run, goal, options.resume)
+    except (ValueError, OSError) as error:
+        _exit(2, error)
+    if options.resume and search.checkpoint is None:
+        print(f"petl-ext: no interrupted search in {options.output}; begins anew", file=sys.stderr)
+    search.train()
+    print(json.dumps(search.result()))
+
+
+def _exit(status, message):
+    print(f"petl-ext: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="petl-ext", description=petl_ext.__doc__)
+    parser.set_defaults(modules=(), after_interrupt="")
+    commands = parser.add_subparsers(required=True, metavar="{info,demo,search}")
+    commands.add_parser("info", help="versions, kernels, CPU path, GPUs").set_defaults(run=_run_info)
+    _add_demo(commands)
+    _add_searches(commands)
+    return parser
+
+
+def _add_demo(commands):
+    demo = commands.add_parser("demo", help="fine-tune a small ViLT on pictures of handwritten digits, by each method")
+    demo.add_argument("--tune", action="store_true", help="instead, compare learning rates on the validation split")
+    _add_digits_options(demo, "folder for data, report and charts")
+    demo.set_defaults(run=_run_demo, modules=DEMO_MODULES)
+
+
+def _add_searches(commands):
+    search = commands.add_parser("search", help="choose what of a model a task needs; alone, lists the searches")
+    search.set_defaults(run=lambda _: search.print_help())
+    searches = search.add_subparsers(title="what can be searched", metavar="SEARCH")
+    _add_depth_search(searches)
+
+
+def _add_depth_search(searches):
+    summary = "the layers of the demo's ViLT that its task does not need: dynamic architecture skipping"
+    das = searches.add_parser("das", help=summary, description=f"Finds {summary}. {DAS_OUTPUT}")
+    goal = das.add_mutually_exclusive_group()
+    goal.add_argument("--num-skip", type=int, metavar="N", help="layers to skip (default: 1)")
+    goal.add_argument("--max-macs", type=float, metavar="F", help="instead, the share of the bare MACs that may remain")
+    das.add_argument("--steps", type=int, metavar="N", help="training steps (default: as the demo's search has)")
+    das.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+    _add_digits_options(das, "folder for data, checkpoints and results")
+    hint = "; the same command with --resume goes on from the last checkpoint"
+    das.set_defaults(run=_run_depth_search, modules=DEMO_MODULES, after_interrupt=hint)
+
+
+def _add_digits_options(parser, output):
+    parser.add_argument("--output", default="demo_out", help=f"{output} (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="few steps on little data, to see it run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-progress", action="store_true", help="without progress bars")
+
+
+def main(arguments=None):
+    options = _parser().parse_args(arguments)
+    _require(options.modules, "demo")
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        _exit(130, f"interrupted{options.after_interrupt}")
 
 
 if __name__ == "__main__":

@@ -29,3 +29,27 @@ def test_unknown_command(capsys):
     with pytest.raises(SystemExit):
         main(["fly"])
     assert "invalid choice: 'fly'" in capsys.readouterr().err
+
+
+def test_search_alone_lists_the_searches(capsys):
+    main(["search"])
+    assert "das " in capsys.readouterr().out
+
+
+def test_unknown_search(capsys):
+    with pytest.raises(SystemExit) as refused:
+        main(["search", "width"])
+    assert refused.value.code == 2 and "invalid choice: 'width'" in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr("petl_ext.cli.DEMO_MODULES", ("torch", "no_such_module"))
+    with pytest.raises(SystemExit, match=r"no_such_module is not installed.*petl_ext\[demo\]"):
+        main(["search", "das"])
+
+
+def test_ctrl_c_has_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr("petl_ext.cli.info", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as interrupted:
+        main(["info"])
+    assert interrupted.value.code == 130 and capsys.readouterr().err == "petl-ext: interrupted\n"

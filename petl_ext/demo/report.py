@@ -60,18 +60,18 @@ class Measured:
         )
 
 
-def write_report(run, measured, searched):
+def write_report(run, measured, das):
     """Writes report.md and the charts below `run.output`; returns the report's text.
 
     Args:
-        searched: those `Trained` that a search came before; the picture is the first one's.
+        das: the `Trained` that a search came before.
     """
-    parts = [_introduction(run.size, run.seed), _table(measured), *map(_search, searched), _types_table(measured)]
+    parts = [_introduction(run.size, run.seed), _table(measured), _search(das), _types_table(measured)]
     text = "\n\n".join([*parts, _charts()]) + "\n"
     (run.output / "report.md").write_text(text, encoding="utf-8")
     _draw_costs(measured, run.output / "accuracy.png")
     _draw_types(measured, run.output / "types.png")
-    searched[0].search.plot(run.output / GATES)
+    das.search.plot(run.output / GATES)
     return text
 
 
@@ -84,24 +84,25 @@ A ViLT of 0.9 million parameters, pre-trained on captions and object tags of suc
 about {scenes["test"]:,} pictures of other handwritten digits, ± one standard error of that sample.
 
 Every method also trains the classifier, the pooler and the token-type embeddings. Learning rates were chosen on the
-validation split (`petl-ext demo --tune`). Added MACs: by formula, of the new layers that run, for one question; all
-MACs: of the whole model, counted, over those of the bare backbone. Times are medians of turns in one process with one
-thread and batches of {size.batch} (torch {torch.__version__}, {platform.machine()}); a training step is forward,
-backward and optimiser."""
+validation split (`petl-ext demo --tune`). Added MACs: of the new layers that run, for one question, by formula; all
+MACs: of the whole model for one question, counted, over those of the bare backbone. Times are medians of turns in one
+process with one thread and batches of {size.batch} (torch {torch.__version__}, {platform.machine()}); a training step
+is forward, backward and optimiser."""
 
 
 def _table(measured):
-    return _markdown([COLUMNS, *(one.cells() for one in measured)])
+    return markdown([COLUMNS, *(one.cells() for one in measured)])
 
 
 def _search(trained):
     search = trained.search
-    layers = len(search.layers)
-    preferences = ", ".join(f"{preference:+.3f}" for preference in search.bandit.preferences)
-    return f"""{trained.method.name}: layer {", ".join(map(str, search.selection()))}, counted from 0, found by `DepthSearch` in {search.step} steps
-with {len(search.history)} updates (preferences for skipping layers 0 to {layers - 1}: {preferences}). The search took
-{trained.search_seconds:.0f} s, the training after it, from the pre-trained weights again and without the skipped layer,
-{trained.seconds:.0f} s.
+    last, updates = len(search.layers) - 1, len(search.history)
+    preferences = ", ".join(f"{preference:+.2f}" for preference in search.bandit.preferences)
+    share = trained.search_seconds / trained.seconds
+    return f"""{trained.name}: in brackets the layer, counted from 0, that `DepthSearch` chose in {search.step} steps
+with {updates} updates; the preferences for skipping layers 0 to {last} are {preferences}. The search took
+{share:.0%} of the time of the training that followed, from the pre-trained weights and without the skipped layer. There
+are only {last + 1} layers to choose from: `python -m petl_ext.demo.every_layer` trains with each of them skipped.
 
 ![preferences for skipping over training steps]({GATES})"""
 
@@ -111,10 +112,10 @@ def _types_table(measured):
     majority = [f"{measured[0].by_type[kind].majority:.0%}" for kind in types]
     rows = [[one.name, *(f"{one.by_type[kind].accuracy:.0%}" for kind in types)] for one in measured]
     header = "Accuracy by type of question, beside that of always giving the type's most frequent answer:"
-    return f"{header}\n\n" + _markdown([("method", *types), ("most frequent answer", *majority), *rows])
+    return f"{header}\n\n" + markdown([("method", *types), ("most frequent answer", *majority), *rows])
 
 
-def _markdown(rows):
+def markdown(rows):
     header, *body = rows
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -127,13 +128,20 @@ def _charts():
 def _draw_costs(measured, path):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(xscale="log", xlabel="trained parameters", ylabel="accuracy on the test split, %")
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    over_parameters, over_macs = figure.subplots(1, 2, sharey=True)
     for one in measured:
-        error = 100 * one.standard_error
-        axes.errorbar(one.trained, 100 * one.accuracy, yerr=error, fmt="o", capsize=3, label=one.name)
-    axes.margins(x=0.1, y=0.1)
-    axes.legend()
+        look = {"yerr": 100 * one.standard_error, "fmt": "o", "capsize": 3, "label": one.name}
+        over_parameters.errorbar(one.trained, 100 * one.accuracy, **look)
+        over_macs.errorbar(100 * one.all_macs, 100 * one.accuracy, **look)
+    over_parameters.set(xscale="log", xlabel="trained parameters", ylabel="accuracy on the test split, %")
+    over_macs.set(xlabel="MACs of the whole model, % of the bare backbone's")
+    for axes in (over_parameters, over_macs):
+        axes.margins(x=0.1, y=0.1)
+        axes.grid(color="0.92")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    over_macs.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.savefig(path, dpi=120)
 
 
@@ -141,7 +149,7 @@ def _draw_types(measured, path):
     from matplotlib.figure import Figure
 
     types = list(measured[0].by_type)
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 5), layout="constrained")
     axes = figure.add_subplot(ylabel="accuracy on the test split, %")
     width = 0.8 / len(measured)
     for index, one in enumerate(measured):
@@ -150,6 +158,8 @@ def _draw_types(measured, path):
     for place, kind in enumerate(types):
         rate = 100 * measured[0].by_type[kind].majority
         axes.plot([place - 0.42, place + 0.42], [rate, rate], "k--", label="" if place else "most frequent answer")
-    axes.set_xticks(range(len(types)), types, rotation=20, ha="right")
-    axes.legend(fontsize="small", ncols=2)
+    axes.set_xticks(range(len(types)), types)
+    axes.margins(x=0.02)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.savefig(path, dpi=120)

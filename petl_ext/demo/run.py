@@ -12,12 +12,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, Trainer
 
-from petl_ext import AdapterConfig, APTConfig, ClassifierOnlyConfig, DASConfig, DeepPromptConfig, FullTuningConfig
+from petl_ext import AdapterConfig, APTConfig, ClassifierOnlyConfig, DeepPromptConfig, FullTuningConfig
 from petl_ext.attach.attachment import Attachment
 from petl_ext.cost import count_macs
 from petl_ext.demo.report import Measured, write_report
-from petl_ext.demo.search import new_depth_search, train_search
-from petl_ext.demo.training import Method, Run, one_quiet_thread, size_of
+from petl_ext.demo.search import DAS, find_layers
+from petl_ext.demo.training import BOTTLENECK, Method, Run, one_quiet_thread, size_of
 from petl_ext.search import DepthSearch
 from petl_ext.tasks.vqa import accuracy_by_type
 
@@ -25,8 +25,6 @@ TIMED_ROUNDS = 15
 # What --tune tries: the learning rate of the classifier, and that of what a method trains besides the head.
 HEAD_RATES = (2e-3, 5e-3, 1e-2, 2e-2)
 RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 1e-2, 2e-2)
-# An eighth of the model's width, as in the papers.
-BOTTLENECK = 16
 
 METHODS = (
     Method("classifier only", ClassifierOnlyConfig(), 0.0, 5e-3),
@@ -35,7 +33,7 @@ METHODS = (
     Method("APT, 200 prompts", APTConfig(num_prompts=200), 4e-3, 1e-2),
     Method("adapter", AdapterConfig(bottleneck=BOTTLENECK), 1e-2, 5e-3),
     Method("parallel adapter", AdapterConfig(kind="parallel", bottleneck=BOTTLENECK), 4e-3, 5e-3),
-    Method("DAS, 1 of 4 layers skipped", DASConfig(bottleneck=BOTTLENECK), 4e-3, 5e-3, num_skip=1),
+    DAS,
     Method("full tuning", FullTuningConfig(), 5e-4, 5e-3),
     Method("full, not pre-trained", FullTuningConfig(), 2e-4, 2e-3, pretrained=False),
 )
@@ -80,7 +78,7 @@ def run_demo(output="demo_out", quick=False, seed=0, progress=True):
         run = Run.prepare(output, size_of(quick), seed, progress)
         trained = [train(method, run) for method in tqdm(METHODS, desc="methods", disable=not progress)]
         measured = _measure(trained, run)
-    return write_report(run, measured, [one for one in trained if one.search])
+    return write_report(run, measured, next(one for one in trained if one.search))
 
 
 def tune(output="demo_out", seed=0, progress=True):
@@ -105,7 +103,7 @@ def tune(output="demo_out", seed=0, progress=True):
 def train(method, run):
     """Trains one method, after the search where it has one."""
     start = time.perf_counter()
-    search = _search(method, run) if method.num_skip else None
+    search = find_layers(method, run) if method.num_skip else None
     if search is not None:
         method = replace(method, config=replace(method.config, skip=search.selection(), permanent=True))
     found = time.perf_counter()
@@ -116,12 +114,6 @@ def train(method, run):
     trainer.train()
     attachment.model.eval()
     return Trained(method, attachment, trainer, search, found - start, time.perf_counter() - found)
-
-
-def _search(method, run):
-    search = new_depth_search(method, run, method.num_skip)
-    train_search(search, method, run)
-    return search
 
 
 def _try_rates(method, score):
@@ -148,8 +140,9 @@ def _measure(trained, run):
     inference = _race([_inference(one, inputs) for one in trained])
     steps = _race([_training_step(one, data.batch("train", batch)) for one in trained])
     tokens = inputs["input_ids"].size(1) + 1 + 4  # text, the image's class token, patches
-    macs = [count_macs(one.attachment.model, inputs).total for one in trained]
-    bare = count_macs(run.attach(METHODS[0]).model, inputs).total
+    question = {name: tensor[:1] for name, tensor in inputs.items()}
+    macs = [count_macs(one.attachment.model, question).total for one in trained]
+    bare = count_macs(run.attach(METHODS[0]).model, question).total
     return [
         Measured.of(one.name, one.attachment.report(tokens), its_macs / bare, score, step, seconds / batch)
         for one, its_macs, score, step, seconds in zip(trained, macs, scores, steps, inference, strict=True)
