@@ -67,6 +67,11 @@ def test_a_refused_attach_changes_nothing(prepare, config, keep, message):
     assert snapshot(model) == before
 
 
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match=r"attach: model must be a torch\.nn\.Module, got str"):
+        petl_ext.attach("vilt", CONFIGS[0])
+
+
 def test_attaching_twice_names_what_is_there():
     model = make_model()
     petl_ext.attach(model, CONFIGS[0])

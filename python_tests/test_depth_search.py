@@ -30,7 +30,7 @@ class Layer(nn.Module):
         self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.noise = noise
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states) -> torch.Tensor:
         disturbance = self.noise * torch.randn_like(hidden_states)
         return hidden_states + self.down(self.up(self.norm(hidden_states)).tanh()) + disturbance
 

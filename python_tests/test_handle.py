@@ -48,9 +48,14 @@ def test_counted_macs_are_those_of_the_formulas(config):
     with attachment.disable():
         assert counted.backbone_macs == count_macs(model, inputs).total
         assert attachment.report(inputs=inputs).macs == 0
-    assert f"MACs added for these inputs, {counted.macs / counted.backbone_macs:.2%} of the backbone's" in str(counted)
+    assert f"{counted.macs:,} MACs in the new layers for these inputs, {counted.all_macs:,} in all, " in str(counted)
+    assert f"{counted.all_macs / counted.backbone_macs:.2%} of the backbone's" in str(counted)
+    if config.placement != "bypass":
+        assert counted.all_macs == counted.backbone_macs + counted.macs
     with pytest.raises(ValueError, match="give tokens or inputs, not both"):
         attachment.report(tokens=TOKENS, inputs=inputs)
+    with pytest.raises(ValueError, match="tokens must be a positive integer, got -5"):
+        attachment.report(tokens=-5)
 
 
 def test_report_prints_a_table():

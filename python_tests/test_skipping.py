@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import tiny_meter
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_families import DIM, FAMILIES, LAYERS, make_inputs, make_model, run
 from tiny_vilt import randomise, snapshot
 from transformers import BertConfig, BertModel
@@ -246,6 +247,78 @@ def check_it_reloads(family, model, attachment, expected, folder):
     assert torch.equal(run(other, inputs), expected)
 
 
+@pytest.mark.parametrize("family", ["bert", "t5", "llama"])
+def test_a_folder_without_layers_that_does_not_fit_changes_nothing(family, tmp_path):
+    attached(family, skip=[0], permanent=True)[1].save(tmp_path / "saved")
+    weights = tmp_path / "saved" / "petl_weights.safetensors"
+    tensors = load_file(weights)
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, weights)
+    model = make_model(family)
+    before, indices = snapshot(model), layer_indices(model)
+    with pytest.raises(ValueError, match=r"does not fit the model, 1 differences: .*bypass.*: missing"):
+        petl_ext.load(model, tmp_path / "saved")
+    assert (snapshot(model), layer_indices(model)) == (before, indices)
+    assert not any("skipped" in vars(module) for module in model.modules())
+    assert petl_ext.attach(model, DASConfig(bottleneck=4)).skipped == ()
+
+
+def test_saving_and_loading_while_disabled(tmp_path):
+    model, attachment = attached("vilt")
+    attachment.skip([1])
+    with attachment.disable():
+        attachment.save(tmp_path / "saved")
+        assert attachment.skipped == (1,)
+    fresh, other = attached("vilt")
+    randomise(other)
+    before = snapshot(fresh)
+    with other.disable(), pytest.raises(RuntimeError, match="load: the attachment is disabled"):
+        petl_ext.load(fresh, tmp_path / "saved")
+    assert snapshot(fresh) == before
+    assert petl_ext.load(fresh, tmp_path / "saved").skipped == (1,)
+    assert torch.equal(run(fresh, make_inputs(fresh)), run(model, make_inputs(model)))
+
+
+def test_loading_skips_that_there_are_not_changes_nothing(tmp_path):
+    attached("vilt")[1].save(tmp_path / "saved")
+    path = tmp_path / "saved" / "petl_config.json"
+    path.write_text(path.read_text().replace('"skip": []', '"skip": [99]'))
+    model, attachment = attached("vilt")
+    randomise(attachment)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="expected indices below 3"):
+        petl_ext.load(model, tmp_path / "saved")
+    assert snapshot(model) == before
+
+
+def test_a_detached_handle_says_so():
+    model, attachment = attached("t5")
+    attachment.skip([0])
+    before = snapshot(make_model("t5"))
+    with attachment.disable():
+        attachment.detach()
+    assert snapshot(model) == before
+    assert not any("skipped" in vars(module) for module in model.modules())
+    assert "skip=(0,)" in repr(attachment)
+    for act in (lambda: attachment.skip([0]), attachment.report, attachment.remove_skipped):
+        with pytest.raises(RuntimeError, match="has been detached from T5"):
+            act()
+
+
+def test_t5_lends_its_table_and_takes_it_back():
+    model, attachment = attached("t5")
+    attentions = [block.layer[0].SelfAttention for block in model.decoder.block]
+
+    def owners():
+        return [a.has_relative_attention_bias and hasattr(a, "relative_attention_bias") for a in attentions]
+
+    for skip, expected in (([3], [True, True, False]), ([3, 4], [True, False, True]), ([], [True, False, False])):
+        attachment.skip(skip)
+        assert owners() == expected
+        assert ["relative_attention_bias" in vars(a) for a in attentions] == [False, *expected[1:]]
+        assert sum("relative_attention_bias" in name for name in model.state_dict()) == 2
+
+
 @pytest.mark.parametrize("family", ["vilt", "t5"])
 def test_what_is_skipped_is_saved_and_loaded(family, tmp_path):
     model, attachment = attached(family)
@@ -362,11 +435,59 @@ def test_an_unknown_family_by_its_sites():
     assert bert(input_ids=torch.ones(1, 4, dtype=torch.long)).last_hidden_state.shape == (1, 4, DIM)
 
 
+class HandMade(torch.nn.Module):
+    """A layer of a model of one's own, whose first norm is that of a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.head_norm = torch.nn.LayerNorm(8)
+        self.norm = torch.nn.LayerNorm(DIM)
+        self.project = torch.nn.Linear(DIM, DIM)
+
+    def forward(self, hidden_states) -> torch.Tensor:
+        return hidden_states + self.project(self.norm(hidden_states))
+
+
+class Silent(HandMade):
+    def forward(self, hidden_states):
+        return (super().forward(hidden_states),)
+
+
+class Normless(torch.nn.Linear):
+    def forward(self, hidden_states) -> torch.Tensor:
+        return super().forward(hidden_states)
+
+
+def test_layers_of_ones_own_must_say_what_they_return():
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(HandMade() for _ in range(3))
+    attachment = petl_ext.attach(model, DASConfig(sites=[r"layers\.\d"], bypass_bottleneck=4, skip=[0]))
+    assert model.layers[0].bypass.down.shape == (4, DIM)
+    assert model.layers[0](torch.randn(2, 3, DIM)).shape == (2, 3, DIM)
+    attachment.detach()
+    model.layers[1] = Silent()
+    with pytest.raises(ValueError, match=r"pattern 'layers.1'. Candidates, .*declared -> torch.Tensor.*: layers.0, "):
+        petl_ext.attach(model, DASConfig(sites=["layers.0", "layers.1"]))
+    model.layers[1] = Normless(DIM, DIM)
+    with pytest.raises(ValueError, match=r"attach: layers.1: Normless holds no norm"):
+        petl_ext.attach(model, DASConfig(sites=[r"layers\.\d"]))
+
+
+def test_parts_of_a_layer_are_no_layers():
+    model = make_model("t5")
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError, match=r"matches nothing in T5.*Candidates, layers .*encoder.block.0, encoder.block.1"
+    ):
+        petl_ext.attach(model, DASConfig(sites=[r"layer\.\d+"]))
+    assert snapshot(model) == before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"bottleneck": -1}, "bottleneck must be a positive integer, or 0, got -1"),
-        ({"bypass_bottleneck": 0}, "bottleneck must be a positive integer, got 0"),
+        ({"bypass_bottleneck": 0}, "bypass_bottleneck must be a positive integer or None, got 0"),
         ({"skip": [-1]}, r"skip must be a list of the layers' indices, got \[-1\]"),
         ({"skip": 3}, "skip must be a list of the layers' indices, got 3"),
         ({"permanent": True}, "permanent must be False, or True with layers in skip, got True"),
@@ -384,6 +505,9 @@ def test_wrong_layers_are_refused_and_change_nothing():
     attachment.skip([1])
     for wrong in ([3], [-1], ["vilt.encoder.layer.9"], [True], [1.0]):
         with pytest.raises(ValueError, match="expected indices below 3 or names of layers, got"):
+            attachment.skip(wrong)
+    for wrong in (1, "vilt.encoder.layer.1"):
+        with pytest.raises(ValueError, match="expected a list of indices or names of layers, got"):
             attachment.skip(wrong)
     assert attachment.skipped == (1,)
     attachment.skip([])
@@ -428,6 +552,7 @@ def test_what_each_layer_costs_and_its_bypass_saves():
     attachment.skip([4])
     report = attachment.report(inputs=inputs)
     costs = report.layer_costs
+    assert report.all_macs == round(costs.ratio([4]) * costs.backbone)
     assert attachment.skipped == (4,) and costs == attachment.layer_costs(inputs)
     assert tuple(costs.layers) == attachment.layers
     with attachment.disable():
@@ -437,6 +562,8 @@ def test_what_each_layer_costs_and_its_bypass_saves():
         assert count_macs(model, inputs).total == round(costs.ratio(skipped) * costs.backbone)
     text, image = (costs.layers[name][1] for name in (attachment.layers[0], attachment.layers[3]))
     assert (text, image) == (2 * 6 * DIM * 12, 2 * tiny_meter.IMAGE_TOKENS * DIM * 12)
+    total = report.all_macs
+    assert f"{total:,} in all, {total / costs.backbone:.2%} of the backbone's" in str(report)
     assert "layer that can be skipped" in str(report) and f"{costs.savings[0]:,}" in str(report)
     attachment.remove_skipped()
     removed = attachment.report(inputs=inputs)

@@ -1,6 +1,9 @@
 """`attach` puts a method's layers into a model, `load` fills a model from a saved folder."""
 
+from contextlib import contextmanager
+
 import torch
+from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from petl_ext.attach.attachment import HANDLE, Attachment
@@ -32,10 +35,12 @@ def attach(model, config, keep=()):
         The `Attachment`; of a `DASConfig` a `SkippingAttachment`.
 
     Raises:
-        TypeError: config or keep is of the wrong type.
+        TypeError: model, config or keep is of the wrong type.
         ValueError: something matches nothing, nothing would train, or layers are there already. The model has not
             changed.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attach: model must be a torch.nn.Module, got {type(model).__name__}")
     if type(config) not in CONFIGS.values():
         known = ", ".join(known.__name__ for known in CONFIGS.values())
         raise TypeError(f"attach: config must be one of {known}, got {config!r}")
@@ -51,7 +56,8 @@ def attach(model, config, keep=()):
     with torch.inference_mode(False):
         layers = {place: place.site_class.new_layer(config, model, place) for place in places}
     kind = SkippingAttachment if isinstance(config, DASConfig) else Attachment
-    return kind(model, config, keep, kept, layers)
+    with _unchanged_on_error(model):
+        return kind(model, config, keep, kept, layers)
 
 
 def load(model, folder):
@@ -76,13 +82,36 @@ def load(model, folder):
     if attachment is not None:
         attachment._take_over(saved, folder)
         return attachment
-    attachment = attach(model, saved.config, saved.keep)
-    try:
+    with _unchanged_on_error(model):
+        attachment = attach(model, saved.config, saved.keep)
         attachment._fill(saved.tensors, folder)
-    except BaseException:
-        attachment.detach()
-        raise
     return attachment
+
+
+@contextmanager
+def _unchanged_on_error(model):
+    """Puts back all modules' classes, attributes and children, and requires_grad. What tensors hold is not kept."""
+    modules = [
+        (module, type(module), dict(vars(module)), [(v, dict(v)) for v in vars(module).values() if type(v) is dict])
+        for module in model.modules()
+    ]
+    required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, its_class, attributes, tables in modules:
+            module.__class__ = its_class
+            _refill(vars(module), attributes)
+            for table, entries in tables:
+                _refill(table, entries)
+        for parameter, required in required_grad:
+            parameter.requires_grad_(required)
+        raise
+
+
+def _refill(table, entries):
+    table.clear()
+    table.update(entries)
 
 
 def _check_free(model):

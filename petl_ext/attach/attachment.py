@@ -44,11 +44,7 @@ class Attachment:
             name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)
         }
         self._backbone_classes = {name: type(model.get_submodule(name)) for name in self.sites}
-        try:
-            self._install(layers)
-        except BaseException:
-            self._restore()
-            raise
+        self._install(layers)
         setattr(model, HANDLE, self)
 
     @property
@@ -78,11 +74,13 @@ class Attachment:
                 whose sites see sequences of different lengths, such as METER, need it.
 
         Raises:
-            ValueError: both are given.
+            ValueError: both are given, or tokens is no positive integer.
         """
         self._check_attached()
         if tokens is not None and inputs is not None:
             raise ValueError("report: give tokens or inputs, not both")
+        if tokens is not None and (type(tokens) is not int or tokens < 1):
+            raise ValueError(f"report: tokens must be a positive integer, got {tokens!r}")
         if inputs is not None:
             return self._counted_report(inputs)
 
@@ -175,17 +173,17 @@ class Attachment:
         def macs_of(place, _):
             return place.site_class.counted_macs(place, attached, backbone)
 
-        total = None if backbone is None else backbone.total
-        return self._report(macs_of, "these inputs", total, self._count_layers(inputs, backbone))
+        totals = {"all_macs": attached.total, "backbone_macs": None if backbone is None else backbone.total}
+        return self._report(macs_of, "these inputs", **totals, layer_costs=self._count_layers(inputs, backbone))
 
-    def _report(self, macs_of, counted_for, backbone_macs=None, layer_costs=None):
+    def _report(self, macs_of, counted_for, **counted):
         rows = [self._site_row(place, macs_of) for place in self._places]
         rows += [self._kept_row(entry) for entry in self.keep]
         trained, total = count_parameters(self.model)
         if self.config.trains_all:
             rows = [ReportRow("the whole model", "its own", trained, 0, "none", ADDS_NOTHING)]
         title = f"{self.config} on {type(self.model).__name__}"
-        return Report(title, rows, trained, total, counted_for, backbone_macs, layer_costs)
+        return Report(title, rows, trained, total, counted_for, **counted)
 
     def _site_row(self, place, macs_of):
         layer = self.model.get_submodule(place.layer_name)

@@ -127,7 +127,8 @@ class DASConfig(Config):
             2 x 96, METER: 3 x 96), or 192 where it loses none.
         skip: indices of the layers that are skipped now, in the order of `SkippingAttachment.layers`.
         permanent: whether the weights of these layers are removed from the model.
-        sites: regular expressions for the layers that can be skipped; None stands for the family's.
+        sites: regular expressions for the layers that can be skipped; None stands for the family's. A layer of a model
+            that is in no family's table must be declared `forward(self, hidden_states, ...) -> torch.Tensor`.
     """
 
     method: ClassVar[str] = "das"
@@ -147,6 +148,9 @@ class DASConfig(Config):
     def __post_init__(self):
         if type(self.bottleneck) is not int or self.bottleneck < 0:
             raise ValueError(f"DASConfig: bottleneck must be a positive integer, or 0, got {self.bottleneck!r}")
+        width = self.bypass_bottleneck
+        if width is not None and (type(width) is not int or width < 1):
+            raise ValueError(f"DASConfig: bypass_bottleneck must be a positive integer or None, got {width!r}")
         self.new_bypass(1, lost=1, device="meta")
         if not isinstance(self.skip, list | tuple) or not all(type(i) is int and i >= 0 for i in self.skip):
             raise ValueError(f"DASConfig: skip must be a list of the layers' indices, got {self.skip!r}")

@@ -15,7 +15,13 @@ from petl_ext.attach.adapter import (
 )
 from petl_ext.attach.apt import APTSelfOutput
 from petl_ext.attach.deep_prompts import DeepPromptSelfAttention
-from petl_ext.attach.skippable import SkippableLayer, SkippableLlamaLayer, SkippableT5Block, SkippableViltLayer
+from petl_ext.attach.skippable import (
+    DeclaredTensorLayer,
+    SkippableLayer,
+    SkippableLlamaLayer,
+    SkippableT5Block,
+    SkippableViltLayer,
+)
 
 # What a site can become, by placement (Config.placement); a pattern may match candidates of several.
 SITE_CLASSES = {
@@ -23,11 +29,9 @@ SITE_CLASSES = {
     "deep_prompts": (DeepPromptSelfAttention,),
     "sequential_adapter": (SequentialAdapterSelfOutput, SequentialAdapterOutput),
     "parallel_adapter": (ParallelAdapterSelfOutput, ParallelAdapterOutput),
-    "bypass": (SkippableLayer,),
+    "bypass": (DeclaredTensorLayer,),
     "das_adapter": (StreamAdapterBlock, StreamAdapterSelfOutput, ParallelAdapterOutput),
 }
-# Families whose layers return more than a tensor or bring their own norm.
-SKIPPABLE = {"vilt": SkippableViltLayer, "llama": SkippableLlamaLayer, "t5": SkippableT5Block}
 
 _LAYER = r"encoder\.layer\.\d+"
 _BERT = {
@@ -61,6 +65,11 @@ FAMILIES = {
     "t5": {"bypass": r"(encoder|decoder)\.block\.\d+"},
     "llama": {"bypass": r"layers\.\d+"},
 }
+
+
+# What the layers of each family become that can be skipped; some return more than a tensor or bring their own norm.
+_OF_THEIR_OWN = {"vilt": SkippableViltLayer, "llama": SkippableLlamaLayer, "t5": SkippableT5Block}
+SKIPPABLE = {family: (_OF_THEIR_OWN.get(family, SkippableLayer),) for family in FAMILIES}
 
 
 def family_of(model):

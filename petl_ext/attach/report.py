@@ -70,7 +70,8 @@ class Report:
         rows: a list of `ReportRow`.
         trained, total: parameters of the model, those shared between modules once.
         counted_for: what MACs are counted for, in words, or None.
-        backbone_macs: multiply-accumulates of the bare model, where they have been counted.
+        all_macs: multiply-accumulates of the model as it is, where inputs were given.
+        backbone_macs: of the bare model, likewise; None where layers have been removed for good.
         layer_costs: a `LayerCosts`, where layers can be skipped and inputs were given.
     """
 
@@ -79,12 +80,13 @@ class Report:
     trained: int
     total: int
     counted_for: str | None = None
+    all_macs: int | None = None
     backbone_macs: int | None = None
     layer_costs: LayerCosts | None = None
 
     @property
     def macs(self):
-        """Multiply-accumulates added by all sites, or None."""
+        """Multiply-accumulates of all new layers that run, or None."""
         return None if self.counted_for is None else sum(row.macs for row in self.rows)
 
     def __str__(self):
@@ -98,10 +100,12 @@ class Report:
     def _macs_text(self):
         if self.counted_for is None:
             return "MACs: give report(tokens=...) or report(inputs=...)"
-        text = f"{self.macs:,} MACs added for {self.counted_for}"
-        if self.backbone_macs is None:
-            return text
-        return f"{text}, {self.macs / self.backbone_macs:.2%} of the backbone's {self.backbone_macs:,}"
+        text = f"{self.macs:,} MACs in the new layers for {self.counted_for}"
+        if self.all_macs is not None:
+            text = f"{text}, {self.all_macs:,} in all"
+        if self.backbone_macs is not None:
+            text = f"{text}, {self.all_macs / self.backbone_macs:.2%} of the backbone's {self.backbone_macs:,}"
+        return text
 
 
 def _table(rows):

@@ -84,10 +84,14 @@ def _matching(model, config, patterns):
 
 def _candidates(model, placement):
     """{dotted name: what it can become}."""
-    classes = SITE_CLASSES[placement]
-    if placement == "bypass":
-        classes = (SKIPPABLE.get(family_of(model), SITE_CLASSES[placement][0]),)
+    classes = _site_classes(model, placement)
     return {name: site_class for site_class in classes for name in site_class.candidates(model)}
+
+
+def _site_classes(model, placement):
+    if placement == "bypass":
+        return SKIPPABLE.get(family_of(model), SITE_CLASSES[placement])
+    return SITE_CLASSES[placement]
 
 
 def _with_adapters(model, config, bypasses):
@@ -107,7 +111,7 @@ def _matches(pattern, name):
 
 
 def _candidates_text(model, placement):
-    looked_for = " and ".join(dict.fromkeys(site_class.looked_for for site_class in SITE_CLASSES[placement]))
+    looked_for = " and ".join(dict.fromkeys(site_class.looked_for for site_class in _site_classes(model, placement)))
     candidates = _candidates(model, placement)
     if candidates:
         return f"Candidates, {looked_for}: {_listed(candidates)}"
@@ -124,7 +128,11 @@ def _check_site(place, module):
         raise ValueError(
             f"attach: {place.name} has a forward of its own, put there by another library, that would bypass the layer"
         )
-    _check_trainable(f"{place.name}'s weight", place.site_class.weight_of(module))
+    try:
+        weight = place.site_class.weight_of(module)
+    except ValueError as error:
+        raise ValueError(f"attach: {place.name}: {error}") from error
+    _check_trainable(f"{place.name}'s weight", weight)
 
 
 def _check_trainable(name, tensor):

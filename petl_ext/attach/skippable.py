@@ -5,14 +5,15 @@ what its model expects, and what other layers take from it must reach them: `Ski
 """
 
 import inspect
+from collections import Counter
 
+import torch
 from torch import nn
 
-from petl_ext.attach.site import Site, fused_kernel
-from petl_ext.cost import adapter_macs
+from petl_ext.attach.adapter import AdapterSite
 
 
-class SkippableLayer(Site):
+class SkippableLayer(AdapterSite):
     """A layer that takes hidden states [..., D] first and returns a tensor of that shape.
 
     Attributes:
@@ -27,34 +28,34 @@ class SkippableLayer(Site):
     own_norm = None
     survivors = ()
 
-    @staticmethod
-    def candidates(model):
+    @classmethod
+    def candidates(cls, model):
         return {
             f"{name}.{index}".lstrip("."): layer
             for name, layers in model.named_modules()
             if isinstance(layers, nn.ModuleList)
             for index, layer in layers.named_children()
-            if _takes_hidden_states(layer)
+            if cls.fits(layer)
         }
 
     @staticmethod
+    def fits(layer):
+        return _arguments(layer)[:1] == ["hidden_states"]
+
+    @staticmethod
     def weight_of(module):
-        return next(p for name, p in module.named_parameters() if p.dim() == 1 and name.endswith("weight"))
+        """That of the norm whose width most of the layer's matrices have: norms of single heads are narrower."""
+        norms = [p for name, p in module.named_parameters() if p.dim() == 1 and name.endswith("weight")]
+        widths = Counter(size for p in module.parameters() if p.dim() == 2 for size in p.shape)
+        if not norms:
+            raise ValueError(f"{type(module).__name__} holds no norm that would tell how wide its bypass must be")
+        return max(norms, key=lambda weight: widths[weight.size(0)])
 
     @classmethod
     def new_layer(cls, config, model, place):
         weight = cls.weight_of(model.get_submodule(place.name))
         size = {"dim": weight.size(0), "lost": place.lost}
         return config.new_bypass(**size, own_norm=cls.own_norm is not None, device=weight.device, dtype=weight.dtype)
-
-    @staticmethod
-    def macs(layer, tokens):
-        bottleneck, dim = layer.down.shape
-        return adapter_macs(tokens, dim, bottleneck)
-
-    @staticmethod
-    def kernel(layer):
-        return fused_kernel("adapter", layer)
 
     def forward(self, hidden_states, *arguments, **named):
         if not self.skipped:
@@ -80,6 +81,20 @@ class SkippableLayer(Site):
                     module.layer_idx = index
 
 
+class DeclaredTensorLayer(SkippableLayer):
+    """A layer of a model that is in no table, which must say what it returns: where a model expects a tuple, a tensor
+    in its place can be taken apart sample by sample, without an error."""
+
+    looked_for = (
+        "layers (modules of a ModuleList whose forward takes hidden_states first and is declared -> torch.Tensor)"
+    )
+
+    @staticmethod
+    def fits(layer):
+        returned = inspect.signature(type(layer).forward).return_annotation
+        return SkippableLayer.fits(layer) and returned in (torch.Tensor, "torch.Tensor", "Tensor")
+
+
 class SkippableViltLayer(SkippableLayer):
     """ViLT's layer returns a tuple; a skipped one has no attentions."""
 
@@ -103,6 +118,10 @@ class SkippableT5Block(SkippableLayer):
 
     own_norm = "layer.0.layer_norm"
     survivors = ("layer.0.layer_norm", "layer.0.SelfAttention.relative_attention_bias")
+
+    @staticmethod
+    def fits(layer):
+        return isinstance(getattr(layer, "layer", None), nn.ModuleList) and hasattr(layer.layer[0], "SelfAttention")
 
     def returned(
         self,
@@ -145,6 +164,6 @@ def _keep_only(module, names):
             _keep_only(module._modules[child], below)
 
 
-def _takes_hidden_states(layer):
+def _arguments(layer):
     _, *arguments = inspect.signature(type(layer).forward).parameters
-    return arguments[:1] == ["hidden_states"]
+    return arguments

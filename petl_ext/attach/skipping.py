@@ -1,6 +1,7 @@
 """The handle of a `DASConfig`: which layers are skipped, now and for good."""
 
 import dataclasses
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 from petl_ext.attach.attachment import Attachment
@@ -24,20 +25,17 @@ class SkippingAttachment(Attachment):
         places = [place for place in layers if issubclass(place.site_class, SkippableLayer)]
         self.layers = tuple(place.name for place in places)
         self._rewire = places[0].site_class.rewire
+        self._chosen = ()
         self._removed = False
         super().__init__(model, config, keep, kept, layers)
-        try:
-            self.skip(config.skip)
-            if config.permanent:
-                self.remove_skipped()
-        except BaseException:
-            self.detach()
-            raise
+        self.skip(config.skip)
+        if config.permanent:
+            self.remove_skipped()
 
     @property
     def config(self):
         """The `DASConfig`, with the layers that are skipped now."""
-        return dataclasses.replace(self._config, skip=self.skipped, permanent=self._removed)
+        return dataclasses.replace(self._config, skip=self._chosen, permanent=self._removed)
 
     @config.setter
     def config(self, config):
@@ -46,8 +44,8 @@ class SkippingAttachment(Attachment):
 
     @property
     def skipped(self):
-        """Indices of the layers that are skipped, ascending."""
-        return tuple(index for index, name in enumerate(self.layers) if self._layer(name).skipped)
+        """Indices of the layers that are skipped, inside `disable` those that will be again, ascending."""
+        return self._chosen
 
     def skip(self, layers):
         """Skips these layers from the next forward on, and no others.
@@ -61,10 +59,9 @@ class SkippingAttachment(Attachment):
         """
         self._check_attached()
         self._check_switchable("skip")
-        chosen = {self._name_of(layer) for layer in layers}
-        for name in self.layers:
-            self._layer(name).skipped = name in chosen
-        self._rewire_stacks()
+        chosen = self._indices_of(layers)
+        self._switch(chosen)
+        self._chosen = chosen
 
     def remove_skipped(self):
         """Deletes the weights of the skipped layers and the bypasses of all others, for good.
@@ -112,23 +109,21 @@ class SkippingAttachment(Attachment):
     def disable(self):
         self._check_attached()
         self._check_whole("disable")
-        before = self.skipped
         if not self._disabled:
-            self.skip(())
+            self._switch(())
         try:
             with super().disable():
                 yield self
         finally:
             if self._is_attached() and not self._disabled:
-                self.skip(before)
+                self._switch(self._chosen)
 
     def detach(self):
         self._check_attached()
         self._check_whole("detach")
-        if not self._disabled:
-            self.skip(())
+        self._switch(())
         for name in self.layers:
-            vars(self._layer(name)).pop("skipped", None)
+            del self._layer(name).skipped
         super().detach()
 
     def _count_backbone(self, inputs):
@@ -137,14 +132,13 @@ class SkippingAttachment(Attachment):
     def _count_layers(self, inputs, backbone):
         if self._removed or self._disabled:
             return None
-        before = self.skipped
         try:
-            self.skip(())
+            self._switch(())
             whole = count_macs(self.model, inputs)
-            self.skip(self.layers)
+            self._switch(range(len(self.layers)))
             bypassed = count_macs(self.model, inputs)
         finally:
-            self.skip(before)
+            self._switch(self._chosen)
         costs = LayerCosts(
             backbone.total, whole.total, {name: [whole.of(name), bypassed.of(name)] for name in self.layers}
         )
@@ -165,21 +159,35 @@ class SkippingAttachment(Attachment):
 
     def _take_over(self, saved, folder):
         ours, theirs = self.config, saved.config
-        if type(ours) is type(theirs) and not ours.permanent and not theirs.permanent:
-            saved = saved._replace(config=dataclasses.replace(theirs, skip=ours.skip))
-        super()._take_over(saved, folder)
-        if not ours.permanent:
-            self.skip(theirs.skip)
+        self._check_same(saved._replace(config=_with_skips_of(ours, theirs)), folder)
+        if ours.permanent:
+            self._fill(saved.tensors, folder)
+            return
+        self._check_switchable("load")
+        chosen = self._indices_of(theirs.skip)
+        self._fill(saved.tensors, folder)
+        self.skip(chosen)
 
     def _layer(self, name):
         return self.model.get_submodule(name)
 
-    def _name_of(self, layer):
+    def _indices_of(self, layers):
+        if isinstance(layers, str) or not isinstance(layers, Iterable):
+            raise ValueError(f"skip: expected a list of indices or names of layers, got {layers!r}")
+        return tuple(sorted({self._index_of(layer) for layer in layers}))
+
+    def _index_of(self, layer):
         if type(layer) is int and 0 <= layer < len(self.layers):
-            return self.layers[layer]
-        if layer in self.layers:
             return layer
+        if layer in self.layers:
+            return self.layers.index(layer)
         raise ValueError(f"skip: expected indices below {len(self.layers)} or names of layers, got {layer!r}")
+
+    def _switch(self, skipped):
+        """Makes these layers, and no others, the ones that are skipped at this moment."""
+        for index, name in enumerate(self.layers):
+            self._layer(name).skipped = index in skipped
+        self._rewire_stacks()
 
     def _rewire_stacks(self):
         for stack in dict.fromkeys(name.rpartition(".")[0] for name in self.layers):
@@ -193,3 +201,10 @@ class SkippingAttachment(Attachment):
     def _check_whole(self, method):
         if self._removed:
             raise RuntimeError(f"{method}: the layers {list(self.skipped)} have been removed for good")
+
+
+def _with_skips_of(ours, theirs):
+    """`theirs` with the skips of `ours`, which may differ between two configurations of which neither is permanent."""
+    if type(ours) is not type(theirs) or ours.permanent or theirs.permanent:
+        return theirs
+    return dataclasses.replace(theirs, skip=ours.skip)
