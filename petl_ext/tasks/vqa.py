@@ -8,10 +8,8 @@ Formats and evaluation: visualqa.org (download, evaluation). Targets, loss and s
     results file      [{"question_id", "answer"}]
 """
 
-import json
-import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from petl_ext.tasks.files import pick, read_json, write_json
+from petl_ext.tasks.inputs import ImageFolder, ImageTextCollator, Inputs
+from petl_ext.tasks.labels import LabelVocabulary, TypeAccuracy, require_one_each
 from petl_ext.tasks.vqa_answers import normalize_answer
+
+VQACollator = ImageTextCollator  # batches the items of VQADataset
 
 ANNOTATORS = 10
 SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)  # of an answer that 0, 1, 2, 3, and 4 or more of the ten annotators gave
@@ -33,6 +36,11 @@ class Question:
     question_id: int
     image_id: int
     question: str
+
+    @property
+    def where(self) -> str:
+        """Names the question in an error."""
+        return f"image_id {self.image_id}, question_id {self.question_id}"
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ def read_questions(path: str | Path) -> list[Question]:
     question_id comes twice; FileNotFoundError if there is no such file.
     """
     fields = {"question_id": int, "image_id": int, "question": str}
-    return [Question(**_pick(entry, fields, where)) for where, entry in _entries(path, "questions")]
+    return [Question(**pick(entry, fields, where)) for where, entry in _entries(path, "questions")]
 
 
 def read_annotations(path: str | Path) -> list[Annotation]:
@@ -63,14 +71,14 @@ def read_annotations(path: str | Path) -> list[Annotation]:
     fields |= {"question_id": int, "image_id": int, "answers": list}
     annotations = []
     for where, entry in _entries(path, "annotations"):
-        picked = _pick(entry, fields, where)
+        picked = pick(entry, fields, where)
         annotations.append(Annotation(**picked | {"answers": _ten_answers(picked["answers"], where)}))
     return annotations
 
 
 def _entries(path: str | Path, key: str) -> list[tuple[str, dict]]:
     """The objects listed under `key`, each with the words that name it in an error."""
-    content = _read_json(path)
+    content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
         found = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: expected a JSON object with a list under '{key}', got {found}")
@@ -88,22 +96,6 @@ def _entries(path: str | Path, key: str) -> list[tuple[str, dict]]:
     return entries
 
 
-def _read_json(path: str | Path) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected a JSON file, got one that does not parse: {error}") from error
-
-
-def _pick(entry: dict, fields: Mapping[str, type], where: str) -> dict:
-    for name, kind in fields.items():
-        if name not in entry:
-            raise ValueError(f"{where}: expected the field '{name}', got only {sorted(entry)}")
-        if not isinstance(entry[name], kind) or isinstance(entry[name], bool):
-            raise ValueError(f"{where}: expected '{name}' to be {kind.__name__}, got {entry[name]!r}")
-    return {name: entry[name] for name in fields}
-
-
 def _ten_answers(answers: list, where: str) -> tuple[str, ...]:
     if len(answers) != ANNOTATORS:
         raise ValueError(f"{where}: expected {ANNOTATORS} 'answers', got {len(answers)}")
@@ -113,19 +105,16 @@ def _ten_answers(answers: list, where: str) -> tuple[str, ...]:
     return tuple(answer["answer"] for answer in answers)
 
 
-class AnswerVocabulary:
+class AnswerVocabulary(LabelVocabulary):
     """The answers that a model can give: a sequence of normalized strings; the index of an answer is its label."""
 
     def __init__(self, answers: Iterable[str]):
-        self.answers = tuple(answers)
-        self.index = {answer: label for label, answer in enumerate(self.answers)}
+        super().__init__(answers)
         unknown_form = [answer for answer in self.answers if normalize_answer(answer) != answer]
         if unknown_form:
             raise ValueError(
                 f"answers: expected normalized ones, got {unknown_form[0]!r} ({normalize_answer(unknown_form[0])!r})"
             )
-        if len(self.index) != len(self.answers):
-            raise ValueError(f"answers: expected {len(self.answers)} different ones, got {len(self.index)}")
 
     @classmethod
     def from_annotations(cls, paths: Iterable[str | Path], min_count: int = 9) -> "AnswerVocabulary":
@@ -138,21 +127,6 @@ class AnswerVocabulary:
         ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         return cls(answer for answer, count in ordered if count >= min_count)
 
-    @classmethod
-    def load(cls, path: str | Path) -> "AnswerVocabulary":
-        """Reads what `save` wrote. Raises ValueError if the file is not a JSON list of different strings."""
-        answers = _read_json(path)
-        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-            raise ValueError(f"{path}: expected a JSON list of strings, got {str(answers)[:80]!r}")
-        return cls(answers)
-
-    def save(self, path: str | Path) -> None:
-        """Writes a JSON list of the answers."""
-        _write_json(path, list(self.answers))
-
-    def __len__(self) -> int:
-        return len(self.answers)
-
     def soft_target(self, answers: Sequence[str]) -> Tensor:
         """Score of every answer of the vocabulary, float32 [len(self)], from what ten annotators answered."""
         target = torch.zeros(len(self))
@@ -161,13 +135,6 @@ class AnswerVocabulary:
                 target[self.index[answer]] = SCORES[min(count, len(SCORES) - 1)]
         return target
 
-    def decode(self, logits: Any) -> list[str]:
-        """The best answer of each row of `logits` [n, len(self)], a tensor or an array."""
-        logits = torch.as_tensor(logits)
-        if logits.ndim != 2 or logits.shape[1] != len(self):
-            raise ValueError(f"logits: expected shape [n, {len(self)}], got {list(logits.shape)}")
-        return [self.answers[label] for label in logits.argmax(dim=1).tolist()]
-
 
 class VQADataset(torch.utils.data.Dataset):
     """Questions about images, as inputs of Hugging Face's `ViltForQuestionAnswering`; batch them with `VQACollator`.
@@ -175,7 +142,7 @@ class VQADataset(torch.utils.data.Dataset):
     Args:
         questions: official questions file.
         images: folder of the images.
-        processor: has `tokenizer` and `image_processor`, such as a `ViltProcessor`.
+        processor: has `tokenizer` and `image_processor`: a `ViltProcessor`, or a `TextAndImage` of two models'.
         vocabulary: the answers that are labels.
         annotations: official annotations file; None for a test split, whose items then have no `labels`.
         image_name: file name of an image, from its `image_id`.
@@ -202,63 +169,19 @@ class VQADataset(torch.utils.data.Dataset):
     ):
         self.questions = read_questions(questions)
         self.annotations = None if annotations is None else _matching(self.questions, questions, annotations)
-        self.images, self.image_name = Path(images), image_name
-        self.processor, self.vocabulary, self.max_length = processor, vocabulary, max_length
-        self.cache_images, self._cache = cache_images, {}
-        self._require_images()
+        self.images, self.vocabulary = ImageFolder(Path(images), image_name), vocabulary
+        self.inputs = Inputs(processor, max_length, cache_images)
+        self.images.require(self.questions, "questions")
 
     def __len__(self) -> int:
         return len(self.questions)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         question = self.questions[index]
-        item = dict(self.processor.tokenizer(question.question, truncation=True, max_length=self.max_length))
-        item["pixel_values"] = self._pixels(question)
+        item = self.inputs.item(question.question, question, self.images.of(question))
         if self.annotations is not None:
             item["labels"] = self.vocabulary.soft_target(self.annotations[index].answers)
         return item
-
-    def _pixels(self, question: Question) -> Tensor:
-        if not self.cache_images:
-            return self._read_pixels(question)
-        if question.image_id not in self._cache:
-            self._cache[question.image_id] = self._read_pixels(question)
-        return self._cache[question.image_id]
-
-    def _read_pixels(self, question: Question) -> Tensor:
-        from PIL import Image
-
-        path = self._image_path(question)
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"{path}: expected an image (image_id {question.image_id}, question_id {question.question_id}), "
-                f"got a file that cannot be decoded: {error}"
-            ) from error
-        return self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
-
-    def _image_path(self, question: Question) -> Path:
-        return self.images / self.image_name.format(image_id=question.image_id)
-
-    def _require_images(self) -> None:
-        """One listing of the folder finds a missing image now rather than after hours of training."""
-        if not self.images.is_dir():
-            raise FileNotFoundError(f"{self.images}: expected the folder of the images, got no such folder")
-        present = {entry.name for entry in os.scandir(self.images)}
-        flat = "/" not in self.image_name
-        missing = [
-            question
-            for question in self.questions
-            if not ((path := self._image_path(question)).name in present if flat else path.is_file())
-        ]
-        if missing:
-            first = missing[0]
-            raise FileNotFoundError(
-                f"{self._image_path(first)}: expected the image of question_id {first.question_id} (image_id "
-                f"{first.image_id}), got no such file; {len(missing)} of {len(self.questions)} questions lack theirs"
-            )
 
 
 def _matching(questions: list[Question], questions_path: str | Path, path: str | Path) -> list[Annotation]:
@@ -274,31 +197,6 @@ def _matching(questions: list[Question], questions_path: str | Path, path: str |
             f"{questions_path}, got {got.get(first, 'no annotation')}; {len(different)} question_ids do not match"
         )
     return [annotations[question.question_id] for question in questions]
-
-
-@dataclass
-class VQACollator:
-    """Makes a batch of `VQADataset` items: text padded by the tokenizer, images by zeros below and to the right.
-
-    Adds `pixel_mask` [batch, height, width], 1 on the image and 0 on padding.
-    """
-
-    processor: Any
-
-    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        tokenizer = self.processor.tokenizer
-        text = [{name: item[name] for name in tokenizer.model_input_names if name in item} for item in items]
-        batch = dict(tokenizer.pad(text, return_tensors="pt"))
-        images = [item["pixel_values"] for item in items]
-        height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
-        batch["pixel_values"] = images[0].new_zeros(len(images), images[0].shape[0], height, width)
-        batch["pixel_mask"] = torch.zeros(len(images), height, width, dtype=torch.long)
-        for row, image in enumerate(images):
-            batch["pixel_values"][row, :, : image.shape[1], : image.shape[2]] = image
-            batch["pixel_mask"][row, : image.shape[1], : image.shape[2]] = 1
-        if "labels" in items[0]:
-            batch["labels"] = torch.stack([item["labels"] for item in items])
-        return batch
 
 
 def vqa_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -323,23 +221,13 @@ def answer_accuracy(answer: str, annotators: Sequence[str]) -> float:
     return SCORES[min(matches, len(SCORES) - 1)]
 
 
-@dataclass(frozen=True)
-class TypeAccuracy:
-    """Accuracy over the questions of one type, beside that of always giving the type's most frequent answer."""
-
-    count: int
-    accuracy: float
-    majority: float
-
-
 def accuracy_by_type(answers: Sequence[str], annotations: Sequence[Annotation]) -> dict[str, TypeAccuracy]:
     """Official accuracy of `answers` for every question type, types in alphabetical order.
 
     The majority rate is that of the most frequent answer on these same annotations: what a model that saw nothing but
     the type could reach. Raises ValueError if the lengths differ.
     """
-    if len(answers) != len(annotations):
-        raise ValueError(f"answers: expected {len(annotations)}, one per annotation, got {len(answers)}")
+    require_one_each(answers, annotations, ("answers", "annotation"))
     by_type = defaultdict(list)
     for answer, annotation in zip(answers, annotations, strict=True):
         by_type[annotation.question_type].append((answer, annotation))
@@ -356,18 +244,6 @@ def _type_accuracy(answered: list[tuple[str, Annotation]]) -> TypeAccuracy:
 
 def write_results(path: str | Path, questions: Sequence[Question], answers: Sequence[str]) -> None:
     """Writes the official results file whole or not at all. Raises ValueError if the lengths differ."""
-    if len(answers) != len(questions):
-        raise ValueError(f"answers: expected {len(questions)}, one per question, got {len(answers)}")
+    require_one_each(answers, questions, ("answers", "question"))
     pairs = zip(questions, answers, strict=True)
-    _write_json(path, [{"question_id": question.question_id, "answer": answer} for question, answer in pairs])
-
-
-def _write_json(path: str | Path, content: Any) -> None:
-    """Writes beside `path` and renames, so that nobody ever sees half a file."""
-    path, text = Path(path), json.dumps(content)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_json(path, [{"question_id": question.question_id, "answer": answer} for question, answer in pairs])

@@ -1,0 +1,38 @@
+"""Reading official files with errors that name the place, and writing files whole."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: str | Path, object_pairs_hook: Callable[[list], Any] | None = None) -> Any:
+    """The content of a JSON file; `object_pairs_hook` is json's. Raises ValueError naming the file if it is cut off."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=object_pairs_hook)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a JSON file, got one that does not parse: {error}") from error
+
+
+def pick(entry: Any, fields: Mapping[str, type], where: str) -> dict:
+    """The `fields` of `entry`. Raises ValueError, beginning with `where`, if one is missing or of another type."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {entry!r}")
+    for name, kind in fields.items():
+        if name not in entry:
+            raise ValueError(f"{where}: expected the field '{name}', got only {sorted(entry)}")
+        if not isinstance(entry[name], kind) or isinstance(entry[name], bool):
+            raise ValueError(f"{where}: expected '{name}' to be {kind.__name__}, got {entry[name]!r}")
+    return {name: entry[name] for name in fields}
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes beside `path` and renames, so that nobody ever sees half a file."""
+    path, text = Path(path), json.dumps(content)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

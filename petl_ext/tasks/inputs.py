@@ -1,0 +1,156 @@
+"""A text and an image as a model's inputs: one item, and a batch of them."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TextAndImage:
+    """A tokenizer and an image processor of different models as one processor, such as DVP's: BERT's and CLIP's.
+
+    Wherever a task asks for a `processor`, this and a Hugging Face processor of both are equally good.
+    """
+
+    tokenizer: Any
+    image_processor: Any
+
+
+class Entry(Protocol):
+    """One row of a task's file: the image it is about, and the words that name the row in an error."""
+
+    image_id: int | str
+
+    @property
+    def where(self) -> str: ...
+
+
+class ImageFile(Protocol):
+    """What an image is read from: a `Path`, or a part of another file; `str` of it names it in an error."""
+
+    def open(self, mode: str) -> BinaryIO: ...
+
+
+class Inputs:
+    """Makes items: a text, cut after `max_length` tokens, and an image as the processor prepares it.
+
+    Args:
+        processor: has `tokenizer` and `image_processor`: a Hugging Face processor of both, or a `TextAndImage`.
+        max_length: longest text in tokens; longer ones are cut.
+        cache_images: keep preprocessed images in memory (small data sets).
+    """
+
+    def __init__(self, processor: Any, max_length: int, cache_images: bool):
+        self.processor, self.max_length = processor, max_length
+        self.cache_images, self._cache = cache_images, {}
+
+    def item(self, text: str, entry: Entry, file: ImageFile) -> dict[str, Any]:
+        """The tokenizer's lists for `text`, and `pixel_values` [3, height, width] of the entry's image in `file`.
+
+        Raises ValueError naming file and entry if the image cannot be decoded.
+        """
+        item = dict(self.processor.tokenizer(text, truncation=True, max_length=self.max_length))
+        return item | {"pixel_values": self._pixels(entry, file)}
+
+    def _pixels(self, entry: Entry, file: ImageFile) -> Tensor:
+        if not self.cache_images:
+            return self._read_pixels(entry, file)
+        if entry.image_id not in self._cache:
+            self._cache[entry.image_id] = self._read_pixels(entry, file)
+        return self._cache[entry.image_id]
+
+    def _read_pixels(self, entry: Entry, file: ImageFile) -> Tensor:
+        from PIL import Image
+
+        try:
+            with file.open("rb") as stream, Image.open(stream) as opened:
+                image = opened.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"{file}: expected an image ({entry.where}), got a file that cannot be decoded: {error}"
+            ) from error
+        return self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Images in a folder; `name` makes a file name of an `image_id`: "{image_id}.jpg"."""
+
+    folder: Path
+    name: str
+
+    def of(self, entry: Entry) -> Path:
+        """Where the entry's image is."""
+        return self.folder / self.name.format(image_id=entry.image_id)
+
+    def require(self, entries: Sequence[Entry], plural: str) -> None:
+        """Raises FileNotFoundError naming the first of `entries` whose image is missing, and how many there are.
+
+        One listing of the folder finds a missing image now rather than after hours of training.
+        """
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder}: expected the folder of the images, got no such folder")
+        present = {entry.name for entry in os.scandir(self.folder)}
+        flat = "/" not in self.name
+        missing = [
+            entry for entry in entries if not ((path := self.of(entry)).name in present if flat else path.is_file())
+        ]
+        if missing:
+            raise FileNotFoundError(
+                f"{self.of(missing[0])}: expected the image of {missing[0].where} "
+                f"({len(missing)} of {len(entries)} {plural} lack theirs), got no such file"
+            )
+
+
+@dataclass
+class ImageTextCollator:
+    """Makes a batch of a task's items: text padded by the tokenizer, images by zeros below and to the right.
+
+    Adds `pixel_mask` [batch, height, width], 1 on the image and 0 on padding, where the image processor names it among
+    its outputs, as ViLT's does; others must make images of one size. `labels` are stacked: soft scores [batch, answers]
+    or integers [batch].
+
+    Args:
+        processor: that of the items.
+        text_length: pads every text to so many tokens; None pads to the longest of the batch. It matters where a model
+            averages over padding, as DVP on T5 does (16 tokens).
+
+    Raises ValueError if images differ in size and there is no `pixel_mask`, or if a text exceeds `text_length`.
+    """
+
+    processor: Any
+    text_length: int | None = None
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = self._texts(items) | self._images([item["pixel_values"] for item in items])
+        if "labels" in items[0]:
+            batch["labels"] = torch.stack([torch.as_tensor(item["labels"]) for item in items])
+        return batch
+
+    def _texts(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        tokenizer = self.processor.tokenizer
+        texts = [{name: item[name] for name in tokenizer.model_input_names if name in item} for item in items]
+        if self.text_length is None:
+            return dict(tokenizer.pad(texts, return_tensors="pt"))
+        longest = max(len(text["input_ids"]) for text in texts)
+        if longest > self.text_length:
+            raise ValueError(f"text_length: expected at least {longest}, the longest text, got {self.text_length}")
+        return dict(tokenizer.pad(texts, padding="max_length", max_length=self.text_length, return_tensors="pt"))
+
+    def _images(self, images: list[Tensor]) -> dict[str, Tensor]:
+        sizes = {tuple(image.shape[1:]) for image in images}
+        masked = "pixel_mask" in self.processor.image_processor.model_input_names
+        if not masked and len(sizes) > 1:
+            raise ValueError(f"images: expected one size from a processor without 'pixel_mask', got {sorted(sizes)}")
+        height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
+        pixels = images[0].new_zeros(len(images), images[0].shape[0], height, width)
+        mask = torch.zeros(len(images), height, width, dtype=torch.long)
+        for row, image in enumerate(images):
+            pixels[row, :, : image.shape[1], : image.shape[2]] = image
+            mask[row, : image.shape[1], : image.shape[2]] = 1
+        return {"pixel_values": pixels} | ({"pixel_mask": mask} if masked else {})
