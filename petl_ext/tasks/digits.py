@@ -1,12 +1,13 @@
-"""Small real data in VQAv2's file format: scenes of handwritten digits, questions about them, and captions.
+"""Small real data in the file formats of VQAv2, GQA and SNLI-VE: scenes of handwritten digits, questions and captions.
 
 A scene is a grid of 2 x 2 cells; a cell is empty or holds one of scikit-learn's 1797 handwritten digits in a color. The
-splits share no digit picture. Captions are for pre-training and never contain one of the questions asked here.
+splits share no digit picture. Captions are for pre-training and never contain one of the questions asked here. GQA's
+questions are in digits_gqa.py, SNLI-VE's hypotheses in digits_snli_ve.py.
 """
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,10 @@ SPLIT_SEED = 1797  # the split of the pictures never changes, or a shipped backb
 FIRST_IMAGE_ID = {"train": 1, "val": 1_000_001, "test": 2_000_001}
 QUESTIONS_PER_IMAGE_ID = 1000  # question_id = image_id * 1000 + number, as in VQAv2
 ANNOTATORS = 10
+# (0 for the row, 1 for the column; how much it exceeds the other cell's)
+RELATIONS = {"left of": (1, -1), "right of": (1, 1), "above": (0, -1), "below": (0, 1)}
+# (0 for the row, 1 for the column; which it is)
+SIDES = {"on the left": (1, 0), "on the right": (1, 1), "at the top": (0, 0), "at the bottom": (0, 1)}
 
 Answered = tuple[str, str]
 
@@ -61,6 +66,22 @@ class DigitObject:
     digit: int
     color: str
     position: str
+
+
+def stands(position: str, relation: str, other: str) -> bool:
+    """Whether `position` is "left of", "right of", "above" or "below" `other`, be it in the other row or column."""
+    axis, difference = RELATIONS[relation]
+    return _row_and_column(position)[axis] - _row_and_column(other)[axis] == difference
+
+
+def on_side(position: str, side: str) -> bool:
+    """Whether `position` is "on the left", "on the right", "at the top" or "at the bottom"."""
+    axis, value = SIDES[side]
+    return _row_and_column(position)[axis] == value
+
+
+def _row_and_column(position: str) -> tuple[int, int]:
+    return divmod(POSITIONS.index(position), 2)
 
 
 def split_pictures() -> dict[str, np.ndarray]:
@@ -232,54 +253,87 @@ class DigitsFiles:
         )
 
 
+@dataclass(frozen=True)
+class SceneSplit:
+    """The scenes of one split, whose images are in `folder`, and how much is to be asked about each."""
+
+    folder: Path
+    name: str
+    scenes: Scenes
+    questions_per_scene: int
+
+    def image_id(self, index: int) -> int:
+        """The id of a scene's image."""
+        return FIRST_IMAGE_ID[self.name] + index
+
+    def image_path(self, index: int) -> Path:
+        """The file of a scene's image."""
+        files = DigitsFiles.of(self.folder, self.name)
+        return files.images / files.image_name.format(image_id=self.image_id(index))
+
+
 def write_digits(
     folder: str | Path,
     num_scenes: dict[str, int] | None = None,
     questions_per_scene: int = 2,
     seed: int = 0,
     progress: bool = True,
+    formats: Sequence[str] = ("vqa",),
 ) -> dict[str, DigitsFiles]:
-    """Writes scenes, questions and annotations in VQAv2's format; a seed always gives the same bytes.
+    """Writes scenes and questions about them; a seed always gives the same bytes, whichever other formats there are.
 
     `num_scenes` is the number of scenes of each split, 5000 train, 500 val and 1000 test if None. `folder` must not
-    exist yet; it appears once everything in it is complete. All ten annotators agree.
+    exist yet; it appears once everything in it is complete.
 
-    Raises FileExistsError if `folder` exists, ValueError for an unknown split.
+    `formats` are "vqa" (VQAv2's questions and annotations, at the paths returned; all ten annotators agree), "gqa" (at
+    `digits_gqa.GQADigitsFiles.of(folder, split)`) and "snli_ve" (at `digits_snli_ve.SNLIVEDigitsFiles.of`), all about
+    the same images.
+
+    Raises FileExistsError if `folder` exists, ValueError for an unknown split or format.
     """
-    folder = Path(folder)
+    folder, writers = Path(folder), _writers()
+    if not set(formats) <= set(writers):
+        raise ValueError(f"formats: expected some of {sorted(writers)}, got {list(formats)}")
     if folder.exists():
         raise FileExistsError(f"folder: expected one that does not exist yet, got {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     num_scenes = num_scenes or {"train": 5000, "val": 500, "test": 1000}
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         unfinished = Path(scratch) / folder.name
-        for split, count in num_scenes.items():
-            rng = np.random.default_rng([seed, *split.encode()])
-            scenes = SceneMaker(split).make(count, rng)
-            bar = tqdm(range(count), desc=f"digits {split}", disable=not progress)
-            _write_split(DigitsFiles.of(unfinished, split), split, scenes, bar, questions_per_scene, rng)
+        for name, count in num_scenes.items():
+            rng = np.random.default_rng([seed, *name.encode()])
+            split = SceneSplit(unfinished, name, SceneMaker(name).make(count, rng), questions_per_scene)
+            _write_images(split, tqdm(range(count), desc=f"digits {name}", disable=not progress))
+            rngs = {"vqa": rng}  # VQAv2's questions go on where the scenes stopped
+            for kind in formats:
+                kind_rng = rngs.get(kind) or np.random.default_rng([seed, *name.encode(), *kind.encode()])
+                writers[kind](split, kind_rng)
         unfinished.rename(folder)
     return {split: DigitsFiles.of(folder, split) for split in num_scenes}
 
 
-def _write_split(
-    files: DigitsFiles,
-    split: str,
-    scenes: Scenes,
-    indices: Iterable[int],
-    questions_per_scene: int,
-    rng: np.random.Generator,
-) -> None:
-    files.images.mkdir(parents=True)
-    questions, annotations = [], []
+def _writers() -> dict[str, Callable[[SceneSplit, np.random.Generator], None]]:
+    from petl_ext.tasks import digits_gqa, digits_snli_ve  # which begin with the scenes of this module
+
+    return {"vqa": _write_vqa, "gqa": digits_gqa.write, "snli_ve": digits_snli_ve.write}
+
+
+def _write_images(split: SceneSplit, indices: Iterable[int]) -> None:
+    DigitsFiles.of(split.folder, split.name).images.mkdir(parents=True)
     for index in indices:
-        image_id = FIRST_IMAGE_ID[split] + index
-        Image.fromarray(scenes.images[index]).save(files.images / files.image_name.format(image_id=image_id))
-        asked = questions_about(scenes.objects(index), questions_per_scene, rng)
+        Image.fromarray(split.scenes.images[index]).save(split.image_path(index))
+
+
+def _write_vqa(split: SceneSplit, rng: np.random.Generator) -> None:
+    questions, annotations = [], []
+    for index in range(len(split.scenes)):
+        image_id = split.image_id(index)
+        asked = questions_about(split.scenes.objects(index), split.questions_per_scene, rng)
         for number, (kind, question, answer) in enumerate(asked):
             ids = {"image_id": image_id, "question_id": image_id * QUESTIONS_PER_IMAGE_ID + number}
             questions.append(ids | {"question": question})
             annotations.append(ids | _annotation(kind, answer))
+    files = DigitsFiles.of(split.folder, split.name)
     files.questions.write_text(json.dumps({"questions": questions}), encoding="utf-8")
     files.annotations.write_text(json.dumps({"annotations": annotations}), encoding="utf-8")
 
