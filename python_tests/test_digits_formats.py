@@ -405,6 +405,15 @@ def test_every_template_has_every_label_equally_often(hypotheses):
     assert counts.total() == pytest.approx(2 * 0.75 * COUNTS["train"], rel=0.05)
 
 
+def test_scenes_that_look_alike_have_every_label_equally_often(hypotheses):
+    counts = defaultdict(Counter)
+    for objects, _, _, label in hypotheses["train"]:
+        counts[len(objects), len({it.color for it in objects})][label] += 1
+    assert counts.keys() == {(2, 1), (2, 2), (3, 1), (3, 2), (3, 3)}
+    for kind, labels in counts.items():
+        assert max(labels.values()) <= 1.03 * labels.total() / 3 + 3, (kind, labels)
+
+
 PARTS = {
     "nothing": lambda objects, template, hypothesis: None,
     "template": lambda objects, template, hypothesis: template,
