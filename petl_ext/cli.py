@@ -49,7 +49,7 @@ def info():
     lines = [
         f"petl_ext {petl_ext.__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         *(f"{package} {_version(package)}" for package in OPTIONAL_PACKAGES),
-        *(f"kernels: {op} on {', '.join(_kernel_devices(op))}" for op in ("apt", "adapter")),
+        *(f"kernels: {op} on {', '.join(_kernel_devices(op))}" for op in ("apt", "adapter", "attention_pool")),
         f"CUDA kernels: {_cuda_state()}",
         f"CPU path: {petl_ext.ops.cpu_path()} of {torch.ops.petl_ext.cpu_paths()} (PETL_CPU_PATH chooses), "
         f"{torch.get_num_threads()} threads",

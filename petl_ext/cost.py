@@ -156,6 +156,8 @@ def register_flop_formulas():
         ops.apt_backward: _apt_backward_flops,
         ops.adapter_forward: _adapter_forward_flops,
         ops.adapter_backward: _adapter_backward_flops,
+        ops.attention_pool_forward: _attention_pool_forward_flops,
+        ops.attention_pool_backward: _attention_pool_backward_flops,
     }
     for op, formula in formulas.items():
         if op not in flop_registry:
@@ -186,6 +188,18 @@ def _adapter_backward_flops(dout, x, norm_weight, norm_bias, down, *rest, **_):
     gradients, dhidden^T norm(x) and dout^T hidden: R D B each."""
     needs_dx, needs_dweights, _needs_dgain = rest[-3:]
     return 2 * (2 + needs_dx + 2 * needs_dweights) * prod(x[:-1]) * prod(down)
+
+
+def _attention_pool_forward_flops(visual, query, *_, **__):
+    """visual query^T and weights visual: B N H D each."""
+    return 2 * 2 * visual[1] * prod(query)
+
+
+def _attention_pool_backward_flops(dpooled, visual, query, *rest, **_):
+    """visual query^T, as weights are not kept, and visual dpooled^T always; dscores query and weights dpooled for
+    dvisual, dscores visual for dquery: B N H D each."""
+    needs_dvisual, needs_dquery = rest[-2:]
+    return 2 * (2 + 2 * needs_dvisual + needs_dquery) * visual[1] * prod(query)
 
 
 def _formulas_for_torch():

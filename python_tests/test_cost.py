@@ -26,12 +26,19 @@ from transformers.models.vilt.modeling_vilt import ViltLayer
 import petl_ext
 from petl_ext import AdapterLayer, APTConfig, APTLayer, DeepPromptConfig, cost
 from petl_ext.cost import count_macs
-from petl_ext.ops import adapter, adapter_reference, apt, apt_reference
+from petl_ext.ops import (
+    adapter,
+    adapter_reference,
+    apt,
+    apt_reference,
+    attention_pool,
+    attention_pool_reference,
+)
 
 VILT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "initializer_range": 0.02}
 # Rows of the published MACs, one per stream of the model; the number of text tokens is what makes the totals right.
 VILT_TOKENS, METER_TOKENS = (243,), (41, 577)
-ROWS, PROMPTS, BOTTLENECK = 10, 7, 6
+ROWS, PROMPTS, BOTTLENECK, HEADS = 10, 7, 6, 3
 
 
 def test_published_parameters():
@@ -161,6 +168,10 @@ def adapter_inputs():
     return {name: torch.randn(shape) for name, shape in shapes.items()}
 
 
+def attention_pool_inputs():
+    return {"visual": torch.randn(2, 5, DIM), "query": torch.randn(2, HEADS, DIM)}
+
+
 # The matrix products of backward, by what trains.
 APT_PRODUCTS = [
     (["y"], 1),
@@ -193,8 +204,19 @@ def test_adapter_kernels_count(trained, products):
     assert backward_macs(adapter, adapter_inputs(), trained) == forward + products * ROWS * BOTTLENECK * DIM
 
 
+@pytest.mark.parametrize(("trained", "products"), [(["query"], 3), (["visual"], 4), (["visual", "query"], 5)], ids=str)
+def test_attention_pool_kernels_count(trained, products):
+    forward = 2 * ROWS * HEADS * DIM
+    assert forward_macs(attention_pool, attention_pool_inputs()) == (forward, forward)
+    assert backward_macs(attention_pool, attention_pool_inputs(), trained) == forward + products * ROWS * HEADS * DIM
+
+
 def test_kernels_against_their_references():
-    """The adapter's backward computes one product more: it keeps no hidden units."""
+    """The adapter's backward computes one product more: it keeps no hidden units. So does that of attention pooling,
+    which keeps no weights."""
+    inputs = attention_pool_inputs()
+    reference = backward_macs(attention_pool_reference, inputs, inputs)
+    assert backward_macs(attention_pool, inputs, inputs) == reference + ROWS * HEADS * DIM
     assert backward_macs(apt, apt_inputs(), apt_inputs()) == backward_macs(apt_reference, apt_inputs(), apt_inputs())
     reference = backward_macs(adapter_reference, adapter_inputs(), adapter_inputs())
     assert backward_macs(adapter, adapter_inputs(), adapter_inputs()) == reference + ROWS * BOTTLENECK * DIM

@@ -35,6 +35,7 @@ def test_no_address_and_no_undefined_behaviour_is_reported(tmp_path):
     assert passed(tmp_path, "-DPETL_SANITIZE=ON") >= {
         "apt",
         "adapter",
+        "attention_pool",
         *(f"{name}_{mode}" for name in CUDA_TESTS for mode in MODES),
         *(f"emulator_{fault}" for fault in planted),
     }

@@ -2,6 +2,15 @@
 
 from petl_ext.ops.adapter import adapter, adapter_reference
 from petl_ext.ops.apt import apt, apt_reference
+from petl_ext.ops.attention_pool import attention_pool, attention_pool_reference
 from petl_ext.ops.library import cpu_path
 
-__all__ = ["adapter", "adapter_reference", "apt", "apt_reference", "cpu_path"]
+__all__ = [
+    "adapter",
+    "adapter_reference",
+    "apt",
+    "apt_reference",
+    "attention_pool",
+    "attention_pool_reference",
+    "cpu_path",
+]

@@ -4,6 +4,7 @@
 
 #include "kernels/adapter.h"
 #include "kernels/apt.h"
+#include "kernels/attention_pool.h"
 
 namespace petl::cpu {
 
@@ -16,6 +17,8 @@ struct Kernels {
   void (*adapter_backward)(const AdapterBackward&, ParallelFor);
   void (*apt_forward)(const AptForward&, ParallelFor);
   void (*apt_backward)(const AptBackward&, ParallelFor);
+  void (*attention_pool_forward)(const AttentionPoolForward&, ParallelFor);
+  void (*attention_pool_backward)(const AttentionPoolBackward&, ParallelFor);
 };
 
 // The kernels of the chosen path: what the environment variable PETL_CPU_PATH names, else the best that this CPU runs.

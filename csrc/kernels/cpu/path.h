@@ -53,10 +53,12 @@ namespace {
 // After it:
 #include "kernels/cpu/adapter.h"
 #include "kernels/cpu/apt.h"
+#include "kernels/cpu/attention_pool.h"
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels{PETL_NAME(PETL_PATH), adapter_forward, adapter_backward, apt_forward, apt_backward};
+const Kernels kernels{PETL_NAME(PETL_PATH), adapter_forward,        adapter_backward,       apt_forward,
+                      apt_backward,         attention_pool_forward, attention_pool_backward};
 }  // namespace petl::cpu::PETL_PATH
 
 #ifdef PETL_TARGET

@@ -1,0 +1,144 @@
+"""Attention pooling: one query per head, and tokens that are their own keys and values.
+
+    scores = scale * query visual^T    weights = softmax over the tokens    pooled = weights visual
+
+It is multi-head cross-attention of one query row, rewritten: with the key projection folded into the query and the
+value projection applied to what was pooled, the tokens need neither. Source: the cross-attention of "Adapting
+Pre-trained Language Models to Vision-Language Tasks via Dynamic Visual Prompting" (arXiv 2306.00409).
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from petl_ext.ops.library import as_autocast_wants, raise_no_kernel
+
+# statistics [2, B, H] are for backward, in float32: the greatest of a head's scores, and the sum of
+# exp(score - greatest). Their logarithm's sum would do, but lose digits where scores are large.
+torch.library.define(
+    "petl_ext::attention_pool_forward",
+    "(Tensor visual, Tensor query, Tensor? mask, float scale) -> (Tensor pooled, Tensor statistics)",
+)
+# needs_* say which gradients to compute, the others come back empty.
+torch.library.define(
+    "petl_ext::attention_pool_backward",
+    "(Tensor dpooled, Tensor visual, Tensor query, Tensor? mask, Tensor pooled, Tensor statistics, float scale,"
+    " bool needs_dvisual, bool needs_dquery) -> (Tensor dvisual, Tensor dquery)",
+)
+
+
+def _check(visual, query, mask):
+    """What the kernels check for themselves, for the paths that reach none."""
+    if visual.dim() != 3 or visual.size(1) == 0 or visual.size(2) == 0:
+        raise RuntimeError(
+            f"attention_pool: visual must have shape [B, N, D] with N and D above zero, got {list(visual.shape)}"
+        )
+    batch, tokens, width = visual.shape
+    if query.dim() != 3 or query.size(0) != batch or query.size(1) == 0 or query.size(2) != width:
+        raise RuntimeError(
+            f"attention_pool: query must have shape [{batch}, H, {width}] with H above zero, got {list(query.shape)}"
+        )
+    if mask is None:
+        return
+    if mask.shape != (batch, tokens):
+        raise RuntimeError(f"attention_pool: mask must have shape [{batch}, {tokens}], got {list(mask.shape)}")
+    if mask.dtype is not torch.bool:
+        raise RuntimeError(f"attention_pool: mask must be bool, True where a token takes part, got {mask.dtype}")
+
+
+def attention_pool_reference(visual, query, mask=None, scale=1.0, dropout=0.0):
+    """`attention_pool` in plain PyTorch, in the dtype of visual, on any device and in float64 too; it can drop out
+    weights. A sample of which no token takes part becomes NaN, as in torch's softmax.
+
+    Args:
+        dropout: probability that a weight is set to zero.
+
+    Raises:
+        RuntimeError: a shape is not as `attention_pool` says, or mask is not bool.
+    """
+    visual = as_autocast_wants(visual)
+    _check(visual, query, mask)
+    if mask is not None:
+        # A weight of zero would let a NaN through.
+        visual = visual.masked_fill(~mask[..., None], 0)
+    scores = query.to(visual.dtype) @ visual.mT * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None], float("-inf"))
+    weights = torch.softmax(scores, dim=-1, dtype=visual.dtype)
+    return torch.dropout(weights, dropout, dropout > 0) @ visual
+
+
+@torch.library.register_fake("petl_ext::attention_pool_forward")
+def _(visual, query, mask, scale):
+    _check(visual, query, mask)
+    devices = {str(tensor.device) for tensor in (visual, query, mask) if tensor is not None}
+    if len(devices) > 1:
+        raise RuntimeError(f"attention_pool: all arguments must be on one device, got {', '.join(sorted(devices))}")
+    return visual.new_empty(query.shape), visual.new_empty((2, *query.shape[:2]), dtype=torch.float32)
+
+
+@torch.library.register_fake("petl_ext::attention_pool_backward")
+def _(dpooled, visual, query, mask, pooled, statistics, scale, needs_dvisual, needs_dquery):
+    dvisual = visual.new_empty(visual.shape if needs_dvisual else (0,))
+    return dvisual, query.new_empty(query.shape if needs_dquery else (0,))
+
+
+@torch.library.impl("petl_ext::attention_pool_forward", "CompositeExplicitAutograd")
+def _(visual, query, *_):
+    raise_no_kernel("attention_pool", visual, query)
+
+
+@torch.library.impl("petl_ext::attention_pool_backward", "CompositeExplicitAutograd")
+def _(dpooled, visual, *_):
+    raise_no_kernel("attention_pool", dpooled, visual)
+
+
+class _AttentionPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, visual, query, mask, scale):
+        pooled, statistics = torch.ops.petl_ext.attention_pool_forward(visual, query, mask, scale)
+        ctx.save_for_backward(visual, query, mask, pooled, statistics)
+        ctx.scale = scale
+        return pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dpooled):
+        needs = ctx.needs_input_grad[:2]
+        gradients = torch.ops.petl_ext.attention_pool_backward(dpooled, *ctx.saved_tensors, ctx.scale, *needs)
+        return *(d if needed else None for d, needed in zip(gradients, needs, strict=True)), None, None
+
+
+def attention_pool(visual, query, mask=None, scale=1.0):
+    """Pools each sample's tokens by one softmax per head: `pooled = softmax(scale * query visual^T) visual`.
+
+    The tokens are read once forward and once backward; no weights are kept for backward, where they are computed again.
+
+    Args:
+        visual: [B, N, D], the tokens. Any strides; tokens whose rows are not contiguous are copied.
+        query: [B, H, D], of each sample one query per head, in visual's space. Those of multi-head attention with the
+            key weight Wk are `q_h Wk_h`, of head h's rows of Wk; the key's bias cancels in the softmax.
+        mask: bool [B, N], True where a token takes part; None: all do. What the others hold is not read, and their
+            gradient is zero. Of each sample at least one must take part.
+        scale: a number, for multi-head attention 1 / sqrt(width of a head).
+
+    visual and query are float32, bfloat16 or float16, in any mixture; scores, softmax and sums are float32. Where one
+    of them is float64, the reference computes. Under autocast a float32 visual is rounded to autocast's dtype, as for
+    torch.matmul. Where visual needs no gradient, backward computes that of query alone, and writes nothing of visual's
+    size.
+
+    A sample of which no token takes part is an error on the CPU. Elsewhere, and in float64, its rows of the result are
+    NaN: to look would mean to wait for the device.
+
+    Returns:
+        [B, H, D], in the dtype of visual (under autocast, in autocast's).
+
+    Raises:
+        RuntimeError: a shape, dtype or device is not as above, or no token of a sample takes part.
+        NotImplementedError: there is no kernel for the tensors' device.
+    """
+    visual, scale = as_autocast_wants(visual), float(scale)
+    if torch.float64 in (visual.dtype, query.dtype):
+        return attention_pool_reference(visual, query, mask, scale)
+    if torch.is_grad_enabled() and (visual.requires_grad or query.requires_grad):
+        return _AttentionPool.apply(visual, query, mask, scale)
+    return torch.ops.petl_ext.attention_pool_forward(visual, query, mask, scale)[0]
