@@ -1,8 +1,6 @@
-// Attention pooling on the CPU. Whatever the tensors are, arithmetic is float32.
+// Attention pooling on the CPU. Whatever the tensors are, arithmetic is float32; only where the processor multiplies
+// bfloat16 itself, and visual and the query are bfloat16, the factors of products are bfloat16 and their sums float32.
 // No include guard: each path includes it once, inside its own namespace (see path.h).
-//
-// Tokens are read where they lie, row by row: both products with them need no packing, since one runs along their rows
-// and the other takes them as its right operand.
 
 // Tokens that one thread takes at a time: their rows stay in the second-level cache from one product to the next.
 constexpr int64_t kTokensPerTile = 64;
@@ -12,153 +10,8 @@ constexpr int64_t kTokensPerSplit = 128;
 // The splits' sums of so many floats are kept at a time, or those of one sample.
 constexpr int64_t kFloatsPerGroup = int64_t{1} << 20;
 
-// Rows of float32 in whole vectors lie so far apart: an odd number of cache lines, since rows of 1024 floats would all
-// want the same few places in the cache.
-inline int64_t spread_width(int64_t D) { return round_up(D, 32) + 16; }
-
-// The heads' values of one token, in whole vectors.
-inline int64_t heads_width(int64_t H) { return round_up(H, kLanes); }
-
-template <int kBytes>
-struct FloatsOf {
-  typedef float Type __attribute__((vector_size(kBytes)));
-};
-
-// Of so many bytes of floats, halves added to halves.
-template <int kBytes>
-inline float sum_by_halves(const void* values) {
-  if constexpr (kBytes == sizeof(float)) {
-    return read<float>(values);
-  } else {
-    using Half = typename FloatsOf<kBytes / 2>::Type;
-    const Half sum = read<Half>(values) + read<Half>(static_cast<const char*>(values) + kBytes / 2);
-    return sum_by_halves<kBytes / 2>(&sum);
-  }
-}
-
-// products[token * stride + head] = tokens[token] . heads[head], for rows of D floats; those of the heads are `width`
-// floats apart, with zeros up to whole vectors.
-template <int kTokens, int kHeads>
-__attribute__((noinline)) void multiply_rows(const float* const* tokens, const float* heads, int64_t width, int64_t D,
-                                             float* products, int64_t stride) {
-  Vec sum[kTokens][kHeads] = {};
-  const auto add = [&](int64_t d, int64_t count) {
-    Vec value[kTokens];
-#pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) value[t] = Floats::load_part(tokens[t] + d, count);
-#pragma GCC unroll 16
-    for (int h = 0; h < kHeads; ++h) {
-      const Vec head = load(heads + h * width + d);
-#pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) sum[t][h] += value[t] * head;
-    }
-  };
-  int64_t d = 0;
-  for (; d + kLanes <= D; d += kLanes) add(d, kLanes);
-  if (d < D) add(d, D - d);
-  for (int t = 0; t < kTokens; ++t) {
-    for (int h = 0; h < kHeads; ++h) products[t * stride + h] = sum_by_halves<PETL_VECTOR_BYTES>(&sum[t][h]);
-  }
-}
-
-using MultiplyRows = void (*)(const float* const* tokens, const float* heads, int64_t width, int64_t D, float* products,
-                              int64_t stride);
-
-template <int kTokens, int... kHead>
-constexpr std::array<MultiplyRows, sizeof...(kHead)> multiply_rows_by_heads(std::integer_sequence<int, kHead...>) {
-  return {multiply_rows<kTokens, kHead + 1>...};
-}
-
-// The rows of a tile of tokens in float32.
-struct TokenRows {
-  const float* rows[kTokensPerTile];
-  int64_t count;
-};
-
-// products [count, heads_width(H)] = tokens heads^T
-inline void multiply_tokens(const TokenRows& tokens, const float* heads, int64_t D, int64_t H, float* products) {
-  constexpr std::make_integer_sequence<int, kTileRows> kHeads;
-  constexpr auto kSeveral = multiply_rows_by_heads<kPanelVectors>(kHeads), kOne = multiply_rows_by_heads<1>(kHeads);
-  const int64_t width = spread_width(D), stride = heads_width(H);
-  for (int64_t t = 0; t < tokens.count;) {
-    const bool several = t + kPanelVectors <= tokens.count;
-    for (int64_t h = 0; h < H; h += kTileRows) {
-      const int64_t count = std::min<int64_t>(kTileRows, H - h);
-      (several ? kSeveral : kOne)[count - 1](tokens.rows + t, heads + h * width, width, D, products + t * stride + h,
-                                             stride);
-    }
-    t += several ? kPanelVectors : 1;
-  }
-}
-
-// sums [kRows, kVectors] += left * right, where row k of `right` is rows[k], from its element `column` on. The one
-// vector of kVectors = 1 may be the last of its row, with `count` elements.
-template <int kRows, int kVectors>
-__attribute__((noinline)) void accumulate_rows(Left left, int64_t depth, const float* const* rows, int64_t column,
-                                               int64_t count, Sums& sums) {
-  Vec sum[kRows][kVectors] = {};
-  const float* a = left.data;
-  for (int64_t k = 0; k < depth; ++k, a += left.step) {
-    const float* row = rows[k] + column;
-    Vec b[kVectors];
-    if constexpr (kVectors == 1) {
-      b[0] = Floats::load_part(row, count);
-    } else {
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) b[v] = load(row + v * kLanes);
-    }
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
-      const Vec factor = broadcast(a + m * left.row);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[m][v] += factor * b[v];
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sums[m * kVectors + v] += sum[m][v];
-  }
-}
-
-using AccumulateRows = void (*)(Left left, int64_t depth, const float* const* rows, int64_t column, int64_t count,
-                                Sums& sums);
-
-template <int kVectors, int... kRow>
-constexpr std::array<AccumulateRows, sizeof...(kRow)> accumulate_rows_by_rows(std::integer_sequence<int, kRow...>) {
-  return {accumulate_rows<kRow + 1, kVectors>...};
-}
-
-// A product whose right operand's rows lie anywhere.
-struct RowProduct {
-  Left left;
-  const float* const* rows;
-  int64_t depth;
-};
-
-// The sum of the products, [rows, D], to an epilogue as those of gemm.h; only the last vector of a row may be a part.
-template <size_t kProducts, class Epilogue>
-inline void multiply_rows_of(int64_t rows, int64_t D, const RowProduct (&products)[kProducts],
-                             const Epilogue& epilogue) {
-  constexpr std::make_integer_sequence<int, kTileRows> kRows;
-  constexpr auto kPanel = accumulate_rows_by_rows<kPanelVectors>(kRows), kVector = accumulate_rows_by_rows<1>(kRows);
-  for (int64_t column = 0; column < D;) {
-    const bool whole = column + kPanelVectors * kLanes <= D;
-    const int vectors = whole ? kPanelVectors : 1;
-    for (int64_t begin = 0; begin < rows; begin += kTileRows) {
-      const int64_t count = std::min<int64_t>(kTileRows, rows - begin);
-      Sums sums = {};
-      for (const RowProduct& product : products) {
-        const Left left{product.left.data + begin * product.left.row, product.left.row, product.left.step};
-        (whole ? kPanel : kVector)[count - 1](left, product.depth, product.rows, column, D - column, sums);
-      }
-      for (int64_t m = 0; m < count; ++m) {
-        for (int v = 0; v < vectors; ++v) epilogue(begin + m, column + v * kLanes, sums[m * vectors + v]);
-      }
-    }
-    column += vectors * kLanes;
-  }
-}
+// The heads' values of one token, in any path's and any arithmetic's padded_width.
+inline int64_t heads_width(int64_t H) { return round_up(H, 2 * kLanes); }
 
 // Epilogue: target [rows, stride] in float32 becomes factors[row] * target + value.
 struct RescaleAndAdd {
@@ -199,32 +52,19 @@ struct AttentionPoolSplit {
   }
 
   // Calls tile(first, rows) for tiles as even as they can be, of whole blocks of the products where that is possible.
-  template <class Tile>
-  void for_each_tile_of(const AttentionPoolInputs& args, float* wide, const Tile& tile) const {
-    const int64_t tiles = round_up(count, kTokensPerTile) / kTokensPerTile;
+  // `scratch` holds kTokensPerTile rows of spread_width(D).
+  template <class Arithmetic, class Tile>
+  void for_each_tile(const AttentionPoolInputs& args, float* scratch, const Tile& tile) const {
+    RowOperand<Arithmetic> rows(kTokensPerTile, args.size.D, scratch);
+    const int64_t tiles = round_up(count, kTokensPerTile) / kTokensPerTile, size = size_of(args.visual.dtype);
+    const char* visual = static_cast<const char*>(args.visual.data) + sample * args.visual_sample * size;
     for (int64_t i = 0, first = 0; i < tiles; ++i) {
       const int64_t end = std::min(count, round_up(count * (i + 1) / tiles, kPanelVectors));
-      tile(first, rows_of(args, first, end, wide));
+      rows.take(end - first, args.visual.dtype,
+                [&](int64_t t) { return visual + tokens[first + t] * args.visual.stride * size; });
+      tile(first, rows);
       first = end;
     }
-  }
-
- private:
-  // Where they lie, or widened into `wide` [kTokensPerTile, spread_width(D)].
-  TokenRows rows_of(const AttentionPoolInputs& args, int64_t first, int64_t end, float* wide) const {
-    const int64_t D = args.size.D, size = size_of(args.visual.dtype);
-    const ConstRows visual{static_cast<const char*>(args.visual.data) + sample * args.visual_sample * size,
-                           args.visual.stride, args.visual.dtype};
-    TokenRows found;
-    found.count = end - first;
-    for (int64_t t = 0; t < found.count; ++t) {
-      const char* row = row_of(visual, tokens[first + t]);
-      float* copy = wide + t * spread_width(D);
-      const bool is_wide = visual.dtype == DType::float32;
-      if (!is_wide) widen_row({row, 0, visual.dtype}, D, copy);
-      found.rows[t] = is_wide ? reinterpret_cast<const float*>(row) : copy;
-    }
-    return found;
   }
 };
 
@@ -283,46 +123,58 @@ struct AttentionPoolSums {
         total(best + heads_width(work.size.H)) {}
 };
 
-// The rows of a sample's heads [H, D], widened to [H, spread_width(D)] with zeros up to whole vectors.
-inline void widen_heads(const ConstRows& source, int64_t sample, const AttentionPoolSizes& size, float* target) {
-  for (int64_t h = 0; h < size.H; ++h) {
-    const char* row = row_of(source, sample * size.H + h);
-    widen_row({row, 0, source.dtype}, size.D, target + h * spread_width(size.D));
-  }
+// The rows of a sample's heads.
+template <class Arithmetic>
+inline RowOperand<Arithmetic> heads_of(const ConstRows& source, int64_t sample, const AttentionPoolSizes& size,
+                                       float* scratch) {
+  RowOperand<Arithmetic> heads(size.H, size.D, scratch);
+  heads.take(size.H, source.dtype, [&](int64_t h) { return row_of(source, sample * size.H + h); });
+  return heads;
+}
+
+// values [rows, stride] as a left operand whose depth runs over the rows; `scratch` holds as many.
+template <class Arithmetic>
+inline Left transposed_left(const float* values, int64_t rows, int64_t stride, float* scratch) {
+  if (Arithmetic::kPerWord == 1) return {values, 1, stride};
+  Arithmetic::gather(values, rows, stride, scratch);
+  return {scratch, 1, stride};
 }
 
 // From the tokens of one split to their weighted sums.
+template <class Arithmetic>
 struct AttentionPoolForwardSplit {
   const AttentionPoolForward& args;
   const AttentionPoolWork& work;
 
   int64_t scratch_floats() const {
     const auto [B, N, D, H] = work.size;
-    return (H + kTokensPerTile) * spread_width(D) + (kTokensPerTile + 1) * heads_width(H);
+    return (H + kTokensPerTile) * spread_width(D) + (2 * kTokensPerTile + 1) * heads_width(H);
   }
 
   void operator()(const AttentionPoolSplit& split, float* kept, float* scratch) const {
-    const int64_t D = work.size.D, H = work.size.H, width = spread_width(D), stride = heads_width(H);
-    float *query = scratch, *wide = query + H * width, *scores = wide + kTokensPerTile * width;
-    float* rescale = scores + kTokensPerTile * stride;
+    const int64_t D = work.size.D, H = work.size.H, width = spread_width(D), stride = padded_width<Arithmetic>(H);
+    float *tokens_scratch = scratch + H * width, *scores = tokens_scratch + kTokensPerTile * width;
+    float *transposed = scores + kTokensPerTile * stride, *rescale = transposed + kTokensPerTile * stride;
     const AttentionPoolSums sums(work, kept);
-    widen_heads(args.inputs.query, split.sample, work.size, query);
     std::fill(scores, scores + kTokensPerTile * stride, 0.0f);
     std::fill(sums.rows, sums.rows + H * width, 0.0f);
     std::fill(sums.best, sums.best + stride, -INFINITY);
     std::fill(sums.total, sums.total + stride, 0.0f);
-    split.for_each_tile_of(args.inputs, wide, [&](int64_t, const TokenRows& tokens) {
-      multiply_tokens(tokens, query, D, H, scores);
-      weigh(tokens.count, scores, sums, rescale);
-      multiply_rows_of(H, D, {RowProduct{{scores, 1, stride}, tokens.rows, tokens.count}},
-                       RescaleAndAdd{sums.rows, width, rescale});
+    const auto query = heads_of<Arithmetic>(args.inputs.query, split.sample, work.size, scratch);
+    split.for_each_tile<Arithmetic>(args.inputs, tokens_scratch, [&](int64_t, const auto& tokens) {
+      const int64_t count = tokens.count();
+      multiply_along_rows<Arithmetic>(tokens.along(), count, query.along(), H, words<Arithmetic>(D), scores, stride);
+      weigh(count, scores, sums, rescale);
+      const Left weights = transposed_left<Arithmetic>(scores, count, stride, transposed);
+      multiply_across_rows<Arithmetic>(H, D, {RowProduct{weights, words<Arithmetic>(count), tokens.across()}},
+                                       RescaleAndAdd{sums.rows, width, rescale});
     });
   }
 
   // The products of `count` tokens with the queries become weights relative to the greatest score so far; by `rescale`
   // the sums over the tokens before are to be multiplied.
   void weigh(int64_t count, float* scores, const AttentionPoolSums& sums, float* rescale) const {
-    const int64_t stride = heads_width(work.size.H);
+    const int64_t stride = padded_width<Arithmetic>(work.size.H);
     for (int64_t h = 0; h < stride; h += kLanes) {
       const Vec before = load(sums.best + h);
       Vec best = before, total = {};
@@ -375,9 +227,10 @@ struct AttentionPoolForwardFinish {
   }
 };
 
-inline void attention_pool_forward(const AttentionPoolForward& args, ParallelFor parallel_for) {
+template <class Arithmetic>
+inline void attention_pool_forward_by(const AttentionPoolForward& args, ParallelFor parallel_for) {
   const AttentionPoolWork work(args.inputs.size);
-  const AttentionPoolForwardSplit take{args, work};
+  const AttentionPoolForwardSplit<Arithmetic> take{args, work};
   work.run(args.inputs, take.scratch_floats(), parallel_for, take, AttentionPoolForwardFinish{args, work});
 }
 
@@ -393,43 +246,46 @@ struct AttentionPoolHeads {
 // From the tokens of one split to their rows of dvisual and their share of dquery. With dw = visual dpooled^T,
 //   ds = scale * w * (dw - sum_n(w dw)), where the sum is dpooled . pooled,
 //   dvisual = ds query + w dpooled, and dquery = ds^T visual.
+template <class Arithmetic>
 struct AttentionPoolBackwardSplit {
   const AttentionPoolBackward& args;
   const AttentionPoolWork& work;
 
   int64_t scratch_floats() const {
     const auto [B, N, D, H] = work.size;
-    return (2 * H + kTokensPerTile) * spread_width(D) + (2 * kTokensPerTile + 3) * heads_width(H);
+    return (2 * H + kTokensPerTile) * spread_width(D) + 3 * (kTokensPerTile + 1) * heads_width(H);
   }
 
   void operator()(const AttentionPoolSplit& split, float* kept, float* scratch) const {
-    const int64_t D = work.size.D, H = work.size.H, width = spread_width(D), stride = heads_width(H);
-    float *query = scratch, *dpooled = query + H * width, *wide = dpooled + H * width;
-    float *dscores = wide + kTokensPerTile * width, *weights = dscores + kTokensPerTile * stride;
-    const AttentionPoolHeads heads(weights + kTokensPerTile * stride, stride);
+    const int64_t D = work.size.D, H = work.size.H, width = spread_width(D), stride = padded_width<Arithmetic>(H);
+    float *dpooled_scratch = scratch + H * width, *tokens_scratch = dpooled_scratch + H * width;
+    float *dscores = tokens_scratch + kTokensPerTile * width, *weights = dscores + kTokensPerTile * stride;
+    float* transposed = weights + kTokensPerTile * stride;
+    const AttentionPoolHeads heads(transposed + kTokensPerTile * stride, stride);
     std::fill(dscores, heads.mean + stride, 0.0f);
-    widen_heads(args.inputs.query, split.sample, work.size, query);
-    widen_heads(args.dpooled, split.sample, work.size, dpooled);
-    summarise_heads(split.sample, dpooled, wide, heads);
-    std::vector<const float*> query_rows(H), dpooled_rows(H);
-    for (int64_t h = 0; h < H; ++h) query_rows[h] = query + h * width, dpooled_rows[h] = dpooled + h * width;
+    const auto query = heads_of<Arithmetic>(args.inputs.query, split.sample, work.size, scratch);
+    const auto dpooled = heads_of<Arithmetic>(args.dpooled, split.sample, work.size, dpooled_scratch);
+    summarise_heads(split.sample, dpooled, tokens_scratch, heads);
     const AttentionPoolSums sums(work, kept);
     std::fill(sums.rows, sums.rows + H * width, 0.0f);
     if (args.dvisual.data) clear_absent(split);
-    split.for_each_tile_of(args.inputs, wide, [&](int64_t first, const TokenRows& tokens) {
-      multiply_tokens(tokens, query, D, H, dscores);
-      multiply_tokens(tokens, dpooled, D, H, weights);
-      score_gradients(tokens.count, heads, dscores, weights);
+    split.for_each_tile<Arithmetic>(args.inputs, tokens_scratch, [&](int64_t first, const auto& tokens) {
+      const int64_t count = tokens.count();
+      multiply_along_rows<Arithmetic>(tokens.along(), count, query.along(), H, words<Arithmetic>(D), dscores, stride);
+      multiply_along_rows<Arithmetic>(tokens.along(), count, dpooled.along(), H, words<Arithmetic>(D), weights, stride);
+      score_gradients(count, heads, dscores, weights);
       if (args.dquery) {
-        multiply_rows_of(H, D, {RowProduct{{dscores, 1, stride}, tokens.rows, tokens.count}},
-                         AddFloats{sums.rows, width});
+        const Left left = transposed_left<Arithmetic>(dscores, count, stride, transposed);
+        multiply_across_rows<Arithmetic>(H, D, {RowProduct{left, words<Arithmetic>(count), tokens.across()}},
+                                         AddFloats{sums.rows, width});
       }
       if (args.dvisual.data) {
-        const RowProduct products[] = {{{dscores, stride, 1}, query_rows.data(), H},
-                                       {{weights, stride, 1}, dpooled_rows.data(), H}};
+        const int64_t depth = words<Arithmetic>(H);
+        const RowProduct products[] = {{Arithmetic::values_as_left(dscores, count, stride), depth, query.across()},
+                                       {Arithmetic::values_as_left(weights, count, stride), depth, dpooled.across()}};
         with_elements(args.dvisual.dtype, [&](auto elements) {
-          multiply_rows_of(tokens.count, D, products,
-                           StoreTokens<decltype(elements)>{dvisual_of(split.sample), D, split.tokens + first});
+          multiply_across_rows<Arithmetic>(
+              count, D, products, StoreTokens<decltype(elements)>{dvisual_of(split.sample), D, split.tokens + first});
         });
       }
     });
@@ -447,21 +303,23 @@ struct AttentionPoolBackwardSplit {
   }
 
   // The mean is summed as the products with the tokens are: where one token has all the weight, they are equal.
-  void summarise_heads(int64_t sample, const float* dpooled, float* wide, const AttentionPoolHeads& heads) const {
+  void summarise_heads(int64_t sample, const RowOperand<Arithmetic>& dpooled, float* scratch,
+                       const AttentionPoolHeads& heads) const {
     const auto [B, N, D, H] = work.size;
-    for (int64_t h = 0; h < H; ++h, dpooled += spread_width(D)) {
+    RowOperand<Arithmetic> pooled(1, D, scratch);
+    for (int64_t h = 0; h < H; ++h) {
       const int64_t row = sample * H + h;
       heads.best[h] = args.statistics[row];
       heads.factor[h] = 1 / args.statistics[B * H + row];
-      widen_row({row_of(args.pooled, row), 0, args.pooled.dtype}, D, wide);
-      const float* const pooled = wide;
-      multiply_rows<1, 1>(&pooled, dpooled, 0, D, heads.mean + h, 1);
+      pooled.take(1, args.pooled.dtype, [&](int64_t) { return row_of(args.pooled, row); });
+      multiply_along_rows<Arithmetic>(pooled.along(), 1, dpooled.along() + h, 1, words<Arithmetic>(work.size.D),
+                                      heads.mean + h, 1);
     }
   }
 
   // The products with the queries become dscores, and those with dpooled the weights.
   void score_gradients(int64_t count, const AttentionPoolHeads& heads, float* dscores, float* weights) const {
-    const int64_t stride = heads_width(work.size.H);
+    const int64_t stride = padded_width<Arithmetic>(work.size.H);
     const float scale = args.inputs.scale;
     for (int64_t i = 0; i < count * stride; i += kLanes) {
       const int64_t h = i % stride;
@@ -492,8 +350,31 @@ struct AttentionPoolBackwardFinish {
   }
 };
 
-inline void attention_pool_backward(const AttentionPoolBackward& args, ParallelFor parallel_for) {
+template <class Arithmetic>
+inline void attention_pool_backward_by(const AttentionPoolBackward& args, ParallelFor parallel_for) {
   const AttentionPoolWork work(args.inputs.size);
-  const AttentionPoolBackwardSplit take{args, work};
+  const AttentionPoolBackwardSplit<Arithmetic> take{args, work};
   work.run(args.inputs, take.scratch_floats(), parallel_for, take, AttentionPoolBackwardFinish{args, work});
+}
+
+#ifdef PETL_BFLOAT16_PRODUCTS
+// A query in another dtype is not rounded.
+inline bool takes_pairs(const AttentionPoolInputs& args) {
+  return !PairArithmetic::rounds(args.visual.dtype) && !PairArithmetic::rounds(args.query.dtype) &&
+         args.size.D % 2 == 0;
+}
+#endif
+
+inline void attention_pool_forward(const AttentionPoolForward& args, ParallelFor parallel_for) {
+#ifdef PETL_BFLOAT16_PRODUCTS
+  if (takes_pairs(args.inputs)) return attention_pool_forward_by<PairArithmetic>(args, parallel_for);
+#endif
+  attention_pool_forward_by<FloatArithmetic>(args, parallel_for);
+}
+
+inline void attention_pool_backward(const AttentionPoolBackward& args, ParallelFor parallel_for) {
+#ifdef PETL_BFLOAT16_PRODUCTS
+  if (takes_pairs(args.inputs)) return attention_pool_backward_by<PairArithmetic>(args, parallel_for);
+#endif
+  attention_pool_backward_by<FloatArithmetic>(args, parallel_for);
 }

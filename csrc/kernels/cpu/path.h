@@ -49,6 +49,7 @@ namespace {
 #include "kernels/cpu/activation.h"
 #include "kernels/cpu/layer_norm.h"
 // After it:
+#include "kernels/cpu/row_products.h"
 #include "kernels/cpu/weight_gradient.h"
 // After it:
 #include "kernels/cpu/adapter.h"
