@@ -15,7 +15,7 @@ PACKAGE = ROOT / "petl_ext"
 LEVELS = [
     {"_C"},
     {"ops"},
-    {"nn", "cost"},
+    {"nn", "cost", "folder"},
     {"attach", "models"},
     {"tasks", "search"},
     {""},

@@ -5,10 +5,7 @@ So its place, its hooks and its state-dict keys stay, copies and pickles of the 
 giving it back its own class restores the backbone exactly.
 """
 
-import logging
 from contextlib import contextmanager
-
-import torch
 
 from petl_ext.attach.families import family_of
 from petl_ext.attach.folder import Saved, write_folder
@@ -16,8 +13,7 @@ from petl_ext.attach.report import Report, ReportRow
 from petl_ext.attach.selection import is_part
 from petl_ext.attach.site import composed
 from petl_ext.cost import count_macs, count_parameters
-
-logger = logging.getLogger("petl_ext")
+from petl_ext.folder import fill
 
 HANDLE = "petl_attachment"
 ADDS_NOTHING = "adds nothing to the model"
@@ -219,25 +215,4 @@ class Attachment:
                 raise ValueError(f"{folder}: expected the {what} that is attached, {ours}, found {theirs}")
 
     def _fill(self, tensors, folder):
-        ours = self._tensors()
-        _check_fit(ours, tensors, folder)
-        converted = sorted({f"{tensors[n].dtype} to {t.dtype}" for n, t in ours.items() if tensors[n].dtype != t.dtype})
-        if converted:
-            logger.warning("%s: converted from %s", folder, ", ".join(converted))
-        with torch.no_grad():
-            for name, tensor in ours.items():
-                tensor.copy_(tensors[name])
-
-
-def _check_fit(expected, found, folder):
-    problems = [f"{name}: missing" for name in expected if name not in found]
-    problems += [f"{name}: unexpected" for name in found if name not in expected]
-    for name in expected.keys() & found.keys():
-        ours, theirs = expected[name], found[name]
-        if ours.shape != theirs.shape:
-            problems.append(f"{name}: expected the shape {tuple(ours.shape)}, found {tuple(theirs.shape)}")
-        elif ours.is_floating_point() != theirs.is_floating_point():
-            problems.append(f"{name}: expected {ours.dtype}, found {theirs.dtype}")
-    if problems:
-        shown = "; ".join(sorted(problems)[:8])
-        raise ValueError(f"{folder} does not fit the model, {len(problems)} differences: {shown}")
+        fill(self._tensors(), tensors, folder)
