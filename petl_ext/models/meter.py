@@ -25,6 +25,8 @@ from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
 from transformers.models.bert.modeling_bert import BertAttention, BertIntermediate, BertOutput, BertPooler
 from transformers.utils.generic import can_return_tuple
 
+from petl_ext.models.heads import class_loss, mlp_head, soft_target_loss
+
 # What published METER has other than the defaults of transformers' config classes: roberta-base, and ViT-B/16 of CLIP
 # without its last block, which METER leaves out.
 PUBLISHED_TEXT = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
@@ -310,7 +312,7 @@ class MeterForQuestionAnswering(MeterPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.meter = MeterModel(config)
-        self.classifier = _mlp_head(2 * config.hidden_size, 2 * config.hidden_size, config.num_labels)
+        self.classifier = mlp_head(2 * config.hidden_size, 2 * config.hidden_size, config.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -328,7 +330,7 @@ class MeterForQuestionAnswering(MeterPreTrainedModel):
         """
         output = self.meter(input_ids, pixel_values, attention_mask, return_dict=True)
         logits = self.classifier(output.pooler_output)
-        return SequenceClassifierOutput(loss=_soft_target_loss(self, logits, labels), logits=logits)
+        return SequenceClassifierOutput(loss=soft_target_loss(self, logits, labels), logits=logits)
 
 
 class MeterForVisualEntailment(MeterPreTrainedModel):
@@ -337,7 +339,7 @@ class MeterForVisualEntailment(MeterPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.meter = MeterModel(config)
-        self.classifier = _mlp_head(2 * config.hidden_size, 2 * config.hidden_size, config.num_labels)
+        self.classifier = mlp_head(2 * config.hidden_size, 2 * config.hidden_size, config.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -355,7 +357,7 @@ class MeterForVisualEntailment(MeterPreTrainedModel):
         """
         output = self.meter(input_ids, pixel_values, attention_mask, return_dict=True)
         logits = self.classifier(output.pooler_output)
-        return SequenceClassifierOutput(loss=_class_loss(self, logits, labels), logits=logits)
+        return SequenceClassifierOutput(loss=class_loss(self, logits, labels), logits=logits)
 
 
 class MeterForImagesAndTextClassification(MeterPreTrainedModel):
@@ -377,7 +379,7 @@ class MeterForImagesAndTextClassification(MeterPreTrainedModel):
             )
         self.meter = MeterModel(config)
         pooled = 2 * config.hidden_size
-        self.classifier = _mlp_head(self.num_images * pooled, pooled, config.num_labels)
+        self.classifier = mlp_head(self.num_images * pooled, pooled, config.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -404,7 +406,7 @@ class MeterForImagesAndTextClassification(MeterPreTrainedModel):
             for i, image in enumerate(pixel_values.unbind(1), start=1)
         ]
         logits = self.classifier(torch.cat(pooled, dim=-1))
-        return SequenceClassifierOutput(loss=_class_loss(self, logits, labels), logits=logits)
+        return SequenceClassifierOutput(loss=class_loss(self, logits, labels), logits=logits)
 
 
 class MeterForImageAndTextRetrieval(MeterPreTrainedModel):
@@ -443,7 +445,7 @@ class MeterForImageAndTextRetrieval(MeterPreTrainedModel):
                 f"{type(self).__name__}: labels need several texts to an image, input_ids [B, K, T], "
                 f"got {list(input_ids.shape)}"
             )
-        return SequenceClassifierOutput(loss=_class_loss(self, logits, labels), logits=logits)
+        return SequenceClassifierOutput(loss=class_loss(self, logits, labels), logits=logits)
 
     def _scores_of_many(self, input_ids, pixel_values, attention_mask):
         _check_batch(self, input_ids, pixel_values)
@@ -454,10 +456,6 @@ class MeterForImageAndTextRetrieval(MeterPreTrainedModel):
         text_states = self.meter.encode_text(input_ids.flatten(0, 1), attention_mask)
         pooled = self.meter.fuse(text_states, image_states, attention_mask).pooler_output
         return self.rank_output(pooled).view(batch, texts)
-
-
-def _mlp_head(inputs, hidden, labels):
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, labels))
 
 
 def _check_batch(model, input_ids, pixel_values):
@@ -474,26 +472,3 @@ def _added_to_scores(attention_mask, dtype):
         return None
     hidden = attention_mask[:, None, None, :] == 0
     return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
-
-
-def _soft_target_loss(model, logits, labels):
-    if labels is None:
-        return None
-    if labels.shape != logits.shape:
-        raise ValueError(
-            f"{type(model).__name__}: labels must be a score for each answer, {list(logits.shape)}, "
-            f"got {list(labels.shape)}"
-        )
-    targets = labels.to(logits.device, logits.dtype)
-    return functional.binary_cross_entropy_with_logits(logits, targets) * labels.size(1)
-
-
-def _class_loss(model, logits, labels):
-    if labels is None:
-        return None
-    if labels.shape != logits.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"{type(model).__name__}: labels must be {len(logits)} class indices, [{len(logits)}], "
-            f"got {labels.dtype} {list(labels.shape)}"
-        )
-    return functional.cross_entropy(logits, labels.to(logits.device, torch.long))
