@@ -17,7 +17,7 @@ from petl_ext.attach import (
     attach,
     load,
 )
-from petl_ext.nn import AdapterLayer, APTLayer
+from petl_ext.nn import AdapterLayer, APTLayer, VisualPromptLayer
 from petl_ext.search import DepthSearch
 
 __version__ = "0.1.0"
@@ -33,6 +33,7 @@ __all__ = [
     "DepthSearch",
     "FullTuningConfig",
     "SkippingAttachment",
+    "VisualPromptLayer",
     "attach",
     "load",
     "ops",

@@ -2,5 +2,6 @@
 
 from petl_ext.nn.adapter import AdapterLayer
 from petl_ext.nn.apt import APTLayer
+from petl_ext.nn.visual_prompt import VisualPromptLayer
 
-__all__ = ["APTLayer", "AdapterLayer"]
+__all__ = ["APTLayer", "AdapterLayer", "VisualPromptLayer"]

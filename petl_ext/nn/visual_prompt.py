@@ -1,0 +1,117 @@
+"""The layer of dynamic visual prompting."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from petl_ext.ops.attention_pool import attention_pool, attention_pool_reference
+
+
+class VisualPromptLayer(nn.Module):
+    """Pools an image's tokens into one prompt, by the attention of one query of text (DVP, arXiv 2306.00409).
+
+    It is multi-head attention with one query per sample, computed without a projected token: the key projection is
+    folded into the query, and the value projection comes after pooling. That is exact. The key bias adds one number to
+    all scores of a head, which softmax takes out again, and the weights of a head sum to 1 before the value bias.
+
+    It holds the four linear layers `query` [I, D], `key` and `value` [I, Dv] and `output` [D, I], with biases: the
+    authors' `linear_q`, `linear_k`, `linear_v` and `linear_merge`, initialised as torch's nn.Linear. `key.bias` is
+    there for their checkpoints; its gradient is exactly zero.
+
+    Args:
+        dim: the language model's width D.
+        num_heads: H.
+        visual_dim: the width Dv of the image's tokens; None is D.
+        inner_dim: the width I of all heads together; None is D. The authors take 512 with 16 heads for LLaMA.
+        dropout: on the attention weights, in training. Above 0 the training forward runs
+            `ops.attention_pool_reference`: the fused kernel has no dropout.
+
+    Raises:
+        ValueError: a size below 1, an inner_dim that num_heads do not divide, or a dropout outside [0, 1).
+    """
+
+    def __init__(self, dim, num_heads=12, visual_dim=None, inner_dim=None, dropout=0.0, device=None, dtype=None):
+        super().__init__()
+        visual_dim = dim if visual_dim is None else visual_dim
+        inner_dim = dim if inner_dim is None else inner_dim
+        sizes = {"dim": dim, "num_heads": num_heads, "visual_dim": visual_dim, "inner_dim": inner_dim}
+        for name, value in sizes.items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"VisualPromptLayer: {name} must be a positive integer, got {value!r}")
+        if inner_dim % num_heads:
+            raise ValueError(
+                f"VisualPromptLayer: inner_dim must be a multiple of num_heads {num_heads}, got {inner_dim}"
+            )
+        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ValueError(f"VisualPromptLayer: dropout must lie in [0, 1), got {dropout!r}")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        place = {"device": device, "dtype": dtype}
+        self.query = nn.Linear(dim, inner_dim, **place)
+        self.key = nn.Linear(visual_dim, inner_dim, **place)
+        self.value = nn.Linear(visual_dim, inner_dim, **place)
+        self.output = nn.Linear(inner_dim, dim, **place)
+
+    def forward(self, visual, query, mask=None):
+        """
+        Args:
+            visual: the image's tokens [B, N, Dv].
+            query: [B, D].
+            mask: bool [B, N], True where a token takes part; None is all.
+
+        Returns:
+            The prompt [B, D].
+
+        Raises:
+            ValueError: a shape does not fit, or a sample has no token that takes part.
+        """
+        self._check(visual, query, mask)
+        queries = self._by_head(self.query(query))
+        folded = _per_head(queries, self._by_head(self.key.weight, dim=0))
+        pooled, weight = self._pool(visual, folded, mask)
+        context = _per_head(pooled, self._by_head(self.value.weight, dim=0).mT)
+        context = context + weight * self._by_head(self.value.bias)
+        # Of the key bias only a gradient of zero is left: DistributedDataParallel waits for one of every parameter.
+        return self.output(context.flatten(1)) + 0 * self.key.bias.sum()
+
+    def _by_head(self, tensor, dim=-1):
+        return tensor.unflatten(dim, (self.num_heads, -1))
+
+    def _pool(self, visual, folded, mask):
+        """(pooled [B, H, Dv], sums of the weights by which they are pooled, to be multiplied with [H, d])."""
+        scale = self._by_head(self.value.bias).size(-1) ** -0.5
+        if not (self.training and self.dropout > 0):
+            return attention_pool(visual, folded, mask, scale), 1
+        # Weights that dropout has left do not sum to 1. A column of ones beside the tokens is pooled to their sum.
+        visual, folded = F.pad(visual, (0, 1), value=1.0), F.pad(folded, (0, 1))
+        pooled = attention_pool_reference(visual, folded, mask, scale, self.dropout)
+        return pooled[..., :-1], pooled[..., -1:]
+
+    def _check(self, visual, query, mask):
+        width, dim = self.value.in_features, self.query.in_features
+        if visual.dim() != 3 or visual.size(1) == 0 or visual.size(2) != width:
+            raise ValueError(
+                f"VisualPromptLayer: visual must be [B, N, {width}] with N above zero, got {list(visual.shape)}"
+            )
+        if query.shape != (len(visual), dim):
+            raise ValueError(
+                f"VisualPromptLayer: query must be [{len(visual)}, {dim}], a row for each sample of visual, "
+                f"got {list(query.shape)}"
+            )
+        if mask is None:
+            return
+        if mask.shape != visual.shape[:2] or mask.dtype is not torch.bool:
+            raise ValueError(
+                f"VisualPromptLayer: mask must be bool {list(visual.shape[:2])}, got {mask.dtype} {list(mask.shape)}"
+            )
+        if not mask.is_meta and not mask.any(1).all():
+            empty = (~mask.any(1)).nonzero()[0].item()
+            raise ValueError(f"VisualPromptLayer: mask hides all tokens of sample {empty}")
+
+    def extra_repr(self):
+        return f"num_heads={self.num_heads}, dropout={self.dropout}"
+
+
+def _per_head(rows, weights):
+    """rows [B, H, n] times weights [H, n, m], head by head, to [B, H, m]."""
+    return torch.matmul(rows.transpose(0, 1), weights).transpose(0, 1)
