@@ -8,6 +8,7 @@ except ModuleNotFoundError as error:
     raise ImportError('petl_ext.models needs transformers: pip install "petl_ext[hf]"') from error
 
 from petl_ext.models.checkpoints import CheckpointReport, KeyOutcome, load_meter_checkpoint, load_vilt_checkpoint
+from petl_ext.models.dvp import DVPT5, DVPBert, DVPLlama, DVPModel
 from petl_ext.models.meter import (
     MeterConfig,
     MeterForImageAndTextRetrieval,
@@ -22,7 +23,11 @@ from petl_ext.models.meter import (
 )
 
 __all__ = [
+    "DVPT5",
     "CheckpointReport",
+    "DVPBert",
+    "DVPLlama",
+    "DVPModel",
     "KeyOutcome",
     "MeterConfig",
     "MeterForImageAndTextRetrieval",
