@@ -39,7 +39,8 @@ class DVPModel(nn.Module):
     """What DVPBert, DVPT5 and DVPLlama have in common.
 
     The model takes the language model over: it freezes what does not train, and with use_adapters puts adapters into
-    it. It runs the vision encoder without gradients and always in eval mode. New layers are made on the device and in
+    it. It runs the vision encoder without gradients and always in eval mode. Gradient checkpointing is switched on in
+    the language model, by its own method. New layers are made on the device and in
     the dtype of the language model's embeddings.
 
     Args:
@@ -132,13 +133,6 @@ class DVPModel(nn.Module):
         if self.vision_model is not None:
             self.vision_model.eval()
         return self
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
-        """Of the language model, as transformers' Trainer asks for it."""
-        self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
-
-    def gradient_checkpointing_disable(self):
-        self.language_model.gradient_checkpointing_disable()
 
     def save(self, folder):
         """Writes what trains, parameters that require gradients, and how the model was made.
@@ -553,6 +547,8 @@ class DVPLlama(DVPModel):
         cache, visual = past_key_values, None
         if cache is not None and self.classifier is not None:
             raise self._wrong("past_key_values are for language modelling, but num_labels made a classifier")
+        if labels is not None and self.classifier is None and labels.shape != input_ids.shape:
+            raise self._wrong(f"labels must be tokens {list(input_ids.shape)}, got {list(labels.shape)}")
         if self._seen(cache):
             self._check_continued(input_ids, attention_mask, cache, (pixel_values, visual_features, visual_mask))
         else:
@@ -617,8 +613,6 @@ class DVPLlama(DVPModel):
         """The output of the language modelling head."""
         logits, loss = self.language_model.lm_head(states), None
         if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                raise self._wrong(f"labels must be tokens {list(logits.shape[:2])}, got {list(labels.shape)}")
             loss = functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device), ignore_index=IGNORED
             )
@@ -648,12 +642,12 @@ class DVPLlama(DVPModel):
     def _check_continued(self, input_ids, attention_mask, cache, images):
         if any(given is not None for given in images):
             raise self._wrong("past_key_values hold the prompt already, but an image is given again")
-        text = self._seen(cache) - 1
-        below = cache.get_seq_length(0)
-        if self.insert_layer > 0 and below != text:
+        layer = self.insert_layer
+        lengths = [cache.get_seq_length(i) for i in range(self.num_layers)]
+        text = lengths[layer] - 1
+        if lengths != [text] * layer + [text + 1] * (self.num_layers - layer):
             raise self._wrong(
-                f"past_key_values must be those of insert_layer {self.insert_layer}, but layer 0 holds {below} rows "
-                f"and layer {self.insert_layer} {text + 1}"
+                f"past_key_values must be those of insert_layer {layer}, one row more from it on, got {lengths} rows"
             )
         shape = (len(input_ids), text + input_ids.size(1))
         if attention_mask is not None and attention_mask.shape != shape:
