@@ -36,6 +36,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Model,
+    Trainer,
+    TrainingArguments,
 )
 
 from petl_ext.cost import count_macs
@@ -214,8 +216,8 @@ def test_a_vision_model_is_run_frozen(family):
     model.train()
     assert model.language_model.training and not any(module.training for module in vision.modules())
     with torch.enable_grad():
-        loss = model(**inputs, pixel_values=pixels, labels=torch.arange(3)).loss
-        loss.backward()
+        model(**inputs, pixel_values=pixels.requires_grad_(), labels=torch.arange(3)).loss.backward()
+    assert pixels.grad is None
     assert all(p.grad is None and not p.requires_grad for p in vision.parameters())
     assert model.visual_prompts[0].value.weight.grad.any()
 
@@ -521,6 +523,56 @@ def test_deepcopy_and_pickle(family):
         parameter.zero_()
     for twin in twins:
         assert torch.equal(logits(twin, inputs), expected)
+
+
+@every_family
+@torch.no_grad()
+def test_state_dicts_hold_tied_weights_once(family):
+    model = make_model(family, use_adapters=True)
+    state = model.state_dict()
+    assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
+    assert set(state) >= {name for name, _ in model.named_parameters()}
+    other = make_model(family, seed=5, use_adapters=True)
+    inputs = make_inputs(model)
+    assert differ(logits(other, inputs), logits(model, inputs))
+    other.load_state_dict(state)
+    assert torch.equal(logits(other, inputs), logits(model, inputs))
+    parent = torch.nn.ModuleList([model])
+    torch.nn.ModuleList([other]).load_state_dict(parent.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+@every_family
+def test_the_trainer_trains_and_resumes(family, tmp_path):
+    inputs = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in make_inputs(make_model(family)).items()
+    }
+    data = [{**{name: tensor[i] for name, tensor in inputs.items()}, "labels": torch.tensor(i)} for i in range(3)]
+
+    def trained(steps, resume=None):
+        model = make_model(family, insert_layer=1, use_adapters=True).float()
+        options = {"per_device_train_batch_size": 3, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+        arguments = TrainingArguments(
+            tmp_path,
+            max_steps=steps,
+            save_steps=2,
+            gradient_checkpointing=True,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            **options,
+        )
+        Trainer(model, arguments, train_dataset=data).train(resume)
+        return model
+
+    whole, resumed = trained(4), trained(4, resume=str(tmp_path / "checkpoint-2"))
+    state = make_model(family, insert_layer=1, use_adapters=True).float().state_dict()
+    for name, tensor in resumed.state_dict().items():
+        torch.testing.assert_close(tensor, whole.state_dict()[name])
+    changed = {name for name, tensor in whole.state_dict().items() if not torch.equal(tensor, state[name])}
+    trains = {name for name, parameter in whole.named_parameters() if parameter.requires_grad}
+    assert changed <= trains and "visual_prompts.0.query.weight" in changed
 
 
 @every_family

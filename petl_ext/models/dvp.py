@@ -39,8 +39,7 @@ class DVPModel(nn.Module):
     """What DVPBert, DVPT5 and DVPLlama have in common.
 
     The model takes the language model over: it freezes what does not train, and with use_adapters puts adapters into
-    it. It runs the vision encoder without gradients and always in eval mode. Gradient checkpointing is switched on in
-    the language model, by its own method. New layers are made on the device and in
+    it. It runs the vision encoder without gradients and always in eval mode. New layers are made on the device and in
     the dtype of the language model's embeddings.
 
     Args:
@@ -60,6 +59,7 @@ class DVPModel(nn.Module):
             all of the language model that runs is trained.
 
     Attributes:
+        options: the arguments but insert_layer, as they were understood.
         num_layers: how many layers the prompt can enter; insert_layer lies in [0, num_layers).
         visual_prompts: a ModuleList of one VisualPromptLayer or, with candidates, of one for each layer.
         type_embeddings: likewise of tables [2, D], added to text and prompt where they meet; empty for LLaMA.
@@ -113,6 +113,8 @@ class DVPModel(nn.Module):
             add_adapters(places.values(), partial(self.adapters.new_layer, **self._place()))
         self._freeze()
         self.train(language_model.training)
+        self.register_state_dict_post_hook(_leave_out_twins)
+        self.register_load_state_dict_pre_hook(_fill_in_twins)
 
     @property
     def insert_layer(self):
@@ -133,6 +135,14 @@ class DVPModel(nn.Module):
         if self.vision_model is not None:
             self.vision_model.eval()
         return self
+
+    def activation_checkpointing_enable(self, **options):
+        """Of the language model; transformers' Trainer asks for it here."""
+        self.language_model.activation_checkpointing_enable(**options)
+
+    def gradient_checkpointing_enable(self, **options):
+        """The same under the name that transformers gave it before 5.23."""
+        self.language_model.gradient_checkpointing_enable(**options)
 
     def save(self, folder):
         """Writes what trains, parameters that require gradients, and how the model was made.
@@ -671,6 +681,26 @@ class DVPLlama(DVPModel):
     @staticmethod
     def _head_width(dim):
         return dim // 8
+
+
+def _twins(model):
+    """{name: the first name of the same tied parameter}."""
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return {twin: first for first, *twins in names.values() for twin in twins}
+
+
+def _leave_out_twins(model, state, prefix, _):
+    """Tied weights stand once in a state dict: safetensors, which transformers' Trainer writes, refuses them twice."""
+    for twin in _twins(model):
+        state.pop(prefix + twin, None)
+
+
+def _fill_in_twins(model, state, prefix, *_):
+    for twin, first in _twins(model).items():
+        if prefix + first in state:
+            state.setdefault(prefix + twin, state[prefix + first])
 
 
 def _with_prompt(attention_mask):
