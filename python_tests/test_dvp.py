@@ -29,6 +29,7 @@ from tiny_dvp import (
 from tiny_families import FAMILIES
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertModel,
     DynamicCache,
     LlamaConfig,
@@ -140,6 +141,26 @@ def test_eager_attention_computes_the_same(family):
     expected = logits(model, inputs)
     model.language_model.set_attn_implementation("eager")
     assert_same(logits(model, inputs), expected)
+
+
+@every_family
+@torch.no_grad()
+def test_language_models_with_and_without_a_head(family):
+    """tiny_families makes BERT without one, T5 and LLaMA with."""
+    model = make_model(family, insert_layer=1)
+    given = model.language_model
+    other_class = {"bert": BertForMaskedLM, "t5": T5Model, "llama": LlamaModel}[family]
+    other = other_class(given.config)
+    other.base_model.load_state_dict(given.base_model.state_dict(), strict=False)
+    again = CLASSES[family](other.double().eval(), **SIZES, num_labels=LABELS, insert_layer=1).double()
+    new = {name: p for name, p in model.state_dict().items() if not name.startswith("language_model.")}
+    again.load_state_dict(again.state_dict() | new)
+    inputs = make_inputs(model)
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+    labels = torch.arange(3)
+    with torch.enable_grad():
+        again(**inputs, labels=labels).loss.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in again.parameters())
 
 
 @every_family

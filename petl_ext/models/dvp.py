@@ -165,7 +165,7 @@ class DVPModel(nn.Module):
         model = cls(language_model, vision_model, **options)
         try:
             fill(model._trained(), tensors, folder)
-        except ValueError:
+        except BaseException:
             remove_adapters(language_model)
             for parameter, required in required_grad:
                 parameter.requires_grad_(required)
