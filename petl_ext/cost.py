@@ -63,7 +63,9 @@ class MacCount:
 
     Attributes:
         by_module: {dotted name: MACs inside the module, its children included, over all its calls}; "" is the model.
-            A module that has several names has the same MACs under each.
+            A module that has several names has the same MACs under each. One whose own forward is never called, such
+            as a list, or a model that runs by another method, has the sum of its children's: what it multiplies without
+            them counts in the modules around it alone.
     """
 
     by_module: dict
@@ -133,8 +135,7 @@ def count_macs(model, inputs):
         model(*positional, **named)
 
     def macs_inside(module):
-        # A list of modules is itself never called.
-        if isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
+        if flops[module] is None:
             return sum(map(macs_inside, module.children()))
         return flops[module] // 2
 
@@ -253,11 +254,11 @@ def _left_as_it_was(model):
 
 @contextmanager
 def _flops_by_module(model, counter):
-    """{module: what `counter` counts between its entry and its exit}, filled inside the `with`.
+    """{module: what `counter` counts between its entry and its exit, or None without one}, filled inside the `with`.
 
     The counter itself goes by the names of classes and children, of which a shared module has several.
     """
-    flops = dict.fromkeys(model.modules(), 0)
+    flops = dict.fromkeys(model.modules())
     running = {}  # module: (calls that have not returned, what the counter showed before the first)
 
     def enter(module, _):
@@ -271,7 +272,7 @@ def _flops_by_module(model, counter):
             if calls > 1:
                 running[module] = calls - 1, before
             else:
-                flops[module] += counter.get_total_flops() - before
+                flops[module] = (flops[module] or 0) + counter.get_total_flops() - before
 
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     try:

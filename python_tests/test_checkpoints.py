@@ -8,6 +8,7 @@ import pytest
 import tiny_meter
 import tiny_vilt
 import torch
+from safetensors.torch import save_file
 from torch.nn.functional import interpolate
 from transformers import (
     ViltForImageAndTextRetrieval,
@@ -340,14 +341,112 @@ def test_layers_that_the_file_holds_in_part(save):
     assert_refused(load_vilt_checkpoint, fresh, save(state), lacks)
 
 
-def test_layers_of_two_kinds_at_one_place(save):
-    trained, fresh = (tiny_vilt.make_model(seed=seed) for seed in (1, 0))
-    for model in (trained, fresh):
-        petl_ext.attach(model, METHODS["parallel"])
-    state = originals.vilt_checkpoint(trained, "vqa_classifier", "parallel")
-    state["transformer.blocks.0.adapter0.up_sampler.bias"] = torch.ones(tiny_vilt.DIM)
-    twice = r"filled by another key too \(1\): vilt.*output.adapter.up_bias by transformer.*$"
+EVERY_OUTPUT = {
+    "vilt": r"encoder\.layer\.\d+\.(attention\.)?output",
+    "meter": r"cross_modal_(text|image)_layers\.\d+\.((cross)?attention\.)?output",
+}
+# The file's method, and what is attached though its tensors fit: no norm to lack, adapters at all sites.
+OTHER_METHODS = [
+    ("sequential", lambda sites: DASConfig(bottleneck=3, layer_norm=False)),
+    ("sequential", lambda sites: AdapterConfig(kind="parallel", bottleneck=3, layer_norm=False, sites=[sites])),
+    ("parallel", lambda sites: AdapterConfig(bottleneck=3, layer_norm=True)),
+    ("parallel", lambda sites: DASConfig(bottleneck=3)),
+    ("das", lambda sites: AdapterConfig(kind="parallel", bottleneck=3, sites=[sites])),
+    ("das", lambda sites: AdapterConfig(bottleneck=3, layer_norm=True)),
+    ("apt", lambda sites: AdapterConfig(bottleneck=3)),
+    ("sequential", lambda sites: APTConfig(num_prompts=5, rank=2)),
+]
+
+
+@pytest.mark.parametrize(("method", "other"), OTHER_METHODS)
+@pytest.mark.parametrize("family", [VILT, METER], ids=["vilt", "meter"])
+def test_layers_of_another_method_are_refused(save, family, method, other):
+    tiny, checkpoint, load = family
+    trained, fresh = (tiny.make_model(seed=seed) for seed in (1, 0))
+    petl_ext.attach(trained, METHODS[method])
+    attachment = petl_ext.attach(fresh, other(EVERY_OUTPUT["vilt" if family is VILT else "meter"]))
+    path = save(checkpoint(trained, "vqa_classifier", method))
+    its_config = {"apt": "APT", "sequential": "Adapter", "parallel": 'Adapter.*kind="parallel"', "das": "DAS"}[method]
+    message = assert_refused(
+        load, fresh, path, f"of another method than is attached: the file's are those of {its_config}"
+    )
+    assert f", the model's of {attachment.config}" in message
+    with attachment.disable():
+        assert_refused(load, fresh, path, "of another method than is attached")
+
+
+def test_layers_whose_method_is_not_known_here_are_refused(save):
+    trained, fresh = tiny_vilt.make_model(seed=1), tiny_vilt.make_model()
+    petl_ext.attach(trained, METHODS["sequential"])
+    petl_ext.attach(fresh.vilt, METHODS["sequential"])
+    path = save(originals.vilt_checkpoint(trained, "vqa_classifier", "sequential"))
+    load_vilt_checkpoint(fresh, path)
+    assert_equal(fresh, trained)
+    inner = tiny_vilt.make_model()
+    petl_ext.attach(inner, METHODS["sequential"])
+    message = "the model that petl_ext.attach was given"
+    assert_refused(load_vilt_checkpoint, inner.vilt, path, message)
+
+
+def test_two_keys_for_one_tensor(save):
+    trained, fresh = (tiny_vilt.make_model(ViltForMaskedLM, seed=seed) for seed in (1, 0))
+    state = originals.vilt_checkpoint(trained, "mlm_score")
+    state["mlm_score.decoder.bias"] = state["mlm_score.bias"]
+    twice = r"filled by another key too \(1\): mlm_score.decoder.bias by mlm_score.decoder.bias$"
     assert_refused(load_vilt_checkpoint, fresh, save(state), twice)
+
+
+def test_values_that_are_not_finite_are_loaded_and_said(save):
+    trained, fresh = tiny_vilt.make_model(seed=1), tiny_vilt.make_model()
+    state = originals.vilt_checkpoint(trained, "vqa_classifier")
+    nan, infinite = "transformer.blocks.1.mlp.fc1.weight", "transformer.blocks.0.attn.qkv.bias"
+    state[nan][3, 2] = torch.nan
+    state[infinite][[0, -1]] = torch.tensor([torch.inf, -torch.inf])
+    report = load_vilt_checkpoint(fresh, save(state))
+    weight = fresh.vilt.encoder.layer[1].intermediate.dense.weight
+    assert weight.isnan().nonzero().tolist() == [[3, 2]]
+    assert fresh.vilt.encoder.layer[0].attention.attention.query.bias[0] == torch.inf
+    assert report.not_finite == (infinite, nan)
+    assert f"NaN or infinity in 2 keys of the file: {infinite}, {nan}\n" in str(report)
+
+    fresh = tiny_vilt.make_model().half()
+    assert load_vilt_checkpoint(fresh, save(state)).not_finite == (infinite, nan)
+    state["transformer.norm.bias"][0] = 7e4
+    message = r"values beyond the range of float16 \(1\): transformer.norm.bias for vilt.layernorm.bias$"
+    assert_refused(load_vilt_checkpoint, fresh, save(state), message)
+    fresh = tiny_vilt.make_model().bfloat16()
+    load_vilt_checkpoint(fresh, save(state))
+    assert fresh.vilt.layernorm.bias[0] == 70144
+
+
+def test_nan_in_a_tensor_that_the_model_shares(save):
+    trained, tied = (tiny_vilt.make_model(ViltForMaskedLM, seed=seed) for seed in (1, 0))
+    trained.mlm_score.decoder.weight.data[3, 2] = torch.nan
+    state = originals.vilt_checkpoint(trained, "mlm_score")
+    report = load_vilt_checkpoint(tied, save(state))
+    assert report.not_finite == ("text_embeddings.word_embeddings.weight", "mlm_score.decoder.weight")
+    state["mlm_score.decoder.weight"][0, 0] += 1
+    assert_refused(load_vilt_checkpoint, tied, save(state), "two tensors in the file, one in the model")
+
+
+STORED_OTHERWISE = {
+    "sparse_coo": lambda tensor: tensor.to_sparse(),
+    "sparse_csr": lambda tensor: tensor.to_sparse_csr(),
+    "meta": lambda tensor: tensor.to("meta"),
+    "nested": lambda tensor: torch.nested.nested_tensor([tensor]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors.*:UserWarning", "ignore:.*CSR tensor.*:UserWarning")
+@pytest.mark.parametrize("kind", STORED_OTHERWISE)
+def test_tensors_that_are_not_dense_are_refused_by_name(save, kind):
+    model = tiny_vilt.make_model()
+    state = originals.vilt_checkpoint(tiny_vilt.make_model(seed=1), "vqa_classifier")
+    state["vqa_classifier.0.weight"] = STORED_OTHERWISE[kind](state["vqa_classifier.0.weight"])
+    path = save(state)
+    message = assert_refused(load_vilt_checkpoint, model, path, rf"no dense.* \(1\): vqa_classifier.0.weight {kind}$")
+    assert "lacks" not in message
+    load_vilt_checkpoint(model, path, ["vqa_classifier"])
 
 
 @pytest.mark.parametrize("family", [VILT, METER], ids=["vilt", "meter"])
@@ -414,6 +513,10 @@ DAMAGE = [
     (
         lambda s: s.update({"token_type_embeddings.weight": torch.ones(3, 32)}),
         r"token_type_embeddings.weight \[3, 32\] for vilt",
+    ),
+    (
+        lambda s: s.update({"transformer.blocks.0.attn.APT.mm_tokens": torch.ones(())}),
+        r"attach APTConfig\(num_prompts=\?, rank=\?\) first \(1\): transformer.blocks.0.attn.APT.mm_tokens$",
     ),
     (
         lambda s: s.update({"transformer.norm.bias": torch.ones(32, dtype=torch.long)}),
@@ -534,11 +637,20 @@ def test_files_that_are_no_whole_checkpoints(save, tmp_path):
     model = tiny_vilt.make_model()
     path = save(originals.vilt_checkpoint(model, "vqa_classifier"))
     whole = path.read_bytes()
-    for size in (0, 10, len(whole) // 2, len(whole) - 1):
+    for size in (10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        assert_refused(load_vilt_checkpoint, model, path, "model.ckpt is no checkpoint")
-    path.write_bytes(b"neither a zip nor a pickle")
-    assert_refused(load_vilt_checkpoint, model, path, "model.ckpt is no checkpoint, is broken")
+        assert_refused(
+            load_vilt_checkpoint, model, path, r"model.ckpt is no checkpoint, or not a whole one \(\w+Error: ."
+        )
+    path.write_bytes(b"\x80\x02but no more of a pickle")
+    assert_refused(load_vilt_checkpoint, model, path, "model.ckpt is no checkpoint, ")
+    for text in (b"hello", b"epoch,loss\n1,2\n", b"neither a zip nor a pickle", b"<!DOCTYPE html>"):
+        path.write_bytes(text)
+        assert_refused(load_vilt_checkpoint, model, path, r"model.ckpt is no file of torch.save: it begins with b['\"]")
+    path.write_bytes(b"")
+    assert_refused(load_vilt_checkpoint, model, path, "model.ckpt is an empty file$")
+    save_file(model.state_dict(), path)
+    assert_refused(load_vilt_checkpoint, model, path, "model.ckpt is a safetensors file, .*from_pretrained")
     assert_refused(load_vilt_checkpoint, model, save([1]), "expected a state dict, .*got list")
     assert_refused(load_vilt_checkpoint, model, save({"state_dict": 3}), "expected a state dict, .*got int")
     assert_refused(load_vilt_checkpoint, model, save({"epoch": 3}), "'epoch' holds int")

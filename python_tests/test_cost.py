@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny_meter
 import torch
 import torch.nn.functional as F
 from tiny_vilt import CONFIGS, DIM, LAYERS, TOKENS, make_inputs, make_model, run
@@ -26,6 +27,7 @@ from transformers.models.vilt.modeling_vilt import ViltLayer
 import petl_ext
 from petl_ext import AdapterLayer, APTConfig, APTLayer, DeepPromptConfig, cost
 from petl_ext.cost import count_macs
+from petl_ext.models import MeterForImageAndTextRetrieval
 from petl_ext.ops import (
     adapter,
     adapter_reference,
@@ -391,6 +393,49 @@ def test_modules_with_two_names_or_many_calls():
     assert count.of("outer") == count.of("outer.inner") == 3 * linear
     assert count.of("idle") == 0
     assert count.total == 5 * linear
+
+
+class Unentered(nn.Module):
+    """Runs its parts by methods other than forward, or piece by piece."""
+
+    def __init__(self):
+        super().__init__()
+        self.pieces = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+        self.encoder = Encoder()
+        self.idle = nn.Sequential(nn.Linear(4, 4))
+
+    def forward(self, x):
+        for piece in self.pieces:
+            x = piece(x)
+        return self.encoder.encode(x)
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def encode(self, x):
+        return self.linear(x)
+
+
+def test_modules_whose_forward_does_not_run():
+    count = count_macs(Unentered(), torch.randn(2, 4))
+    linear = 2 * 4**2
+    assert count.of("pieces") == 2 * linear
+    assert count.of("pieces.1") == linear
+    assert count.of("encoder") == 2 * 4 * 3
+    assert count.of("idle") == count.of("idle.0") == 0
+    assert count.total == 2 * linear + 2 * 4 * 3
+
+
+def test_a_meter_that_reads_several_texts():
+    model = tiny_meter.make_model(MeterForImageAndTextRetrieval)
+    inputs = tiny_meter.make_inputs(model)
+    texts = {name: torch.stack([inputs[name]] * 3, dim=1) for name in ("input_ids", "attention_mask")}
+    count = count_macs(model, inputs | texts)
+    assert count.of("rank_output") == 2 * 3 * 2 * tiny_meter.DIM
+    assert count.of("meter") == count.total - count.of("rank_output")
 
 
 class Hesitant(nn.Module):

@@ -21,7 +21,7 @@ from tiny_meter import (
     run,
 )
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPVisionConfig, RobertaConfig
+from transformers import CLIPConfig, CLIPVisionConfig, RobertaConfig
 
 from petl_ext.models import (
     MeterConfig,
@@ -251,6 +251,22 @@ def test_dicts_name_what_differs_from_the_published_size():
     vision, text = config.vision_config, config.text_config
     assert (vision.image_size, vision.patch_size, vision.num_hidden_layers) == (288, 16, 11)
     assert (text.num_hidden_layers, text.max_position_embeddings, text.layer_norm_eps) == (3, 514, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"num_fusion_layers": -1}, ValueError, "num_fusion_layers must be at least 1, got -1"),
+        ({"num_fusion_layers": 0}, ValueError, "num_fusion_layers must be at least 1, got 0"),
+        ({"modality_type_vocab_size": 1}, ValueError, "modality_type_vocab_size must be at least 2, got 1"),
+        ({"vision_config": RobertaConfig()}, TypeError, "vision_config must be a CLIPVisionConfig .*got RobertaConfig"),
+        ({"vision_config": CLIPConfig()}, TypeError, "vision_config must be a CLIPVisionConfig .*got CLIPConfig"),
+        ({"text_config": CLIPVisionConfig()}, TypeError, "text_config must be a RobertaConfig .*got CLIPVisionConfig"),
+    ],
+)
+def test_a_config_of_no_meter_is_refused(changes, error, message):
+    with pytest.raises(error, match=f"^MeterConfig: {message}"):
+        MeterConfig(**changes)
 
 
 def count(module):

@@ -5,7 +5,6 @@ checkpoints, whose weights are under "state_dict". The tables below give each ke
 """
 
 import functools
-import math
 import pickle
 import re
 from collections import Counter
@@ -16,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from petl_ext.models.meter import resize_position_embeddings
+from petl_ext.attach.attachment import HANDLE
+from petl_ext.models.meter import grid_side, resize_position_embeddings
 
 LISTED = 8
 UNKNOWN = "unknown keys"
@@ -50,6 +50,9 @@ def load_vilt_checkpoint(model, path, ignore=()):
     activations, and the scale of adapters (4 in APT's parallel ones, 1 in DAS's). Load before layers are removed for
     good.
 
+    NaN and infinity in the file are loaded, and the report says so. Finite values that the model's dtype cannot hold
+    are refused.
+
     Args:
         model: a ViltModel or a ViltFor... model.
         path: a Lightning checkpoint, or its state dict alone, as written by torch.save. Nothing in it is executed.
@@ -62,7 +65,8 @@ def load_vilt_checkpoint(model, path, ignore=()):
         TypeError: the model is no ViLT, or ignore is no list of names.
         FileNotFoundError: there is no such file.
         ValueError: the file is broken, holds more than data, is of another architecture, or does not fit the model:
-            unknown keys, other shapes, tensors of the backbone that it lacks. The model has not changed.
+            unknown keys, other shapes, layers of another method than is attached, tensors of the backbone that it
+            lacks. The model has not changed.
     """
     return _load(model, path, ignore, VILT)
 
@@ -119,6 +123,7 @@ class CheckpointReport:
         keys: a `KeyOutcome` for every key, in the file's order.
         unfilled: {name: why that is all right} of the model's tensors that the file has not filled.
         conversions: {(dtype in the file, dtype in the model): how many keys}, where the two differ.
+        not_finite: the keys that fill the model and hold NaN or infinity in the file.
     """
 
     path: str
@@ -126,10 +131,13 @@ class CheckpointReport:
     keys: tuple
     unfilled: dict
     conversions: dict
+    not_finite: tuple = ()
 
     def __str__(self):
         lines = [f"{self.path} -> {self.model}"]
         lines += [f"{count} keys converted from {old} to {new}" for (old, new), count in self.conversions.items()]
+        if self.not_finite:
+            lines.append(f"NaN or infinity in {len(self.not_finite)} keys of the file: {', '.join(self.not_finite)}")
         for action in ("loaded", "split", "adapted", "left out", "ignored"):
             lines += _section(action, [str(outcome) for outcome in self.keys if outcome.action == action])
         lines += _section("not in the file", [f"{name}: {why}" for name, why in self.unfilled.items()])
@@ -159,11 +167,13 @@ class LayerNames(NamedTuple):
 
     Attributes:
         config: what attaches it here, with sizes in braces.
+        placement: of that config. Several methods give their tensors the same names here, but compute something else.
         sizes: {size: the tensor in the file whose first axis it is}.
         parts: {tensor in the file: tensor here}.
     """
 
     config: str
+    placement: str
     sizes: dict
     parts: dict
 
@@ -198,18 +208,11 @@ class LightningClass:
 
 def _resized(tensor, shape):
     """Position embeddings [1 + g * g, D] or [1, 1 + g * g, D]."""
-    old, new = _grid(tensor.size(-2)), _grid(shape[-2])
+    old, new = grid_side(tensor.size(-2)), grid_side(shape[-2])
     if tensor.shape[:-2] != shape[:-2] or old == new or 0 in (old, new):
         return tensor, ""
-    wide = tensor.flatten(0, -2).to(torch.promote_types(tensor.dtype, torch.float32))
-    resized = resize_position_embeddings(wide, new).reshape(*shape[:-1], -1)
+    resized = resize_position_embeddings(tensor.flatten(0, -2), new).reshape(*shape[:-1], -1)
     return resized, f"a grid of {old} x {old} positions resized bicubically to {new} x {new}"
-
-
-def _grid(rows):
-    """Patches to a side of a square with a class token, or 0 if it is none."""
-    side = math.isqrt(max(rows - 1, 0))
-    return side if side * side + 1 == rows else 0
 
 
 def _with_third_row(tensor, shape):
@@ -228,12 +231,14 @@ def _rule(key, *names, **options):
 
 APT = LayerNames(
     "APTConfig(num_prompts={num_prompts}, rank={rank})",
+    "apt",
     {"num_prompts": "mm_tokens", "rank": "mm.0.weight"},
     # "weight" is in REFUSED; the entry says what stays as it is when that is ignored.
     {"mm.0.weight": "down", "mm.1.weight": "up", "mm_tokens": "prompts", "scale": "log_scale", "weight": "log_scale"},
 )
 SEQUENTIAL_ADAPTER = LayerNames(
     "AdapterConfig(bottleneck={bottleneck})",
+    "sequential_adapter",
     {"bottleneck": "down_sampler.weight"},
     {
         "down_sampler.weight": "down",
@@ -244,6 +249,7 @@ SEQUENTIAL_ADAPTER = LayerNames(
 )
 PARALLEL_ADAPTER = LayerNames(
     'AdapterConfig(kind="parallel", bottleneck={bottleneck})',
+    "parallel_adapter",
     {"bottleneck": "down_proj.weight"},
     {
         "adapter_layer_norm_before.weight": "norm_weight",
@@ -254,8 +260,8 @@ PARALLEL_ADAPTER = LayerNames(
         "up_proj.bias": "up_bias",
     },
 )
-DAS_ADAPTER = PARALLEL_ADAPTER._replace(config="DASConfig(bottleneck={bottleneck})")
-DAS_BYPASS = PARALLEL_ADAPTER._replace(config="DASConfig(bypass_bottleneck={bottleneck})")
+DAS_ADAPTER = PARALLEL_ADAPTER._replace(config="DASConfig(bottleneck={bottleneck})", placement="bypass")
+DAS_BYPASS = DAS_ADAPTER._replace(config="DASConfig(bypass_bottleneck={bottleneck})")
 # The children under which petl_ext.attach puts its layers into a model.
 LAYER_CHILDREN = ("apt", "adapter", "bypass", "deep_prompts")
 
@@ -417,7 +423,8 @@ def _load(model, path, ignore, family):
     with torch.no_grad():
         for name, tensor in plan.filled.items():
             places[name].copy_(tensor)
-    return CheckpointReport(str(path), type(model).__name__, tuple(plan.outcomes), unfilled, dict(plan.conversions))
+    outcomes, conversions = tuple(plan.outcomes), dict(plan.conversions)
+    return CheckpointReport(str(path), type(model).__name__, outcomes, unfilled, conversions, tuple(plan.not_finite))
 
 
 class _Plan:
@@ -427,6 +434,7 @@ class _Plan:
         filled: {name: new tensor, in the model's dtype}.
         outcomes: a list of KeyOutcome.
         conversions: a Counter of (dtype in the file, dtype in the model).
+        not_finite: a dict whose keys are those of the file that hold NaN or infinity.
         problems: {title: a list of what is wrong}.
     """
 
@@ -437,12 +445,13 @@ class _Plan:
         self.ignored = ignored
         self.model_class = type(model).__name__
         self.prefix = _prefix(model, family)
+        self.attached = [vars(module)[HANDLE].config for module in model.modules() if HANDLE in vars(module)]
         self.buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
         self.heads = _heads_for(model, family)
         self.head = next((root for root in self.heads if any(key.startswith(f"{root}.") for key in tensors)), None)
         self.rules = _rules(family, self.prefix, self.head)
         self.filled, self.excused = {}, set()
-        self.outcomes, self.conversions, self.problems = [], Counter(), {}
+        self.outcomes, self.conversions, self.not_finite, self.problems = [], Counter(), {}, {}
 
     def take(self, key):
         rule, names = self._target(key)
@@ -455,10 +464,10 @@ class _Plan:
             self._record(key, "left out", note=reason)
         elif rule is None:
             self._take_other_head(key)
+        elif rule.layer and (reason := self._layer_problem(key, rule.layer, names)):
+            self._problem(reason, key)
         elif all(name in self.places for name in names):
             self._fill(key, rule, names)
-        elif rule.layer is not None:
-            self._problem(self._unattached(key, rule.layer), key)
         elif rule.absent:
             self._record(key, "left out", note=rule.absent)
         else:
@@ -469,7 +478,7 @@ class _Plan:
         owners = {}
         for name, tensor in self.filled.items():
             owner = owners.setdefault(id(self.places[name]), name)
-            if not torch.equal(tensor, self.filled[owner]):
+            if name != owner and not torch.allclose(tensor, self.filled[owner], rtol=0, atol=0, equal_nan=True):
                 self._problem(TIED, f"{owner} and {name}")
         reasons = {
             name: self._why_unfilled(name, owners.get(id(place)))
@@ -498,6 +507,10 @@ class _Plan:
 
     def _fill(self, key, rule, names):
         tensor, note = self.tensors[key], ""
+        if storage := _unusual_storage(tensor):
+            self.excused.update(names)
+            self._problem("no dense tensors", f"{key} {storage}")
+            return
         wanted = [self.places[name].shape for name in names]
         if rule.adapt and tensor.dim() == len(wanted[0]):
             tensor, note = rule.adapt(tensor, wanted[0])
@@ -522,6 +535,18 @@ class _Plan:
             self._problem("filled by another key too", f"{name} by {key}")
         else:
             self.filled[name] = piece.to(place.dtype)
+            self._check_finite(key, name, piece)
+
+    def _check_finite(self, key, name, piece):
+        finite = self.filled[name].isfinite()
+        if finite.all():
+            return
+        finite_in_file = piece.double().isfinite()
+        if (finite_in_file & ~finite).any():
+            dtype = str(self.filled[name].dtype).removeprefix("torch.")
+            self._problem(f"values beyond the range of {dtype}", f"{key} for {name}")
+        if not finite_in_file.all():
+            self.not_finite[key] = True
 
     def _why_unfilled(self, name, owner):
         root = name.partition(".")[0]
@@ -538,12 +563,27 @@ class _Plan:
             return "stays as it is: the file holds no such layers"
         return ""
 
-    def _unattached(self, key, layer):
+    def _layer_problem(self, key, layer, names):
+        """Why the key of an attached layer cannot fill these tensors, or an empty string."""
+        placements = {config.placement for config in self.attached} - {None}
+        if placements and layer.placement not in placements:
+            attached = ", ".join(map(str, self.attached))
+            return (
+                f"layers of another method than is attached: the file's are those of {self._config(key, layer)}, "
+                f"the model's of {attached}"
+            )
+        if not all(name in self.places for name in names):
+            return f"layers that the model does not have there; attach {self._config(key, layer)} first"
+        if not placements:  # the model is a part of the one that knows
+            return "layers whose method cannot be told; load into the model that petl_ext.attach was given"
+        return ""
+
+    def _config(self, key, layer):
         part = next(part for part in layer.parts if key.endswith(f".{part}"))
         stem = key.removesuffix(part)
         sizes = {field: self.tensors.get(stem + other) for field, other in layer.sizes.items()}
-        sizes = {field: "?" if tensor is None else len(tensor) for field, tensor in sizes.items()}
-        return f"layers that the model does not have there; attach {layer.config.format(**sizes)} first"
+        sizes = {field: len(tensor) if tensor is not None and tensor.dim() else "?" for field, tensor in sizes.items()}
+        return layer.config.format(**sizes)
 
     def _misfit(self, key):
         root = key.partition(".")[0]
@@ -619,12 +659,30 @@ def _read(path):
 
 
 def _unpickled(path, file):
+    _check_format(path, file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(_refusal(path, error)) from error
     except Exception as error:  # there is no telling what a broken file raises
-        raise ValueError(f"{path} is no checkpoint, or not a whole one: {_first_line(error)}") from error
+        detail = f"{type(error).__name__}: {_first_line(error)}"
+        raise ValueError(f"{path} is no checkpoint, or not a whole one ({detail})") from error
+
+
+def _check_format(path, file):
+    """By the file's first bytes; afterwards it stands at its start again."""
+    start = file.read(9)
+    file.seek(0)
+    if not start:
+        raise ValueError(f"{path} is an empty file")
+    # The length of the header, which is JSON.
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        raise ValueError(
+            f"{path} is a safetensors file, not one of torch.save: use from_pretrained for a Hugging Face model; if "
+            "its tensors have the original names, torch.save(safetensors.torch.load_file(path), new_path) converts it"
+        )
+    if not start.startswith((b"PK", b"\x80")):  # a zip archive, or a pickle as older versions of torch wrote it
+        raise ValueError(f"{path} is no file of torch.save: it begins with {start!r}")
 
 
 def _refusal(path, error):
@@ -660,6 +718,13 @@ def _ignored(path, tensors, ignore):
             raise ValueError(f"ignore={entry!r} matches no key of {path}; it has {_listed(list(tensors))}")
         ignored |= matching
     return ignored
+
+
+def _unusual_storage(tensor):
+    """Why the tensor's values cannot be copied as they are, or an empty string."""
+    if tensor.is_nested or tensor.is_meta:
+        return "nested" if tensor.is_nested else "meta"
+    return "" if tensor.layout is torch.strided else str(tensor.layout).removeprefix("torch.")
 
 
 def _first_line(text):

@@ -42,9 +42,13 @@ class MeterConfig(PreTrainedConfig):
         vision_config: a CLIPVisionConfig, or a dict of what differs from METER's ViT-B/16: 384 pixels and 11 blocks.
             METER drops the last of CLIP's 12 blocks, which a config read from a CLIP checkpoint still counts.
         hidden_size: the width D of the fusion layers.
-        num_fusion_layers: of each of the two streams.
+        num_fusion_layers: of each of the two streams, at least 1.
         modality_type_vocab_size: token types: text, image and, for NLVR2, which needs 3, the second image.
         num_labels: PreTrainedConfig's: 3129 for VQAv2, 2 for NLVR2, 3 for SNLI-VE.
+
+    Raises:
+        TypeError: text_config or vision_config is the config of another model.
+        ValueError: there are fewer fusion layers or token types than a METER needs.
     """
 
     model_type = "meter"
@@ -69,7 +73,17 @@ class MeterConfig(PreTrainedConfig):
             self.text_config = RobertaConfig(**PUBLISHED_TEXT | (self.text_config or {}))
         if not isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = CLIPVisionConfig(**PUBLISHED_VISION | (self.vision_config or {}))
+        self._check_parts()
         super().__post_init__(**kwargs)
+
+    def _check_parts(self):
+        for name, kind in self.sub_configs.items():
+            part = getattr(self, name)
+            if not isinstance(part, kind):
+                raise TypeError(f"MeterConfig: {name} must be a {kind.__name__} or a dict, got {type(part).__name__}")
+        for name, least in (("num_fusion_layers", 1), ("modality_type_vocab_size", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"MeterConfig: {name} must be at least {least}, got {getattr(self, name)}")
 
 
 @dataclass
@@ -106,8 +120,8 @@ def resize_position_embeddings(weight, grid):
     """
     if type(grid) is not int or grid < 1:
         raise ValueError(f"resize_position_embeddings: grid must be a positive integer, got {grid!r}")
-    old = math.isqrt(max(weight.size(0) - 1, 0)) if weight.dim() == 2 else 0
-    if old == 0 or old * old + 1 != weight.size(0):
+    old = grid_side(weight.size(0)) if weight.dim() == 2 else 0
+    if old == 0:
         raise ValueError(
             "resize_position_embeddings: weight must be [1 + g * g, D], a class token and a square of patches, "
             f"got {list(weight.shape)}"
@@ -117,6 +131,12 @@ def resize_position_embeddings(weight, grid):
     patches = weight[1:].unflatten(0, (old, old)).permute(2, 0, 1).to(torch.promote_types(weight.dtype, torch.float32))
     patches = functional.interpolate(patches[None], size=(grid, grid), mode="bicubic")[0]
     return torch.cat([weight[:1], patches.flatten(1).mT.to(weight.dtype)])
+
+
+def grid_side(rows):
+    """Patches to a side, where rows are a class token and a square of patches; 0 where they are not."""
+    side = math.isqrt(max(rows - 1, 0))
+    return side if side * side + 1 == rows else 0
 
 
 class MeterFusionLayer(GradientCheckpointingLayer):
