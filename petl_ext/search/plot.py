@@ -6,7 +6,7 @@ KEPT = "0.75"
 DRAWN, SELECTED = "#c6d4e6", "#1f3b63"
 
 
-def plot_search(search, path):
+def plot_depth(search, path):
     """See `DepthSearch.plot`."""
     from matplotlib.figure import Figure
 
