@@ -18,7 +18,7 @@ from petl_ext.attach import (
     load,
 )
 from petl_ext.nn import AdapterLayer, APTLayer, VisualPromptLayer
-from petl_ext.search import DepthSearch
+from petl_ext.search import DepthSearch, PlacementSearch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "DeepPromptConfig",
     "DepthSearch",
     "FullTuningConfig",
+    "PlacementSearch",
     "SkippingAttachment",
     "VisualPromptLayer",
     "attach",

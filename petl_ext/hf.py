@@ -1,7 +1,6 @@
 """petl_ext inside transformers.Trainer."""
 
 import logging
-import math
 import random
 
 import torch
@@ -14,43 +13,48 @@ from transformers.trainer_callback import ExportableState
 
 logger = logging.getLogger("petl_ext")
 
-WARMUP_EPOCHS = 1.0  # DAS's
-
 
 class SearchCallback(TrainerCallback, ExportableState):
-    """Runs a `DepthSearch` while a transformers.Trainer trains, and skips its selection at the end.
+    """Runs a search while a transformers.Trainer trains, and leaves its selection in the model at the end.
 
         callback = petl_ext.hf.SearchCallback(petl_ext.DepthSearch(model, num_skip=4))
         trainer = Trainer(model, args, train_dataset=train, eval_dataset=val)
         callback.add_to(trainer)
         trainer.train()
 
-    Every micro-batch has its own draw, as in DAS. Validation batches advance from update to update and begin again when
-    they are used up. Between optimiser steps, so in evaluations and checkpoints, the present selection is skipped. A
-    run that resumes from a checkpoint resumes its search too, from trainer_state.json, whether or not
-    `restore_callback_states_from_checkpoint` is set.
+    Every micro-batch has its own draw, as in DAS and KAB-APP. Validation batches advance from update to update and
+    begin again when they are used up. Between optimiser steps, so in evaluations and checkpoints, the model has the
+    present selection. A run that resumes from a checkpoint resumes its search too, from trainer_state.json, whether or
+    not `restore_callback_states_from_checkpoint` is set.
 
     `Trainer(callbacks=[callback])` works as well, but such a callback comes after those of `report_to`, so that its
     values reach the log history and the progress bar but no tracker, and it sees nothing of the Trainer: neither its
     evaluation data nor a loss of its own.
 
     Args:
-        search: a `DepthSearch` on the Trainer's model.
-        validation_dataset: what subsets are compared on. A dataset is shuffled, shared among the processes and batched
+        search: a `DepthSearch` or a `PlacementSearch` on the Trainer's model.
+        validation_dataset: what layers are compared on. A dataset is shuffled, shared among the processes and batched
             as the training data are; a DataLoader is used as it is, on each process its own. None: the evaluation
             data of the Trainer that `add_to` was given, or where there are none, with a warning, the training data.
-        compute_loss: (model, batch on the model's device) -> loss. None: as the Trainer of `add_to` does, otherwise the
-            model's own loss; under the Trainer's mixed precision in both cases.
-        warmup_epochs: epochs before the first update. None: the search's warmup_steps or, where it has none, 1.
+        compute_loss: for a DepthSearch, (model, batch on the model's device) -> loss. None: as the Trainer of `add_to`
+            does, otherwise the model's own loss; under the Trainer's mixed precision in both cases.
+        warmup_epochs: epochs before the first update. None: the search's warmup_steps or, where it has none, 1 for a
+            DepthSearch and 0 for a PlacementSearch, as their authors do.
         search_epochs: epochs after which the selection is fixed. None: the search's search_steps or, where it has none,
             the end of training.
         patience: also fix the selection when this many updates have left it as it was.
         stop_training: whether training stops when the selection is fixed.
-        log: whether reward, loss, entropy (bits per layer: 1 at the start, 0 when nothing is open) and preferences of
-            the latest update go to the Trainer's logs, and progress to a bar unless disable_tqdm is set.
+        log: whether reward, loss or score, entropy (1 at the start, 0 when nothing is open; for a DepthSearch bits per
+            layer) and preferences of the latest update go to the Trainer's logs, and progress to a bar unless
+            disable_tqdm is set.
+        compute_score: for a PlacementSearch, (model, batch on the model's device) -> score, larger for better. None:
+            what the authors score, in percent. With class labels, integers [B], the accuracy; with soft ones, [B, L],
+            the mean label of the class with the largest logit; otherwise 100 * exp(-loss), as for ScienceQA. Computed
+            as the loss is, so under the Trainer's mixed precision; the authors score without it.
 
     Raises:
-        ValueError: warm-up or end are given here and in the search, or patience is below 1.
+        ValueError: warm-up or end are given here and in the search, patience is below 1, or compute_loss or
+            compute_score is given for a search that does not take it.
     """
 
     def __new__(cls, *arguments, restored=False, **named):
@@ -66,6 +70,7 @@ class SearchCallback(TrainerCallback, ExportableState):
         patience=None,
         stop_training=False,
         log=True,
+        compute_score=None,
     ):
         for name, epochs, steps in (
             ("warmup", warmup_epochs, search.constants.warmup_steps),
@@ -75,9 +80,16 @@ class SearchCallback(TrainerCallback, ExportableState):
                 raise ValueError(f"SearchCallback: {name}_epochs={epochs}, but the search has {name}_steps={steps}")
         if patience is not None and patience < 1:
             raise ValueError(f"SearchCallback: patience must be 1 or more, got {patience!r}")
+        for measure, compute in (("loss", compute_loss), ("score", compute_score)):
+            if compute is not None and measure != search.measure:
+                raise ValueError(
+                    f"SearchCallback: compute_{measure} is given, but a {type(search).__name__} takes "
+                    f"compute_{search.measure}"
+                )
         self.search = search
         self.validation_dataset = validation_dataset
         self.compute_loss = compute_loss
+        self.compute_score = compute_score
         self.warmup_epochs = warmup_epochs
         self.search_epochs = search_epochs
         self.patience = patience
@@ -104,7 +116,7 @@ class SearchCallback(TrainerCallback, ExportableState):
         return {"args": {"restored": True}, "attributes": attributes}
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **_):
-        if getattr(model, "petl_attachment", None) is not self.search.attachment:
+        if self.search.model not in set(model.modules()):
             raise ValueError("SearchCallback: the search is not on the model that the Trainer trains")
         if self.search.step == 0:
             self._schedule(train_dataloader)
@@ -133,7 +145,7 @@ class SearchCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args, state, control, model=None, **_):
         self._update(args, model)
-        self.search.skip_selection()
+        self.search.use_selection()
         if self.stop_training and self.search.finished:
             control.should_training_stop = True
         return control
@@ -150,22 +162,28 @@ class SearchCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args, state, control, **_):
         self._bar.close()
         self._batches = None
-        selection = self.search.apply()
+        self.search.apply()
         if state.is_world_process_zero:
-            names = ", ".join(self.search.selected_layers())
-            logger.info(
-                "SearchCallback: skips layers %s after %d updates: %s", list(selection), len(self.search.history), names
-            )
+            logger.info("SearchCallback: %s", self.search.summary())
 
     def _schedule(self, train_dataloader):
         constants = self.search.constants
         warmup, end = constants.warmup_steps, constants.search_steps
         if warmup is None:
-            epochs = WARMUP_EPOCHS if self.warmup_epochs is None else self.warmup_epochs
-            warmup = _micro_batches(epochs, train_dataloader, "warmup")
+            epochs = self.search.warmup_epochs if self.warmup_epochs is None else self.warmup_epochs
+            warmup = self._micro_batches(epochs, train_dataloader, "warmup")
         if self.search_epochs is not None:
-            end = _micro_batches(self.search_epochs, train_dataloader, "search")
+            end = self._micro_batches(self.search_epochs, train_dataloader, "search")
         self.search.schedule(warmup, end)
+
+    def _micro_batches(self, epochs, train_dataloader, what):
+        try:
+            return round(epochs * len(train_dataloader)) if epochs else 0
+        except TypeError as error:
+            raise ValueError(
+                f"SearchCallback: the training data have no length, so {what}_epochs has no meaning; "
+                f"give {type(self.search).__name__}({what}_steps=...)"
+            ) from error
 
     def _restore(self, state):
         saved = state.stateful_callbacks.get(type(self).__name__)
@@ -187,7 +205,9 @@ class SearchCallback(TrainerCallback, ExportableState):
                 raise ValueError("SearchCallback: the Trainer has several evaluation sets; give validation_dataset=...")
             data = self._trainer.get_eval_dataloader()
         if data is None:
-            logger.warning("SearchCallback: no validation_dataset, so subsets are compared on training data")
+            logger.warning(
+                "SearchCallback: no validation_dataset, so %s are compared on training data", self.search.drawn
+            )
             data = train_dataloader.dataset
         if isinstance(data, DataLoader):
             # Accelerate's loaders take part in the training loop's bookkeeping while they are iterated.
@@ -208,10 +228,12 @@ class SearchCallback(TrainerCallback, ExportableState):
         if not self.search.is_due:
             return
         batch = send_to_device(self._batches.next(), args.device)
-        self.search.update(lambda: self._loss(model, batch))
+        compute = {"loss": self._loss, "score": self._score}[self.search.measure]
+        self.search.update(lambda: compute(model, batch))
         if self.patience is not None and self.search.is_stable(self.patience):
             self.search.finish()
-        self._bar.set_postfix(skip=list(self.search.selection()), entropy=f"{self._entropy():.2f}")
+        found = {self.search.verb: self.search.history[-1]["selection"], "entropy": f"{self.search.entropy:.2f}"}
+        self._bar.set_postfix(found)
 
     def _loss(self, model, batch):
         if self.compute_loss is not None:
@@ -219,25 +241,35 @@ class SearchCallback(TrainerCallback, ExportableState):
         if self._trainer is not None:
             # It may take labels out of the batch.
             return self._trainer.compute_loss(model, dict(batch))
-        outputs = model(**batch)
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
+        return self._checked(_loss_of(model(**batch)), batch)
+
+    def _score(self, model, batch):
+        if self.compute_score is not None:
+            return self.compute_score(model, batch)
+        if self._trainer is not None:
+            loss, outputs = self._trainer.compute_loss(model, dict(batch), return_outputs=True)
+        else:
+            outputs = model(**batch)
+            loss = _loss_of(outputs)
+        score = _percent_right(outputs, batch.get("labels"))
+        return 100 * self._checked(loss, batch).neg().exp() if score is None else score
+
+    def _checked(self, loss, batch):
         if loss is None:
-            raise ValueError(f"SearchCallback: the model gave no loss for {', '.join(batch)}; give compute_loss=...")
+            raise ValueError(
+                f"SearchCallback: the model gave no loss for {', '.join(batch)}; give compute_{self.search.measure}=..."
+            )
         return loss
 
     def _values(self):
         latest = self.search.history[-1]
-        losses = [loss for loss in latest["losses"] if loss is not None]
+        measured = [value for value in latest[self.search.measures] if value is not None]
         values = {
             "search/reward": sum(latest["rewards"]) / len(latest["rewards"]),
-            "search/entropy": self._entropy(),
+            "search/entropy": self.search.entropy,
             **{f"search/preference/{layer}": value for layer, value in enumerate(latest["preferences"])},
         }
-        return values | ({"search/loss": sum(losses) / len(losses)} if losses else {})
-
-    def _entropy(self):
-        probabilities = torch.tensor(self.search.bandit.probabilities, dtype=torch.float64)
-        return (torch.special.entr(probabilities) + torch.special.entr(1 - probabilities)).mean().item() / math.log(2)
+        return values | ({f"search/{self.search.measure}": sum(measured) / len(measured)} if measured else {})
 
 
 class _Stored(TrainerCallback):
@@ -293,11 +325,18 @@ class _Batches:
         return random.Random(f"{self.seed}/{position}").getrandbits(62)
 
 
-def _micro_batches(epochs, train_dataloader, what):
-    try:
-        return round(epochs * len(train_dataloader))
-    except TypeError as error:
-        raise ValueError(
-            f"SearchCallback: the training data have no length, so {what}_epochs has no meaning; "
-            f"give DepthSearch({what}_steps=...)"
-        ) from error
+def _loss_of(outputs):
+    return outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
+
+
+def _percent_right(outputs, labels):
+    """How much of the labels the largest logits hit, in percent, or None where these are not one choice per sample."""
+    logits = outputs.get("logits") if isinstance(outputs, dict) else None
+    if logits is None or labels is None or logits.dim() != 2:
+        return None
+    labels, likeliest = labels.to(logits.device), logits.argmax(1)
+    if labels.shape == logits.shape and labels.is_floating_point():
+        return 100 * labels.gather(1, likeliest[:, None]).float().mean()
+    if labels.shape == likeliest.shape and not labels.is_floating_point():
+        return 100 * (likeliest == labels).float().mean()
+    return None

@@ -1,0 +1,211 @@
+"""At which layer a visual prompt enters: the search of DVP (KAB-APP, arXiv 2306.00409)."""
+
+import dataclasses
+import logging
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from petl_ext.search.base import Constants, Search, unwrapped
+
+logger = logging.getLogger("petl_ext")
+
+
+@dataclass(frozen=True)
+class PlacementConstants(Constants):
+    """The constants of a `PlacementSearch`. The defaults are the authors' for BERT and T5, but for `evaluation_mode`.
+
+    Steps are micro-batches: the calls of `PlacementSearch.sample`, whatever the accumulation of gradients.
+
+    Attributes:
+        warmup_steps: steps before the first update; None stands for 0, also under `petl_ext.hf.SearchCallback`.
+        search_steps: steps after which the selection is fixed; None: it is fixed by `finish` or `apply`.
+        interval: steps from one update to the next. The authors update after every optimiser step, so with gradients
+            accumulated over n micro-batches theirs is n.
+        num_samples: draws that an update compares, at least 2; the authors take 10 for LLaMA.
+        step_size: factor of every update, for scores in percent; their code for ScienceQA takes 10.
+        evaluation_mode: "eval": layers are compared in eval mode; "train": in the mode in which the model trains, with
+            dropout, as the authors do.
+        temperature: of the softmax; theirs is 1.
+    """
+
+    num_samples: int = 5
+    step_size: float = 0.005
+    evaluation_mode: str = "eval"
+    temperature: float = 1.0
+
+    search: ClassVar[str] = "PlacementSearch"
+    least: ClassVar[dict] = {**Constants.least, "num_samples": 2}
+    probability: ClassVar[str] = "softmax"
+
+
+class PlacementSearch(Search):
+    """Finds, while the model trains, the layer at which its visual prompt enters best.
+
+    Every training step takes a layer at random, all equally likely. In every update some layers are drawn with the
+    probabilities pi = softmax(preferences / temperature), with replacement, and scored on one validation batch; the
+    preference of each draw's layer moves by step_size * (score - mean score) * pi * (1 - pi), with the pi before the
+    update:
+
+        model = DVPBert(bert, vision, num_labels=3129, candidates="all")
+        search = petl_ext.PlacementSearch(model, seed=0)
+        for batch in loader:
+            search.sample()                       # this step's layer
+            model(**batch).loss.backward(); optimizer.step(); optimizer.zero_grad()
+            if search.is_due:
+                search.update(lambda: percent_right(model(**validation_batch).logits))
+        layer = search.apply()
+
+    The authors then train a new model with this insert_layer. KAB-APP trains a prompt layer of its own for each layer
+    of the model, candidates="all"; with one that all share, the search compares places for the same prompt layer. Each
+    candidate sees about one step in num_layers. Let the optimiser's zero_grad set gradients to None, as it does by
+    default: AdamW then leaves the candidates that were not drawn alone; in the authors' code they decayed.
+
+    With several processes give each the same seed: the draws are the same everywhere, and scores are averaged over the
+    processes before the update, so the preferences are equal bit for bit. DistributedDataParallel needs
+    find_unused_parameters=True.
+
+    What differs from the authors' code: layers are compared in eval mode (there with dropout) and each from the same
+    state of the random number generators, so that a layer that is drawn twice is scored once; draws are seeded, and the
+    processes agree (there each has its own preferences); of equal preferences the lower index is selected. Score on
+    data that are neither trained nor tested on: for GQA and SNLI-VE the authors scored on their test data.
+
+    Args:
+        model: a `petl_ext.models.DVPModel`, or any torch module with the attributes insert_layer, an integer that can
+            be set at any time, and num_layers; DistributedDataParallel around it may be there or not.
+        seed: an integer.
+        process_group: the torch.distributed group to average over; None: all processes.
+        **constants: the fields of `PlacementConstants`.
+
+    Attributes:
+        num_layers: how many layers the prompt can enter.
+        constants: the `PlacementConstants`.
+        bandit: the `Bandit`, whose preferences are the layers'.
+        step: how often `sample` has drawn.
+        finished: whether the selection is fixed.
+        history: one dict per update, ready for JSON: step, layers as they were drawn, scores (None where not finite),
+            rewards, preferences and selection after it.
+
+    Raises:
+        ValueError: the model has no insert_layer or fewer than two layers, or an argument is out of its range.
+    """
+
+    constants_class = PlacementConstants
+    verb, drawn, measure, measures = "insert", "layers", "score", "scores"
+    warmup_epochs = 0.0
+
+    def __init__(self, model, seed=0, process_group=None, **constants):
+        model = unwrapped(model)
+        self.num_layers = _checked_layers(model)
+        super().__init__(model, self.num_layers, seed, process_group, PlacementConstants(**constants))
+
+    @property
+    def probabilities(self):
+        """pi, one float per layer."""
+        return self.bandit.probabilities
+
+    @property
+    def entropy(self):
+        """How open the search is, the entropy of pi as a share of the largest: 1 at the start, 0 in the end."""
+        probabilities = torch.tensor(self.probabilities, dtype=torch.float64)
+        return torch.special.entr(probabilities).sum().item() / math.log(self.num_layers)
+
+    def update(self, compute_score):
+        """Scores num_samples drawn layers and moves their preferences. Call it after the optimiser's step.
+
+        Afterwards insert_layer, torch's generators and the modules' training flags are as they were, after an exception
+        too, which leaves the whole search as it was.
+
+        A score that is not finite counts as 0, as if no answer were right, or as the lowest of the others where that
+        is below 0; a warning says so.
+
+        Args:
+            compute_score: returns the score of one batch, larger for better, the same batch each time; called once per
+                different layer, without gradients. The authors' is in percent: the accuracy; for VQA the mean target
+                score of the likeliest answer; for ScienceQA 100 * exp(-loss).
+
+        Raises:
+            RuntimeError: the selection is fixed, or the processes have drawn different layers.
+        """
+        super().update(compute_score)
+
+    def selection(self):
+        """The index of the layer with the largest preference."""
+        return super().selection()
+
+    def summary(self):
+        """What was found, in words that go on after the search's name."""
+        return f"inserts the prompt at layer {self.selection()} after {len(self.history)} updates"
+
+    @classmethod
+    def from_json(cls, path, model, process_group=None):
+        """The search that `to_json` wrote, on a model with as many layers.
+
+        Raises:
+            ValueError: the file is none of `to_json`, or does not fit the model.
+        """
+        return cls._read(path, model, process_group=process_group)
+
+    def plot(self, path):
+        """Draws preferences and probabilities of the layers over the steps into an image file.
+
+        Raises:
+            ValueError: no update has been made.
+        """
+        from petl_ext.search.plot import plot_placement
+
+        plot_placement(self, path)
+
+    def __repr__(self):
+        return f"PlacementSearch({self.num_layers} layers, step={self.step}, finished={self.finished})"
+
+    _to_json, _from_json = staticmethod(int), staticmethod(int)
+
+    @classmethod
+    def _stored_arguments(cls, state):
+        return {}
+
+    def _settings(self):
+        return {"num_layers": self.num_layers, "constants": dataclasses.asdict(self.constants)}
+
+    def _draw(self):
+        return self._take(self.bandit.order(uniform=True))
+
+    def _draw_to_compare(self):
+        return list(self.bandit.draw(self.constants.num_samples, replacement=True))
+
+    def _take(self, order):
+        return order[0]
+
+    def _layers_of(self, choice):
+        return (choice,)
+
+    def _chosen(self):
+        return self.model.insert_layer
+
+    def _choose(self, choice):
+        self.model.insert_layer = choice
+
+    def _rewards(self, measured):
+        finite = [score for score in measured if math.isfinite(score)]
+        lowest = min([0.0, *finite])
+        if len(finite) < len(measured):
+            wrong = next(score for score in measured if not math.isfinite(score))
+            logger.warning("PlacementSearch: step %d: a score is %s; it counts as %s", self.step, wrong, lowest)
+        return [score if math.isfinite(score) else lowest for score in measured]
+
+
+def _checked_layers(model):
+    missing = [name for name in ("insert_layer", "num_layers") if not hasattr(model, name)]
+    if not isinstance(model, nn.Module) or missing:
+        lacks = f", which has no {missing[0]}" if missing else ""
+        raise ValueError(
+            "PlacementSearch: model must be a torch module with insert_layer and num_layers, such as "
+            f"petl_ext.models.DVPBert, got {type(model).__name__}{lacks}"
+        )
+    if type(model.num_layers) is not int or model.num_layers < 2:
+        raise ValueError(f"PlacementSearch: the model must have two layers or more, got {model.num_layers!r}")
+    return model.num_layers

@@ -1,0 +1,478 @@
+"""The search for the prompt's layer (KAB-APP, arXiv 2306.00409): its formulas, on small models, and in a Trainer."""
+
+import copy
+import itertools
+import json
+import logging
+import math
+import random
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from petl_ext import DepthSearch, PlacementSearch
+
+LAYERS = 6
+
+
+class Placed(nn.Module):
+    """A stack of `LAYERS` layers; entering at layer K, an image's vector goes through what is left of them."""
+
+    def __init__(self, best=0, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.insert_layer, self.num_layers, self.best = 0, LAYERS, best
+        self.candidates = nn.ModuleList(nn.Linear(4, 4) for _ in range(LAYERS))
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, image):
+        # Only what enters at the best layer arrives; elsewhere all but a tenth of it is noise.
+        noise = 0.0 if self.insert_layer == self.best else 3.0
+        seen = self.candidates[self.insert_layer](image)
+        return self.head(self.dropout(seen) + noise * torch.randn_like(seen))
+
+
+def make_search(model=None, **arguments):
+    return PlacementSearch(Placed() if model is None else model, **arguments)
+
+
+def scores_of(search, seed=0):
+    """A compute_score that depends on the layer and on how often it has been called."""
+    generator = random.Random(seed)
+    return lambda: 40 + 3 * search.model.insert_layer + 20 * generator.random()
+
+
+def run_search(search, steps, compute_score):
+    drawn = []
+    for _ in range(steps):
+        drawn.append(search.sample())
+        assert search.model.insert_layer == drawn[-1]
+        if search.is_due:
+            search.update(compute_score)
+    return drawn
+
+
+def json_copy(state):
+    return json.loads(json.dumps(state, allow_nan=False))
+
+
+@pytest.mark.parametrize("constants", [{}, {"step_size": 0.5, "num_samples": 10, "temperature": 2.0}])
+def test_preferences_follow_the_papers_rule(constants):
+    search = make_search(seed=3, **constants)
+    step_size, temperature = constants.get("step_size", 0.005), constants.get("temperature", 1.0)
+    run_search(search, 50, scores_of(search))
+    assert [entry["step"] for entry in search.history] == list(range(1, 51))
+    alpha = torch.zeros(LAYERS, dtype=torch.float64)
+    for entry in search.history:
+        pi = torch.softmax(alpha / temperature, 0)
+        mean = sum(entry["scores"]) / len(entry["scores"])
+        for layer, score in zip(entry["layers"], entry["scores"], strict=True):
+            alpha[layer] = alpha[layer] + step_size * (score - mean) * pi[layer] * (1 - pi[layer])
+        torch.testing.assert_close(torch.tensor(entry["preferences"], dtype=torch.float64), alpha, rtol=0, atol=1e-7)
+        assert entry["selection"] == alpha.argmax().item() and len(entry["layers"]) == search.constants.num_samples
+    assert alpha.abs().max() > 0.05
+    assert any(len(set(entry["layers"])) < len(entry["layers"]) for entry in search.history)
+    assert search.probabilities == pytest.approx(torch.softmax(alpha / temperature, 0).tolist())
+
+
+def chi_square(drawn, law):
+    return sum((drawn.count(layer) - p * len(drawn)) ** 2 / (p * len(drawn)) for layer, p in enumerate(law))
+
+
+CHI_SQUARE_LIMIT = 20.5  # five degrees of freedom: one seed in a thousand exceeds it
+
+
+def test_training_draws_are_uniform_and_scoring_draws_follow_the_softmax():
+    search = make_search(seed=1, num_samples=10, search_steps=10_000)
+    search.bandit.preferences = [-1.5, 0.0, 0.4, 2.0, 0.1, 0.0]
+    assert chi_square([search.sample() for _ in range(4000)], [1 / LAYERS] * LAYERS) < CHI_SQUARE_LIMIT
+    for _ in range(400):
+        search.update(lambda: 1.0)  # equal scores move nothing
+    scored = [layer for entry in search.history for layer in entry["layers"]]
+    pi = torch.tensor([-1.5, 0.0, 0.4, 2.0, 0.1, 0.0], dtype=torch.float64).softmax(0).tolist()
+    assert len(scored) == 4000 and chi_square(scored, pi) < CHI_SQUARE_LIMIT
+    assert chi_square(scored, [1 / LAYERS] * LAYERS) > 10 * CHI_SQUARE_LIMIT
+    pairs = [first == second for e in search.history for first, second in itertools.combinations(e["layers"], 2)]
+    assert sum(pairs) / len(pairs) == pytest.approx(sum(p * p for p in pi), abs=0.02)  # independent of each other
+
+
+def test_a_layer_drawn_twice_is_scored_once():
+    search, scored = make_search(), []
+    search.sample()
+
+    def compute_score():
+        scored.append(search.model.insert_layer)
+        return torch.rand(())
+
+    for _ in range(20):
+        scored.clear()
+        search.update(compute_score)
+        entry = search.history[-1]
+        assert scored == sorted(set(entry["layers"]))
+        assert len(set(entry["scores"])) == 1  # each from the same state of the generators
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_an_update_leaves_no_trace_but_the_preferences(mode):
+    search = make_search(evaluation_mode=mode)
+    model = search.model.train()
+    model.head.eval()
+    drawn, training = search.sample(), [module.training for module in model.modules()]
+    seen = []
+
+    def compute_score():
+        assert not torch.is_grad_enabled()
+        seen.append([module.training for module in model.modules()])
+        return float(model(torch.ones(2, 4)).sum())
+
+    state = torch.get_rng_state()
+    search.update(compute_score)
+    assert seen[0] == (training if mode == "train" else [False] * len(training))
+    assert [module.training for module in model.modules()] == training
+    assert model.insert_layer == drawn and torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
+    assert search.bandit.preferences != [0.0] * LAYERS
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_exception_in_compute_score_leaves_the_search_as_it_was(error):
+    search, twin = make_search(), make_search()
+    for each in (search, twin):
+        run_search(each, 9, scores_of(each))
+        each.sample()
+    before, drawn, calls = search.state_dict(), search.model.insert_layer, iter([50.0])
+
+    def failing():
+        score = next(calls, None)
+        if score is None:
+            raise error
+        return score
+
+    search.model.train()
+    with pytest.raises(error):
+        search.update(failing)
+    assert search.state_dict() == before and search.model.insert_layer == drawn
+    assert all(module.training for module in search.model.modules())
+    for each in (search, twin):
+        run_search(each, 9, scores_of(each, seed=1))
+    assert search.state_dict() == twin.state_dict()
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("others", "lowest"), [((50.0, 40.0), 0.0), ((-3.0, -2.0), -3.0)])
+def test_a_score_that_is_no_number_is_the_lowest(score, others, lowest, caplog):
+    search = make_search(seed=1, num_samples=12)
+    search.sample()
+    scores = iter([others[0], torch.tensor(score)])
+    with caplog.at_level(logging.WARNING, "petl_ext"):
+        search.update(lambda: next(scores, others[1]))
+    assert f"PlacementSearch: step 1: a score is {score}; it counts as {lowest}" in caplog.text
+    (entry,) = search.history
+    assert None in entry["scores"] and {*others} < {*entry["scores"]}
+    assert entry["rewards"] == [lowest if value is None else value for value in entry["scores"]]
+    assert all(map(math.isfinite, entry["preferences"])) and any(entry["preferences"])
+    json.dumps(search.state_dict(), allow_nan=False)
+
+
+def test_where_no_score_is_a_number_nothing_moves(caplog):
+    search = make_search()
+    search.sample()
+    search.update(lambda: math.nan)
+    assert search.bandit.preferences == [0.0] * LAYERS and caplog.text.count("it counts as 0.0") == 1
+
+
+def planted_selection(seed):
+    """Trains a model in which the prompt of one layer arrives, that of the others in noise."""
+    best = random.Random(seed).randrange(LAYERS)
+    model = Placed(best, seed)
+    search = PlacementSearch(model, seed=seed, step_size=0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    torch.manual_seed(100 + seed)
+    teacher = torch.randn(4, 3)
+
+    def new_batch():
+        images = torch.randn(32, 4)
+        return images, (images @ teacher).argmax(1)
+
+    for _ in range(250):
+        search.sample()
+        images, labels = new_batch()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        images, labels = new_batch()
+        if search.is_due:
+            search.update(lambda: 100 * (model(images).argmax(1) == labels).float().mean())  # noqa: B023
+    return search.apply() == best == model.insert_layer
+
+
+def test_the_search_finds_the_best_layer():
+    assert [planted_selection(seed) for seed in range(10)].count(True) >= 9
+
+
+@pytest.mark.parametrize("steps", [7, 20, 23, 61])
+def test_a_loaded_state_has_the_same_future(steps, tmp_path):
+    arguments = {"seed": 3, "interval": 4, "warmup_steps": 5, "search_steps": 60}
+    search, resumed = make_search(**arguments), make_search(**arguments)
+    run_search(search, steps, scores_of(search))
+    resumed.load_state_dict(json_copy(search.state_dict()))
+    search.to_json(tmp_path / "search.json")
+    read = PlacementSearch.from_json(tmp_path / "search.json", Placed())
+    assert search.state_dict() == resumed.state_dict() == read.state_dict()
+    futures = [run_search(each, 60, scores_of(each, seed=1)) for each in (search, resumed, read)]
+    assert futures[0] == futures[1] == futures[2]
+    assert search.state_dict() == resumed.state_dict() == read.state_dict()
+    assert search.finished and futures[0][-7:] == [search.selection()] * 7
+
+
+def test_the_state_of_another_search_is_refused(tmp_path):
+    search, other = make_search(), make_search(seed=1)
+    run_search(search, 5, scores_of(search))
+    before = other.state_dict()
+    with pytest.raises(ValueError, match=r"Bandit: expected .*'seed': 1.*found.*'seed': 0"):
+        other.load_state_dict(search.state_dict())
+    assert other.state_dict() == before
+    with pytest.raises(ValueError, match=r"another search: expected constants .*'interval': 2"):
+        make_search(interval=2).load_state_dict(search.state_dict())
+    longer = Placed()
+    longer.num_layers = 9
+    search.to_json(tmp_path / "search.json")
+    with pytest.raises(ValueError, match="expected num_layers 9, found 6"):
+        PlacementSearch.from_json(tmp_path / "search.json", longer)
+    with pytest.raises(ValueError, match=r"search\.json: not what DepthSearch\.to_json writes"):
+        DepthSearch.from_json(tmp_path / "search.json", Placed())
+    depth_search = {"bandit": {"seed": 0}, "constants": {"num_subsets": 3}}
+    (tmp_path / "depth.json").write_text(json.dumps(depth_search))
+    with pytest.raises(ValueError, match=r"depth\.json: not what PlacementSearch\.to_json writes: .*num_subsets"):
+        PlacementSearch.from_json(tmp_path / "depth.json", Placed())
+
+
+def test_the_selection_is_used_between_steps_and_in_the_end(caplog):
+    search = make_search(interval=2, warmup_steps=3)
+    run_search(search, 30, scores_of(search))
+    assert [entry["step"] for entry in search.history] == list(range(4, 31, 2))
+    layer = search.selection()
+    assert type(layer) is int and layer == max(range(LAYERS), key=search.bandit.preferences.__getitem__)
+    assert search.use_selection() == search.model.insert_layer == layer and not search.finished
+    search.sample()
+    assert search.apply() == search.model.insert_layer == layer and search.finished and not search.is_due
+    assert [search.sample() for _ in range(5)] == [layer] * 5 and search.step == 31
+    with pytest.raises(RuntimeError, match="PlacementSearch: the selection is fixed"):
+        search.update(scores_of(search))
+    assert search.summary() == f"inserts the prompt at layer {layer} after 14 updates" and caplog.text == ""
+    assert make_search().apply() == 0
+    assert "PlacementSearch: applied before the first update: the selection means nothing" in caplog.text
+
+
+def test_stability_and_entropy():
+    search = make_search(num_samples=10)
+    assert search.entropy == pytest.approx(1)
+    for _ in range(3):
+        search.sample()
+        search.update(lambda: 1.0)
+    assert search.selection() == 0 and not search.is_stable(2)  # a tie decides
+    while not search.is_stable(20):
+        search.sample()
+        search.update(lambda: 100.0 * (search.model.insert_layer == 4))
+        assert search.step < 100
+    assert search.selection() == 4 and not search.is_stable(len(search.history)) and 0 < search.entropy < 0.9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_samples": 1}, "PlacementSearch: num_samples must be an integer of 2 or more, got 1"),
+        ({"interval": 0}, "PlacementSearch: interval must be an integer of 1 or more, got 0"),
+        ({"warmup_steps": 1.5}, "warmup_steps must be an integer of 0 or more"),
+        ({"search_steps": 0}, "search_steps must be an integer of 1 or more"),
+        ({"evaluation_mode": "test"}, 'PlacementSearch: evaluation_mode must be "eval" or "train", got \'test\''),
+        ({"step_size": -1.0}, "step_size must be a positive number"),
+        ({"temperature": 0}, "temperature must be a positive number"),
+        ({"seed": "a"}, "seed must be an integer"),
+        ({"model": nn.Linear(1, 1)}, r"with insert_layer and num_layers, .*got Linear, which has no insert_layer"),
+        ({"model": object()}, "must be a torch module .*got object, which has no insert_layer"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_search(**arguments)
+
+
+def test_a_model_needs_two_layers():
+    model = Placed()
+    model.num_layers = 1
+    with pytest.raises(ValueError, match="the model must have two layers or more, got 1"):
+        PlacementSearch(model)
+    with pytest.raises(TypeError, match="num_sample"):
+        make_search(num_sample=3)
+    search = make_search()
+    search.sample()
+    with pytest.raises(ValueError, match="PlacementSearch: the schedule cannot change after 1 steps"):
+        search.schedule(0, 5)
+
+
+def test_the_picture_is_drawn(tmp_path):
+    search = make_search(step_size=0.02, temperature=0.5)
+    with pytest.raises(ValueError, match="PlacementSearch: no update has been made"):
+        search.plot(tmp_path / "placement.png")
+    run_search(search, 150, scores_of(search))
+    search.plot(tmp_path / "placement.svg")
+    search.plot(tmp_path / "placement.png")
+    drawn = (tmp_path / "placement.svg").read_text()
+    assert f"layer {search.selection()}" in drawn and "probability" in drawn and "others" in drawn
+    assert (tmp_path / "placement.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_processes_agree_on_averaged_scores(tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    torch.multiprocessing.spawn(search_on_rank, (port, tmp_path), nprocs=2)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0]["drawn"] == ranks[1]["drawn"] and ranks[0]["state"] == ranks[1]["state"]
+    assert [rank["refusal"] for rank in ranks] == ["PlacementSearch: the processes have drawn different layers"] * 2
+    alone = make_search()
+    own = [scores_of(alone, seed) for seed in range(2)]
+    run_search(alone, 30, lambda: (own[0]() + own[1]()) / 2)
+    assert alone.state_dict() == ranks[0]["state"]
+    single = make_search()
+    run_search(single, 30, scores_of(single, 0))
+    assert single.bandit.preferences != alone.bandit.preferences
+
+
+def search_on_rank(rank, port, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    (folder / f"{rank}.json").write_text(json.dumps(searched_in_two(rank)))
+    dist.destroy_process_group()
+
+
+def searched_in_two(rank):
+    """In a function of its own, so that the wrapper is gone before its process group."""
+    model = Placed()
+    search = PlacementSearch(nn.parallel.DistributedDataParallel(model, find_unused_parameters=True))
+    assert search.model is model
+    drawn = run_search(search, 30, scores_of(search, rank))
+    other = make_search(seed=rank)
+    other.sample()
+    with pytest.raises(RuntimeError) as refusal:
+        other.update(lambda: 1.0)
+    return {"drawn": drawn, "state": search.state_dict(), "refusal": str(refusal.value).partition(";")[0]}
+
+
+# In transformers' Trainer, which, like DVP, is not imported above: the processes of the last test import this file.
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Trains DVPBert with the callback, which is given these arguments, and returns search and trainer."""
+    from tiny_dvp import make_inputs, make_model
+    from transformers import Trainer, TrainingArguments
+
+    from petl_ext.hf import SearchCallback
+
+    def run(labels, callback=None, resume=None, added=True, **arguments):
+        model = make_model("bert", candidates="all").float()
+        inputs = make_inputs(model, batch=len(labels))
+        data = [{name: t[i] for name, t in inputs.items()} | {"labels": labels[i]} for i in range(len(labels))]
+        search = PlacementSearch(model, seed=1)
+        defaults = {"max_steps": 6, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 3}
+        quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "learning_rate": 0.01}
+        trainer = Trainer(
+            model,
+            TrainingArguments(tmp_path, **{**defaults, **quiet, "save_strategy": "no", **arguments}),
+            train_dataset=data,
+            eval_dataset=data,
+        )
+        search_callback = SearchCallback(search, None if added else data, **callback or {})
+        if added:
+            search_callback.add_to(trainer)
+        else:
+            trainer.add_callback(search_callback)
+        trainer.train(resume)
+        return search, trainer
+
+    return run
+
+
+CLASSES = torch.arange(8) % 5
+SOFT = torch.rand(8, 5, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_trainer_searches_and_resumes_bit_equal(trained, tmp_path, caplog):
+    options = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2, "max_steps": 6}
+    with caplog.at_level(logging.INFO, "petl_ext"):
+        search, trainer = trained(SOFT, **options, logging_steps=1)
+    assert [entry["step"] for entry in search.history] == list(range(1, 13))  # every micro-batch, from the first on
+    assert search.finished and search.model.insert_layer == search.selection()
+    assert f"SearchCallback: {search.summary()}" in caplog.text
+    logs = [entry for entry in trainer.state.log_history if "search/score" in entry]
+    assert len(logs) == 6 and 0 <= logs[0]["search/score"] <= 100 and 0 < logs[0]["search/entropy"] <= 1
+    assert logs[-1]["search/preference/2"] == search.bandit.preferences[2]
+    resumed, _ = trained(SOFT, resume=str(tmp_path / "checkpoint-4"), **options)
+    assert resumed.state_dict() == search.state_dict() and resumed.model.insert_layer == search.selection()
+    for name, tensor in search.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+def expected_score(model, batch):
+    """In percent, written anew."""
+    hit = model(**batch).logits.tolist()
+    hit = [row.index(max(row)) for row in hit]
+    labels = batch["labels"]
+    right = [label[i].item() if labels.dim() == 2 else float(label == i) for label, i in zip(labels, hit, strict=True)]
+    return 100 * sum(right) / len(right)
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("labels", [CLASSES, SOFT], ids=["classes", "soft"])
+def test_the_default_score_is_the_percentage_that_is_right(trained, labels, added):
+    search, _ = trained(labels, added=added)
+    twin, _ = trained(labels, {"compute_score": expected_score}, added=added)
+    assert search.history[0]["layers"] == twin.history[0]["layers"]
+    for ours, expected in zip(search.history, twin.history, strict=True):
+        assert ours["scores"] == pytest.approx(expected["scores"], rel=1e-5)
+    assert len({score for entry in search.history for score in entry["scores"]}) > 1
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_without_a_class_per_sample_the_score_is_of_the_loss(trained, added, monkeypatch):
+    """As language models have it, whose labels are tokens."""
+    monkeypatch.setattr("petl_ext.hf._percent_right", lambda outputs, labels: None)
+    search, _ = trained(CLASSES, added=added)
+    twin, _ = trained(
+        CLASSES, {"compute_score": lambda model, batch: 100 * math.exp(-model(**batch).loss)}, added=added
+    )
+    assert search.history[0]["scores"] == pytest.approx(twin.history[0]["scores"], rel=1e-5)
+    assert search.bandit.preferences == pytest.approx(twin.bandit.preferences, rel=1e-3, abs=1e-7)
+
+
+def test_what_is_no_choice_per_sample_has_no_percentage():
+    from petl_ext.hf import _percent_right
+
+    logits = torch.eye(3)
+    assert _percent_right({"logits": logits}, torch.tensor([0, 1, 0])).item() == pytest.approx(200 / 3)
+    assert _percent_right({"logits": logits}, torch.full((3, 3), 0.3)).item() == pytest.approx(30)
+    assert _percent_right({"logits": logits}, None) is _percent_right((logits,), torch.tensor([0, 1, 0])) is None
+    assert _percent_right({"logits": logits}, torch.rand(3)) is None
+    assert _percent_right({"logits": torch.zeros(3, 2, 4)}, torch.zeros(3, 2, dtype=torch.long)) is None
+
+
+def test_patience_ends_the_search_in_a_trainer(trained):
+    best = {"compute_score": lambda model, batch: 100.0 * (model.insert_layer == 2), "patience": 3}
+    search, trainer = trained(CLASSES, {**best, "stop_training": True}, max_steps=60)
+    assert search.selection() == 2 and trainer.state.global_step == search.step < 60
+
+
+def test_a_search_takes_its_own_measure_and_its_own_model(trained):
+    from petl_ext.hf import SearchCallback
+
+    with pytest.raises(ValueError, match="compute_loss is given, but a PlacementSearch takes compute_score"):
+        SearchCallback(make_search(), compute_loss=lambda model, batch: 1.0)
+    _, trainer = trained(CLASSES, max_steps=1)
+    SearchCallback(make_search(copy.deepcopy(trainer.model))).add_to(trainer)
+    with pytest.raises(ValueError, match="not on the model that the Trainer trains"):
+        trainer.train()
