@@ -366,6 +366,30 @@ def searched_in_two(rank):
 # In transformers' Trainer, which, like DVP, is not imported above: the processes of the last test import this file.
 
 
+@pytest.mark.parametrize("candidates", [None, "all"])
+def test_dvp_trains_the_candidates_that_were_drawn(candidates):
+    from tiny_dvp import LABELS, make_inputs, make_model
+
+    model = make_model("bert", candidates=candidates).train()
+    inputs, labels = make_inputs(model), torch.arange(3) % LABELS
+    before = copy.deepcopy(model.visual_prompts)
+    search, drawn = PlacementSearch(model, seed=2), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    while len(set(drawn)) < 2:
+        drawn.append(search.sample())
+        model(**inputs, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        search.update(lambda: -model(**inputs, labels=labels).loss)
+    moved = {
+        index
+        for index, (layer, old) in enumerate(zip(model.visual_prompts, before, strict=True))
+        if not torch.equal(layer.query.weight, old.query.weight)
+    }
+    assert moved == (set(drawn) if candidates else {0})  # weight decay leaves the others alone
+    assert search.apply() == model.insert_layer and any(search.bandit.preferences)
+
+
 @pytest.fixture
 def trained(tmp_path):
     """Trains DVPBert with the callback, which is given these arguments, and returns search and trainer."""
