@@ -11,6 +11,9 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from petl_ext.tasks.labels import label_accuracy
+from petl_ext.tasks.vqa import vqa_score
+
 logger = logging.getLogger("petl_ext")
 
 
@@ -334,9 +337,9 @@ def _percent_right(outputs, labels):
     logits = outputs.get("logits") if isinstance(outputs, dict) else None
     if logits is None or labels is None or logits.dim() != 2:
         return None
-    labels, likeliest = labels.to(logits.device), logits.argmax(1)
+    labels = labels.to(logits.device)
     if labels.shape == logits.shape and labels.is_floating_point():
-        return 100 * labels.gather(1, likeliest[:, None]).float().mean()
-    if labels.shape == likeliest.shape and not labels.is_floating_point():
-        return 100 * (likeliest == labels).float().mean()
+        return 100 * vqa_score(logits, labels)
+    if labels.shape == logits.shape[:1] and not labels.is_floating_point():
+        return 100 * label_accuracy(logits, labels)
     return None

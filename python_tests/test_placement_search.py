@@ -478,8 +478,8 @@ def test_what_is_no_choice_per_sample_has_no_percentage():
     from petl_ext.hf import _percent_right
 
     logits = torch.eye(3)
-    assert _percent_right({"logits": logits}, torch.tensor([0, 1, 0])).item() == pytest.approx(200 / 3)
-    assert _percent_right({"logits": logits}, torch.full((3, 3), 0.3)).item() == pytest.approx(30)
+    assert _percent_right({"logits": logits}, torch.tensor([0, 1, 0])) == pytest.approx(200 / 3)
+    assert _percent_right({"logits": logits}, torch.full((3, 3), 0.3)) == pytest.approx(30)
     assert _percent_right({"logits": logits}, None) is _percent_right((logits,), torch.tensor([0, 1, 0])) is None
     assert _percent_right({"logits": logits}, torch.rand(3)) is None
     assert _percent_right({"logits": torch.zeros(3, 2, 4)}, torch.zeros(3, 2, dtype=torch.long)) is None
