@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from petl_ext.attach.attachment import HANDLE
 from petl_ext.models.meter import grid_side, resize_position_embeddings
 
 LISTED = 8
@@ -262,6 +261,8 @@ PARALLEL_ADAPTER = LayerNames(
 )
 DAS_ADAPTER = PARALLEL_ADAPTER._replace(config="DASConfig(bottleneck={bottleneck})", placement="bypass")
 DAS_BYPASS = DAS_ADAPTER._replace(config="DASConfig(bypass_bottleneck={bottleneck})")
+# Where petl_ext.attach leaves its handle; models import nothing of it.
+HANDLE = "petl_attachment"
 # The children under which petl_ext.attach puts its layers into a model.
 LAYER_CHILDREN = ("apt", "adapter", "bypass", "deep_prompts")
 
