@@ -3,14 +3,26 @@
 import re
 from pathlib import Path
 
+from transformers import BertConfig, BertModel, BertTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
 from petl_ext.tasks.digits import BACKBONE, write_digits
 
 README = Path(__file__).parent.parent / "README.md"
 
 
+def write_models():
+    """A BERT and a CLIP without training, as small as they can be."""
+    Path("words.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "where", "digit"]))
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 32}
+    BertTokenizer("words.txt").save_pretrained("bert")
+    BertModel(BertConfig(vocab_size=8, **sizes)).save_pretrained("bert")
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32).save_pretrained("clip")
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=16)).save_pretrained("clip")
+
+
 def test_example(tmp_path, monkeypatch, capsys):
     files = write_digits(tmp_path / "digits", {"train": 60}, progress=False)["train"]
-    example, handle, search = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    example, handle, search, dvp = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     ours = {
         "dandelin/vilt-b32-mlm": BACKBONE,
         "v2_OpenEnded_mscoco_train2014_questions.json": files.questions,
@@ -45,3 +57,17 @@ def test_example(tmp_path, monkeypatch, capsys):
     assert f"vilt.encoder.layer.{skipped}.bypass" in capsys.readouterr().out
     layer = names["model"].vilt.encoder.layer[skipped]
     assert [name for name, _ in layer.named_children()] == ["bypass"]
+    write_models()
+    ours = {
+        "google-bert/bert-base-uncased": "bert",
+        "openai/clip-vit-base-patch16": "clip",
+        "vocabulary, annotations)": ours["vocabulary, annotations)"],
+    }
+    for theirs, mine in ours.items():
+        assert theirs in dvp, f"README no longer has {theirs}"
+        dvp = dvp.replace(theirs, mine)
+    exec(dvp, names)
+    assert len(names["search"].history) == 2
+    assert names["model"].insert_layer == names["search"].selection()
+    fresh = BertModel.from_pretrained("bert"), CLIPVisionModel.from_pretrained("clip")
+    assert names["DVPBert"].from_folder("dvp-vqa", *fresh).insert_layer == names["model"].insert_layer
