@@ -13,7 +13,8 @@ import torch
 from petl_ext import ops
 
 CPU_PATHS = torch.ops.petl_ext.cpu_paths().split()
-EMULATED_OPS = ("apt_forward", "apt_backward", "adapter_forward", "adapter_backward")
+OPS = ("apt", "adapter", "attention_pool")
+EMULATED_OPS = [f"{op}_{direction}" for op in OPS for direction in ("forward", "backward")]
 
 
 @dataclass(frozen=True)

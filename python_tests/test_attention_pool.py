@@ -6,18 +6,14 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from places import CPU_PLACES
+from places import CPU_PLACES, CUDA_PLACES, emulation
 from tolerance import assert_as_good_as_torch, outputs_and_gradients
 
 from petl_ext import ops
 
-TILE, SPLIT = 64, 128  # tokens that the CPU takes at a time, and that one thread takes at most
-
-
-@pytest.fixture(params=CPU_PLACES, ids=str)
-def place(request):
-    with request.param.entered():
-        yield request.param
+TILE, SPLIT = 64, 128  # tokens that are taken at a time, and that one thread takes at most on the CPU
+ON_CPU = pytest.mark.parametrize("place", CPU_PLACES, ids=str, indirect=True)
+ON_CUDA = pytest.mark.parametrize("place", CUDA_PLACES, ids=str, indirect=True)
 
 
 @dataclass
@@ -117,23 +113,47 @@ MASKED = pytest.mark.parametrize("masked", [None, 0.5], ids=["all tokens", "mask
         (2, SPLIT - 1, 64, 64),
         (1, SPLIT, 1024, 16),
         (2, SPLIT + 1, 768, 5),
-        (3, 197, 768, 12),
-        (1, 577, 1024, 64),
-        (1, 4096, 64, 12),
+        (2, 197, 768, 12),
+        (1, 577, 136, 33),
     ],
 )
 def test_values_and_gradients(place, batch, tokens, dim, heads, dtype, masked):
     check(place, make_problem(batch, tokens, dim, heads, dtype, masked=masked))
 
 
+@ON_CPU
+@MASKED
+@DTYPES
+@pytest.mark.parametrize(("tokens", "dim", "heads"), [(577, 1024, 64), (4096, 64, 12)])
+def test_many_tokens(place, tokens, dim, heads, dtype, masked):
+    check(place, make_problem(1, tokens, dim, heads, dtype, masked=masked))
+
+
+@ON_CPU
 @DTYPES
 @pytest.mark.parametrize("dim", [33, 770])
 def test_width_that_is_no_multiple_of_eight(place, dim, dtype):
     check(place, make_problem(2, 70, dim, 7, dtype, masked=0.3))
 
 
+@ON_CPU
 def test_width_of_one(place):
     check(place, make_problem(2, 70, 1, 7, std=1))
+
+
+@ON_CUDA
+@pytest.mark.parametrize(
+    ("dim", "heads", "message"),
+    [
+        (770, 3, "width D must be a multiple of 8 up to 8192, got 770"),
+        (8200, 3, "width D must be a multiple of 8 up to 8192, got 8200"),
+        (64, 65, "number of heads H must be at most 64, got 65"),
+    ],
+)
+def test_sizes_that_cuda_does_not_support(place, dim, heads, message):
+    problem = make_problem(1, 2, dim, heads).on(place)
+    with pytest.raises(RuntimeError, match=message):
+        problem.call(ops.attention_pool)
 
 
 @pytest.mark.parametrize("query_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -155,6 +175,7 @@ def test_one_token_that_has_all_the_weight(place, dtype):
     assert_equal(results, {"pooled": pooled, "dvisual": dvisual, "dquery": torch.zeros_like(pooled)})
 
 
+@ON_CPU
 @DTYPES
 def test_scores_of_hundreds_over_many_draws(place, dtype):
     """Of two tokens with nearly the same score, whose error is smaller is luck."""
@@ -220,6 +241,16 @@ def test_mask_in_which_all_take_part_is_no_mask(place):
     assert_equal(masked.run(ops.attention_pool), problem.run(ops.attention_pool))
 
 
+@ON_CUDA
+def test_sample_of_which_no_token_takes_part_becomes_nan(place):
+    problem = make_problem(4, 70, 64, 3, masked=0.5).on(place)
+    problem.mask[2] = False
+    ours = problem.run(ops.attention_pool)
+    assert ours["pooled"][2].isnan().all() and not ours["pooled"][[0, 1, 3]].isnan().any()
+    assert all(not ours[name][[0, 1, 3]].isnan().any() for name in ("dvisual", "dquery"))
+
+
+@ON_CPU
 def test_sample_of_which_no_token_takes_part(place):
     problem = make_problem(4, 70, 64, 3, masked=0.5).on(place)
     problem.mask[2] = False
@@ -307,6 +338,7 @@ def test_empty_batch(place, masked):
     assert shapes == {"pooled": (0, 10, 64), "dvisual": (0, 30, 64), "dquery": (0, 10, 64)}
 
 
+@ON_CPU
 def test_more_samples_than_are_kept_at_a_time(place):
     """Of this size each sample's sums are a megabyte and more, and four megabytes are kept."""
     check(place, make_problem(7, 577, 1024, 64))
@@ -332,6 +364,18 @@ def test_bit_equal_whatever_the_number_of_threads(threads, dtype):
             assert_equal(problem.run(ops.attention_pool), expected)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+@pytest.mark.parametrize("copies", ["lazy", "eager"])
+def test_cuda_kernels_give_the_same_bits_in_whatever_order_they_run(order, copies):
+    """A missing barrier or wait would show: warps run in either order, asynchronous copies land early or late."""
+    for heads, dtype in ((12, torch.bfloat16), (40, torch.float16), (40, torch.float32)):
+        problem = make_problem(2, 131, 136, heads, dtype, masked=0.2)
+        with emulation():
+            expected = problem.run(ops.attention_pool)
+        with emulation(order=order, copies=copies):
+            assert_equal(problem.run(ops.attention_pool), expected)
 
 
 def test_a_sample_is_bit_equal_alone_and_in_a_batch(place):
@@ -522,7 +566,7 @@ def test_works_after_an_error(place):
     problem = make_problem(*SIZES, masked=0.5).on(place)
     expected = problem.run(ops.attention_pool)
     with pytest.raises(RuntimeError):
-        replace(problem, mask=torch.zeros_like(problem.mask)).call(ops.attention_pool)
+        replace(problem, query=problem.query[:1]).call(ops.attention_pool)
     assert_equal(problem.run(ops.attention_pool), expected)
 
 

@@ -8,7 +8,7 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-CUDA_TESTS = ("emulator", "cuda_apt", "cuda_adapter")
+CUDA_TESTS = ("emulator", "cuda_apt", "cuda_adapter", "cuda_attention_pool")
 MODES = [f"{order}_{copies}" for order in ("forward", "reverse") for copies in ("lazy", "eager")]
 
 

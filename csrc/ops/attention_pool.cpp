@@ -7,6 +7,9 @@
 
 #include "ops/check.h"
 #include "ops/cpu.h"
+#ifdef PETL_WITH_CUDA
+#include "ops/cuda.h"
+#endif
 
 namespace petl {
 namespace {
@@ -25,12 +28,26 @@ void check_that_tokens_take_part(const AttentionPoolInputs& args) {
   }
 }
 
-void run(const Cpu&, const AttentionPoolForward& args) {
+void run(const Cpu&, const AttentionPoolForward& args, const Tensor&) {
   check_that_tokens_take_part(args.inputs);
   cpu_kernels().attention_pool_forward(args, &parallel_for);
 }
 
-void run(const Cpu&, const AttentionPoolBackward& args) { cpu_kernels().attention_pool_backward(args, &parallel_for); }
+void run(const Cpu&, const AttentionPoolBackward& args, const Tensor&) {
+  cpu_kernels().attention_pool_backward(args, &parallel_for);
+}
+
+#ifdef PETL_WITH_CUDA
+void run(const Cuda& device, const AttentionPoolForward& args, const Tensor& like) {
+  const Tensor workspace = new_bytes(like, cuda::attention_pool_forward_workspace(args));
+  device.check("attention_pool", cuda::attention_pool_forward(args, workspace.mutable_data_ptr(), device.queue()));
+}
+
+void run(const Cuda& device, const AttentionPoolBackward& args, const Tensor& like) {
+  const Tensor workspace = new_bytes(like, cuda::attention_pool_backward_workspace(args));
+  device.check("attention_pool", cuda::attention_pool_backward(args, workspace.mutable_data_ptr(), device.queue()));
+}
+#endif
 
 // What forward and backward share, as the caller gave it.
 struct AttentionPoolTensors {
@@ -95,6 +112,7 @@ class AttentionPoolInputRows {
         visual_(held_by(device, "visual", tensors.visual), Device::kRowAlignment),
         query_(held_by(device, "query", tensors.query), Device::kRowAlignment),
         scale_(static_cast<float>(scale)) {
+    device.supports("attention_pool", size_.D, "the number of heads H", size_.H, size_.kMostHeadsOnCuda);
     if (tensors.mask) mask_ = torch::stable::contiguous(held_by(device, "mask", *tensors.mask).tensor);
   }
 
@@ -121,9 +139,11 @@ std::tuple<Tensor, Tensor> attention_pool_forward(const Tensor& visual, const Te
   const AttentionPoolInputRows<Device> rows(device, {visual, query, mask}, scale);
   const Tensor pooled = torch::stable::new_empty(visual, rows.pooled_shape());
   const Tensor statistics = new_floats(visual, rows.statistics_shape());
-  run(device, AttentionPoolForward{rows.view(),
-                                   {pooled.mutable_data_ptr(), rows.view().visual.dtype},
-                                   static_cast<float*>(statistics.mutable_data_ptr())});
+  run(device,
+      AttentionPoolForward{rows.view(),
+                           {pooled.mutable_data_ptr(), rows.view().visual.dtype},
+                           static_cast<float*>(statistics.mutable_data_ptr())},
+      visual);
   return {pooled, statistics};
 }
 
@@ -154,7 +174,8 @@ std::tuple<Tensor, Tensor> attention_pool_backward(const Tensor& dpooled, const 
   const WeightGradient dquery(query, needs_dquery);
   run(device,
       AttentionPoolBackward{rows.view(), dpooled_rows.view(), saved_rows.view(),
-                            static_cast<const float*>(statistics.const_data_ptr()), dvisual.rows(), dquery.data()});
+                            static_cast<const float*>(statistics.const_data_ptr()), dvisual.rows(), dquery.data()},
+      visual);
   return {dvisual.tensor(), dquery.tensor()};
 }
 
@@ -164,6 +185,13 @@ std::tuple<Tensor, Tensor> attention_pool_backward(const Tensor& dpooled, const 
 STABLE_TORCH_LIBRARY_IMPL(petl_ext, CPU, m) {
   m.impl("attention_pool_forward", TORCH_BOX(&attention_pool_forward<Cpu>));
   m.impl("attention_pool_backward", TORCH_BOX(&attention_pool_backward<Cpu>));
+}
+#endif
+
+#ifdef PETL_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(PETL_CUDA_LIBRARY, PETL_CUDA_KEY, m) {
+  m.impl("attention_pool_forward", TORCH_BOX(&attention_pool_forward<Cuda>));
+  m.impl("attention_pool_backward", TORCH_BOX(&attention_pool_backward<Cuda>));
 }
 #endif
 

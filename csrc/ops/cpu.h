@@ -35,7 +35,7 @@ class Cpu {
                     " must be on the CPU, as the other arguments are");
   }
 
-  void supports(const char*, int64_t, const char*, int64_t) const {}
+  void supports(const char*, int64_t, const char*, int64_t, int64_t = 0) const {}
 };
 
 }  // namespace petl

@@ -48,12 +48,12 @@ class Cuda {
   }
 
   // D, the width, and the inner size under its name.
-  void supports(const char* op, int64_t D, const char* inner_name, int64_t inner) const {
+  void supports(const char* op, int64_t D, const char* inner_name, int64_t inner,
+                int64_t max_inner = cuda::kMaxInner) const {
     STD_TORCH_CHECK(D % cuda::kVectorWidth == 0 && D <= cuda::kMaxWidth, op,
                     ": on CUDA the width D must be a multiple of ", cuda::kVectorWidth, " up to ", cuda::kMaxWidth,
                     ", got ", D);
-    STD_TORCH_CHECK(inner <= cuda::kMaxInner, op, ": on CUDA ", inner_name, " must be at most ", cuda::kMaxInner,
-                    ", got ", inner);
+    STD_TORCH_CHECK(inner <= max_inner, op, ": on CUDA ", inner_name, " must be at most ", max_inner, ", got ", inner);
   }
 
   void check(const char* op, int error) const {

@@ -4,6 +4,7 @@
 
 #include "kernels/adapter.h"
 #include "kernels/apt.h"
+#include "kernels/attention_pool.h"
 
 namespace petl::cuda {
 
@@ -17,7 +18,7 @@ constexpr int64_t kVectorWidth = 8;
 constexpr int64_t kMaxWidth = 8192;
 constexpr int64_t kMaxInner = 512;  // of P and B
 
-// These return 0, or an error that error_text explains. Backward needs a workspace in the device's memory.
+// These return 0, or an error that error_text explains. Those with a workspace need it in the device's memory.
 int apt_forward(const AptForward& args, Queue queue);
 int64_t apt_backward_workspace(const AptBackward& args);
 int apt_backward(const AptBackward& args, void* workspace, Queue queue);
@@ -25,6 +26,11 @@ int apt_backward(const AptBackward& args, void* workspace, Queue queue);
 int adapter_forward(const AdapterForward& args, Queue queue);
 int64_t adapter_backward_workspace(const AdapterBackward& args);
 int adapter_backward(const AdapterBackward& args, void* workspace, Queue queue);
+
+int64_t attention_pool_forward_workspace(const AttentionPoolForward& args);
+int attention_pool_forward(const AttentionPoolForward& args, void* workspace, Queue queue);
+int64_t attention_pool_backward_workspace(const AttentionPoolBackward& args);
+int attention_pool_backward(const AttentionPoolBackward& args, void* workspace, Queue queue);
 
 const char* error_text(int error);
 
