@@ -9,7 +9,7 @@ from pathlib import Path
 from gpu.runner import Step
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TESTED_OPS = ("apt", "adapter")
+TESTED_OPS = ("apt", "adapter", "attention_pool")
 # Where NVIDIA's tools lie that need not be on PATH.
 TOOL_PATTERNS = {
     "compute-sanitizer": ("{cuda}/bin", "{cuda}/compute-sanitizer"),

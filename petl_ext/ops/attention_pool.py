@@ -126,6 +126,9 @@ def attention_pool(visual, query, mask=None, scale=1.0):
     torch.matmul. Where visual needs no gradient, backward computes that of query alone, and writes nothing of visual's
     size.
 
+    On CUDA, D is a multiple of 8 up to 8192 and H at most 64; the query is rounded to the dtype of visual, and visual
+    is copied where rows are not aligned to 16 bytes.
+
     A sample of which no token takes part is an error on the CPU. Elsewhere, and in float64, its rows of the result are
     NaN: to look would mean to wait for the device.
 

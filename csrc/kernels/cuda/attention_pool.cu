@@ -13,6 +13,8 @@ namespace {
 constexpr int kThreads = 128, kWarps = 4, kTokens = 16 * kWarps;
 // The tokens meet the queries by chunks of this many columns, of which some are on their way or in use.
 constexpr int kChunk = 32, kStages = 4;
+// Blocks that a multiprocessor shall be able to run at once: a bound for the compiler's use of registers.
+constexpr int kResidentBlocks = 2;
 // Sums of tokens, and the tokens' gradients, are made by so many columns at a time.
 constexpr int kColumns = 128;
 
@@ -414,7 +416,8 @@ class PoolBlock {
 };
 
 template <class T, int kGroups>
-__global__ void __launch_bounds__(kThreads) pool_forward(const __grid_constant__ PoolForwardTask<T> task) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    pool_forward(const __grid_constant__ PoolForwardTask<T> task) {
   PoolBlock<T, kGroups>(task.problem).forward(task);
 }
 
@@ -425,64 +428,80 @@ struct PoolMeansTask {
 };
 
 template <class T, int kGroups>
-__global__ void __launch_bounds__(kThreads) pool_means(const __grid_constant__ PoolMeansTask<T> task) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) pool_means(const __grid_constant__ PoolMeansTask<T> task) {
   PoolBlock<T, kGroups>(task.problem).means(task.mean);
 }
 
 template <class T, int kGroups>
-__global__ void __launch_bounds__(kThreads) pool_backward(const __grid_constant__ PoolBackwardTask<T> task) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    pool_backward(const __grid_constant__ PoolBackwardTask<T> task) {
   PoolBlock<T, kGroups>(task.problem).backward(task);
 }
 
 // The splits' sums of one head to its row: by their shares of the softmax in forward, as they are in backward.
-template <class T>
 struct PoolFinish {
   const float* sums;          // [B, splits, H, D]
   const float *best, *total;  // [B, splits, H]; null: the sums count as they are
   int splits, H, D;
-  T* out;             // [B * H, D]
+  Rows out;           // [B * H, D]
   float* statistics;  // [2, B * H], with best
   int64_t rows;       // B * H
 };
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) pool_finish(const __grid_constant__ PoolFinish<T> task) {
-  float* const shares = reinterpret_cast<float*>(shared_memory());
-  const int64_t row = blockIdx.x, first = row / task.H * task.splits * task.H + row % task.H;
-  if (task.best) {
-    float best = -INFINITY, total = 0;
-    for (int i = 0; i < task.splits; ++i) best = Max()(best, task.best[first + int64_t{i} * task.H]);
-    // A split of which no token takes part has no greatest score, and a sample of such splits becomes NaN.
-    for (int i = 0; i < task.splits; ++i) {
-      total += expf(task.best[first + int64_t{i} * task.H] - best) * task.total[first + int64_t{i} * task.H];
-    }
-    for (int i = threadIdx.x; i < task.splits; i += kThreads) {
-      shares[i] = expf(task.best[first + int64_t{i} * task.H] - best) / total;
-    }
-    if (threadIdx.x == 0) {
-      task.statistics[row] = best;
-      task.statistics[task.rows + row] = total;
-    }
-  } else {
-    for (int i = threadIdx.x; i < task.splits; i += kThreads) shares[i] = 1;
+// To shares [splits], in shared memory. A split of which no token takes part has minus infinity for its greatest score;
+// a sample of such splits becomes NaN.
+__device__ __forceinline__ void find_shares(const PoolFinish& task, int64_t row, int64_t first, float* shares) {
+  float best = -INFINITY, total = 0;
+#pragma unroll 1
+  for (int i = 0; i < task.splits; ++i) best = Max()(best, task.best[first + int64_t{i} * task.H]);
+#pragma unroll 1
+  for (int i = 0; i < task.splits; ++i) {
+    const int64_t split = first + int64_t{i} * task.H;
+    total += expf(task.best[split] - best) * task.total[split];
   }
-  __syncthreads();
-  for (int column = threadIdx.x * 8; column < task.D; column += kThreads * 8) {
-    float values[8] = {};
-    for (int split = 0; split < task.splits; ++split) {
-      float part[8];
-      unpack(load(task.sums + (first + int64_t{split} * task.H) * task.D + column), part);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) values[i] = fmaf(shares[split], part[i], values[i]);
-    }
-    store(task.out + row * task.D + column, pack<T>(values));
+  for (int i = threadIdx.x; i < task.splits; i += kThreads) {
+    shares[i] = expf(task.best[first + int64_t{i} * task.H] - best) / total;
+  }
+  if (threadIdx.x == 0) {
+    task.statistics[row] = best;
+    task.statistics[task.rows + row] = total;
   }
 }
 
 template <class T>
-int launch_finish(Queue queue, const PoolFinish<T>& task) {
+__device__ __forceinline__ void store_as(T, const Rows& rows, int64_t index, const float (&values)[8]) {
+  store(static_cast<T*>(rows.data) + index, pack<T>(values));
+}
+
+__global__ void __launch_bounds__(kThreads) pool_finish(const __grid_constant__ PoolFinish task) {
+  float* const shares = reinterpret_cast<float*>(shared_memory());
+  const int64_t row = blockIdx.x, first = row / task.H * task.splits * task.H + row % task.H;
+  if (task.best) find_shares(task, row, first, shares);
+  __syncthreads();
+  for (int column = threadIdx.x * 8; column < task.D; column += kThreads * 8) {
+    float values[8] = {};
+#pragma unroll 1
+    for (int split = 0; split < task.splits; ++split) {
+      const float share = task.best ? shares[split] : 1;
+      float part[8];
+      unpack(load(task.sums + (first + int64_t{split} * task.H) * task.D + column), part);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) values[i] = fmaf(share, part[i], values[i]);
+    }
+    const int64_t index = row * task.D + column;
+    if (task.out.dtype == DType::bfloat16) {
+      store_as(Bfloat16{}, task.out, index, values);
+    } else if (task.out.dtype == DType::float16) {
+      store_as(Float16{}, task.out, index, values);
+    } else {
+      store_as(float{}, task.out, index, values);
+    }
+  }
+}
+
+int launch_finish(Queue queue, const PoolFinish& task) {
   const int shared = static_cast<int>(task.splits * sizeof(float));
-  return launch(queue, {dim3(static_cast<unsigned>(task.rows)), kThreads, shared}, &pool_finish<T>, task);
+  return launch(queue, {dim3(static_cast<unsigned>(task.rows)), kThreads, shared}, &pool_finish, task);
 }
 
 template <class T>
@@ -550,8 +569,8 @@ int forward(const AttentionPoolForward& args, void* memory, Queue queue) {
   const int error = H <= 32 ? launch_forward<T, 1>(queue, task, blocks) : launch_forward<T, 2>(queue, task, blocks);
   if (error) return error;
   return launch_finish(
-      queue, PoolFinish<T>{workspace.sums, workspace.best, workspace.total, task.problem.splits, static_cast<int>(H),
-                           static_cast<int>(D), static_cast<T*>(args.pooled.data), args.statistics, B * H});
+      queue, PoolFinish{workspace.sums, workspace.best, workspace.total, task.problem.splits, static_cast<int>(H),
+                        static_cast<int>(D), args.pooled, args.statistics, B * H});
 }
 
 template <class T>
@@ -576,8 +595,15 @@ int backward(const AttentionPoolBackward& args, void* memory, Queue queue) {
   const int error =
       H <= 32 ? launch_backward<T, 1>(queue, means, task, samples) : launch_backward<T, 2>(queue, means, task, samples);
   if (error || !args.dquery) return error;
-  return launch_finish(queue, PoolFinish<float>{workspace.sums, nullptr, nullptr, task.problem.splits,
-                                                static_cast<int>(H), static_cast<int>(D), args.dquery, nullptr, rows});
+  return launch_finish(queue, PoolFinish{workspace.sums,
+                                         nullptr,
+                                         nullptr,
+                                         task.problem.splits,
+                                         static_cast<int>(H),
+                                         static_cast<int>(D),
+                                         {args.dquery, DType::float32},
+                                         nullptr,
+                                         rows});
 }
 
 }  // namespace
