@@ -1,20 +1,33 @@
 """petl_ext inside transformers.Trainer."""
 
 import logging
+import math
 import random
+import weakref
+
+try:
+    import accelerate  # noqa: F401
+    import transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name not in ("accelerate", "transformers"):
+        raise
+    raise ImportError(f'petl_ext.hf needs {error.name}: pip install "petl_ext[hf]"') from error
 
 import torch
 from accelerate.data_loader import skip_first_batches
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from petl_ext.search.base import Search, check_callable
 from petl_ext.tasks.labels import label_accuracy
 from petl_ext.tasks.vqa import vqa_score
 
 logger = logging.getLogger("petl_ext")
+
+_trainings = weakref.WeakKeyDictionary()  # of every search the TrainerState of its latest training
 
 
 class SearchCallback(TrainerCallback, ExportableState):
@@ -39,6 +52,7 @@ class SearchCallback(TrainerCallback, ExportableState):
         validation_dataset: what layers are compared on. A dataset is shuffled, shared among the processes and batched
             as the training data are; a DataLoader is used as it is, on each process its own. None: the evaluation
             data of the Trainer that `add_to` was given, or where there are none, with a warning, the training data.
+            What a dataset draws from torch's generator is repeated by a run that resumes, but not in worker processes.
         compute_loss: for a DepthSearch, (model, batch on the model's device) -> loss. None: as the Trainer of `add_to`
             does, otherwise the model's own loss; under the Trainer's mixed precision in both cases.
         warmup_epochs: epochs before the first update. None: the search's warmup_steps or, where it has none, 1 for a
@@ -47,17 +61,18 @@ class SearchCallback(TrainerCallback, ExportableState):
             the end of training.
         patience: also fix the selection when this many updates have left it as it was.
         stop_training: whether training stops when the selection is fixed.
-        log: whether reward, loss or score, entropy (1 at the start, 0 when nothing is open; for a DepthSearch bits per
-            layer) and preferences of the latest update go to the Trainer's logs, and progress to a bar unless
-            disable_tqdm is set.
+        log: whether reward, loss or score, the search's `entropy` (0 when nothing is open) and preferences of the
+            latest update go to the Trainer's logs, and progress to a bar unless disable_tqdm is set.
         compute_score: for a PlacementSearch, (model, batch on the model's device) -> score, larger for better. None:
             what the authors score, in percent. With class labels, integers [B], the accuracy; with soft ones, [B, L],
             the mean label of the class with the largest logit; otherwise 100 * exp(-loss), as for ScienceQA. Computed
             as the loss is, so under the Trainer's mixed precision; the authors score without it.
 
     Raises:
-        ValueError: warm-up or end are given here and in the search, patience is below 1, or compute_loss or
-            compute_score is given for a search that does not take it.
+        ValueError: warm-up or end are given here and in the search, a number is out of its range, or compute_loss or
+            compute_score is given for a search that does not take it. When training begins: no update can take place
+            before it ends, the search is on another model, or two callbacks run it.
+        TypeError: search, validation_dataset, compute_loss or compute_score is no such thing.
     """
 
     def __new__(cls, *arguments, restored=False, **named):
@@ -75,20 +90,16 @@ class SearchCallback(TrainerCallback, ExportableState):
         log=True,
         compute_score=None,
     ):
-        for name, epochs, steps in (
-            ("warmup", warmup_epochs, search.constants.warmup_steps),
-            ("search", search_epochs, search.constants.search_steps),
-        ):
-            if epochs is not None and steps is not None:
-                raise ValueError(f"SearchCallback: {name}_epochs={epochs}, but the search has {name}_steps={steps}")
-        if patience is not None and patience < 1:
-            raise ValueError(f"SearchCallback: patience must be 1 or more, got {patience!r}")
-        for measure, compute in (("loss", compute_loss), ("score", compute_score)):
-            if compute is not None and measure != search.measure:
-                raise ValueError(
-                    f"SearchCallback: compute_{measure} is given, but a {type(search).__name__} takes "
-                    f"compute_{search.measure}"
-                )
+        if not isinstance(search, Search):
+            raise TypeError(f"SearchCallback: search must be a DepthSearch or a PlacementSearch, got {search!r}")
+        _check_epochs("warmup", warmup_epochs, search.constants.warmup_steps)
+        _check_epochs("search", search_epochs, search.constants.search_steps)
+        if patience is not None and (type(patience) is not int or patience < 1):
+            raise ValueError(f"SearchCallback: patience must be 1 or more, an integer, got {patience!r}")
+        _check_compute("loss", compute_loss, search)
+        _check_compute("score", compute_score, search)
+        if validation_dataset is not None:
+            _check_data("validation_dataset", validation_dataset)
         self.search = search
         self.validation_dataset = validation_dataset
         self.compute_loss = compute_loss
@@ -107,10 +118,13 @@ class SearchCallback(TrainerCallback, ExportableState):
     def add_to(self, trainer):
         """Makes it the first callback of `trainer`, so that its values reach every tracker of `report_to`.
 
+        It is there once, also where the Trainer has it already.
+
         Returns:
             The callback.
         """
-        trainer.callback_handler.callbacks.insert(0, self)
+        others = [callback for callback in trainer.callback_handler.callbacks if callback is not self]
+        trainer.callback_handler.callbacks = [self, *others]
         self._trainer = trainer
         return self
 
@@ -121,10 +135,11 @@ class SearchCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **_):
         if self.search.model not in set(model.modules()):
             raise ValueError("SearchCallback: the search is not on the model that the Trainer trains")
-        if self.search.step == 0:
-            self._schedule(train_dataloader)
-        if state.global_step:
-            self._restore(state)
+        if _trainings.get(self.search) is state:
+            # It would draw twice for every step.
+            raise ValueError("SearchCallback: the Trainer has more than one callback for this search; give it one")
+        _trainings[self.search] = state
+        self._prepare(args, state, train_dataloader)
         self._batches = _Batches(self._loader(args, train_dataloader), self.search.bandit.seed, self._position)
         if self.log and self._trainer is None and args.report_to:
             logger.warning(
@@ -169,6 +184,20 @@ class SearchCallback(TrainerCallback, ExportableState):
         if state.is_world_process_zero:
             logger.info("SearchCallback: %s", self.search.summary())
 
+    def _prepare(self, args, state, train_dataloader):
+        constants = self.search.constants
+        try:
+            if self.search.step == 0:
+                self._schedule(train_dataloader)
+            if state.global_step:
+                self._restore(state)
+            self._check_time(args, state)
+        except BaseException:
+            # Otherwise the schedule that was wrong would stay the search's own.
+            if self.search.step == 0:
+                self.search.constants = constants
+            raise
+
     def _schedule(self, train_dataloader):
         constants = self.search.constants
         warmup, end = constants.warmup_steps, constants.search_steps
@@ -177,7 +206,26 @@ class SearchCallback(TrainerCallback, ExportableState):
             warmup = self._micro_batches(epochs, train_dataloader, "warmup")
         if self.search_epochs is not None:
             end = self._micro_batches(self.search_epochs, train_dataloader, "search")
-        self.search.schedule(warmup, end)
+        try:
+            self.search.schedule(warmup, end)
+        except ValueError as error:
+            raise ValueError(
+                f"SearchCallback: {error}; change warmup_epochs (now {self.warmup_epochs!r}) or search_epochs (now "
+                f"{self.search_epochs!r}), or those constants of the search"
+            ) from error
+
+    def _check_time(self, args, state):
+        if self.search.finished or self.search.history:
+            return
+        constants = self.search.constants
+        # At most: the last optimiser step of an epoch may have fewer micro-batches.
+        end = self.search.step + (state.max_steps - state.global_step) * args.gradient_accumulation_steps
+        if end < constants.first_update:
+            raise ValueError(
+                f"SearchCallback: training ends at micro-batch {end}, but the first update comes with micro-batch "
+                f"{constants.first_update} (warmup_steps={constants.warmup_steps}, interval={constants.interval}), so "
+                "nothing would be found; train for more epochs, or give a smaller warmup_epochs or interval"
+            )
 
     def _micro_batches(self, epochs, train_dataloader, what):
         try:
@@ -212,6 +260,7 @@ class SearchCallback(TrainerCallback, ExportableState):
                 "SearchCallback: no validation_dataset, so %s are compared on training data", self.search.drawn
             )
             data = train_dataloader.dataset
+            _check_data("the training data, in place of validation_dataset,", data)
         if isinstance(data, DataLoader):
             # Accelerate's loaders take part in the training loop's bookkeeping while they are iterated.
             return getattr(data, "base_dataloader", data)
@@ -311,21 +360,71 @@ class _Batches:
         # Loaders draw from the global generator, whose numbers are the training's.
         with torch.random.fork_rng([]):
             if self.iterator is None:
-                torch.default_generator.manual_seed(self._seed_of(self.position["passes"]))
-                self.iterator = self._begin_pass()
+                self._begin_pass()
             else:
-                torch.default_generator.manual_seed(self._seed_of(*self.position.values()))
+                self._reseed(self.position["taken"])
             return next(self.iterator, None)
 
     def _begin_pass(self):
-        sampler = self.loader.sampler
+        sampler, taken = self.loader.sampler, self.position["taken"]
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(self.position["passes"])
-        taken = self.position["taken"]
-        return iter(skip_first_batches(self.loader, taken) if taken else self.loader)
+        self._reseed()
+        can_skip = self.loader.batch_sampler is not None and not isinstance(self.loader.dataset, IterableDataset)
+        if not taken or not can_skip:
+            self.iterator = iter(self.loader)
+            self._take_again(taken)
+            return
+        rest = skip_first_batches(self.loader, taken)
+        # The order is drawn when the first batch is asked for, and only then can that batch have its own seed.
+        rest.batch_sampler.batch_sampler = self._reseeding(self.loader.batch_sampler)
+        self.iterator = iter(rest)
 
-    def _seed_of(self, *position):
-        return random.Random(f"{self.seed}/{position}").getrandbits(62)
+    def _take_again(self, taken):
+        """Data without batches of indices can only be read again, each batch from its own seed."""
+        for index in range(taken):
+            next(self.iterator, None)
+            self._reseed(index + 1)
+
+    def _reseeding(self, batch_sampler):
+        for index, indices in enumerate(batch_sampler):
+            if index:
+                self._reseed(index)
+            yield indices
+
+    def _reseed(self, *taken):
+        position = (self.position["passes"], *taken)
+        torch.default_generator.manual_seed(random.Random(f"{self.seed}/{position}").getrandbits(62))
+
+
+def _check_epochs(name, epochs, steps):
+    if epochs is None:
+        return
+    if type(epochs) not in (int, float) or not 0 <= epochs < math.inf:
+        raise ValueError(f"SearchCallback: {name}_epochs must be a number of 0 or more, got {epochs!r}")
+    if steps is not None:
+        raise ValueError(f"SearchCallback: {name}_epochs={epochs}, but the search has {name}_steps={steps}")
+
+
+def _check_compute(measure, compute, search):
+    if compute is None:
+        return
+    if measure != search.measure:
+        raise ValueError(
+            f"SearchCallback: compute_{measure} is given, but a {type(search).__name__} takes compute_{search.measure}"
+        )
+    check_callable("SearchCallback", f"compute_{measure}", compute)
+
+
+def _check_data(argument, data):
+    if isinstance(data, DataLoader):
+        return
+    known = all(hasattr(data, name) for name in ("__len__", "__getitem__"))
+    if not known or isinstance(data, dict | str | IterableDataset):
+        raise TypeError(
+            f"SearchCallback: {argument} must be a dataset with a length and indices, or a DataLoader, got "
+            f"{type(data).__name__}"
+        )
 
 
 def _loss_of(outputs):

@@ -97,6 +97,12 @@ def test_an_order_has_every_arm_and_a_draw_is_ascending():
     assert all(list(subset) == sorted(set(subset)) for subset in (bandit.draw(4) for _ in range(20)))
     with pytest.raises(ValueError, match="10 different arms asked for, there are 9"):
         bandit.draw(10)
+    draws = bandit.draws
+    for size in (0, -1, 1.5, True, None):
+        for replacement in (False, True):
+            with pytest.raises(ValueError, match="size must be a positive integer, got"):
+                bandit.draw(size, replacement=replacement)
+    assert bandit.draws == draws
 
 
 def test_draws_depend_on_seed_and_count_alone():
@@ -179,6 +185,30 @@ def test_state_goes_through_json_and_has_the_same_future():
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"preferences": ["1", "2", "3"]}, "preferences must be 3 finite numbers"),
+        ({"preferences": [1.0, 2.0, math.nan]}, "preferences must be 3 finite numbers"),
+        ({"preferences": [1.0, 2.0, None]}, "preferences must be 3 finite numbers"),
+        ({"preferences": [1.0, 2.0]}, "preferences must be 3 finite numbers"),
+        ({"preferences": None}, "preferences must be 3 finite numbers"),
+        ({"draws": -1}, "draws must be an integer of 0 or more, found -1"),
+        ({"draws": None}, "draws must be an integer of 0 or more, found None"),
+        ({"seed": None}, "expected a state of"),
+    ],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(change, message):
+    bandit = Bandit(3)
+    bandit.draw()
+    before = bandit.state_dict()
+    with pytest.raises(ValueError, match=message):
+        bandit.load_state_dict({**before, "preferences": [1.0, 2.0, 3.0], **change})
+    with pytest.raises(ValueError, match="a state is a dict"):
+        bandit.load_state_dict([])
+    assert bandit.state_dict() == before
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"num_arms": 0}, "num_arms must be a positive integer, got 0"),
@@ -186,6 +216,8 @@ def test_state_goes_through_json_and_has_the_same_future():
         ({"num_arms": 3, "step_size": 0}, "step_size must be a positive number, got 0"),
         ({"num_arms": 3, "temperature": math.inf}, "temperature must be a positive number, got inf"),
         ({"num_arms": 3, "probability": "relu"}, 'probability must be "sigmoid" or "softmax", got \'relu\''),
+        ({"num_arms": 3, "probability": []}, 'probability must be "sigmoid" or "softmax", got'),
+        ({"num_arms": 3, "baseline": 1}, "baseline must be True or False, got 1"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

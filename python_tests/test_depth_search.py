@@ -7,6 +7,7 @@ import logging
 import math
 import random
 import socket
+import sys
 
 import pytest
 import torch
@@ -227,6 +228,160 @@ def test_a_loss_that_is_no_number_has_no_reward(loss, caplog):
     assert entry["losses"] == [0.5, None, 0.7]
     assert all(map(math.isfinite, entry["preferences"]))
     json.dumps(search.state_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_never_the_best(loss, caplog):
+    search = make_search(reward=lambda loss: -loss)
+    search.sample()
+    losses = iter([0.5, loss, 0.7])
+    search.update(lambda: next(losses))
+    assert search.history[0]["rewards"] == [-0.5, -0.7, -0.7] and "its reward is -0.7" in caplog.text
+
+
+@pytest.mark.parametrize("value", [None, "0.5", torch.ones(2), [1.0]])
+def test_a_loss_or_reward_that_is_not_one_number_is_named(value):
+    search = make_search()
+    search.sample()
+    before = search.state_dict()
+    with pytest.raises(TypeError, match="DepthSearch: compute_loss must return one number, got"):
+        search.update(lambda: value)
+    with pytest.raises(TypeError, match="DepthSearch: compute_loss must be a function, got"):
+        search.update(value)
+    search.reward = lambda loss: value
+    with pytest.raises(TypeError, match="DepthSearch: reward must return one number, got"):
+        search.update(lambda: torch.ones(1))
+    assert search.state_dict() == before
+    with pytest.raises(TypeError, match="DepthSearch: reward must be a function, got"):
+        make_search(reward=value)
+
+
+def test_what_a_disabled_or_shrunk_model_refuses_leaves_search_and_model_as_they_were():
+    search = make_search()
+    run_search(search, 10, losses_of(search))
+    search.sample()
+    search.model.train()
+    search.attachment.skip(set(range(LAYERS)) - set(search.selection()))
+    before = search.state_dict()
+    with search.attachment.disable():
+        for act in (search.sample, search.apply, lambda: search.update(losses_of(search))):
+            with pytest.raises(RuntimeError, match="the attachment is disabled"):
+                act()
+            assert search.state_dict() == before
+            assert all(module.training for module in search.model.modules())
+    search.attachment.remove_skipped()
+    for act in (search.sample, search.apply, lambda: search.update(losses_of(search))):
+        with pytest.raises(RuntimeError, match="removed for good"):
+            act()
+        assert search.state_dict() == before and search.model.training
+    with pytest.raises(ValueError, match="the skipped layers of Stack have been removed for good"):
+        DepthSearch(search.model, 2)
+
+
+def test_flags_come_back_when_the_loss_disables_the_model():
+    search = make_search()
+    search.sample()
+    search.model.train()
+    disabled = search.attachment.disable()
+
+    def compute_loss():
+        disabled.__enter__()
+        return 1.0
+
+    with pytest.raises(RuntimeError, match="the attachment is disabled"):
+        search.update(compute_loss)
+    disabled.__exit__(None, None, None)
+    assert all(module.training for module in search.model.modules())
+
+
+def test_the_baseline_is_a_constant():
+    search = make_search(baseline=False)
+    search.sample()
+    search.update(lambda: 0.0)
+    assert not search.bandit.baseline and max(search.bandit.preferences) > 0
+    read = make_search(baseline=False)
+    read.load_state_dict(json_copy(search.state_dict()))
+    assert read.state_dict() == search.state_dict()
+
+
+def test_frozen_bypasses_are_warned_of_once(caplog):
+    search = make_search()
+    search.model.requires_grad_(False)
+    run_search(search, 3, losses_of(search))
+    assert caplog.text.count("no parameter of a bypass requires gradients") == 1
+    caplog.clear()
+    run_search(make_search(), 3, None)
+    assert caplog.text == ""
+
+
+def test_costs_follow_the_names_of_the_layers(unequal, tmp_path):
+    model, _, costs = unequal
+    turned = LayerCosts(costs.backbone, costs.unskipped, dict(reversed(costs.layers.items())))
+    search = DepthSearch(model, 2, inputs=turned)
+    assert tuple(search.costs.layers) == search.layers and search.costs.savings == costs.savings
+    state = json.loads(json.dumps(search.state_dict(), sort_keys=True))
+    state["costs"]["layers"] = dict(reversed(state["costs"]["layers"].items()))
+    (tmp_path / "search.json").write_text(json.dumps(state))
+    read = DepthSearch.from_json(tmp_path / "search.json", attached(hidden=SIZES)[0])
+    assert read.costs.savings == costs.savings
+    for layers in ({}, {**costs.layers, "more": [1, 0]}, list(costs.layers.values())):
+        with pytest.raises(ValueError, match=r"expected costs of the layers \['layers\.0', "):
+            DepthSearch(model, 2, inputs=LayerCosts(1, 1, layers))
+    with pytest.raises(ValueError, match="costs must be integers, two for each layer"):
+        DepthSearch(model, 2, inputs=LayerCosts("1", 1, costs.layers))
+
+
+def test_macs_are_of_different_layers(unequal):
+    model, _, costs = unequal
+    search = DepthSearch(model, 2, inputs=costs)
+    for selection in ([1, 1], [-1], [99], [True], "12", 3):
+        with pytest.raises(ValueError, match="macs takes different indices from 0 to 7, got"):
+            search.macs(selection)
+
+
+def damaged_states(state):
+    """What a file can be that is no state, beside words that the refusal says."""
+    entry = state["history"][0]
+    yield {name: value for name, value in state.items() if name != "history"}, "wrong history or none"
+    for name, value in (
+        ("history", [{**entry, "preferences": None}]),
+        ("history", [{**entry, "subsets": [[99]]}]),
+        ("history", [{"step": 1}]),
+        ("step", "3"),
+        ("since_update", -1),
+        ("finished", None),
+        ("selection", [0, 99]),
+        ("selection", None),
+    ):
+        yield {**state, name: value}, f"wrong {name} or none"
+    for name, value in (("draws", None), ("preferences", ["a"] * LAYERS), ("preferences", [math.nan] * LAYERS)):
+        yield {**state, "bandit": {**state["bandit"], name: value}}, f"Bandit: {name} must be"
+    yield {**state, "bandit": []}, "Bandit: a state is a dict"
+    yield {**state, "costs": []}, "expected costs None"
+    yield {**state, "constants": {**state["constants"], "probability": []}}, "expected constants"
+    yield [], "a state is a dict"
+
+
+def test_a_damaged_state_is_refused_and_changes_nothing(tmp_path):
+    search, other = make_search(), make_search()
+    run_search(search, 30, losses_of(search))
+    run_search(other, 10, losses_of(other, seed=1))
+    before = other.state_dict()
+    for state, message in damaged_states(json_copy(search.state_dict())):
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(state)
+        assert other.state_dict() == before
+        (tmp_path / "search.json").write_text(json.dumps(state))
+        with pytest.raises(ValueError):
+            DepthSearch.from_json(tmp_path / "search.json", attached()[0])
+
+
+def test_pictures_say_what_to_install(tmp_path, monkeypatch):
+    search = make_search()
+    run_search(search, 10, losses_of(search))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'DepthSearch\.plot needs matplotlib: pip install "petl_ext\[plot\]"'):
+        search.plot(tmp_path / "gates.png")
 
 
 def test_a_reward_without_end_is_refused():
@@ -498,6 +653,14 @@ def test_a_budget_out_of_reach_is_refused(unequal, max_macs, message):
         ({"evaluation_mode": "test"}, 'evaluation_mode must be "eval" or "train", got \'test\''),
         ({"step_size": -1.0}, r"step_size must be a positive number, got -1\.0"),
         ({"num_skip": None, "max_macs": 0.8, "inputs": costs_that_save(*[1] * 8), "ramp_steps": 5}, "needs num_skip"),
+        (
+            {"num_skip": None, "max_macs": True, "inputs": costs_that_save(*[1] * 8)},
+            "max_macs must be a number, .*True",
+        ),
+        ({"num_skip": None, "max_macs": "0.5", "inputs": costs_that_save(*[1] * 8)}, "max_macs must be a num.*'0.5'"),
+        ({"warmup_steps": 30, "search_steps": 30}, "warmup_steps=30 and interval=10 put at step 31"),
+        ({"search_steps": 9}, "search_steps=9 ends the search before its first update"),
+        ({"baseline": None}, "baseline must be True or False, got None"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
@@ -526,8 +689,11 @@ def test_macs_need_inputs():
 
 def test_a_search_that_has_begun_keeps_its_schedule():
     search = make_search()
-    search.schedule(warmup_steps=4, search_steps=9)
-    assert (search.constants.warmup_steps, search.constants.search_steps) == (4, 9)
+    search.schedule(warmup_steps=4, search_steps=10)
+    assert (search.constants.warmup_steps, search.constants.search_steps) == (4, 10)
+    with pytest.raises(ValueError, match=r"search_steps=10 ends the search before its first update, .* at step 11"):
+        search.schedule(warmup_steps=10, search_steps=10)
+    assert (search.constants.warmup_steps, search.constants.search_steps) == (4, 10)
     search.sample()
     with pytest.raises(ValueError, match="cannot change after 1 steps"):
         search.schedule(warmup_steps=0, search_steps=None)

@@ -169,7 +169,7 @@ def test_a_score_that_is_no_number_is_the_lowest(score, others, lowest, caplog):
     scores = iter([others[0], torch.tensor(score)])
     with caplog.at_level(logging.WARNING, "petl_ext"):
         search.update(lambda: next(scores, others[1]))
-    assert f"PlacementSearch: step 1: a score is {score}; it counts as {lowest}" in caplog.text
+    assert f"PlacementSearch: step 1: a score is {score}; its reward is {lowest}" in caplog.text
     (entry,) = search.history
     assert None in entry["scores"] and {*others} < {*entry["scores"]}
     assert entry["rewards"] == [lowest if value is None else value for value in entry["scores"]]
@@ -181,7 +181,7 @@ def test_where_no_score_is_a_number_nothing_moves(caplog):
     search = make_search()
     search.sample()
     search.update(lambda: math.nan)
-    assert search.bandit.preferences == [0.0] * LAYERS and caplog.text.count("it counts as 0.0") == 1
+    assert search.bandit.preferences == [0.0] * LAYERS and caplog.text.count("its reward is 0.0") == 1
 
 
 def planted_selection(seed):
@@ -288,6 +288,7 @@ def test_stability_and_entropy():
         ({"interval": 0}, "PlacementSearch: interval must be an integer of 1 or more, got 0"),
         ({"warmup_steps": 1.5}, "warmup_steps must be an integer of 0 or more"),
         ({"search_steps": 0}, "search_steps must be an integer of 1 or more"),
+        ({"search_steps": 5, "warmup_steps": 5}, "search_steps=5 ends the search before its first update"),
         ({"evaluation_mode": "test"}, 'PlacementSearch: evaluation_mode must be "eval" or "train", got \'test\''),
         ({"step_size": -1.0}, "step_size must be a positive number"),
         ({"temperature": 0}, "temperature must be a positive number"),
@@ -299,6 +300,29 @@ def test_stability_and_entropy():
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_search(**arguments)
+
+
+def test_a_damaged_state_is_refused_and_changes_nothing(tmp_path):
+    search, other = make_search(), make_search()
+    run_search(search, 5, scores_of(search))
+    run_search(other, 2, scores_of(other, seed=1))
+    state, before = json_copy(search.state_dict()), other.state_dict()
+    for change in ({"history": None}, {"selection": LAYERS}, {"selection": [0]}, {"finished": 1}, {"bandit": None}):
+        with pytest.raises(ValueError):
+            other.load_state_dict({**state, **change})
+        assert other.state_dict() == before
+        (tmp_path / "search.json").write_text(json.dumps({**state, **change}))
+        with pytest.raises(ValueError):
+            PlacementSearch.from_json(tmp_path / "search.json", Placed())
+
+
+def test_a_score_that_is_not_one_number_is_named():
+    search = make_search()
+    search.sample()
+    with pytest.raises(TypeError, match=r"PlacementSearch: compute_score must return one .*tensor of shape \(2,\)"):
+        search.update(lambda: torch.ones(2))
+    with pytest.raises(TypeError, match="PlacementSearch: compute_score must be a function, got 3"):
+        search.update(3)
 
 
 def test_a_model_needs_two_layers():

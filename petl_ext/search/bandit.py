@@ -38,7 +38,7 @@ class Bandit:
 
     Attributes:
         preferences: list of floats, all 0 at the start.
-        draws: how many random orders of the arms have been drawn.
+        draws: how often `order` or `draw` has been called; `draw_distinct` calls `order` for each attempt.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -52,8 +52,10 @@ class Bandit:
         for name, value in (("step_size", step_size), ("temperature", temperature)):
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"Bandit: {name} must be a positive number, got {value!r}")
-        if probability not in LOG_PROBABILITIES:
+        if not isinstance(probability, str) or probability not in LOG_PROBABILITIES:
             raise ValueError(f'Bandit: probability must be "sigmoid" or "softmax", got {probability!r}')
+        if type(baseline) is not bool:
+            raise ValueError(f"Bandit: baseline must be True or False, got {baseline!r}")
         self.seed = seed
         self.step_size = step_size
         self.probability = probability
@@ -87,8 +89,10 @@ class Bandit:
         """A tuple of `size` arms, ascending; with replacement an arm can occur more than once.
 
         Raises:
-            ValueError: without replacement, size is more than there are arms.
+            ValueError: size is no positive integer or, without replacement, more than there are arms.
         """
+        if type(size) is not int or size < 1:
+            raise ValueError(f"Bandit: size must be a positive integer, got {size!r}")
         if not replacement and size > self.num_arms:
             raise ValueError(f"Bandit: {size} different arms asked for, there are {self.num_arms}")
         generator = self._generator()
@@ -100,7 +104,7 @@ class Bandit:
         """A list of `count` subsets, no two the same.
 
         Each is redrawn until it differs from those before it, as in DAS; after 100 attempts in vain, which only very
-        unequal preferences cause, the best by preference of the others is taken instead.
+        unequal preferences cause, the next one of `best_distinct` is taken instead.
 
         Args:
             take: makes an order of arms into a subset, a tuple, or into None where these arms cannot make one. A
@@ -121,7 +125,12 @@ class Bandit:
         return subsets
 
     def best_distinct(self, count, take):
-        """The list of the `count` best different subsets by preference, shorter where there are fewer."""
+        """`count` different subsets, made greedily of the most preferred arms; fewer where there are no more.
+
+        The first is `take(ranking())`. For each further one, whenever `take` makes a subset that is there already, that
+        subset's least preferred arm is left out of the ranking or, where nothing new can be made without it, its next
+        one. Preferences are not summed: a subset of a greater sum can come later.
+        """
         subsets = []
         while len(subsets) < count and (subset := self._best_but(subsets, take)) is not None:
             subsets.append(subset)
@@ -155,13 +164,20 @@ class Bandit:
         """The inverse of `state_dict`.
 
         Raises:
-            ValueError: the state is of a bandit with other arguments. Nothing has changed.
+            ValueError: it is no such state, or that of a bandit with other arguments. Nothing has changed.
         """
+        if not isinstance(state, dict):
+            raise ValueError(f"Bandit: a state is a dict, got {state!r}")
         settings = {name: value for name, value in state.items() if name not in ("preferences", "draws")}
-        if settings != self._settings() or len(state["preferences"]) != self.num_arms:
+        if settings != self._settings():
             raise ValueError(f"Bandit: expected a state of {self._settings()}, found {settings}")
-        self.preferences = list(state["preferences"])
-        self.draws = state["draws"]
+        preferences, draws = state.get("preferences"), state.get("draws")
+        if not are_numbers(preferences, self.num_arms):
+            raise ValueError(f"Bandit: preferences must be {self.num_arms} finite numbers, found {preferences!r}")
+        if type(draws) is not int or draws < 0:
+            raise ValueError(f"Bandit: draws must be an integer of 0 or more, found {draws!r}")
+        self.preferences = list(map(float, preferences))
+        self.draws = draws
 
     def __repr__(self):
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
@@ -186,7 +202,9 @@ class Bandit:
         return sorted(range(self.num_arms), key=keys.__getitem__)
 
     def _best_but(self, subsets, take, banned=frozenset()):
-        """The best subset by preference that is none of `subsets` and has no banned arm, or None.
+        """What `take` makes of the ranking without banned arms, or None.
+
+        Where that is one of `subsets`, some other one that is not.
 
         Complete: of a subset that is taken already, any other one lacks some arm, and each is banned in turn, the least
         preferred first. Finite: what lacks that arm is another subset, so there are as many levels as subsets.
@@ -197,3 +215,9 @@ class Bandit:
             return best
         others = (self._best_but(subsets, take, banned | {arm}) for arm in ranking[::-1] if arm in best)
         return next((other for other in others if other is not None), None)
+
+
+def are_numbers(values, count):
+    """Whether it is a list of `count` finite numbers, as JSON has them."""
+    known = isinstance(values, list) and len(values) == count
+    return known and all(type(value) in (int, float) and math.isfinite(value) for value in values)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import reprlib
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from petl_ext.search.bandit import Bandit
+from petl_ext.search.bandit import Bandit, are_numbers
 
 logger = logging.getLogger("petl_ext")
 
@@ -42,6 +43,16 @@ class Constants:
                 raise ValueError(f"{self.search}: {name} must be an integer of {smallest} or more, got {value!r}")
         if self.evaluation_mode not in ("eval", "train"):
             raise ValueError(f'{self.search}: evaluation_mode must be "eval" or "train", got {self.evaluation_mode!r}')
+        if self.search_steps is not None and self.first_update > self.search_steps:
+            raise ValueError(
+                f"{self.search}: search_steps={self.search_steps} ends the search before its first update, which "
+                f"warmup_steps={self.warmup_steps} and interval={self.interval} put at step {self.first_update}"
+            )
+
+    @property
+    def first_update(self):
+        """The step with which the first update comes."""
+        return max((self.warmup_steps or 0) + 1, self.interval)
 
 
 class Search:
@@ -69,7 +80,9 @@ class Search:
         self.model = model
         self.process_group = process_group
         self.constants = constants
-        self.bandit = Bandit(num_layers, seed, constants.step_size, constants.probability, constants.temperature)
+        self.bandit = Bandit(
+            num_layers, seed, constants.step_size, constants.probability, constants.temperature, constants.baseline
+        )
         self.step = 0
         self.finished = False
         self.history = []
@@ -86,7 +99,8 @@ class Search:
         """Sets these constants of a search that has not begun.
 
         Raises:
-            ValueError: it has begun, or a value is out of its range.
+            ValueError: it has begun, a value is out of its range, or the search would end before its first update.
+                Nothing has changed.
         """
         if self.step:
             raise ValueError(f"{self._name}: the schedule cannot change after {self.step} steps")
@@ -95,15 +109,18 @@ class Search:
     def sample(self):
         """Begins a training step: draws a choice and makes it, or the selection when that is fixed.
 
+        An exception leaves the whole search as it was.
+
         Returns:
             The choice, of the same kind as `selection`.
         """
-        if self.constants.search_steps is not None and self.step >= self.constants.search_steps:
-            self.finish()
-        if self.finished:
-            return self.use_selection()
-        choice = self._draw()
-        self._choose(choice)
+        with self._or_as_before():
+            if self.constants.search_steps is not None and self.step >= self.constants.search_steps:
+                self.finish()
+            if self.finished:
+                return self.use_selection()
+            choice = self._draw()
+            self._choose(choice)
         self.step += 1
         self._since_update += 1
         return choice
@@ -120,19 +137,17 @@ class Search:
 
         Raises:
             RuntimeError: the selection is fixed, or the processes have drawn different choices.
+            TypeError: `compute` cannot be called, or returns no number.
             ValueError: a reward is not a finite number although the measure is.
         """
+        check_callable(self._name, f"compute_{self.measure}", compute)
         if self.finished:
             raise RuntimeError(f"{self._name}: the selection is fixed, so there is nothing to update")
-        draws = self.bandit.draws
-        try:
+        with self._or_as_before():
             drawn = self._draw_to_compare()
             measured = self._measure(drawn, compute)
             rewards = self._rewards(measured)
             self.bandit.update([self._layers_of(choice) for choice in drawn], rewards)
-        except BaseException:
-            self.bandit.draws = draws
-            raise
         self._since_update = 0
         self.history.append(
             {
@@ -174,15 +189,16 @@ class Search:
         self.finished = True
 
     def apply(self):
-        """Ends the search and makes the selection the model's choice.
+        """Ends the search and makes the selection the model's choice. An exception leaves the search as it was.
 
         Returns:
             The selection.
         """
         if not self.history:
             logger.warning("%s: applied before the first update: the selection means nothing", self._name)
-        self.finish()
-        return self.use_selection()
+        with self._or_as_before():
+            self.finish()
+            return self.use_selection()
 
     def state_dict(self):
         """All of the search but model, functions and process group, ready for JSON."""
@@ -201,8 +217,10 @@ class Search:
         """Goes on where the search that gave the state was. Weights and optimiser are the training's own.
 
         Raises:
-            ValueError: the state is not of this search: other layers, goal or constants. Nothing has changed.
+            ValueError: it is no state, or not of this search: other layers, goal or constants. Nothing has changed.
         """
+        if not isinstance(state, dict):
+            raise ValueError(f"{self._name}: a state is a dict, got {state!r}")
         if state.get("format") != FORMAT:
             raise ValueError(f"{self._name}: expected a state of format {FORMAT}, found {state.get('format')!r}")
         for name, ours in self._settings().items():
@@ -210,7 +228,8 @@ class Search:
                 raise ValueError(
                     f"{self._name}: the state is of another search: expected {name} {ours!r}, found {state.get(name)!r}"
                 )
-        self.bandit.load_state_dict(state["bandit"])
+        self._check_progress(state)
+        self.bandit.load_state_dict(state.get("bandit"))
         self.step = state["step"]
         self._since_update = state["since_update"]
         self.finished = state["finished"]
@@ -244,6 +263,48 @@ class Search:
         search.load_state_dict(state)
         return search
 
+    def _check_progress(self, state):
+        """Checks all of a state but its settings and its bandit."""
+        step, since_update, finished = (state.get(name) for name in ("step", "since_update", "finished"))
+        history, selection = state.get("history"), state.get("selection")
+        for name, value, is_right in (
+            ("step", step, type(step) is int and step >= 0),
+            ("since_update", since_update, type(since_update) is int and since_update >= 0),
+            ("finished", finished, type(finished) is bool),
+            ("selection", selection, self._is_choice(selection)),
+            ("history", history, isinstance(history, list) and all(map(self._is_entry, history))),
+        ):
+            if not is_right:
+                raise ValueError(f"{self._name}: the state has a wrong {name} or none, found {reprlib.repr(value)}")
+
+    def _is_entry(self, entry):
+        """Whether it is one of the history's, as JSON has it."""
+        names = {"step", self.drawn, self.measures, "rewards", "preferences", "selection"}
+        if not isinstance(entry, dict) or entry.keys() != names or not isinstance(entry[self.drawn], list):
+            return False
+        count, measured = len(entry[self.drawn]), entry[self.measures]
+        return (
+            type(entry["step"]) is int
+            and all(self._is_choice(choice) for choice in [entry["selection"], *entry[self.drawn]])
+            and isinstance(measured, list)
+            and are_numbers([0.0 if value is None else value for value in measured], count)
+            and are_numbers(entry["rewards"], count)
+            and are_numbers(entry["preferences"], self.bandit.num_arms)
+        )
+
+    def _is_layer(self, value):
+        return type(value) is int and 0 <= value < self.bandit.num_arms
+
+    @contextmanager
+    def _or_as_before(self):
+        """An exception inside leaves the search as it was."""
+        before = self.bandit.draws, self.finished, self._fixed
+        try:
+            yield
+        except BaseException:
+            self.bandit.draws, self.finished, self._fixed = before
+            raise
+
     def _measure(self, drawn, compute):
         """One number for each of `drawn`, averaged over the processes."""
         different = list(dict.fromkeys(drawn))
@@ -258,19 +319,20 @@ class Search:
             for choice in choices:
                 self._choose(choice)
                 with torch.no_grad(), torch.random.fork_rng(self._cuda_devices(), device_type="cuda"):
-                    measured.append(float(compute()))
+                    measured.append(number_of(compute(), f"{self._name}: compute_{self.measure}"))
         return measured
 
     @contextmanager
     def _as_it_was(self):
         training = {module: module.training for module in self.model.modules()}
         chosen = self._chosen()
+        self._choose(chosen)  # where the model refuses a change of its choice, it does so before anything has changed
         try:
             yield
         finally:
-            self._choose(chosen)
             for module, mode in training.items():
                 module.training = mode
+            self._choose(chosen)
 
     def _cuda_devices(self):
         return {parameter.device for parameter in self.model.parameters() if parameter.device.type == "cuda"}
@@ -287,6 +349,17 @@ class Search:
             )
         return [_mean(each) for each in zip(*(other[2] for other in everyones), strict=True)]
 
+    def _rewards(self, measured):
+        """A finite number for each, larger for a better choice."""
+        rewards = [self._reward_of(value) if math.isfinite(value) else None for value in measured]
+        # What is no number must not be the best, neither where rewards are negative.
+        lowest = min([0.0, *(reward for reward in rewards if reward is not None)])
+        wrong = next((value for value in measured if not math.isfinite(value)), None)
+        if wrong is not None:
+            values = (self._name, self.step, self.measure, wrong, lowest)
+            logger.warning("%s: step %d: a %s is %s; its reward is %s", *values)
+        return [lowest if reward is None else reward for reward in rewards]
+
     def _found(self):
         """What the state says of the selection."""
         return {"selection": self._to_json(self.selection())}
@@ -298,7 +371,7 @@ class Search:
 
     @property
     def entropy(self):
-        """How open the search is: 1 at the start, 0 when nothing is open."""
+        """How open the search is, from 1 to 0, when nothing is open."""
         raise NotImplementedError
 
     @classmethod
@@ -334,14 +407,36 @@ class Search:
         """Makes it the model's."""
         raise NotImplementedError
 
-    def _rewards(self, measured):
-        """A list of finite numbers, larger for a better choice."""
+    def _is_choice(self, stored):
+        """Whether it is a choice as JSON has it."""
         raise NotImplementedError
+
+    def _reward_of(self, value):
+        """A finite number, larger for a better choice, from a finite measure."""
+        return value
 
 
 def unwrapped(model):
     """The model within DistributedDataParallel or DataParallel."""
     return model.module if isinstance(model, DataParallel | DistributedDataParallel) else model
+
+
+def check_callable(name, argument, value):
+    """Raises TypeError where the value of this argument cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{name}: {argument} must be a function, got {value!r}")
+
+
+def number_of(value, function):
+    """The float that a function has returned, also as a tensor; any other thing raises TypeError."""
+    several = isinstance(value, torch.Tensor) and value.numel() != 1
+    if several or isinstance(value, str):
+        found = f"a tensor of shape {tuple(value.shape)}" if several else repr(value)
+        raise TypeError(f"{function} must return one number, got {found}")
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{function} must return one number, got {value!r}") from error
 
 
 def _mean(measured):

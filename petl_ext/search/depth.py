@@ -3,13 +3,14 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from petl_ext.attach import LayerCosts
-from petl_ext.search.base import Constants, Search, unwrapped
+from petl_ext.search.base import Constants, Search, check_callable, number_of, unwrapped
 from petl_ext.search.goal import NumberOfLayers, new_goal
 
 logger = logging.getLogger("petl_ext")
@@ -37,7 +38,7 @@ class SearchConstants(Constants):
             in which the model trains, as they do for ViLT and METER. Statistics of batch norms move then.
         ramp_steps: steps over which the number of layers skipped in training grows linearly from 1 to num_skip; the
             authors' LLaVA code takes half the warm-up for it, the others none. Updates compare full subsets.
-        probability, temperature: of the `Bandit`.
+        probability, temperature, baseline: of the `Bandit`.
     """
 
     interval: int = 10
@@ -47,6 +48,7 @@ class SearchConstants(Constants):
     ramp_steps: int = 0
     probability: str = "sigmoid"
     temperature: float = 1.0
+    baseline: bool = True
 
     search: ClassVar[str] = "DepthSearch"
     least: ClassVar[dict] = {**Constants.least, "num_subsets": 2, "ramp_steps": 0}
@@ -79,7 +81,8 @@ class DepthSearch(Search):
         model: with a `petl_ext.DASConfig` attached; DistributedDataParallel around it may be there or not.
         num_skip: how many layers to skip.
         max_macs: in its place, the greatest share of the bare backbone's multiply-accumulates that may remain.
-        inputs: what `petl_ext.cost.count_macs` takes, for max_macs and `macs`; or the `LayerCosts` counted before.
+        inputs: what `petl_ext.cost.count_macs` takes, for max_macs and `macs`; or the `LayerCosts` counted before, of
+            the same layers in any order.
         seed: an integer.
         reward: from a loss, averaged over processes, to a number that is larger for a better subset.
         process_group: the torch.distributed group to average over; None: all processes.
@@ -97,8 +100,10 @@ class DepthSearch(Search):
             preferences and selection after it.
 
     Raises:
-        ValueError: no DASConfig is attached, an argument is out of its range, the budget cannot be reached, or there
-            are fewer than num_subsets different subsets.
+        ValueError: no DASConfig is attached or its layers were removed for good, an argument is out of its range, the
+            costs are of other layers, the budget cannot be reached, or there are fewer than num_subsets different
+            subsets.
+        TypeError: reward cannot be called.
     """
 
     constants_class = SearchConstants
@@ -116,6 +121,7 @@ class DepthSearch(Search):
         process_group=None,
         **constants,
     ):
+        check_callable("DepthSearch", "reward", reward)
         model = unwrapped(model)
         self.attachment = _skippable(model)
         self.layers = tuple(self.attachment.layers)
@@ -123,14 +129,16 @@ class DepthSearch(Search):
         self.num_skip = num_skip
         self.max_macs = max_macs
         self.reward = reward
-        known = inputs is None or isinstance(inputs, LayerCosts)
-        self.costs = inputs if known else self.attachment.layer_costs(inputs)
+        self.costs = None if inputs is None else self._costs_of(inputs)
         self.goal = new_goal(len(self.layers), num_skip, max_macs, self.costs)
         self._check_goal()
 
     @property
     def entropy(self):
-        """How open the search is, in bits per layer: 1 at the start, 0 when nothing is open."""
+        """How open the search is, in bits per layer: 0 when nothing is open.
+
+        At the start it is 1 with sigmoid; with softmax, where every layer then has p = 1 / layers, it is less.
+        """
         probabilities = torch.tensor(self.bandit.probabilities, dtype=torch.float64)
         return (torch.special.entr(probabilities) + torch.special.entr(1 - probabilities)).mean().item() / math.log(2)
 
@@ -140,11 +148,15 @@ class DepthSearch(Search):
         Afterwards the same layers are skipped as before, and torch's generators and the modules' training flags are as
         they were, after an exception too, which leaves the whole search as it was.
 
+        The reward of a loss that is not finite is 0, or the lowest of the others where that is below 0; a warning says
+        so.
+
         Args:
             compute_loss: returns the loss of one batch, the same each time; called once per subset, without gradients.
 
         Raises:
             RuntimeError: the selection is fixed, or the processes have drawn different subsets.
+            TypeError: compute_loss cannot be called, or it or the reward returns no number.
             ValueError: a reward is not a finite number although the loss is.
         """
         super().update(compute_loss)
@@ -169,11 +181,18 @@ class DepthSearch(Search):
             selection: indices; None: the present selection.
 
         Raises:
-            ValueError: the search was made without inputs.
+            ValueError: the search was made without inputs, or these are not different indices of layers.
         """
         if self.costs is None:
             raise ValueError("DepthSearch: macs needs a search that was made with inputs=..., to count them on")
-        return self.costs.ratio(self.selection() if selection is None else selection)
+        if selection is None:
+            return self.costs.ratio(self.selection())
+        layers = list(selection) if isinstance(selection, Iterable) else [None]
+        if not all(map(self._is_layer, layers)) or len(set(layers)) < len(layers):
+            raise ValueError(
+                f"DepthSearch: macs takes different indices from 0 to {len(self.layers) - 1}, got {selection!r}"
+            )
+        return self.costs.ratio(layers)
 
     def skip_selection(self):
         """Skips the present selection until the next `sample`: for validation between steps."""
@@ -195,9 +214,10 @@ class DepthSearch(Search):
         """
         if permanent and not self.history:
             raise RuntimeError("DepthSearch: before the first update nothing says which layers to delete")
-        selection = super().apply()
-        if permanent:
-            self.attachment.remove_skipped()
+        with self._or_as_before():
+            selection = super().apply()
+            if permanent:
+                self.attachment.remove_skipped()
         return selection
 
     @classmethod
@@ -226,7 +246,7 @@ class DepthSearch(Search):
 
     @classmethod
     def _stored_arguments(cls, state):
-        costs = state["costs"] and LayerCosts(**state["costs"])
+        costs = None if state["costs"] is None else LayerCosts(**state["costs"])
         return {"num_skip": state["num_skip"], "max_macs": state["max_macs"], "inputs": costs}
 
     def _settings(self):
@@ -241,13 +261,36 @@ class DepthSearch(Search):
     def _found(self):
         return {**super()._found(), "selected_layers": list(self.selected_layers())}
 
+    def _costs_of(self, inputs):
+        """`LayerCosts` in the order of the search's layers: files may have their keys sorted."""
+        if not isinstance(inputs, LayerCosts):
+            return self.attachment.layer_costs(inputs)
+        if not isinstance(inputs.layers, dict) or set(inputs.layers) != set(self.layers):
+            raise ValueError(f"DepthSearch: expected costs of the layers {list(self.layers)}, got {inputs.layers!r}")
+        counts = [(inputs.backbone, inputs.unskipped), *inputs.layers.values()]
+        if not all(_are_two_integers(pair) for pair in counts):
+            raise ValueError(f"DepthSearch: costs must be integers, two for each layer, got {inputs}")
+        return dataclasses.replace(inputs, layers={name: inputs.layers[name] for name in self.layers})
+
     def _draw(self):
+        if not self.step:
+            self._warn_of_frozen_bypasses()
         return self._training_goal().take(self.bandit.order())
 
     def _training_goal(self):
         if self.step >= self.constants.ramp_steps:
             return self.goal
-        return NumberOfLayers(min(self.num_skip, self.num_skip * self.step // self.constants.ramp_steps + 1))
+        return NumberOfLayers(self.num_skip * self.step // self.constants.ramp_steps + 1)
+
+    def _warn_of_frozen_bypasses(self):
+        """Before the first step and not earlier: what freezes the model may have come after the search."""
+        bypasses = [self.model.get_submodule(name).bypass for name in self.layers]
+        parameters = [parameter for bypass in bypasses for parameter in bypass.parameters()]
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            logger.warning(
+                "DepthSearch: no parameter of a bypass requires gradients, so they stay as they are while layers are "
+                "compared; peft.get_peft_model freezes them, for example"
+            )
 
     def _draw_to_compare(self):
         return self.bandit.draw_distinct(self.constants.num_subsets, self.goal.take)
@@ -261,15 +304,13 @@ class DepthSearch(Search):
     def _choose(self, choice):
         self.attachment.skip(choice)
 
-    def _rewards(self, measured):
-        return [self._reward_of(loss) for loss in measured]
+    def _is_choice(self, stored):
+        known = isinstance(stored, list) and all(map(self._is_layer, stored))
+        return known and stored == sorted(set(stored))
 
     def _reward_of(self, loss):
-        if not math.isfinite(loss):
-            logger.warning("DepthSearch: step %d: a loss is %s; its reward is 0", self.step, loss)
-            return 0.0
         try:
-            reward = float(self.reward(loss))
+            reward = number_of(self.reward(loss), "DepthSearch: reward")
         except OverflowError:
             reward = math.inf
         if not math.isfinite(reward):
@@ -295,4 +336,13 @@ def _skippable(model):
             f"DepthSearch: {type(model).__name__} has no layers that can be skipped, {found}; write "
             "petl_ext.attach(model, petl_ext.DASConfig()) first"
         )
+    if attachment.config.permanent:
+        raise ValueError(
+            f"DepthSearch: the skipped layers of {type(model).__name__} have been removed for good, so there is no "
+            "choice left; search on a model whose DASConfig is not permanent"
+        )
     return attachment
+
+
+def _are_two_integers(values):
+    return isinstance(values, list | tuple) and len(values) == 2 and all(type(value) is int for value in values)

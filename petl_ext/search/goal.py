@@ -69,6 +69,8 @@ def new_goal(num_layers, num_skip, max_macs, costs):
 def _new_budget(max_macs, costs):
     if costs is None:
         raise ValueError("DepthSearch: max_macs needs inputs=..., the arguments of a forward pass to count on")
+    if type(max_macs) not in (int, float):
+        raise ValueError(f"DepthSearch: max_macs must be a number, a share of the backbone's MACs, got {max_macs!r}")
     least = costs.ratio(layer for layer, saving in enumerate(costs.savings) if saving > 0)
     most = costs.ratio(())
     if not least <= max_macs < most:

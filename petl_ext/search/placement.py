@@ -1,7 +1,6 @@
 """At which layer a visual prompt enters: the search of DVP (KAB-APP, arXiv 2306.00409)."""
 
 import dataclasses
-import logging
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,8 +9,6 @@ import torch
 from torch import nn
 
 from petl_ext.search.base import Constants, Search, unwrapped
-
-logger = logging.getLogger("petl_ext")
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,7 @@ class PlacementConstants(Constants):
     search: ClassVar[str] = "PlacementSearch"
     least: ClassVar[dict] = {**Constants.least, "num_samples": 2}
     probability: ClassVar[str] = "softmax"
+    baseline: ClassVar[bool] = True
 
 
 class PlacementSearch(Search):
@@ -129,6 +127,7 @@ class PlacementSearch(Search):
 
         Raises:
             RuntimeError: the selection is fixed, or the processes have drawn different layers.
+            TypeError: compute_score cannot be called, or returns no number.
         """
         super().update(compute_score)
 
@@ -189,13 +188,8 @@ class PlacementSearch(Search):
     def _choose(self, choice):
         self.model.insert_layer = choice
 
-    def _rewards(self, measured):
-        finite = [score for score in measured if math.isfinite(score)]
-        lowest = min([0.0, *finite])
-        if len(finite) < len(measured):
-            wrong = next(score for score in measured if not math.isfinite(score))
-            logger.warning("PlacementSearch: step %d: a score is %s; it counts as %s", self.step, wrong, lowest)
-        return [score if math.isfinite(score) else lowest for score in measured]
+    def _is_choice(self, stored):
+        return self._is_layer(stored)
 
 
 def _checked_layers(model):

@@ -39,10 +39,16 @@ def plot_placement(search, path):
 
 def _figure(search, rows):
     """A figure with axes for curves above and for a row per layer below, which share the steps."""
-    from matplotlib.figure import Figure
-
     if not search.history:
         raise ValueError(f"{type(search).__name__}: no update has been made, so there is nothing to plot")
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        name = type(search).__name__
+        raise ImportError(f'{name}.plot needs matplotlib: pip install "petl_ext[plot]"') from error
+
     figure = Figure(figsize=(9, 5.5 + 0.16 * rows), layout="constrained")
     return figure, *figure.subplots(2, 1, sharex=True, height_ratios=(5, 1 + 0.16 * rows))
 
