@@ -1,6 +1,7 @@
 """The depth search (DAS, arXiv 2309.01479) on small models that are really skipped, trained and counted."""
 
 import copy
+import gc
 import itertools
 import json
 import logging
@@ -758,11 +759,13 @@ def search_on_rank(rank, port, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     (folder / f"{rank}.json").write_text(json.dumps(searched_in_two(rank)))
+    gc.collect()
     dist.destroy_process_group()
 
 
 def searched_in_two(rank):
-    """In a function of its own, so that the wrapper is gone before its process group."""
+    """In a function of its own, and its garbage is collected, so that the wrapper is gone before its process group: as
+    the last owner it would end the process."""
     model, _ = attached()
     wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     search, losses = DepthSearch(wrapped, 2, interval=2), rank_losses(rank)

@@ -1,6 +1,7 @@
 """The search for the prompt's layer (KAB-APP, arXiv 2306.00409): its formulas, on small models, and in a Trainer."""
 
 import copy
+import gc
 import itertools
 import json
 import logging
@@ -371,11 +372,13 @@ def search_on_rank(rank, port, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     (folder / f"{rank}.json").write_text(json.dumps(searched_in_two(rank)))
+    gc.collect()
     dist.destroy_process_group()
 
 
 def searched_in_two(rank):
-    """In a function of its own, so that the wrapper is gone before its process group."""
+    """In a function of its own, and its garbage is collected, so that the wrapper is gone before its process group: as
+    the last owner it would end the process."""
     model = Placed()
     search = PlacementSearch(nn.parallel.DistributedDataParallel(model, find_unused_parameters=True))
     assert search.model is model

@@ -1,5 +1,6 @@
 """The depth search inside transformers.Trainer: draws, updates, logs, checkpoints and processes."""
 
+import gc
 import importlib
 import json
 import logging
@@ -544,11 +545,13 @@ def train_on_rank(rank, port, folder):
         for name, value in environment.items():
             patch.setenv(name, str(value))
         torch.save(trained_in_two(folder / f"run-{rank}"), folder / f"{rank}.pt")
+        gc.collect()
         dist.destroy_process_group()
 
 
 def trained_in_two(folder):
-    """In a function of its own, so that the wrapper is gone before its process group."""
+    """In a function of its own, and its garbage is collected, so that the wrapper is gone before its process group: as
+    the last owner it would end the process."""
     search, validated = make_search(warmup_steps=0), []
 
     def compute_loss(model, batch):
