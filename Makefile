@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 	$(RUN)petl-ext demo
 
 test: $(INSTALLED)
-	$(RUN)python -m pytest
+	$(RUN)python -m pytest -n auto --dist loadfile $(TEST_OPTIONS)
 
 lint: $(INSTALLED)
 	$(RUN)ruff check .

@@ -1,3 +1,9 @@
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each worker and each process that it starts has one core; torch reads this when it is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from places import PLACES
 

@@ -11,6 +11,7 @@ import sysconfig
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,12 +30,14 @@ def build(**options):
     cmake = shutil.which("cmake", path=search)
     assert cmake, "CMake is missing: pip install cmake"
     definitions = ["-DPETL_EMULATED_MODULE=ON", f"-DPython_EXECUTABLE={sys.executable}"]
-    for command in (
-        [cmake, "-S", ROOT, "-B", folder(), *definitions],
-        [cmake, "--build", folder(), "--target", "petl_emulated", "--parallel"],
-    ):
-        result = subprocess.run(command, env={**os.environ, "PATH": search}, **options)
-        assert result.returncode == 0, (result.stdout or "") + (result.stderr or "")
+    folder().mkdir(parents=True, exist_ok=True)
+    with FileLock(folder() / "lock"):  # tests run in several processes
+        for command in (
+            [cmake, "-S", ROOT, "-B", folder(), *definitions],
+            [cmake, "--build", folder(), "--target", "petl_emulated", "--parallel"],
+        ):
+            result = subprocess.run(command, env={**os.environ, "PATH": search}, **options)
+            assert result.returncode == 0, (result.stdout or "") + (result.stderr or "")
 
 
 if __name__ == "__main__":
