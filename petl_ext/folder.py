@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 logger = logging.getLogger("petl_ext")
 
@@ -19,20 +20,31 @@ LISTED = 8
 def write_files(folder, description, tensors):
     """Writes both files to a place of their own and moves them to the folder when they are complete.
 
-    Other files in an existing folder stay. After an error the folder is as it was.
+    Other files in an existing folder stay. After an error the folder is as it was. Where tensors are spread over
+    several processes, all must call this: the first writes, and the others return when it has.
 
     Args:
         description: what the configuration file says, without its format.
         tensors: by state-dict name.
     """
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    description = {"format": FORMAT, **description}
+    folder, description = Path(folder), {"format": FORMAT, **description}
+    spread = any(_is_spread(tensor) for tensor in tensors.values())
     # Tensors that share memory, as tied weights do, cannot stand in one safetensors file.
     tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        name: _whole(tensor.detach()).cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
     }
+    try:
+        if not spread or dist.get_rank() == 0:
+            _write(folder, description, tensors)
+    finally:
+        if spread:
+            dist.barrier()
+
+
+def _write(folder, description, tensors):
+    from safetensors.torch import save_file
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".petl-", dir=folder if folder.is_dir() else folder.parent) as scratch:
         complete = Path(scratch) / "complete"
@@ -88,7 +100,25 @@ def fill(ours, theirs, folder):
         logger.warning("%s: converted from %s", folder, ", ".join(converted))
     with torch.no_grad():
         for name, tensor in ours.items():
-            tensor.copy_(theirs[name])
+            tensor.copy_(_spread_like(tensor, theirs[name]))
+
+
+def _is_spread(tensor):
+    """Whether it is a DTensor, whose module takes as long to import as half of torch."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _whole(tensor):
+    return tensor.full_tensor() if _is_spread(tensor) else tensor
+
+
+def _spread_like(ours, theirs):
+    """`theirs`, which every process has read, distributed over the processes as `ours` is."""
+    if not _is_spread(ours):
+        return theirs
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(theirs.to(ours.device), ours.device_mesh, ours.placements, src_data_rank=None)
 
 
 def _replace_files(complete, folder, scratch):

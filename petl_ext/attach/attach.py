@@ -1,5 +1,6 @@
 """`attach` puts a method's layers into a model, `load` fills a model from a saved folder."""
 
+import sys
 from contextlib import contextmanager
 
 import torch
@@ -20,7 +21,8 @@ def attach(model, config, keep=()):
     The layers are made on the device and in the dtype of the module that they join. A model carries one attachment at
     a time; it is also at hand as `model.petl_attachment`, in copies and unpickled models too.
 
-    Attach after `from_pretrained`, which knows nothing of the layers, and before DistributedDataParallel. Reentrant
+    Attach after `from_pretrained`, which knows nothing of the layers, and before DistributedDataParallel or
+    `fully_shard`. Reentrant
     gradient checkpointing needs inputs that require gradients; transformers' `gradient_checkpointing_enable` sees to
     that.
 
@@ -117,7 +119,12 @@ def _refill(table, entries):
 def _check_free(model):
     if isinstance(model, DataParallel | DistributedDataParallel):
         raise ValueError(f"attach: got a {type(model).__name__}; attach to the model first, then wrap it")
+    # Slow to import: where nobody has, nothing is sharded.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharding = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
     for name, module in model.named_modules():
+        if isinstance(module, sharding):
+            raise ValueError(f"attach: {name or 'the model'} is sharded; attach to the model first, then shard it")
         if HANDLE in vars(module):
             place = name or "the model"
             raise ValueError(

@@ -11,7 +11,7 @@ from petl_ext.attach.families import family_of
 from petl_ext.attach.folder import Saved, write_folder
 from petl_ext.attach.report import Report, ReportRow
 from petl_ext.attach.selection import is_part
-from petl_ext.attach.site import composed
+from petl_ext.attach.site import become, composed
 from petl_ext.cost import count_macs, count_parameters
 from petl_ext.folder import fill
 
@@ -89,8 +89,10 @@ class Attachment:
     def save(self, folder):
         """Writes the new layers and the kept modules, nothing else of the model, and how to attach them.
 
-        The folder is complete or, after an error, as it was. With several processes, call it in one. The model's own
-        `save_pretrained` would write the layers too, but `from_pretrained` would leave them out: use `load`.
+        The folder is complete or, after an error, as it was. With several processes, call it in one; where
+        `fully_shard` has spread the parameters over them, call it in all: they gather the tensors, the first writes.
+        The model's own `save_pretrained` would write the layers too, but `from_pretrained` would leave them out: use
+        `load`.
         """
         self._check_attached()
         write_folder(folder, Saved(self.config, family_of(self.model), self.keep, self._tensors()))
@@ -142,12 +144,18 @@ class Attachment:
 
     def _enter_sites(self):
         for name in self.sites:
-            site_classes = tuple(place.site_class for place in self._places if place.name == name)
-            self.model.get_submodule(name).__class__ = composed(self._backbone_classes[name], site_classes)
+            attached, backbone = self._classes(name)
+            become(self.model.get_submodule(name), attached, (attached, backbone))
 
     def _leave_sites(self):
         for name in self.sites:
-            self.model.get_submodule(name).__class__ = self._backbone_classes[name]
+            attached, backbone = self._classes(name)
+            become(self.model.get_submodule(name), backbone, (attached, backbone))
+
+    def _classes(self, name):
+        """What the site's module is with the layers and without."""
+        site_classes = tuple(place.site_class for place in self._places if place.name == name)
+        return composed(self._backbone_classes[name], site_classes), self._backbone_classes[name]
 
     def _is_attached(self):
         return getattr(self.model, HANDLE, None) is self

@@ -3,7 +3,7 @@
 import re
 
 from petl_ext.attach.families import FAMILIES, SITE_CLASSES, SKIPPABLE, family_of
-from petl_ext.attach.site import Place
+from petl_ext.attach.site import Place, has_device_hook
 
 LISTED = 12
 
@@ -124,7 +124,7 @@ def _check_site(place, module):
     child = place.site_class.child
     if hasattr(module, child):
         raise ValueError(f"attach: {place.name} already has a child {child!r}; detach what is attached there first")
-    if "forward" in vars(module):
+    if "forward" in vars(module) and not has_device_hook(module):
         raise ValueError(
             f"attach: {place.name} has a forward of its own, put there by another library, that would bypass the layer"
         )

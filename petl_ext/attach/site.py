@@ -7,6 +7,7 @@ own class takes the computation out again.
 
 import copyreg
 import functools
+import types
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,23 @@ def composed(backbone, sites):
     return type(backbone.__name__, (*sites, backbone), {})
 
 
+def become(module, its_class, others):
+    """Makes `module`, of one of the classes `others` or derived from it, one of `its_class`.
+
+    What other libraries have derived at run time stays on top: `fully_shard` makes of a module's class one of its own.
+    """
+    other = next(other for other in others if isinstance(module, other))
+    module.__class__ = _replaced(type(module), other, its_class)
+    if has_device_hook(module):
+        # It calls what forward was when the hook came.
+        module._old_forward = types.MethodType(type(module).forward, module)
+
+
+def has_device_hook(module):
+    """Whether accelerate moves the module's inputs, as it does for a model with a device_map."""
+    return "_hf_hook" in vars(module)
+
+
 def fused_kernel(op, layer):
     """`Site.kernel` of a layer that calls `petl_ext.ops.<op>` and has a `dropout`."""
     weight = next(layer.parameters())
@@ -101,6 +119,23 @@ def fused_kernel(op, layer):
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"petl_ext::{op}_forward", key):
         return "none", f"this build holds no kernel for {device}"
     return f"{op} ({device}, {cpu_path()})" if device == "cpu" else f"{op} ({device})", ""
+
+
+def _replaced(its_class, old, new):
+    if its_class is old:
+        return new
+    bases = tuple(_replaced(base, old, new) if issubclass(base, old) else base for base in its_class.__bases__)
+    return _with_bases(its_class, bases)
+
+
+@functools.cache
+def _with_bases(its_class, bases):
+    own = {name: value for name, value in vars(its_class).items() if name not in ("__dict__", "__weakref__")}
+    # transformers wraps the forward that a new subclass of a layer inherits; of this one it will do so again.
+    wrapped = getattr(own.get("forward"), "__wrapped__", None)
+    if wrapped and any(wrapped is vars(base).get("forward") for base in its_class.__mro__[1:]):
+        del own["forward"]
+    return type(its_class.__name__, bases, own)
 
 
 def _new(backbone, sites):
