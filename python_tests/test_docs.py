@@ -1,0 +1,34 @@
+"""The pages of docs/: their Python runs as it stands, each page from top to bottom in an empty folder."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def python_of(page):
+    """Its Python on the lines on which it stands in the page, so that an error names them."""
+    lines = page.read_text(encoding="utf-8").split("\n")
+    inside = False
+    for number, line in enumerate(lines):
+        is_fence = line.startswith("```")
+        lines[number] = line if inside and not is_fence else ""
+        inside = line.startswith("```python") if is_fence else inside
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_runs(page, tmp_path, monkeypatch):
+    code = python_of(page)
+    assert code.strip(), f"{page.name} holds no Python"
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, page, "exec"), {"__name__": "__main__"})
+
+
+def test_readme_names_every_page():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    linked = re.findall(r"\(docs/([\w-]+\.md)\)", readme)
+    assert PAGES and sorted(set(linked)) == [page.name for page in PAGES]
