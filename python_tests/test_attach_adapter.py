@@ -215,5 +215,8 @@ def test_options_reach_the_layers():
 
 
 def test_no_site_is_an_error_that_lists_candidates():
-    with pytest.raises(ValueError, match=r"families with sites for adapter \(vilt, meter, bert, roberta\)"):
-        petl_ext.attach(make_model("llama"), AdapterConfig())
+    model = make_model("llama")
+    model.config.model_type = "my_llama"
+    families = r"families with sites for adapter \(vilt, .*, llama, UNet2DConditionModel\)"
+    with pytest.raises(ValueError, match=rf"{families}.*Candidates, .*: model.layers.0.self_attn, model.layers.0.mlp"):
+        petl_ext.attach(model, AdapterConfig())

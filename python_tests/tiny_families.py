@@ -1,10 +1,11 @@
-"""Small models with random weights of every family whose layers can be skipped, and inputs for them."""
+"""Small models with random weights of every family, and inputs for them."""
 
 from typing import NamedTuple
 
 import tiny_meter
 import tiny_vilt
 import torch
+from diffusers import UNet2DConditionModel
 from transformers import (
     BertConfig,
     BertModel,
@@ -83,6 +84,20 @@ def _meter(text, image):
     return tiny_meter.make_model(num_fusion_layers=text)
 
 
+def _unet(layers):
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=layers,
+        cross_attention_dim=DIM,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+
+
+# Those whose layers can be skipped.
 FAMILIES = {
     "vilt": Family(lambda layers: tiny_vilt.make_model(num_hidden_layers=layers), ("vilt.encoder.layer",)),
     "meter": Family(_meter, ("meter.cross_modal_text_layers", "meter.cross_modal_image_layers")),
@@ -94,16 +109,19 @@ FAMILIES = {
     "t5": Family(_t5, ("encoder.block", "decoder.block")),
     "llama": Family(_llama, ("model.layers",)),
 }
+ALL_FAMILIES = FAMILIES | {"unet": Family(_unet, None)}
 LAYERS = 3
 
 
 def make_model(family, layers=LAYERS):
-    found = FAMILIES[family]
+    found = ALL_FAMILIES[family]
     return found.make(*[layers] * (len(found.stacks) if found.stacks else 1))
 
 
 def make_inputs(model, batch=2):
     """Words, where the model reads words with half of the first text padded, and images where it sees images."""
+    if isinstance(model, UNet2DConditionModel):
+        return _unet_inputs(batch)
     family = model.config.model_type
     if family in ("vilt", "meter"):
         return {"vilt": tiny_vilt, "meter": tiny_meter}[family].make_inputs(model, batch=batch)
@@ -118,11 +136,20 @@ def make_inputs(model, batch=2):
     return {"clip_vision_model": image, "clip": text | image}.get(family, text)
 
 
+def _unet_inputs(batch):
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "sample": torch.randn(batch, 4, 8, 8, generator=generator),
+        "timestep": torch.arange(batch) + 3,
+        "encoder_hidden_states": torch.randn(batch, TOKENS, DIM, generator=generator),
+    }
+
+
 def run(model, inputs):
-    """The logits, or the last hidden states where there is no head."""
+    """The logits, the sample, or the last hidden states where there is no head."""
     torch.manual_seed(2)
     output = model(**inputs)
-    for name in ("logits", "logits_per_image", "last_hidden_state"):
+    for name in ("logits", "logits_per_image", "sample", "last_hidden_state"):
         if name in output:
             return output[name]
     raise AssertionError(output.keys())

@@ -3,10 +3,12 @@
 An output module, `dense -> dropout -> (LayerNorm)`, takes (hidden_states, input_tensor). In post-norm blocks (BERT,
 METER) input_tensor is the residual, and the module adds it and ends in a LayerNorm. In pre-norm blocks (ViLT) there is
 no LayerNorm: an attention's module takes the normalised stream and leaves the residual to the block, an MLP's takes the
-stream and adds it.
+stream and adds it. Where there are no output modules (CLIP, T5, LLaMA, diffusers), whole attentions and MLPs take the
+normalised stream and leave the residual to the block.
 """
 
 from petl_ext.attach.output_modules import attention_outputs, mlp_outputs
+from petl_ext.attach.projections import ATTENTIONS, MLPS, ProjectionSite
 from petl_ext.attach.site import Site, fused_kernel
 from petl_ext.cost import adapter_macs
 
@@ -76,6 +78,23 @@ class ParallelAdapterOutput(AdapterSite):
         if hasattr(self, "LayerNorm"):
             hidden_states = self.LayerNorm(hidden_states)
         return self.adapter(input_tensor, residual=hidden_states)
+
+
+class SequentialAdapterProjection(ProjectionSite, AdapterSite):
+    """The adapter behind the projection in which an attention or MLP ends (arXiv 1902.00751), before the residual."""
+
+    looked_for = "attentions and MLPs that end in a projection"
+    kinds = ATTENTIONS + MLPS
+
+    def changed(self, x, y):
+        return self.adapter(y)
+
+
+class ParallelAdapterProjection(SequentialAdapterProjection):
+    """The adapter beside such an attention or MLP (arXiv 2110.04366): it reads the same input."""
+
+    def changed(self, x, y):
+        return self.adapter(x, residual=y)
 
 
 class StreamAdapterSelfOutput(AdapterSite):

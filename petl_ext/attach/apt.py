@@ -1,20 +1,15 @@
-"""APT where an attention ends in a small module `dense -> dropout -> (LayerNorm)`: ViLT, BERT, RoBERTa, METER."""
+"""APT between an attention's projection and the dropout behind it."""
 
 from petl_ext.attach.output_modules import attention_outputs
+from petl_ext.attach.projections import ATTENTIONS, ProjectionSite
 from petl_ext.attach.site import Site, fused_kernel
 from petl_ext.cost import apt_macs
 
 
-class APTSelfOutput(Site):
-    """What an attention's output module becomes: its projection's result passes the child `apt` before the dropout.
-
-    `forward(hidden_states, input_tensor)`: what the attention's heads say and what the attention was given, both
-    [..., D]; returns [..., D]. Where there is a LayerNorm, it takes the sum with the residual, as in BERT.
-    """
+class APTSite(Site):
+    """A module with a child `apt`, an `APTLayer`."""
 
     child = "apt"
-    looked_for = "attention output modules (dense, dropout, perhaps LayerNorm) beside a self-attention"
-    candidates = staticmethod(attention_outputs)
 
     @staticmethod
     def macs(layer, tokens):
@@ -25,8 +20,30 @@ class APTSelfOutput(Site):
     def kernel(layer):
         return fused_kernel("apt", layer)
 
+
+class APTSelfOutput(APTSite):
+    """What the output module `dense -> dropout -> (LayerNorm)` of an attention becomes: ViLT, BERT, RoBERTa, METER.
+
+    `forward(hidden_states, input_tensor)`: what the attention's heads say and what the attention was given, both
+    [..., D]; returns [..., D]. Where there is a LayerNorm, it takes the sum with the residual, as in BERT.
+    """
+
+    looked_for = "attention output modules (dense, dropout, perhaps LayerNorm) beside a self-attention"
+    candidates = staticmethod(attention_outputs)
+
     def forward(self, hidden_states, input_tensor):
         hidden_states = self.dropout(self.apt(input_tensor, self.dense(hidden_states)))
         if hasattr(self, "LayerNorm"):
             hidden_states = self.LayerNorm(hidden_states + input_tensor)
         return hidden_states
+
+
+class APTAttention(ProjectionSite, APTSite):
+    """What an attention becomes that ends in its projection: CLIP, T5, LLaMA, diffusers. In cross-attention too the
+    prompts are scored by what asks, the hidden states, as in METER."""
+
+    looked_for = "attentions that end in their projection"
+    kinds = ATTENTIONS
+
+    def changed(self, x, y):
+        return self.apt(x, y)

@@ -1,19 +1,21 @@
 """Where each method goes in each model family: one line per family and placement.
 
-A family is a Hugging Face `config.model_type`. Its entries are regular expressions over the dotted names of the
-placement's candidate sites, matched from a dot or from the start to the end of the name; several stand in the order in
-which their sites are numbered.
+A family is a Hugging Face `config.model_type`, or the name of a class of models without one. Its entries are regular
+expressions over the dotted names of the placement's candidate sites, matched from a dot or from the start to the end of
+the name; several stand in the order in which their sites are numbered.
 """
 
 from petl_ext.attach.adapter import (
     ParallelAdapterOutput,
+    ParallelAdapterProjection,
     ParallelAdapterSelfOutput,
     SequentialAdapterOutput,
+    SequentialAdapterProjection,
     SequentialAdapterSelfOutput,
     StreamAdapterBlock,
     StreamAdapterSelfOutput,
 )
-from petl_ext.attach.apt import APTSelfOutput
+from petl_ext.attach.apt import APTAttention, APTSelfOutput
 from petl_ext.attach.deep_prompts import DeepPromptSelfAttention
 from petl_ext.attach.skippable import (
     DeclaredTensorLayer,
@@ -25,10 +27,10 @@ from petl_ext.attach.skippable import (
 
 # What a site can become, by placement (Config.placement); a pattern may match candidates of several.
 SITE_CLASSES = {
-    "apt": (APTSelfOutput,),
+    "apt": (APTSelfOutput, APTAttention),
     "deep_prompts": (DeepPromptSelfAttention,),
-    "sequential_adapter": (SequentialAdapterSelfOutput, SequentialAdapterOutput),
-    "parallel_adapter": (ParallelAdapterSelfOutput, ParallelAdapterOutput),
+    "sequential_adapter": (SequentialAdapterSelfOutput, SequentialAdapterOutput, SequentialAdapterProjection),
+    "parallel_adapter": (ParallelAdapterSelfOutput, ParallelAdapterOutput, ParallelAdapterProjection),
     "bypass": (DeclaredTensorLayer,),
     "das_adapter": (StreamAdapterBlock, StreamAdapterSelfOutput, ParallelAdapterOutput),
 }
@@ -42,7 +44,14 @@ _BERT = {
     "das_adapter": rf"{_LAYER}\.((cross)?attention\.)?output",
 }
 _FUSION = r"cross_modal_(text|image)_layers\.\d+"
-_CLIP = {"bypass": r"encoder\.layers\.\d+"}
+_CLIP = {
+    "apt": r"encoder\.layers\.\d+\.self_attn",
+    "sequential_adapter": r"encoder\.layers\.\d+\.(self_attn|mlp)",
+    "parallel_adapter": r"encoder\.layers\.\d+\.self_attn",
+    "bypass": r"encoder\.layers\.\d+",
+}
+_T5_BLOCK = r"(encoder|decoder)\.block\.\d+"
+_UNET_BLOCK = r"transformer_blocks\.\d+"
 
 FAMILIES = {
     "vilt": {
@@ -62,8 +71,23 @@ FAMILIES = {
     "clip": _CLIP,
     "clip_text_model": _CLIP,
     "clip_vision_model": _CLIP,
-    "t5": {"bypass": r"(encoder|decoder)\.block\.\d+"},
-    "llama": {"bypass": r"layers\.\d+"},
+    "t5": {
+        "apt": rf"{_T5_BLOCK}\.layer\.\d\.(SelfAttention|EncDecAttention)",
+        "sequential_adapter": rf"{_T5_BLOCK}\.layer\.\d\.(SelfAttention|EncDecAttention|DenseReluDense)",
+        "parallel_adapter": rf"{_T5_BLOCK}\.layer\.\d\.(SelfAttention|EncDecAttention)",
+        "bypass": _T5_BLOCK,
+    },
+    "llama": {
+        "apt": r"layers\.\d+\.self_attn",
+        "sequential_adapter": r"layers\.\d+\.(self_attn|mlp)",
+        "parallel_adapter": r"layers\.\d+\.self_attn",
+        "bypass": r"layers\.\d+",
+    },
+    "UNet2DConditionModel": {
+        "apt": rf"{_UNET_BLOCK}\.attn[12]",
+        "sequential_adapter": rf"{_UNET_BLOCK}\.(attn[12]|ff)",
+        "parallel_adapter": rf"{_UNET_BLOCK}\.attn[12]",
+    },
 }
 
 
@@ -79,8 +103,14 @@ def family_of(model):
     """
     found = {}
     for name, module in model.named_modules():
-        family = getattr(getattr(module, "config", None), "model_type", None)
-        if family in FAMILIES and not any(f"{name}.".startswith(outer) for outer in found):
+        family = _own_family(module)
+        if family is not None and not any(f"{name}.".startswith(outer) for outer in found):
             found[f"{name}." if name else ""] = family
     families = set(found.values())
     return families.pop() if len(families) == 1 else None
+
+
+def _own_family(module):
+    model_type = getattr(getattr(module, "config", None), "model_type", None)
+    names = (model_type, *(its_class.__name__ for its_class in type(module).__mro__))
+    return next((name for name in names if name in FAMILIES), None)

@@ -112,12 +112,26 @@ def _matches(pattern, name):
 
 def _candidates_text(model, placement):
     looked_for = " and ".join(dict.fromkeys(site_class.looked_for for site_class in _site_classes(model, placement)))
-    candidates = _candidates(model, placement)
-    if candidates:
-        return f"Candidates, {looked_for}: {_listed(candidates)}"
+    places = [Place(name, site_class) for name, site_class in _candidates(model, placement).items()]
+    problems = {place.name: _problem(place, model.get_submodule(place.name)) for place in places}
+    fitting = [name for name, problem in problems.items() if problem is None]
+    if fitting:
+        return f"Candidates, {looked_for}: {_listed(fitting)}"
+    if problems:
+        reasons = [f"{name}: {problem}" for name, problem in problems.items()]
+        return f"It has no {looked_for}; what looks like one: {'; '.join(reasons[:LISTED])}"
     modules = [name for name, _ in model.named_modules() if name]
     attentions = [name for name in modules if "att" in name.rpartition(".")[2].lower()]
     return f"It has no {looked_for}; its modules: {_listed(attentions or modules)}"
+
+
+def _problem(place, module):
+    """Why a candidate is none after all, or None."""
+    try:
+        place.site_class.check(module)
+        place.site_class.weight_of(module)
+    except ValueError as error:
+        return str(error)
 
 
 def _check_site(place, module):
@@ -128,11 +142,10 @@ def _check_site(place, module):
         raise ValueError(
             f"attach: {place.name} has a forward of its own, put there by another library, that would bypass the layer"
         )
-    try:
-        weight = place.site_class.weight_of(module)
-    except ValueError as error:
-        raise ValueError(f"attach: {place.name}: {error}") from error
-    _check_trainable(f"{place.name}'s weight", weight)
+    problem = _problem(place, module)
+    if problem is not None:
+        raise ValueError(f"attach: {place.name}: {problem}")
+    _check_trainable(f"{place.name}'s weight", place.site_class.weight_of(module))
 
 
 def _check_trainable(name, tensor):

@@ -56,6 +56,10 @@ class Site(nn.Module):
         return module.dense.weight
 
     @classmethod
+    def check(cls, module):
+        """Raises a ValueError that says why a candidate, which looked like such a site, is none."""
+
+    @classmethod
     def new_layer(cls, config, model, place):
         weight = cls.weight_of(model.get_submodule(place.name))
         return config.new_layer(weight.size(0), device=weight.device, dtype=weight.dtype)
