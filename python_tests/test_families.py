@@ -15,7 +15,7 @@ CONFIGS = [APTConfig(num_prompts=5, rank=2), AdapterConfig(bottleneck=6), Adapte
 every_family = pytest.mark.parametrize("family", ALL_FAMILIES)
 every_method = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.placement)
 
-# Places in a model of one layer per stack, by placement; the UNet's blocks: one down, one in the middle, two up.
+# Where layers go in a model of one layer per stack.
 _TEXT, _VISION = "text_model.encoder.layers.0", "vision_model.encoder.layers.0"
 _T5 = [
     "encoder.block.0.layer.0.SelfAttention",
@@ -24,10 +24,10 @@ _T5 = [
     "decoder.block.0.layer.1.EncDecAttention",
     "decoder.block.0.layer.2.DenseReluDense",
 ]
+_UP = ("up_blocks.1.attentions.0", "up_blocks.1.attentions.1")
 _UNET = [
     f"{block}.transformer_blocks.0.{part}"
-    for block in ("down_blocks.0.attentions.0", "up_blocks.1.attentions.0", "up_blocks.1.attentions.1")
-    + ("mid_block.attentions.0",)
+    for block in ("down_blocks.0.attentions.0", *_UP, "mid_block.attentions.0")
     for part in ("attn1", "attn2", "ff")
 ]
 SITES = {

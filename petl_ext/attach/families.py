@@ -93,7 +93,9 @@ FAMILIES = {
 
 # What the layers of each family become that can be skipped; some return more than a tensor or bring their own norm.
 _OF_THEIR_OWN = {"vilt": SkippableViltLayer, "llama": SkippableLlamaLayer, "t5": SkippableT5Block}
-SKIPPABLE = {family: (_OF_THEIR_OWN.get(family, SkippableLayer),) for family in FAMILIES}
+SKIPPABLE = {
+    family: (_OF_THEIR_OWN.get(family, SkippableLayer),) for family, sites in FAMILIES.items() if "bypass" in sites
+}
 
 
 def family_of(model):
