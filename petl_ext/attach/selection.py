@@ -16,7 +16,10 @@ def select_places(model, config):
     """
     if config.placement is None:
         return []
-    places = _matching(model, config, _patterns(model, config))
+    patterns = _patterns(model, config)
+    places = _matching(model, config, patterns)
+    if config.sites is None:
+        _check_all_fit(model, config, patterns, places)
     if config.placement == "bypass":
         places = _with_adapters(model, config, places)
     for place in places:
@@ -80,6 +83,17 @@ def _matching(model, config, patterns):
             )
         chosen |= {name: matching[name] for name in order if name in matching and name not in chosen}
     return [Place(name, site_class) for name, site_class in chosen.items()]
+
+
+def _check_all_fit(model, config, patterns, places):
+    """Raises a ValueError if a module stands where the family's table wants a layer, but is none of the candidates."""
+    fitting = {place.name for place in places}
+    for name, module in model.named_modules():
+        if name not in fitting and any(_matches(pattern, name) for pattern in patterns):
+            raise ValueError(
+                f"attach: {name}, a {type(module).__name__}, stands where {config} puts a layer, but is not what it "
+                f"looks for. {_candidates_text(model, config.placement)}"
+            )
 
 
 def _candidates(model, placement):
