@@ -1,0 +1,332 @@
+"""What DVP's models have in common: their parts, what trains, the prompt, files."""
+
+from functools import partial
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from petl_ext.folder import check_keys, fill, read_files, write_files
+from petl_ext.models.dvp.adapters import AdapterPlan, adapter_places, add_adapters, remove_adapters
+from petl_ext.models.heads import class_loss, mlp_head, soft_target_loss
+from petl_ext.nn import VisualPromptLayer
+
+HEAD_STD = 0.02
+
+
+class Visual(NamedTuple):
+    """An image's tokens [B, N, Dv] and which of them take part, bool [B, N], or None for all."""
+
+    features: torch.Tensor
+    mask: torch.Tensor | None
+
+
+class DVPModel(nn.Module):
+    """What DVPBert, DVPT5 and DVPLlama have in common.
+
+    The model takes the language model over: it freezes what does not train, and with use_adapters puts adapters into
+    it. It runs the vision encoder without gradients and always in eval mode. New layers are made on the device and in
+    the dtype of the language model's embeddings.
+
+    Args:
+        language_model: a Hugging Face model of the family, with a head of its own or without.
+        vision_model: frozen; a module that, given pixel_values, returns an output with last_hidden_state [B, N, Dv],
+            class token included, such as CLIPVisionModel. None where `forward` is given visual_features.
+        insert_layer: K. It can be changed at any time: `model.insert_layer = 3`.
+        num_labels: L. The papers' tasks: 3129 for VQAv2, 1843 for GQA, 3 for SNLI-VE.
+        num_heads: of the VisualPromptLayer; None is the authors' choice.
+        visual_dim: Dv; None is the vision model's hidden_size.
+        inner_dim: the VisualPromptLayer's; None is the authors' choice.
+        dropout: on the VisualPromptLayer's attention weights, in training.
+        candidates: None for one VisualPromptLayer, whatever K is, or "all" for one for each K, as the search for K
+            trains them. DistributedDataParallel then needs find_unused_parameters.
+        original: computes what the authors' code does where that seems to be a mistake; each class says what it is.
+        use_adapters: DVP_adp, which freezes the language model but for its norms and trains adapters in it. Without,
+            all of the language model that runs is trained.
+
+    Attributes:
+        options: the arguments but insert_layer, as they were understood.
+        num_layers: how many layers the prompt can enter; insert_layer lies in [0, num_layers).
+        visual_prompts: a ModuleList of one VisualPromptLayer or, with candidates, of one for each layer.
+        type_embeddings: likewise of tables [2, D], added to text and prompt where they meet; empty for LLaMA.
+        classifier: the head, or None.
+
+    Raises:
+        ValueError: a wrong argument. The language model has not changed.
+    """
+
+    family: ClassVar[str]
+    parts: ClassVar[tuple]  # of the base model that run
+    norms: ClassVar[tuple]  # (part, what else is in the names of the parameters that train beside adapters)
+    adapters: ClassVar[AdapterPlan]
+    num_token_types: ClassVar[int] = 2
+    default_sizes: ClassVar[dict] = {"num_heads": 12, "inner_dim": None}
+
+    def __init__(
+        self,
+        language_model,
+        vision_model=None,
+        *,
+        insert_layer=0,
+        num_labels=None,
+        num_heads=None,
+        visual_dim=None,
+        inner_dim=None,
+        dropout=0.1,
+        candidates=None,
+        original=False,
+        use_adapters=False,
+    ):
+        super().__init__()
+        self._check_language_model(language_model)
+        self.language_model = language_model
+        self.vision_model = vision_model
+        self.options = {
+            "num_labels": self._checked_labels(num_labels),
+            "num_heads": self.default_sizes["num_heads"] if num_heads is None else num_heads,
+            "visual_dim": self._checked_visual_dim(visual_dim),
+            "inner_dim": self.default_sizes["inner_dim"] if inner_dim is None else inner_dim,
+            "dropout": dropout,
+            "candidates": candidates,
+            "original": original,
+            "use_adapters": use_adapters,
+        }
+        self._check_switches()
+        self.insert_layer = insert_layer
+        self._add_layers()
+        if use_adapters:
+            places = adapter_places(self._base, self.adapters)
+            add_adapters(places.values(), partial(self.adapters.new_layer, **self._place()))
+        self._freeze()
+        self.train(language_model.training)
+        self.register_state_dict_post_hook(_leave_out_twins)
+        self.register_load_state_dict_pre_hook(_fill_in_twins)
+
+    @property
+    def insert_layer(self):
+        return self._insert_layer
+
+    @insert_layer.setter
+    def insert_layer(self, layer):
+        if type(layer) is not int or not 0 <= layer < self.num_layers:
+            raise self._wrong(f"insert_layer must be an integer in [0, {self.num_layers - 1}], got {layer!r}")
+        self._insert_layer = layer
+
+    @property
+    def num_layers(self):
+        return len(self._layers)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.vision_model is not None:
+            self.vision_model.eval()
+        return self
+
+    def activation_checkpointing_enable(self, **options):
+        """Of the language model; transformers' Trainer asks for it here."""
+        self.language_model.activation_checkpointing_enable(**options)
+
+    def gradient_checkpointing_enable(self, **options):
+        """The same under the name that transformers gave it before 5.23."""
+        self.language_model.gradient_checkpointing_enable(**options)
+
+    def save(self, folder):
+        """Writes what trains, parameters that require gradients, and how the model was made.
+
+        The folder is complete or, after an error, as it was. With several processes, call it in one.
+        """
+        options = {**self.options, "insert_layer": self.insert_layer}
+        write_files(folder, {"model": type(self).__name__, "options": options}, self._trained())
+
+    @classmethod
+    def from_folder(cls, folder, language_model, vision_model=None):
+        """A model as it was saved: made from the same language model and vision encoder, and filled.
+
+        Raises:
+            FileNotFoundError: the folder or one of its files is missing.
+            ValueError: a file is broken or does not fit the class or the language model, which has not changed then.
+        """
+        options, tensors = read_files(folder, cls._parse)
+        required_grad = [(parameter, parameter.requires_grad) for parameter in language_model.parameters()]
+        model = cls(language_model, vision_model, **options)
+        try:
+            fill(model._trained(), tensors, folder)
+        except BaseException:
+            remove_adapters(language_model)
+            for parameter, required in required_grad:
+                parameter.requires_grad_(required)
+            raise
+        return model
+
+    @property
+    def _base(self):
+        """The language model without its head."""
+        return self.language_model.base_model
+
+    @classmethod
+    def _parse(cls, description):
+        check_keys(description, ["model", "options"])
+        if description["model"] != cls.__name__:
+            raise ValueError(f"saved from a {description['model']}, not a {cls.__name__}")
+        check_keys(description["options"], cls.__init__.__kwdefaults__)
+        return description["options"]
+
+    def _trained(self):
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def _place(self):
+        weight = self.language_model.get_input_embeddings().weight
+        return {"dim": weight.size(1), "device": weight.device, "dtype": weight.dtype}
+
+    def _add_layers(self):
+        place, options = self._place(), self.options
+        count = self.num_layers if options["candidates"] else 1
+        sizes = {name: options[name] for name in ("num_heads", "visual_dim", "inner_dim", "dropout")}
+        self.visual_prompts = nn.ModuleList(VisualPromptLayer(**sizes, **place) for _ in range(count))
+        dim = place.pop("dim")
+        # Normal(0, 1), as the authors start it, far beyond the states to which it is added.
+        self.type_embeddings = nn.ModuleList(
+            nn.Embedding(self.num_token_types, dim, **place) for _ in range(count if self.num_token_types else 0)
+        )
+        self.classifier = None
+        if options["num_labels"] is not None:
+            self.classifier = mlp_head(dim, self._head_width(dim), options["num_labels"], **place)
+            for layer in (self.classifier[0], self.classifier[-1]):
+                nn.init.normal_(layer.weight, std=HEAD_STD)
+                nn.init.zeros_(layer.bias)
+
+    def _freeze(self):
+        """Lets train: new layers and, of the language model, adapters and norms or all that runs."""
+        self.language_model.requires_grad_(False)
+        if self.vision_model is not None:
+            self.vision_model.requires_grad_(False)
+        for part in self.parts:
+            for name, parameter in getattr(self._base, part).named_parameters(prefix=part):
+                parameter.requires_grad_(not self.options["use_adapters"] or self._trains_beside_adapters(name))
+
+    def _trains_beside_adapters(self, name):
+        return ".adapter." in name or any(name.startswith(part) and rest in name for part, rest in self.norms)
+
+    def _visual(self, input_ids, pixel_values, visual_features, visual_mask):
+        """The `Visual` of `forward`'s arguments."""
+        if (pixel_values is None) == (visual_features is None):
+            raise self._wrong("give either pixel_values or visual_features")
+        if pixel_values is not None:
+            visual_features = self._see(pixel_values)
+        width = self.options["visual_dim"]
+        if visual_features.dim() != 3 or visual_features.size(2) != width:
+            raise self._wrong(f"visual_features must be [B, N, {width}], got {list(visual_features.shape)}")
+        if len(visual_features) != len(input_ids):
+            raise self._wrong(
+                f"images and texts must be as many, got {len(visual_features)} and input_ids {list(input_ids.shape)}"
+            )
+        return Visual(visual_features, None if visual_mask is None else visual_mask != 0)
+
+    def _see(self, pixel_values):
+        if self.vision_model is None:
+            raise self._wrong("pixel_values need a vision_model; without one, give visual_features")
+        with torch.no_grad():
+            return self.vision_model(pixel_values=pixel_values).last_hidden_state
+
+    def _insert(self, states, query, visual):
+        """states [B, T, D] and the query [B, D] to [B, 1 + T, D]."""
+        index = self.insert_layer if self.options["candidates"] else 0
+        layer = self.visual_prompts[index]
+        dtype = layer.query.weight.dtype
+        prompt = layer(visual.features.to(dtype), query.to(dtype), visual.mask).to(states.dtype)
+        if self.type_embeddings:
+            of_text, of_prompt = self.type_embeddings[index].weight.to(states.dtype)
+            states, prompt = states + of_text, prompt + of_prompt
+        return torch.cat([prompt[:, None], states], dim=1)
+
+    def _classified(self, features, labels):
+        """The output of the head, with the loss that fits the kind of labels."""
+        logits = self.classifier(features.to(self.classifier[0].weight.dtype))
+        soft = labels is not None and labels.is_floating_point()
+        return SequenceClassifierOutput(
+            loss=(soft_target_loss if soft else class_loss)(self, logits, labels), logits=logits
+        )
+
+    def _check_text(self, input_ids, attention_mask):
+        if input_ids.dim() != 2 or input_ids.size(1) == 0:
+            raise self._wrong(f"input_ids must be [B, T] with T above zero, got {list(input_ids.shape)}")
+        if attention_mask is None:
+            return
+        if attention_mask.shape != input_ids.shape:
+            raise self._wrong(
+                f"attention_mask must have the shape of input_ids, {list(input_ids.shape)}, "
+                f"got {list(attention_mask.shape)}"
+            )
+        self._check_rows(attention_mask != 0)
+
+    def _check_rows(self, takes_part):
+        self._refuse_samples(~takes_part.any(1), "attention_mask hides all tokens")
+
+    def _refuse_samples(self, wrong, message):
+        if not wrong.is_meta and wrong.any():
+            raise self._wrong(f"{message} of sample {wrong.nonzero()[0].item()}")
+
+    def _check_language_model(self, model):
+        found = getattr(getattr(model, "config", None), "model_type", None)
+        if found != self.family:
+            raise self._wrong(
+                f"language_model must be a Hugging Face model of the type {self.family!r}, got {type(model).__name__}"
+            )
+        missing = [part for part in self.parts if not hasattr(model.base_model, part)]
+        if missing:
+            raise self._wrong(f"language_model must have {missing[0]!r}, which {type(model).__name__} lacks")
+
+    def _checked_labels(self, num_labels):
+        if type(num_labels) is not int or num_labels < 1:
+            raise self._wrong(f"num_labels must be a positive integer, got {num_labels!r}")
+        return num_labels
+
+    def _checked_visual_dim(self, visual_dim):
+        width = getattr(getattr(self.vision_model, "config", None), "hidden_size", None)
+        if width is None and visual_dim is None:
+            raise self._wrong("visual_dim is needed where no vision_model has a config.hidden_size")
+        if width is not None and visual_dim not in (None, width):
+            raise self._wrong(f"visual_dim must be the vision_model's hidden_size, {width}, got {visual_dim!r}")
+        return width if visual_dim is None else visual_dim
+
+    def _check_switches(self):
+        if self.options["candidates"] not in (None, "all"):
+            raise self._wrong(f'candidates must be None or "all", got {self.options["candidates"]!r}')
+        for name in ("original", "use_adapters"):
+            if type(self.options[name]) is not bool:
+                raise self._wrong(f"{name} must be True or False, got {self.options[name]!r}")
+
+    def _wrong(self, message):
+        return ValueError(f"{type(self).__name__}: {message}")
+
+    @staticmethod
+    def _head_width(dim):
+        return 2 * dim
+
+
+def with_prompt(attention_mask):
+    """[B, T] to [B, 1 + T], the prompt visible."""
+    if attention_mask is None:
+        return None
+    return torch.cat([attention_mask.new_ones(len(attention_mask), 1), attention_mask], dim=1)
+
+
+def _twins(model):
+    """{name: the first name of the same tied parameter}."""
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return {twin: first for first, *twins in names.values() for twin in twins}
+
+
+def _leave_out_twins(model, state, prefix, _):
+    """Tied weights stand once in a state dict: safetensors, which transformers' Trainer writes, refuses them twice."""
+    for twin in _twins(model):
+        state.pop(prefix + twin, None)
+
+
+def _fill_in_twins(model, state, prefix, *_):
+    for twin, first in _twins(model).items():
+        if prefix + first in state:
+            state.setdefault(prefix + twin, state[prefix + first])
