@@ -1,0 +1,66 @@
+"""What a checkpoint did to a model, key by key."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+LISTED = 8
+
+
+class KeyOutcome(NamedTuple):
+    """What became of one key of the file.
+
+    Attributes:
+        key: its name in the file.
+        action: "loaded", "split", "adapted", "left out" or "ignored".
+        names: the tensors of the model that it filled.
+        note: how it was adapted, or why it was left out.
+    """
+
+    key: str
+    action: str
+    names: tuple = ()
+    note: str = ""
+
+    def __str__(self):
+        arrow = f" -> {', '.join(self.names)}" if self.names else ""
+        return f"{self.key}{arrow}{': ' + self.note if self.note else ''}"
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What a checkpoint did to a model. Prints as a text.
+
+    Attributes:
+        path: the file.
+        model: the name of the model's class.
+        keys: a `KeyOutcome` for every key, in the file's order.
+        unfilled: {name: why that is all right} of the model's tensors that the file has not filled.
+        conversions: {(dtype in the file, dtype in the model): how many keys}, where the two differ.
+        not_finite: the keys that fill the model and hold NaN or infinity in the file.
+    """
+
+    path: str
+    model: str
+    keys: tuple
+    unfilled: dict
+    conversions: dict
+    not_finite: tuple = ()
+
+    def __str__(self):
+        lines = [f"{self.path} -> {self.model}"]
+        lines += [f"{count} keys converted from {old} to {new}" for (old, new), count in self.conversions.items()]
+        if self.not_finite:
+            lines.append(f"NaN or infinity in {len(self.not_finite)} keys of the file: {', '.join(self.not_finite)}")
+        for action in ("loaded", "split", "adapted", "left out", "ignored"):
+            lines += _section(action, [str(outcome) for outcome in self.keys if outcome.action == action])
+        lines += _section("not in the file", [f"{name}: {why}" for name, why in self.unfilled.items()])
+        return "\n".join(lines)
+
+
+def listed(entries):
+    more = f" and {len(entries) - LISTED} more" if len(entries) > LISTED else ""
+    return (", ".join(entries[:LISTED]) or "none") + more
+
+
+def _section(title, entries):
+    return [f"{title} ({len(entries)})", *(f"  {entry}" for entry in entries)] if entries else []
