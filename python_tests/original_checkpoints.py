@@ -140,10 +140,13 @@ def put_roberta(state, roberta):
 
 def put_clip(state, clip):
     """CLIP as OpenAI names it, with what is left of its text tower."""
-    key = "vit_model.visual"
     state["vit_model.positional_embedding"] = torch.randn(7, 6)
     state["vit_model.token_embedding.weight"] = torch.randn(9, 6)
     state.put("vit_model.ln_final", torch.nn.LayerNorm(6))
+    put_visual(state, "vit_model.visual", clip)
+
+
+def put_visual(state, key, clip):
     state[f"{key}.class_embedding"] = clip.embeddings.class_embedding.detach().clone()
     state[f"{key}.positional_embedding"] = clip.embeddings.position_embedding.weight.detach().clone()
     state[f"{key}.conv1.weight"] = clip.embeddings.patch_embedding.weight.detach().clone()
@@ -158,6 +161,68 @@ def put_clip(state, clip):
         state.put(f"{block}.mlp.c_fc", layer.mlp.fc1)
         state.put(f"{block}.mlp.c_proj", layer.mlp.fc2)
         state.put(f"{block}.ln_2", layer.layer_norm2)
+
+
+def dvp_checkpoint(model, head="vqa_classifier"):
+    """Of a DVPBert, DVPT5 or DVPLlama with a vision model; adapters and candidates as the model has them."""
+    state, family = Original(), model.family
+    put_language_model(state, family, model.language_model.base_model)
+    put_visual(state, "visumodel", model.vision_model)
+    state["visumodel.proj"] = torch.randn(model.vision_model.config.hidden_size, 6)
+    for i, layer in enumerate(model.visual_prompts):
+        key = f"cross_attn_options.{i}" if model.options["candidates"] else "cross_attn"
+        for theirs, ours in (("v", "value"), ("k", "key"), ("q", "query"), ("merge", "output")):
+            state.put(f"{key}.linear_{theirs}", getattr(layer, ours))
+    for i, table in enumerate(model.type_embeddings):
+        state.put(f"token_type_embeddings{f'_options.{i}' if model.options['candidates'] else ''}", table)
+    if model.options["candidates"]:
+        state["layer_alphas"] = torch.randn(model.num_layers)
+    if model.options["use_adapters"]:
+        for key, adapters in dvp_adapters(model).items():
+            for i, adapter in enumerate(adapters):
+                state.put_layer(f"{key}.{i}", adapter, SEQUENTIAL_PARTS)
+    if head:
+        state.put(head, model.classifier)
+    return dict(state)
+
+
+def put_language_model(state, family, base):
+    """As transformers 4.30 names it, which also saved position_ids and LLaMA's inv_freq; most of it twice."""
+    key = f"{family}_model"
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        if ".adapter." not in name and not name.startswith("lm_head."):
+            state[f"{key}.{name}"] = parameter.detach().clone()
+    if family == "bert":
+        state[f"{key}.embeddings.position_ids"] = torch.arange(base.config.max_position_embeddings)[None]
+    if family == "llama":
+        for i in range(len(base.layers)):
+            state[f"{key}.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    copies = {
+        "bert": {"bert_embeddings": "embeddings", "bert_encoder": "encoder"},
+        "t5": {"t5_encoder": "encoder", "t5_decoder": "decoder"},
+        "llama": {"embed_tokens": "embed_tokens", "layers": "layers", "norm": "norm"},
+    }
+    for copy, part in copies[family].items():
+        names = [name for name in state if name.startswith(f"{key}.{part}.")]
+        state |= {name.replace(f"{key}.{part}.", f"{copy}.", 1): state[name].clone() for name in names}
+
+
+def dvp_adapters(model):
+    """{the list's name: adapters in its order}."""
+    base = model.language_model.base_model
+    if model.family == "bert":
+        places = [m for layer in base.encoder.layer for m in (layer.attention.output.dropout, layer.output.dropout)]
+    elif model.family == "llama":
+        places = [m for layer in base.layers for m in (layer.self_attn, layer.mlp)]
+    else:
+        encoder = [m for b in base.encoder.block for m in (b.layer[0].SelfAttention, b.layer[1].DenseReluDense)]
+        decoder = [
+            module
+            for b in base.decoder.block
+            for module in (b.layer[0].SelfAttention, b.layer[1].EncDecAttention, b.layer[2].DenseReluDense)
+        ]
+        return {"encoder_adapter": [m.adapter for m in encoder], "decoder_adapter": [m.adapter for m in decoder]}
+    return {"adapter_modules": [module.adapter for module in places]}
 
 
 def put_head(state, model, head):

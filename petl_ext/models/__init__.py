@@ -7,7 +7,13 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError('petl_ext.models needs transformers: pip install "petl_ext[hf]"') from error
 
-from petl_ext.models.checkpoints import CheckpointReport, KeyOutcome, load_meter_checkpoint, load_vilt_checkpoint
+from petl_ext.models.checkpoints import (
+    CheckpointReport,
+    KeyOutcome,
+    load_dvp_checkpoint,
+    load_meter_checkpoint,
+    load_vilt_checkpoint,
+)
 from petl_ext.models.dvp import DVPT5, DVPBert, DVPLlama, DVPModel
 from petl_ext.models.meter import (
     MeterConfig,
@@ -38,6 +44,7 @@ __all__ = [
     "MeterModel",
     "MeterModelOutput",
     "MeterPreTrainedModel",
+    "load_dvp_checkpoint",
     "load_meter_checkpoint",
     "load_vilt_checkpoint",
     "resize_position_embeddings",

@@ -5,8 +5,9 @@ save Lightning checkpoints, whose weights are under "state_dict". The tables in 
 key of such a file its name here.
 """
 
+from petl_ext.models.checkpoints.dvp import load_dvp_checkpoint
 from petl_ext.models.checkpoints.meter import load_meter_checkpoint
 from petl_ext.models.checkpoints.report import CheckpointReport, KeyOutcome
 from petl_ext.models.checkpoints.vilt import load_vilt_checkpoint
 
-__all__ = ["CheckpointReport", "KeyOutcome", "load_meter_checkpoint", "load_vilt_checkpoint"]
+__all__ = ["CheckpointReport", "KeyOutcome", "load_dvp_checkpoint", "load_meter_checkpoint", "load_vilt_checkpoint"]
