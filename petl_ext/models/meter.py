@@ -326,8 +326,8 @@ class MeterModel(MeterPreTrainedModel):
             )
 
 
-class MeterForQuestionAnswering(MeterPreTrainedModel):
-    """VQAv2: binary cross-entropy with the answers' soft scores, the mean over B and L times L, as ViLT and METER."""
+class _MeterClassifier(MeterPreTrainedModel):
+    """The head that reads the pooled vector of one text and one image."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -340,44 +340,39 @@ class MeterForQuestionAnswering(MeterPreTrainedModel):
         """
         Args:
             input_ids, pixel_values, attention_mask: MeterModel's.
-            labels: the answers' scores in [0, 1], [B, L].
+            labels: as the class says.
 
         Returns:
             SequenceClassifierOutput with logits [B, L] and, given labels, the loss.
 
         Raises:
-            ValueError: as MeterModel, or labels are not [B, L].
+            ValueError: as MeterModel, or labels are not as the class says.
         """
         output = self.meter(input_ids, pixel_values, attention_mask, return_dict=True)
         logits = self.classifier(output.pooler_output)
-        return SequenceClassifierOutput(loss=soft_target_loss(self, logits, labels), logits=logits)
+        return SequenceClassifierOutput(loss=self._loss(logits, labels), logits=logits)
+
+    def _loss(self, logits, labels):
+        """None without labels."""
+        raise NotImplementedError
 
 
-class MeterForVisualEntailment(MeterPreTrainedModel):
-    """SNLI-VE: does the image entail the text, cross-entropy. It has 3 classes: set the config's num_labels."""
+class MeterForQuestionAnswering(_MeterClassifier):
+    """VQAv2: labels are the answers' scores in [0, 1], [B, L]; the loss is binary cross-entropy, the mean over B and L
+    times L, as ViLT and METER have it.
+    """
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.meter = MeterModel(config)
-        self.classifier = mlp_head(2 * config.hidden_size, 2 * config.hidden_size, config.num_labels)
-        self.post_init()
+    def _loss(self, logits, labels):
+        return soft_target_loss(self, logits, labels)
 
-    @can_return_tuple
-    def forward(self, input_ids, pixel_values, attention_mask=None, labels=None):
-        """
-        Args:
-            input_ids, pixel_values, attention_mask: MeterModel's.
-            labels: class indices [B].
 
-        Returns:
-            SequenceClassifierOutput with logits [B, L] and, given labels, the loss.
+class MeterForVisualEntailment(_MeterClassifier):
+    """SNLI-VE: does the image entail the text. Labels are class indices [B], integers; the loss is cross-entropy. There
+    are 3 classes: set the config's num_labels.
+    """
 
-        Raises:
-            ValueError: as MeterModel, or labels are not integers [B].
-        """
-        output = self.meter(input_ids, pixel_values, attention_mask, return_dict=True)
-        logits = self.classifier(output.pooler_output)
-        return SequenceClassifierOutput(loss=class_loss(self, logits, labels), logits=logits)
+    def _loss(self, logits, labels):
+        return class_loss(self, logits, labels)
 
 
 class MeterForImagesAndTextClassification(MeterPreTrainedModel):
