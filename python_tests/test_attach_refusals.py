@@ -52,7 +52,7 @@ def meta_projection(model):
         (None, DeepPromptConfig(sites=["attention.output"]), [], "layer.0.attention.attention"),
         (two_levels, CONFIGS[1], [], r"APTConfig\(.*\) is already attached to vilt; detach"),
         (own_forward, CONFIGS[0], [], "layer.1.attention.output has a forward of its own"),
-        (integer_projection, CONFIGS[0], [], "layer.1.attention.output's weight is torch.int8"),
+        (integer_projection, ClassifierOnlyConfig(), ["dense"], "only floating-point weights can train"),
         (meta_projection, CONFIGS[0], [], "layer.1.attention.output's weight is on the meta device"),
         (meta_projection, ClassifierOnlyConfig(), ["dense"], "layer.1.attention.output.dense.* is on the meta device"),
     ],

@@ -123,8 +123,8 @@ class StreamAdapterBlock(AdapterSite):
         return {name: module for name, module in model.named_modules() if parts <= module._modules.keys()}
 
     @staticmethod
-    def weight_of(module):
-        return module.layernorm_before.weight
+    def neighbour(module):
+        return module.layernorm_before
 
     def forward(self, hidden_states, *arguments, **named):
         attended, *attentions = self.attention(self.layernorm_before(hidden_states), *arguments, **named)

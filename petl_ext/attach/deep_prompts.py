@@ -62,8 +62,8 @@ class DeepPromptSelfAttention(Site):
         return found
 
     @staticmethod
-    def weight_of(module):
-        return module.key.weight
+    def neighbour(module):
+        return module.key
 
     @classmethod
     def new_layer(cls, config, model, place):

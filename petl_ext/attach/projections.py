@@ -45,8 +45,8 @@ class ProjectionSite(Site):
         return {name: module for name, module in model.named_modules() if _names(module, cls.kinds)}
 
     @classmethod
-    def weight_of(cls, module):
-        return module.get_submodule(_names(module, cls.kinds)[-1]).weight
+    def neighbour(cls, module):
+        return module.get_submodule(_names(module, cls.kinds)[-1])
 
     @classmethod
     def check(cls, module):

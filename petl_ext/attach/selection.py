@@ -143,7 +143,7 @@ def _problem(place, module):
     """Why a candidate is none after all, or None."""
     try:
         place.site_class.check(module)
-        place.site_class.weight_of(module)
+        place.site_class.neighbour(module)
     except ValueError as error:
         return str(error)
 
@@ -159,14 +159,18 @@ def _check_site(place, module):
     problem = _problem(place, module)
     if problem is not None:
         raise ValueError(f"attach: {place.name}: {problem}")
-    _check_trainable(f"{place.name}'s weight", place.site_class.weight_of(module))
+    _check_loaded(f"{place.name}'s weight", place.site_class.neighbour(module).weight)
+
+
+def _check_loaded(name, weight):
+    if getattr(weight, "is_meta", False):
+        raise ValueError(f"attach: {name} is on the meta device; load the model's weights first")
 
 
 def _check_trainable(name, tensor):
-    if tensor.is_meta:
-        raise ValueError(f"attach: {name} is on the meta device; load the model's weights first")
+    _check_loaded(name, tensor)
     if not tensor.is_floating_point():
-        raise ValueError(f"attach: {name} is {tensor.dtype}; only floating-point weights can train or carry a layer")
+        raise ValueError(f"attach: {name} is {tensor.dtype}; only floating-point weights can train")
 
 
 def _parts(names):

@@ -51,9 +51,9 @@ class Site(nn.Module):
         raise NotImplementedError
 
     @staticmethod
-    def weight_of(module):
-        """The weight that says on which device, in which dtype and, by its first axis, how wide the new layer is."""
-        return module.dense.weight
+    def neighbour(module):
+        """The linear layer or norm in `module` that is as wide as the new layer and lies where it must lie."""
+        return module.dense
 
     @classmethod
     def check(cls, module):
@@ -61,8 +61,8 @@ class Site(nn.Module):
 
     @classmethod
     def new_layer(cls, config, model, place):
-        weight = cls.weight_of(model.get_submodule(place.name))
-        return config.new_layer(weight.size(0), device=weight.device, dtype=weight.dtype)
+        neighbour = cls.neighbour(model.get_submodule(place.name))
+        return config.new_layer(width_of(neighbour), **location_beside(neighbour, model))
 
     @staticmethod
     def macs(layer, tokens):
@@ -92,6 +92,24 @@ def composed(backbone, sites):
     It keeps the backbone's name, by which other libraries know a layer (FSDP's wrapping policy, device maps).
     """
     return type(backbone.__name__, (*sites, backbone), {})
+
+
+def width_of(layer):
+    """How many features a linear layer, quantised or not, or a norm gives."""
+    return layer.out_features if hasattr(layer, "out_features") else layer.weight.size(0)
+
+
+def location_beside(neighbour, model):
+    """The device and dtype of a layer that joins `neighbour` in `model`, as a dict.
+
+    A quantised weight is a tensor of bytes, or none at all (torch.ao). Then the dtype is that of the model's first
+    floating-point parameter.
+    """
+    weight = neighbour.weight
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point():
+        return {"device": weight.device, "dtype": weight.dtype}
+    floating = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return {"device": getattr(weight, "device", floating.device), "dtype": floating.dtype}
 
 
 def become(module, its_class, others):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from petl_ext.attach.adapter import AdapterSite
+from petl_ext.attach.site import location_beside, width_of
 
 
 class SkippableLayer(AdapterSite):
@@ -43,19 +44,23 @@ class SkippableLayer(AdapterSite):
         return _arguments(layer)[:1] == ["hidden_states"]
 
     @staticmethod
-    def weight_of(module):
-        """That of the norm whose width most of the layer's matrices have: norms of single heads are narrower."""
-        norms = [p for name, p in module.named_parameters() if p.dim() == 1 and name.endswith("weight")]
+    def neighbour(module):
+        """The norm whose width most of the layer's matrices have: norms of single heads are narrower."""
+        norms = [inner for inner in module.modules() if _is_norm(inner)]
         widths = Counter(size for p in module.parameters() if p.dim() == 2 for size in p.shape)
+        # The shapes of quantised weights may be others.
+        linear = [inner for inner in module.modules() if hasattr(inner, "out_features")]
+        widths.update(size for inner in linear for size in (inner.in_features, inner.out_features))
         if not norms:
             raise ValueError(f"{type(module).__name__} holds no norm that would tell how wide its bypass must be")
-        return max(norms, key=lambda weight: widths[weight.size(0)])
+        return max(norms, key=lambda norm: widths[width_of(norm)])
 
     @classmethod
     def new_layer(cls, config, model, place):
-        weight = cls.weight_of(model.get_submodule(place.name))
-        size = {"dim": weight.size(0), "lost": place.lost}
-        return config.new_bypass(**size, own_norm=cls.own_norm is not None, device=weight.device, dtype=weight.dtype)
+        neighbour = cls.neighbour(model.get_submodule(place.name))
+        size = {"dim": width_of(neighbour), "lost": place.lost}
+        location = location_beside(neighbour, model)
+        return config.new_bypass(**size, own_norm=cls.own_norm is not None, **location)
 
     def forward(self, hidden_states, *arguments, **named):
         if not self.skipped:
@@ -162,6 +167,11 @@ def _keep_only(module, names):
             del module._modules[child]
         elif "" not in below:
             _keep_only(module._modules[child], below)
+
+
+def _is_norm(module):
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() == 1
 
 
 def _arguments(layer):
