@@ -393,11 +393,12 @@ def searched_in_two(rank):
 # In transformers' Trainer, which, like DVP, is not imported above: the processes of the last test import this file.
 
 
+@pytest.mark.parametrize("family", ["bert", "t5", "llama"])
 @pytest.mark.parametrize("candidates", [None, "all"])
-def test_dvp_trains_the_candidates_that_were_drawn(candidates):
+def test_dvp_trains_the_candidates_that_were_drawn(candidates, family):
     from tiny_dvp import LABELS, make_inputs, make_model
 
-    model = make_model("bert", candidates=candidates).train()
+    model = make_model(family, candidates=candidates).train()
     inputs, labels = make_inputs(model), torch.arange(3) % LABELS
     before = copy.deepcopy(model.visual_prompts)
     search, drawn = PlacementSearch(model, seed=2), []
@@ -417,16 +418,72 @@ def test_dvp_trains_the_candidates_that_were_drawn(candidates):
     assert search.apply() == model.insert_layer and any(search.bandit.preferences)
 
 
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_found_layer_is_trained_on_and_kept(family, tmp_path):
+    from tiny_dvp import LABELS, make_inputs, make_language_model, make_model, restated
+
+    model = make_model(family, candidates="all", use_adapters=True)
+    inputs, labels = make_inputs(model), torch.arange(3) % LABELS
+    search = PlacementSearch(model, seed=1, step_size=0.1)
+    while search.selection() != 2:
+        search.sample()
+        search.update(lambda: 100.0 * (model.insert_layer == 2))
+        assert search.step < 50
+    assert search.apply() == search.sample() == model.insert_layer == 2
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(8):
+        losses.append(model(**inputs, labels=labels).loss)
+        losses[-1].backward()
+        assert (
+            model.visual_prompts[2].query.weight.grad is not None and model.visual_prompts[1].query.weight.grad is None
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    model.save(tmp_path / "found")
+    again = type(model).from_folder(tmp_path / "found", make_language_model(family).double()).eval()
+    with torch.no_grad():
+        found = again(**inputs).logits
+        assert again.insert_layer == 2 and torch.equal(found, model(**inputs).logits)
+        torch.testing.assert_close(found, restated(model, **inputs), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_llama_continues_texts_while_layers_are_compared():
+    """The score is of generated tokens, and every layer's cache is its own."""
+    from tiny_dvp import make_inputs, make_model
+
+    model = make_model("llama", num_labels=None, candidates="all")
+    inputs, answers = make_inputs(model), []
+    for layer in range(model.num_layers):
+        model.insert_layer = layer
+        answers.append(model.generate(**inputs, max_new_tokens=3))
+    search, scored = PlacementSearch(model, seed=1, step_size=0.1), {}
+
+    def percent_right():
+        found = model.generate(**inputs, max_new_tokens=3)
+        scored[model.insert_layer] = torch.equal(found, answers[model.insert_layer])
+        return 100 * (found[:, :1] == answers[1][:, :1]).float().mean()
+
+    for _ in range(6):
+        search.sample()
+        search.update(percent_right)
+    assert all(scored.values()) and len(scored) == model.num_layers
+    assert search.apply() == model.insert_layer
+    assert torch.equal(model.generate(**inputs, max_new_tokens=3), answers[search.selection()])
+
+
 @pytest.fixture
 def trained(tmp_path):
-    """Trains DVPBert with the callback, which is given these arguments, and returns search and trainer."""
+    """Trains a DVP with the callback, which is given these arguments, and returns search and trainer."""
     from tiny_dvp import make_inputs, make_model
     from transformers import Trainer, TrainingArguments
 
     from petl_ext.hf import SearchCallback
 
-    def run(labels, callback=None, resume=None, added=True, **arguments):
-        model = make_model("bert", candidates="all").float()
+    def run(labels, callback=None, resume=None, added=True, family="bert", **arguments):
+        model = make_model(family, candidates="all").float()
         inputs = make_inputs(model, batch=len(labels))
         data = [{name: t[i] for name, t in inputs.items()} | {"labels": labels[i]} for i in range(len(labels))]
         search = PlacementSearch(model, seed=1)
@@ -467,6 +524,16 @@ def test_the_trainer_searches_and_resumes_bit_equal(trained, tmp_path, caplog):
     assert resumed.state_dict() == search.state_dict() and resumed.model.insert_layer == search.selection()
     for name, tensor in search.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_the_trainer_searches_on_other_language_models(trained, family):
+    score = {"compute_score": lambda model, batch: 100 * math.exp(-model(**batch).loss)}
+    search, trainer = trained(CLASSES, score, family=family)
+    assert search.finished and search.model.insert_layer == search.selection() and any(search.bandit.preferences)
+    scores = {score for entry in search.history for score in entry["scores"]}
+    assert len(scores) > len(search.history) and all(0 < score < 100 for score in scores)
+    assert trainer.evaluate()["eval_loss"] > 0
 
 
 def expected_score(model, batch):
