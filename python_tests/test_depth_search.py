@@ -1,19 +1,17 @@
 """The depth search (DAS, arXiv 2309.01479) on small models that are really skipped, trained and counted."""
 
 import copy
-import gc
 import itertools
 import json
 import logging
 import math
 import random
-import socket
 import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
+from two_processes import in_two_processes, refusal_of_other_draws
 
 import petl_ext
 from petl_ext import DepthSearch
@@ -733,11 +731,7 @@ def test_the_picture_is_drawn(tmp_path):
 
 
 def test_the_reward_is_of_the_loss_averaged_over_processes(tmp_path):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    torch.multiprocessing.spawn(search_on_rank, (port, tmp_path), nprocs=2)
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    ranks = in_two_processes(searched_in_two, tmp_path)
     assert ranks[0]["state"] == ranks[1]["state"]
     assert [rank["refusal"] for rank in ranks] == ["DepthSearch: the processes have drawn different subsets"] * 2
     alone, own = make_search(interval=2), [rank_losses(rank) for rank in range(2)]
@@ -755,17 +749,7 @@ def rank_losses(rank):
         yield generator.random()
 
 
-def search_on_rank(rank, port, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    (folder / f"{rank}.json").write_text(json.dumps(searched_in_two(rank)))
-    gc.collect()
-    dist.destroy_process_group()
-
-
 def searched_in_two(rank):
-    """In a function of its own, and its garbage is collected, so that the wrapper is gone before its process group: as
-    the last owner it would end the process."""
     model, _ = attached()
     wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     search, losses = DepthSearch(wrapped, 2, interval=2), rank_losses(rank)
@@ -777,9 +761,4 @@ def searched_in_two(rank):
         optimizer.step()
         if search.is_due:
             search.update(lambda: next(losses))
-    state = search.state_dict()
-    other = make_search(seed=rank)
-    other.sample()
-    with pytest.raises(RuntimeError) as refusal:
-        other.update(lambda: 1.0)
-    return {"state": state, "refusal": str(refusal.value).partition(";")[0]}
+    return {"state": search.state_dict(), "refusal": refusal_of_other_draws(make_search(seed=rank))}

@@ -1,18 +1,16 @@
 """The search for the prompt's layer (KAB-APP, arXiv 2306.00409): its formulas, on small models, and in a Trainer."""
 
 import copy
-import gc
 import itertools
 import json
 import logging
 import math
 import random
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
+from two_processes import in_two_processes, refusal_of_other_draws
 
 from petl_ext import DepthSearch, PlacementSearch
 
@@ -352,11 +350,7 @@ def test_the_picture_is_drawn(tmp_path):
 
 
 def test_processes_agree_on_averaged_scores(tmp_path):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    torch.multiprocessing.spawn(search_on_rank, (port, tmp_path), nprocs=2)
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    ranks = in_two_processes(searched_in_two, tmp_path)
     assert ranks[0]["drawn"] == ranks[1]["drawn"] and ranks[0]["state"] == ranks[1]["state"]
     assert [rank["refusal"] for rank in ranks] == ["PlacementSearch: the processes have drawn different layers"] * 2
     alone = make_search()
@@ -368,26 +362,13 @@ def test_processes_agree_on_averaged_scores(tmp_path):
     assert single.bandit.preferences != alone.bandit.preferences
 
 
-def search_on_rank(rank, port, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    (folder / f"{rank}.json").write_text(json.dumps(searched_in_two(rank)))
-    gc.collect()
-    dist.destroy_process_group()
-
-
 def searched_in_two(rank):
-    """In a function of its own, and its garbage is collected, so that the wrapper is gone before its process group: as
-    the last owner it would end the process."""
     model = Placed()
     search = PlacementSearch(nn.parallel.DistributedDataParallel(model, find_unused_parameters=True))
     assert search.model is model
     drawn = run_search(search, 30, scores_of(search, rank))
-    other = make_search(seed=rank)
-    other.sample()
-    with pytest.raises(RuntimeError) as refusal:
-        other.update(lambda: 1.0)
-    return {"drawn": drawn, "state": search.state_dict(), "refusal": str(refusal.value).partition(";")[0]}
+    refusal = refusal_of_other_draws(make_search(seed=rank))
+    return {"drawn": drawn, "state": search.state_dict(), "refusal": refusal}
 
 
 # In transformers' Trainer, which, like DVP, is not imported above: the processes of the last test import this file.
