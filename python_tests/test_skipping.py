@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import tiny_meter
@@ -157,6 +159,23 @@ def test_disable_and_detach_restore_the_backbone(family):
 
 def layer_indices(model):
     return {name: module.layer_idx for name, module in model.named_modules() if "layer_idx" in vars(module)}
+
+
+def test_layers_that_replace_others_are_numbered_too():
+    model, attachment = attached("llama")
+    attachment.skip([0])
+    model.model.layers[2] = copy.deepcopy(model.model.layers[2])
+    for skip, number in (([0], 1), ([], 2), ([0, 1], 0)):
+        attachment.skip(skip)
+        assert model.model.layers[2].self_attn.layer_idx == number
+
+
+def test_nothing_holds_what_has_been_removed():
+    model, attachment = attached("llama", skip=[1])
+    removed, kept = (weakref.ref(model.model.layers[i].self_attn) for i in (1, 2))
+    attachment.remove_skipped()
+    gc.collect()
+    assert removed() is None and kept() is not None
 
 
 @pytest.mark.parametrize("skip", [[0], [0, 1], [1]], ids=str)

@@ -73,17 +73,18 @@ class SkippableLayer(AdapterSite):
         return hidden_states
 
     @staticmethod
-    def rewire(stack):
-        """Called with all layers of one stack after the set of skipped ones has changed.
+    def rewire(stack, numbered):
+        """Called with all layers of one stack, and the `numbered_modules` of each, after the set of skipped ones has
+        changed.
 
         A key-value cache takes its length from layer 0, so a decoder whose first layer is skipped would believe the
         cache to be empty and give every token the position 0: the layers that run are numbered anew.
         """
-        running = [layer for layer in stack if not getattr(layer, "skipped", False)]
-        for index, layer in enumerate(running):
-            for module in layer.modules():
-                if vars(module).get("layer_idx") is not None:
-                    module.layer_idx = index
+        layers = zip(stack, numbered, strict=True)
+        running = (modules for layer, modules in layers if not getattr(layer, "skipped", False))
+        for index, modules in enumerate(running):
+            for module in modules:
+                module.layer_idx = index
 
 
 class DeclaredTensorLayer(SkippableLayer):
@@ -141,8 +142,8 @@ class SkippableT5Block(SkippableLayer):
         return hidden_states, position_bias, encoder_decoder_position_bias
 
     @staticmethod
-    def rewire(stack):
-        SkippableLayer.rewire(stack)
+    def rewire(stack, numbered):
+        SkippableLayer.rewire(stack, numbered)
         owner, *others = (block.layer[0].SelfAttention for block in stack)
         for attention in others:
             attention.has_relative_attention_bias = False
@@ -152,6 +153,11 @@ class SkippableT5Block(SkippableLayer):
         if first is not owner:
             first.has_relative_attention_bias = True
             vars(first)["relative_attention_bias"] = owner.relative_attention_bias
+
+
+def numbered_modules(layer):
+    """The modules of a layer that know its number in the stack."""
+    return [module for module in layer.modules() if vars(module).get("layer_idx") is not None]
 
 
 def strip(layer):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from petl_ext.attach.attachment import Attachment
 from petl_ext.attach.report import LayerCosts
-from petl_ext.attach.skippable import SkippableLayer, strip
+from petl_ext.attach.skippable import SkippableLayer, numbered_modules, strip
 from petl_ext.cost import count_macs
 
 
@@ -25,6 +25,7 @@ class SkippingAttachment(Attachment):
         places = [place for place in layers if issubclass(place.site_class, SkippableLayer)]
         self.layers = tuple(place.name for place in places)
         self._rewire = places[0].site_class.rewire
+        self._stacks = dict.fromkeys(name.rpartition(".")[0] for name in self.layers)
         self._chosen = ()
         self._removed = False
         super().__init__(model, config, keep, kept, layers)
@@ -86,6 +87,7 @@ class SkippingAttachment(Attachment):
         self._enter_sites()
         for name in skipped:
             strip(self._layer(name))
+        self._stacks.clear()  # it holds parts of the layers
         self._removed = True
 
     def layer_costs(self, inputs):
@@ -123,7 +125,7 @@ class SkippingAttachment(Attachment):
         self._check_whole("detach")
         self._switch(())
         for name in self.layers:
-            del self._layer(name).skipped
+            vars(self._layer(name)).pop("skipped", None)
         super().detach()
 
     def _count_backbone(self, inputs):
@@ -185,13 +187,25 @@ class SkippingAttachment(Attachment):
 
     def _switch(self, skipped):
         """Makes these layers, and no others, the ones that are skipped at this moment."""
-        for index, name in enumerate(self.layers):
-            self._layer(name).skipped = index in skipped
-        self._rewire_stacks()
+        skipped = {self.layers[index] for index in skipped}
+        for name in self._stacks:
+            stack = dict(self.model.get_submodule(name).named_children())
+            for child, layer in stack.items():
+                is_skipped = f"{name}.{child}".lstrip(".") in skipped
+                if isinstance(layer, SkippableLayer) and layer.skipped != is_skipped:
+                    layer.skipped = is_skipped
+            layers = tuple(stack.values())
+            self._rewire(layers, self._numbered_in(name, layers))
 
-    def _rewire_stacks(self):
-        for stack in dict.fromkeys(name.rpartition(".")[0] for name in self.layers):
-            self._rewire(list(self.model.get_submodule(stack)))
+    def _numbered_in(self, name, layers):
+        """For each layer of a stack its modules that know the layer's number.
+
+        Looked for only when the stack has other layers than before: a search switches at every step, and the walk over
+        all modules takes longer than the rest of it.
+        """
+        if self._stacks[name] is None or self._stacks[name][0] != layers:
+            self._stacks[name] = layers, [numbered_modules(layer) for layer in layers]
+        return self._stacks[name][1]
 
     def _check_switchable(self, method):
         self._check_whole(method)
