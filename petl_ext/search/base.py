@@ -312,13 +312,13 @@ class Search:
         return [measured[different.index(choice)] for choice in drawn]
 
     def _measure_here(self, choices, compute):
-        measured = []
+        measured, devices = [], self._cuda_devices()
         with self._as_it_was():
             if self.constants.evaluation_mode == "eval":
                 self.model.eval()
             for choice in choices:
                 self._choose(choice)
-                with torch.no_grad(), torch.random.fork_rng(self._cuda_devices(), device_type="cuda"):
+                with torch.no_grad(), torch.random.fork_rng(devices, device_type="cuda"):
                     measured.append(number_of(compute(), f"{self._name}: compute_{self.measure}"))
         return measured
 
@@ -335,6 +335,8 @@ class Search:
             self._choose(chosen)
 
     def _cuda_devices(self):
+        if not torch.cuda.is_initialized():
+            return set()
         return {parameter.device for parameter in self.model.parameters() if parameter.device.type == "cuda"}
 
     def _mean_over_processes(self, drawn, measured):
