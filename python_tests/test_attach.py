@@ -1,14 +1,13 @@
 """Every method on every model class, through the life that a model leads: training, copies, files, processes."""
 
 import copy
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny_vilt import CONFIGS, KEEP, LABELS, LAYERS, NEW_KEYS, make_inputs, make_model, randomise, run, snapshot
 from transformers import BertConfig, BertModel, Trainer, TrainingArguments, ViltForQuestionAnswering
+from two_processes import in_two_processes
 
 import petl_ext
 from petl_ext import APTConfig, ClassifierOnlyConfig, DASConfig
@@ -308,12 +307,6 @@ def test_the_trainer_trains_and_resumes(config, tmp_path):
     assert snapshot(resumed) == snapshot(model)
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def gradients_of(model, attachment, seed):
     """Of one step, or with layers that can be skipped of several, each of which skips other ones."""
     skips = [[0], [1], []] if hasattr(attachment, "skip") else [None]
@@ -330,26 +323,16 @@ def gradients_of(model, attachment, seed):
     return gradients
 
 
-def train_rank(rank, port, config, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.save(data_parallel_gradients(config, seed=10 + rank), folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def data_parallel_gradients(config, seed):
-    """In a function of its own, so that the wrapper is gone before its process group: as the last owner of the group
-    it would destroy it with the interpreter's lock held, for which gloo's thread may be waiting."""
+def data_parallel_gradients(rank, config):
     model, attachment = attached(config)
     changes = config.placement == "bypass"
     wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=changes)
-    return gradients_of(wrapped, attachment, seed)
+    return gradients_of(wrapped, attachment, seed=10 + rank)
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], DASConfig(bottleneck=6)], ids=lambda config: config.placement)
-def test_data_parallel_ranks_share_gradients(config, tmp_path):
-    torch.multiprocessing.spawn(train_rank, (free_port(), config, tmp_path), nprocs=2)
-    shared = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+def test_data_parallel_ranks_share_gradients(config):
+    shared = in_two_processes(data_parallel_gradients, config)
     alone = [gradients_of(*attached(config), seed=10 + rank) for rank in range(2)]
     for name, gradient in shared[0].items():
         assert torch.equal(gradient, shared[1][name])

@@ -730,8 +730,8 @@ def test_the_picture_is_drawn(tmp_path):
     assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_reward_is_of_the_loss_averaged_over_processes(tmp_path):
-    ranks = in_two_processes(searched_in_two, tmp_path)
+def test_the_reward_is_of_the_loss_averaged_over_processes():
+    ranks = in_two_processes(searched_in_two)
     assert ranks[0]["state"] == ranks[1]["state"]
     assert [rank["refusal"] for rank in ranks] == ["DepthSearch: the processes have drawn different subsets"] * 2
     alone, own = make_search(interval=2), [rank_losses(rank) for rank in range(2)]

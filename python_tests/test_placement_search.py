@@ -349,8 +349,8 @@ def test_the_picture_is_drawn(tmp_path):
     assert (tmp_path / "placement.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_processes_agree_on_averaged_scores(tmp_path):
-    ranks = in_two_processes(searched_in_two, tmp_path)
+def test_processes_agree_on_averaged_scores():
+    ranks = in_two_processes(searched_in_two)
     assert ranks[0]["drawn"] == ranks[1]["drawn"] and ranks[0]["state"] == ranks[1]["state"]
     assert [rank["refusal"] for rank in ranks] == ["PlacementSearch: the processes have drawn different layers"] * 2
     alone = make_search()

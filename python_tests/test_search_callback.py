@@ -1,19 +1,17 @@
 """The depth search inside transformers.Trainer: draws, updates, logs, checkpoints and processes."""
 
-import gc
 import importlib
 import json
 import logging
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from tiny_vilt import LABELS, make_inputs, make_model
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from two_processes import in_two_processes
 
 import petl_ext
 from petl_ext import hf
@@ -524,11 +522,7 @@ def test_a_model_without_a_loss_is_named(tmp_path):
 
 
 def test_processes_agree(tmp_path):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    torch.multiprocessing.spawn(train_on_rank, (port, tmp_path), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    ranks = in_two_processes(trained_in_two, tmp_path)
     assert ranks[0]["search"] == ranks[1]["search"] and len(ranks[0]["search"]["history"]) == 4
     assert ranks[0]["drawn"] == ranks[1]["drawn"] and len(ranks[0]["drawn"]) == 12
     # A pass over the data is shared: of the eight samples, each process has compared on four.
@@ -538,20 +532,7 @@ def test_processes_agree(tmp_path):
         assert torch.equal(ranks[1]["weights"][name], tensor), name
 
 
-def train_on_rank(rank, port, folder):
-    torch.set_num_threads(1)
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, str(value))
-        torch.save(trained_in_two(folder / f"run-{rank}"), folder / f"{rank}.pt")
-        gc.collect()
-        dist.destroy_process_group()
-
-
-def trained_in_two(folder):
-    """In a function of its own, and its garbage is collected, so that the wrapper is gone before its process group: as
-    the last owner it would end the process."""
+def trained_in_two(rank, folder):
     search, validated = make_search(warmup_steps=0), []
 
     def compute_loss(model, batch):
@@ -560,7 +541,15 @@ def trained_in_two(folder):
 
     forwards = forwards_of(search.model)
     callback = SearchCallback(search, Questions(search.model, 8, seed=2), compute_loss)
-    train(folder, search, callback, train_size=16, max_steps=6, gradient_accumulation_steps=2, ddp_backend="gloo")
+    train(
+        folder / str(rank),
+        search,
+        callback,
+        train_size=16,
+        max_steps=6,
+        gradient_accumulation_steps=2,
+        ddp_backend="gloo",
+    )
     return {
         "search": search.state_dict(),
         "drawn": [skipped for training, skipped in forwards if training],

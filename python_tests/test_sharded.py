@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from processes import in_two_processes
 from tiny_families import make_inputs, make_model, run
 from tiny_vilt import randomise
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from two_processes import in_two_processes
 
 import petl_ext
 from petl_ext import AdapterConfig, APTConfig, DASConfig
@@ -85,24 +85,23 @@ def results_on_rank(rank, family, config, folder):
     return found
 
 
-def run_rank(rank, folder):
-    for number, case in enumerate(CASES):
-        torch.save(results_on_rank(rank, *case, folder / str(number)), folder / f"{number}-{rank}.pt")
+def results_and_refusal(rank, folder):
+    results = [results_on_rank(rank, *case, folder / str(number)) for number, case in enumerate(CASES)]
     with pytest.raises(ValueError) as refused:
         petl_ext.attach(sharded(make_model("bert")), APTConfig())
-    (folder / "refused").write_text(str(refused.value))
+    return results, str(refused.value)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What two processes have written, for all cases: they take seconds to start."""
-    folder = tmp_path_factory.mktemp("ranks")
-    in_two_processes(run_rank, folder)
-    return folder
+def ranks(tmp_path_factory):
+    """What two processes, which take seconds to start, have found for all cases, and where they have saved it."""
+    folder = tmp_path_factory.mktemp("saved")
+    return in_two_processes(results_and_refusal, folder), folder
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{family}-{config.placement}" for family, config in CASES])
-def test_shards_train_and_save_as_the_whole_does(number, folder):
+def test_shards_train_and_save_as_the_whole_does(number, ranks):
+    found_by_rank, folder = ranks
     family, config = CASES[number]
     model, attachment = attached(family, config)
     inputs = make_inputs(model)
@@ -111,8 +110,8 @@ def test_shards_train_and_save_as_the_whole_does(number, folder):
     train_steps(model, attachment, step_inputs(model, [0, 1]))
     with torch.no_grad():
         expected = run(model, inputs)
-    for rank in range(2):
-        found = torch.load(folder / f"{number}-{rank}.pt")
+    for results, _ in found_by_rank:
+        found = results[number]
         torch.testing.assert_close(found["parameters"], whole(attachment))
         for name, logits in (("logits", expected), ("loaded", expected), ("disabled", bare), ("detached", bare)):
             torch.testing.assert_close(found[name], logits, msg=lambda text, name=name: f"{name}: {text}")
@@ -122,5 +121,5 @@ def test_shards_train_and_save_as_the_whole_does(number, folder):
         torch.testing.assert_close(run(fresh, inputs), expected)
 
 
-def test_a_sharded_model_is_refused(folder):
-    assert "attach to the model first, then shard it" in (folder / "refused").read_text()
+def test_a_sharded_model_is_refused(ranks):
+    assert all("attach to the model first, then shard it" in refusal for _, refusal in ranks[0])

@@ -1,21 +1,24 @@
-"""Searches in two processes that form a process group."""
+"""Runs functions in two processes that form a process group."""
 
 import gc
-import json
+import os
 import socket
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 
-def in_two_processes(function, folder):
-    """What `function(rank)`, of a module that can be imported, returns for each rank, through JSON."""
+def in_two_processes(function, *arguments):
+    """What `function(rank, *arguments)`, of a module that can be imported, returns for each rank."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    torch.multiprocessing.spawn(_on_rank, (function, port, folder), nprocs=2)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_on_rank, (port, Path(folder), function, arguments), nprocs=2)
+        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
 
 
 def refusal_of_other_draws(search):
@@ -26,10 +29,13 @@ def refusal_of_other_draws(search):
     return str(refusal.value).partition(";")[0]
 
 
-def _on_rank(rank, function, port, folder):
+def _on_rank(rank, port, folder, function, arguments):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    (folder / f"{rank}.json").write_text(json.dumps(function(rank)))
+    # As torchrun would; transformers' Trainer reads it too.
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    dist.init_process_group("gloo")
+    torch.save(function(rank, *arguments), folder / f"{rank}.pt")
     # What wraps a model must be gone before its process group: as the last owner it would end the process.
     gc.collect()
     dist.destroy_process_group()
