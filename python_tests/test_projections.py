@@ -3,7 +3,6 @@
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention as DiffusersAttention
-from test_attach import apt_by_hand
 from tiny_families import make_model
 from tiny_vilt import randomise, snapshot
 from torch import nn
@@ -11,6 +10,7 @@ from torch import nn
 import petl_ext
 from petl_ext import AdapterConfig, APTConfig, DASConfig
 from petl_ext.attach.families import FAMILIES
+from petl_ext.ops import apt_reference
 
 DIM = 8
 
@@ -153,9 +153,11 @@ def test_what_comes_out_is_the_formula():
     (y, weights), mlp = block.attention(x), block.mlp(x)
     attachment = petl_ext.attach(model, APTConfig(num_prompts=5, sites=["attention"]))
     randomise(attachment)
+    apt = block.attention.apt
+    expected = apt_reference(x, y, apt.prompts, apt.keys(), apt.log_scale)
     for output in (block.attention(x), block.attention(hidden_states=x)):
         assert torch.equal(output[1], weights)
-        torch.testing.assert_close(output[0], apt_by_hand(block.attention.apt, x, y))
+        torch.testing.assert_close(output[0], expected)
     attachment.detach()
     attachment = petl_ext.attach(model, AdapterConfig(bottleneck=3, sites=["mlp"]))
     adapter = block.mlp.adapter
@@ -191,6 +193,10 @@ ALMOST = {
     "gate": (with_child("gate", lambda: nn.Linear(DIM, DIM)), rf"out_proj {LAST}, but gate.weight, gate.bias may come"),
     "scalar gate": (with_child("gate", lambda: nn.Parameter(torch.ones(1))), rf"out_proj {LAST}, but gate may come"),
     "norm": (with_child("norm", lambda: nn.LayerNorm(DIM)), rf"out_proj {LAST}, but norm.weight, norm.bias may come"),
+    "norm without weights": (
+        with_child("norm", lambda: nn.LayerNorm(DIM, elementwise_affine=False)),
+        rf"out_proj {LAST}, but norm.weight, norm.bias may come",
+    ),
     "dropout": (with_child("drop", lambda: nn.Dropout(0.1)), rf"out_proj {LAST}, but the dropout drop may come behind"),
     "width": (
         with_child("out_proj", lambda: nn.Linear(DIM, 12)),
@@ -217,6 +223,26 @@ def test_what_almost_is_a_site_is_refused_with_the_reason(make, message):
         petl_ext.attach(model, APTConfig(sites=["other"]))
     with pytest.raises(ValueError, match=f"It has no .*; what looks like one: bad: .*{message}"):
         petl_ext.attach(nn.ModuleDict({"bad": make()}), APTConfig(sites=["other"]))
+
+
+def test_two_methods_on_one_site():
+    model = made(PreNormModel)
+    petl_ext.attach(model, APTConfig(num_prompts=5, sites=["attention"]))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"APTConfig\(.* is already attached to the model; detach\(\) it first"):
+        petl_ext.attach(model, AdapterConfig(sites=["attention"]))
+    assert snapshot(model) == before
+    del model.petl_attachment
+    with pytest.raises(ValueError, match=rf"blocks.0.attention: out_proj {LAST}, but apt.prompts, .* may come behind"):
+        petl_ext.attach(model, AdapterConfig(sites=["attention"]))
+    assert snapshot(model)[:3] == before[:3]
+
+
+def test_a_gated_mlp_is_no_site():
+    model = made(PreNormModel)
+    model.blocks[1].mlp.gate = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match=rf"attach: blocks.1.mlp: fc2 {LAST}, but gate may come behind"):
+        petl_ext.attach(model, AdapterConfig(sites=["mlp"]))
 
 
 def test_a_family_with_another_module_in_one_layer_is_not_attached_to_in_part():

@@ -38,8 +38,8 @@ def attach(model, config, keep=()):
 
     Raises:
         TypeError: model, config or keep is of the wrong type.
-        ValueError: something matches nothing, nothing would train, or layers are there already. The model has not
-            changed.
+        ValueError: something matches nothing, a module there cannot carry a layer, nothing would train, or layers are
+            there already. The model has not changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach: model must be a torch.nn.Module, got {type(model).__name__}")

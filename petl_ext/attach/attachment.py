@@ -67,7 +67,7 @@ class Attachment:
             tokens: rows N of the sequence that the encoder sees (ViLT: text, image class token and patches), for
                 which MACs follow from formulas.
             inputs: in its place, what `petl_ext.cost.count_macs` takes: the model runs, and MACs are counted. Models
-                whose sites see sequences of different lengths, such as METER, need it.
+                whose sites see sequences of different lengths, such as METER, CLIP, T5 and UNets, need it.
 
         Raises:
             ValueError: both are given, or tokens is no positive integer.

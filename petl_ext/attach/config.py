@@ -25,7 +25,9 @@ class Config:
         placement: its name in the tables of families.py; None for a method that adds nothing to the model.
         sites: which of the model's candidate sites get a layer. None stands for those of the model family's table;
             otherwise regular expressions, each of which must match the end of a site's dotted name from a dot or from
-            its start: "attention.output", r"layer\\.[0-5]\\.attention\\.output".
+            its start: "attention.output", r"layer\\.[0-5]\\.attention\\.output"; of CLIP's two towers only the one that
+            sees, r"vision_model\\..*self_attn"; of a UNet only the cross-attentions, "attn2". So they also say where
+            in a model that is in no family's table.
     """
 
     method: ClassVar[str]
@@ -39,7 +41,10 @@ class Config:
 
 @dataclass(frozen=True)
 class APTConfig(Config):
-    """Approximated prompt tuning: one `APTLayer` per attention, whose documentation explains the sizes."""
+    """Approximated prompt tuning: one `APTLayer` per attention, whose documentation explains the sizes.
+
+    In cross-attention (METER, T5, diffusers) the prompts are scored by the stream that asks.
+    """
 
     method: ClassVar[str] = "apt"
     placement: ClassVar[str] = "apt"
@@ -79,7 +84,8 @@ class AdapterConfig(Config):
     """Bottleneck adapters: an `AdapterLayer`, whose documentation explains the sizes, at every site.
 
     The defaults are those of the APT paper's baselines (arXiv 2306.15706). "sequential": behind every attention and
-    every MLP. "parallel": beside every attention, with LayerNorm and a scale of 4.
+    every MLP, before the residual is added. "parallel": beside every attention, with LayerNorm and a scale of 4; MLPs
+    too where `sites` says so.
 
     Attributes:
         kind: "sequential" (arXiv 1902.00751) or "parallel" (arXiv 2110.04366).
