@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from gpu.every_kernel import DTYPES, INNER
+from gpu.every_kernel import DTYPES
 from gpu.graphs import captured
 from gpu.problems import OPS, draw, forward, forward_backward
 from places import emulation
@@ -13,15 +13,16 @@ from tolerance import assert_as_good_as_torch
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 ROWS = 131
-every_op = pytest.mark.parametrize("op", OPS.values(), ids=str)
-every_size = pytest.mark.parametrize("inner", INNER)
+SIZES = [pytest.param(op, inner, id=f"{op}-{inner}") for op in OPS.values() for inner in op.every_size]
+every_op_and_size = pytest.mark.parametrize(("op", "inner"), SIZES)
 every_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 both_directions = pytest.mark.parametrize("step", [forward, forward_backward], ids=lambda step: step.__name__)
 
 # Each activation at the small width, the usual one at that of the models too.
-ACTIVATIONS_AND_WIDTHS = [
-    pytest.param(op, activation, dim, id=f"{op}-{activation}-{dim}")
+ACTIVATIONS_AND_SIZES = [
+    pytest.param(op, activation, dim, inner, id=f"{op}-{activation}-{dim}-{inner}")
     for op in OPS.values()
+    for inner in op.every_size
     for dim in (72, 768)
     for activation in (op.activations if dim == 72 else op.activations[:1])
 ]
@@ -37,8 +38,7 @@ def large_problem(op, dtypes, inner, seed=0):
 
 
 @every_dtype
-@every_size
-@pytest.mark.parametrize(("op", "activation", "dim"), ACTIVATIONS_AND_WIDTHS)
+@pytest.mark.parametrize(("op", "activation", "dim", "inner"), ACTIVATIONS_AND_SIZES)
 def test_hardware_and_emulator_agree(op, activation, dim, inner, dtypes, record_property):
     problem = draw(op, ROWS, dim, inner, *dtypes, activation=activation)
     with emulation():
@@ -60,17 +60,15 @@ def test_hardware_and_emulator_agree(op, activation, dim, inner, dtypes, record_
         assert_as_good_as_torch(f"{name}, GPU against emulator", ours, emulators + (theirs - exact), emulators)
 
 
-@every_op
 @every_dtype
-@every_size
+@every_op_and_size
 def test_two_runs_are_bit_equal(op, dtypes, inner):
     problem = large_problem(op, dtypes, inner)
     expected = forward_backward(problem, op.ours)
     assert same_bits(forward_backward(problem, op.ours), expected)
 
 
-@every_op
-@every_size
+@every_op_and_size
 def test_two_streams_at_once(op, inner):
     problems = [large_problem(op, DTYPES["mixed"], inner, seed) for seed in range(2)]
     expected = [forward_backward(problem, op.ours) for problem in problems]
@@ -84,8 +82,7 @@ def test_two_streams_at_once(op, inner):
     assert all(same_bits(result, wanted) for result, wanted in results)
 
 
-@every_op
-@every_size
+@every_op_and_size
 def test_two_threads_at_once(op, inner):
     problems = [large_problem(op, DTYPES["mixed"], inner, seed) for seed in range(2)]
     expected = [forward_backward(problem, op.ours) for problem in problems]
@@ -102,9 +99,8 @@ def test_two_threads_at_once(op, inner):
             assert all(same_bits(result, wanted) for result in results)
 
 
-@every_op
 @every_dtype
-@every_size
+@every_op_and_size
 @both_directions
 def test_graph_gives_the_same_bits(op, dtypes, inner, step):
     problem, other = (large_problem(op, dtypes, inner, seed) for seed in range(2))

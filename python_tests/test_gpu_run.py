@@ -272,6 +272,11 @@ def test_traffic_and_goals():
     assert traffic.Passes(1, 2).bytes(10, 64, 50) == 2 * 10 * (64 + 2 * 56)
     for key, least in traffic.LEAST.items():
         assert traffic.OWN[key].bytes(100, 768, 200) >= least.bytes(100, 768, 200)
+    # 312 images of 197 tokens, which four blocks share, and 12 heads.
+    tokens, heads = 312 * 197 * 768 * 2, 312 * 12 * 768
+    pool = "attention_pool", traffic.FORWARD
+    assert traffic.LEAST[pool].bytes(312 * 197, 768, 12) == tokens + 2 * 2 * heads
+    assert traffic.OWN[pool].bytes(312 * 197, 768, 12) == tokens + 2 * 2 * heads + 2 * 4 * 4 * heads
     ratios = {"vs eager": {"median": 2.6}, "vs compile": {"median": 1.3}}
     found = traffic.verdicts("apt", traffic.FORWARD, 50, 0.66, ratios)
     assert {name: goal["met"] for name, goal in found.items()} == {
@@ -285,6 +290,9 @@ def test_traffic_and_goals():
 def test_cases_have_goals_and_begin_with_the_layers_own_weights():
     cases = list(speed.cases())
     assert {(case.op.name, case.direction) for case in cases} <= traffic.GOALS.keys()
+    assert {case.op for case in cases} == set(OPS.values())
+    rows = {case.rows for case in cases if case.op is OPS["attention_pool"]}
+    assert rows == {312 * 197, 78 * 197}
     half = len(cases) // 2
     assert all(case.weight_dtype is torch.float32 for case in cases[:half])
     assert all(case.weight_dtype is torch.bfloat16 for case in cases[half:])
@@ -293,10 +301,15 @@ def test_cases_have_goals_and_begin_with_the_layers_own_weights():
 def test_every_kernel_is_run():
     with emulation():
         solved, flawed = every_kernel.run_all(
-            rows=5, dims=[72], inner=every_kernel.INNER, dtypes=every_kernel.DTYPES, every_activation=True, device="cpu"
+            rows=5,
+            dims=[72],
+            dtypes=every_kernel.DTYPES,
+            measured_sizes=False,
+            every_activation=True,
+            device="cpu",
         )
-    kinds = sum(len(op.activations) for op in OPS.values())
-    assert solved == kinds * len(every_kernel.INNER) * len(every_kernel.DTYPES) and flawed == []
+    kinds = sum(len(op.activations) * len(op.every_size) for op in OPS.values())
+    assert solved == kinds * len(every_kernel.DTYPES) and flawed == []
 
 
 def test_vilt_with_and_without_apt():

@@ -8,7 +8,7 @@ from clock import call_clock, race, speed_up
 from gpu.kernel_log import kernels_of
 from gpu.problems import OPS, draw, forward, forward_backward
 from gpu.records import record
-from gpu.speed import INNER, compiled
+from gpu.speed import compiled
 
 FEW_ROWS = 240  # of one picture with its question: the device is faster than the host
 MANY_ROWS = 15360
@@ -94,14 +94,19 @@ def memory(op, inner):
 
 
 def main():
-    counts = {f"{op} {op.inner}={inner}": launches(op, inner) for op in OPS.values() for inner in INNER[op.name]}
-    wrong = {name: count for name, count in counts.items() if count != 1}
-    text = f"a forward call is not one launch: {wrong}" if wrong else "a forward call is one launch"
+    counts = {(op, inner): launches(op, inner) for op in OPS.values() for inner in op.sizes}
+    wrong = [
+        f"{op} {op.inner}={inner}: {count} for {op.launches}"
+        for (op, inner), count in counts.items()
+        if count != op.launches
+    ]
+    designed = ", ".join(f"{op} {op.launches}" for op in OPS.values())
+    text = f"launches of a forward call: {', '.join(wrong) or designed}"
     # Before the rest: if the time is not enough, what could be wrong is known.
     record("summary", text=text)
     for op in OPS.values():
         # One size is enough where the compiler takes longest.
-        largest = max(INNER[op.name])
+        largest = max(op.sizes)
         for step in (forward, forward_backward):
             host_time(op, largest, step)
         memory(op, largest)

@@ -16,14 +16,14 @@ DTYPES = {
     "float16": (torch.float16, torch.float16),
     "mixed": (torch.bfloat16, torch.float32),
 }
-INNER = (50, 100, 200, 300)  # one for each shape of the kernels
 
 
-def problems(rows, dims, inner, dtypes, every_activation, device):
+def problems(rows, dims, dtypes, measured_sizes, every_activation, device):
     """(name, problem) of each combination."""
     for op in OPS.values():
         activations = op.activations if every_activation else op.activations[:1]
-        for dtype, dim, size, activation in itertools.product(dtypes, dims, inner, activations):
+        sizes = op.sizes if measured_sizes else op.every_size
+        for dtype, dim, size, activation in itertools.product(dtypes, dims, sizes, activations):
             name = f"{op} {activation} {dtype} D={dim} {op.inner}={size}"
             yield name, draw(op, rows, dim, size, *DTYPES[dtype], activation=activation, device=device)
 
@@ -43,8 +43,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=131)
     parser.add_argument("--dims", type=int, nargs="+", default=[72, 136])
-    parser.add_argument("--inner", type=int, nargs="+", default=INNER)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--measured-sizes", action="store_true", help="not one for each shape of the kernels")
     parser.add_argument("--every-activation", action="store_true", help="not only each op's usual one")
     solved, flawed = run_all(**vars(parser.parse_args()), device="cuda")
     faults = f", not finite: {', '.join(flawed)}" if flawed else ""

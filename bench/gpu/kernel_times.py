@@ -7,7 +7,7 @@ import torch
 from gpu.kernel_log import kernels_of
 from gpu.problems import OPS
 from gpu.records import record
-from gpu.speed import DIRECTIONS, INNER, Case, calls_of, draw_cold, on_the_gpu
+from gpu.speed import DIRECTIONS, Case, calls_of, draw_cold, on_the_gpu
 
 ROWS = 61440
 
@@ -31,9 +31,9 @@ def measure(case, bench):
 def main():
     bench = on_the_gpu()
     for op in OPS.values():
-        for inner in INNER[op.name]:
+        for inner in op.sizes:
             for direction in DIRECTIONS:
-                measure(Case(op, direction, ROWS, 768, inner, torch.float32), bench)
+                measure(Case(op, direction, op.whole(ROWS), 768, inner, torch.float32), bench)
     record("summary", text=f"of {', '.join(OPS)} at {ROWS} rows")
 
 

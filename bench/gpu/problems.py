@@ -7,24 +7,38 @@ import torch
 
 from petl_ext import ops
 
+TOKENS = 197  # of an image, as ViT-B/16 makes them at 224 pixels
 
-def _apt_weights(normal, dim, inner):
+
+def _draw_apt(normal, rows, dim, inner):
     prompts = normal(inner, dim) * 0.05
-    return [prompts, prompts + normal(inner, dim) * 0.01, normal(1) * 0.1]
+    weights = [prompts, prompts + normal(inner, dim) * 0.01, normal(1) * 0.1]
+    return [normal(rows, dim), normal(rows, dim)], weights, normal(rows, dim)
 
 
 def _call_apt(function, activation, x, y, prompts, keys, log_scale):
     return function(x, y, prompts, keys, log_scale, activation)
 
 
-def _adapter_weights(normal, dim, inner):
+def _draw_adapter(normal, rows, dim, inner):
     down, up = normal(inner, dim) * dim**-0.5, normal(dim, inner) * inner**-0.5
-    return [down, normal(inner) * 0.1, up, normal(dim) * 0.1, 1 + normal(dim) * 0.1, normal(dim) * 0.1]
+    weights = [down, normal(inner) * 0.1, up, normal(dim) * 0.1, 1 + normal(dim) * 0.1, normal(dim) * 0.1]
+    return [normal(rows, dim)], weights, normal(rows, dim)
 
 
 def _call_adapter(function, activation, x, down, down_bias, up, up_bias, norm_weight, norm_bias):
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     return function(x, down, down_bias, up, up_bias, activation=activation, **norm, residual=x)
+
+
+def _draw_attention_pool(normal, rows, dim, inner):
+    """As many samples as have TOKENS tokens each or, of the remainder, a few more."""
+    samples = max(1, rows // TOKENS)
+    return [normal(samples, rows // samples, dim)], [normal(samples, inner, dim)], normal(samples, inner, dim)
+
+
+def _call_attention_pool(function, activation, visual, query):
+    return function(visual, query, scale=visual.size(-1) ** -0.5)
 
 
 @dataclass(frozen=True)
@@ -35,8 +49,12 @@ class Op:
         inner: what its inner size is called.
         rows, weights: the names of its inputs, in the order in which `call` takes them.
         activations: those that it knows, the usual one first.
-        draw_weights: from a source of normal numbers, the width and the inner size.
+        sizes: inner sizes at which it is measured.
+        every_size: inner sizes, one for each shape of the kernels.
+        draw: from a source of normal numbers, the rows, the width and the inner size: (rows, weights, dout).
         call: from a function with the op's signature, the activation and the inputs.
+        sample: of how many rows one sample consists.
+        launches: kernels of a forward call.
     """
 
     name: str
@@ -44,8 +62,12 @@ class Op:
     rows: tuple[str, ...]
     weights: tuple[str, ...]
     activations: tuple[str, ...]
-    draw_weights: Callable
+    sizes: tuple[int, ...]
+    every_size: tuple[int, ...]
+    draw: Callable
     call: Callable
+    sample: int = 1
+    launches: int = 1
 
     @property
     def ours(self):
@@ -54,6 +76,10 @@ class Op:
     @property
     def reference(self):
         return getattr(ops, f"{self.name}_reference")
+
+    def whole(self, rows):
+        """So many rows, and those that the last sample lacks."""
+        return -(-rows // self.sample) * self.sample
 
     @property
     def results(self):
@@ -70,7 +96,9 @@ APT = Op(
     rows=("x", "y"),
     weights=("prompts", "keys", "log_scale"),
     activations=("relu", "softmax"),
-    draw_weights=_apt_weights,
+    sizes=(50, 200),
+    every_size=(50, 100, 200, 300),
+    draw=_draw_apt,
     call=_call_apt,
 )
 ADAPTER = Op(
@@ -79,10 +107,25 @@ ADAPTER = Op(
     rows=("x",),
     weights=("down", "down_bias", "up", "up_bias", "norm_weight", "norm_bias"),
     activations=("relu", "gelu", "silu"),
-    draw_weights=_adapter_weights,
+    sizes=(96, 192),
+    every_size=(50, 100, 200, 300),
+    draw=_draw_adapter,
     call=_call_adapter,
 )
-OPS = {op.name: op for op in (APT, ADAPTER) if hasattr(ops, op.name)}
+ATTENTION_POOL = Op(
+    "attention_pool",
+    inner="H",
+    rows=("visual",),
+    weights=("query",),
+    activations=("softmax",),
+    sizes=(12,),
+    every_size=(12, 40),
+    draw=_draw_attention_pool,
+    call=_call_attention_pool,
+    sample=TOKENS,
+    launches=2,
+)
+OPS = {op.name: op for op in (APT, ADAPTER, ATTENTION_POOL)}
 
 
 @dataclass(frozen=True)
@@ -107,11 +150,10 @@ def draw(op, rows, dim, inner, dtype, weight_dtype=None, activation=None, device
     def normal(*shape):
         return torch.randn(*shape, generator=generator, device=device)
 
-    weights = [weight.to(weight_dtype or dtype) for weight in op.draw_weights(normal, dim, inner)]
-    inputs = [normal(rows, dim).to(dtype) for _ in op.rows] + weights
-    return Problem(
-        op, activation or op.activations[0], [tensor.requires_grad_() for tensor in inputs], normal(rows, dim).to(dtype)
-    )
+    tensors, weights, dout = op.draw(normal, rows, dim, inner)
+    inputs = [tensor.to(dtype) for tensor in tensors] + [weight.to(weight_dtype or dtype) for weight in weights]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    return Problem(op, activation or op.activations[0], inputs, dout.to(dtype))
 
 
 def forward(problem, function):

@@ -22,7 +22,6 @@ from gpu.records import record, seconds_granted
 from gpu.traffic import FORWARD, FORWARD_BACKWARD, LEAST, OWN, verdicts
 
 DIRECTIONS = {FORWARD: problems_module.forward, FORWARD_BACKWARD: problems_module.forward_backward}
-INNER = {"apt": (50, 200), "adapter": (96, 192)}
 ROWS = (61440, 15360)
 ROUNDS = 25
 FEWEST_CALLS = 12  # in a graph, so that launching the graph itself does not count
@@ -67,9 +66,9 @@ def cases():
     for weight_dtype in (torch.float32, torch.bfloat16):
         for rows in ROWS:
             for op in OPS.values():
-                for inner in INNER[op.name]:
+                for inner in op.sizes:
                     for direction in DIRECTIONS:
-                        yield Case(op, direction, rows, 768, inner, weight_dtype)
+                        yield Case(op, direction, op.whole(rows), 768, inner, weight_dtype)
 
 
 def compiled(function):

@@ -71,7 +71,7 @@ def counters(report):
     tool = find_tool("ncu")
     kernels = "--clock-control none --kernel-name-base demangled --kernel-name regex:petl"
     shown = "--set basic --section ComputeWorkloadAnalysis --section MemoryWorkloadAnalysis --section WarpStateStats"
-    program = "-m gpu.every_kernel --rows 61440 --dims 768 --dtypes mixed --inner 50 200"
+    program = "-m gpu.every_kernel --rows 61440 --dims 768 --dtypes mixed --measured-sizes"
     command = [
         *(tool, *kernels.split(), *shown.split(), "--print-details", "all", "--log-file", report),
         *(sys.executable, *program.split()),

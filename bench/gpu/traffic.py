@@ -6,8 +6,11 @@ kernel reads twice within one tile of rows comes from the cache the second time 
 
 from dataclasses import dataclass
 
+from gpu.problems import TOKENS
+
 FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 ELEMENT = 2  # bytes, of bfloat16
+POOL_BLOCK = 64  # tokens of one block of attention pooling's kernels
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,28 @@ class Passes:
         return f"{ELEMENT} rows ({self.wide} dim + {self.narrow} ceil8(inner)) bytes"
 
 
+@dataclass(frozen=True)
+class PoolPasses:
+    """So many passes over the tokens [rows, dim], over what there is of each sample, [inner, dim], and over what there
+    is of each of its blocks of tokens, [inner, dim] in float32.
+    """
+
+    tokens: int
+    samples: int
+    blocks: int = 0
+
+    def bytes(self, rows, dim, inner):
+        samples = max(1, rows // TOKENS)
+        blocks = samples * -(-rows // samples // POOL_BLOCK)
+        return dim * (
+            ELEMENT * (self.tokens * rows + self.samples * samples * inner) + 4 * self.blocks * blocks * inner
+        )
+
+    def __str__(self):
+        small = f"{ELEMENT} {self.samples} samples + 4 {self.blocks} blocks"
+        return f"dim ({ELEMENT} {self.tokens} rows + inner ({small})) bytes"
+
+
 # Each input read once, each output written once.
 LEAST = {
     # x, y -> out; and dout, x, y -> dx, dy
@@ -32,6 +57,9 @@ LEAST = {
     # x -> out; and dout, x -> dx
     ("adapter", FORWARD): Passes(2),
     ("adapter", FORWARD_BACKWARD): Passes(2 + 3),
+    # visual, query -> pooled; and dpooled, visual, query, pooled -> dvisual, dquery
+    ("attention_pool", FORWARD): PoolPasses(1, 2),
+    ("attention_pool", FORWARD_BACKWARD): PoolPasses(1 + 2, 2 + 4),
 }
 # As the kernels are made: backward is a kernel over the rows and one for the weights' gradients, which share tensors of
 # [rows, inner].
@@ -43,6 +71,10 @@ OWN = {
     # x -> out; x -> hidden units; dout, x, hidden units -> dx, dhidden, hidden; x, dout, dhidden, hidden -> weights.
     # The hidden units before the activation are float32, and count twice.
     ("adapter", FORWARD_BACKWARD): Passes(2 + 1 + 3 + 2, 2 + 4 + 2),
+    # visual, query -> sums of blocks; these -> pooled
+    ("attention_pool", FORWARD): PoolPasses(1, 2, 2),
+    # the same; pooled, dpooled -> means; visual, query, dpooled -> dvisual, sums of blocks; these -> dquery
+    ("attention_pool", FORWARD_BACKWARD): PoolPasses(1 + 2, 2 + 2 + 3, 2 + 2),
 }
 
 
@@ -67,6 +99,9 @@ GOALS = {
     ("apt", FORWARD_BACKWARD): Goal(0.60, 2.0, 1.3, (200,)),
     ("adapter", FORWARD): Goal(0.65, 3.0, 2.4, (96, 192)),
     ("adapter", FORWARD_BACKWARD): Goal(0.60, 2.2, 1.8, (96, 192)),
+    # Against what tokens pooled first take in eager PyTorch and compiled, not against attention with all projections.
+    ("attention_pool", FORWARD): Goal(0.65, 1.4, 1.0, (12,)),
+    ("attention_pool", FORWARD_BACKWARD): Goal(0.60, 1.9, 1.0, (12,)),
 }
 
 
