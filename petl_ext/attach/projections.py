@@ -82,30 +82,41 @@ def _is_linear(module):
 
 
 def _signature_problem(module):
-    _, *parameters = inspect.signature(type(module).forward).parameters.values()
+    signature = inspect.signature(type(module).forward)
+    _, *parameters = signature.parameters.values()
     required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    if required[:1] != ["hidden_states"] and len(required) != 1:
-        return f"its forward must take hidden_states first, got {inspect.signature(type(module).forward)}"
+    if required[:1] == ["hidden_states"] or len(required) == 1:
+        return None
+    return f"its forward must take hidden_states first, got {signature}"
 
 
 def _width_problem(module, names):
     read, made = module.get_submodule(names[0]).in_features, module.get_submodule(names[-1]).out_features
-    if read != made:
-        return f"{names[-1]} must give the width that {names[0]} takes, {read}, got {made}"
+    return None if read == made else f"{names[-1]} must give the width that {names[0]} takes, {read}, got {made}"
 
 
 def _last_step_problem(module, names):
+    behind = _what_may_come_behind(module, names)
+    return f"{names[-1]} must be its last step, but {behind} may come behind" if behind else None
+
+
+def _what_may_come_behind(module, names):
+    """In words; an empty string for nothing. Dropout inside an MLP changes nothing for the layers that go there."""
     known = (*names, *SCORES_ONLY, *DIFFUSERS_ONLY)
     others = {
         name: inner
         for name, inner in module.named_modules()
         if not any(f"{name}.".startswith(f"{part}.") for part in known)
     }
-    holding = [f"{name}.{own}".lstrip(".") for name, inner in others.items() for own in inner._parameters]
-    if holding:
-        return f"{names[-1]} must be its last step, but {', '.join(holding)} may come behind"
-    dropping = [name for name, inner in others.items() if isinstance(inner, nn.Dropout) and inner.p > 0]
-    if dropping and names in ATTENTIONS:
-        return f"{names[-1]} must be its last step, but the dropout {', '.join(dropping)} may come behind"
-    if getattr(module, "residual_connection", False) or getattr(module, "rescale_output_factor", 1) != 1:
-        return f"{names[-1]} must be its last step, but a residual or a factor comes behind"
+    suspects = [f"{name}.{own}".lstrip(".") for name, inner in others.items() for own in inner._parameters]
+    if names in ATTENTIONS:
+        suspects += [f"the dropout {name}" for name, inner in others.items() if _drops(inner)]
+    if getattr(module, "residual_connection", False):
+        suspects.append("a residual")
+    if getattr(module, "rescale_output_factor", 1) != 1:
+        suspects.append("a factor")
+    return ", ".join(suspects)
+
+
+def _drops(module):
+    return isinstance(module, nn.Dropout) and module.p > 0
