@@ -1,4 +1,6 @@
-"""What ViLT's and METER's files have in common: heads, and the layers that the code bases of APT and DAS add."""
+"""What ViLT's and METER's files have in common: heads, and the layers that the code bases of APT and DAS add. DVP's
+adapters have the names of the sequential ones.
+"""
 
 from typing import NamedTuple
 

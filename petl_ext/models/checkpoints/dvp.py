@@ -3,18 +3,13 @@
 from typing import NamedTuple
 
 from petl_ext.models.checkpoints import origins
+from petl_ext.models.checkpoints.backbones import SEQUENTIAL_ADAPTER
 from petl_ext.models.checkpoints.clip import CLIP_PROJ, visual_rules
 from petl_ext.models.checkpoints.plan import Layout, attached_configs, fill, places_of
 from petl_ext.models.checkpoints.rules import rule
 from petl_ext.models.dvp import DVPModel
 
 PROMPT_LAYER = {"linear_q": "query", "linear_k": "key", "linear_v": "value", "linear_merge": "output"}
-ADAPTER = {
-    "down_sampler.weight": "down",
-    "down_sampler.bias": "down_bias",
-    "up_sampler.weight": "up",
-    "up_sampler.bias": "up_bias",
-}
 CLASSIFIERS = ("vqa_classifier", "gqa_classifier", "snli_ve_classifier")
 NEEDS_ADAPTERS = "adapters that the model does not have: make it with use_adapters=True"
 
@@ -154,7 +149,7 @@ def _adapter_rules(model, names, base):
         layers = model.get_submodule(f"{base}.{adapters.stack}")
         sites = [f"{base}.{adapters.stack}.{i}.{place}" for i in range(len(layers)) for place in adapters.places]
         for index, site in enumerate(sites):
-            for theirs, ours in ADAPTER.items():
+            for theirs, ours in SEQUENTIAL_ADAPTER.parts.items():
                 yield rule(f"{adapters.key}.{index}.{theirs}", f"{site}.adapter.{ours}", needs=NEEDS_ADAPTERS)
 
 

@@ -117,7 +117,7 @@ class _Plan:
             self._record(key, "left out", note=reason)
         elif rule is None:
             self._take_other_head(key)
-        elif rule.twin in self.tensors:
+        elif rule.twin and rule.twin in self.tensors:
             self._take_twin(key, rule.twin)
         elif rule.layer and (reason := self._layer_problem(key, rule)):
             self._problem(reason, key)
