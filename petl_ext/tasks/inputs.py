@@ -4,10 +4,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -65,16 +70,19 @@ class Inputs:
         return self._cache[entry.image_id]
 
     def _read_pixels(self, entry: Entry, file: ImageFile) -> Tensor:
-        from PIL import Image
-
-        try:
-            with file.open("rb") as stream, Image.open(stream) as opened:
-                image = opened.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"{file}: expected an image ({entry.where}), got a file that cannot be decoded: {error}"
-            ) from error
+        image = read_image(file, entry.where)
         return self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+def read_image(file: ImageFile, where: str) -> "PIL.Image.Image":
+    """The RGB image in `file`. Raises ValueError naming the file and, in brackets, `where` if it cannot be decoded."""
+    from PIL import Image
+
+    try:
+        with file.open("rb") as stream, Image.open(stream) as opened:
+            return opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file}: expected an image ({where}), got a file that cannot be decoded: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,342 @@
+"""Image classification by CLIP: image folders, few shots, base and new classes, the zero-shot head, metrics.
+
+    image folder   <folder>/<class>/<anything>.jpg, as torchvision's ImageFolder has it
+    prompts        one text per class, "a photo of a {}.": their features are the classifier's weights
+
+k shots are k training images of every class (CoOp, arXiv 2109.01134). Generalisation to new classes is trained on the
+first half of the sorted classes, the base, and tested on either half among its own classes; the harmonic mean of the two
+accuracies says whether both are good (CoCoOp, arXiv 2203.05557).
+"""
+
+import os
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from petl_ext.tasks.inputs import IMAGE_SUFFIXES, read_image
+from petl_ext.tasks.labels import compute_metrics, label_loss, require_one_each
+
+__all__ = [
+    "BaseAndNew",
+    "CLIPClassifier",
+    "Draw",
+    "ImageClassificationDataset",
+    "LabelledImage",
+    "accuracy_by_class",
+    "base_and_new",
+    "class_prompts",
+    "compute_metrics",
+    "draw_shots",
+    "harmonic_mean",
+    "images_of",
+    "read_image_folder",
+]
+
+TEMPLATE = "a photo of a {}."
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledImage:
+    """One image of a folder and the class that it shows."""
+
+    path: Path
+    class_name: str
+
+    @property
+    def where(self) -> str:
+        """Names the image's class in an error."""
+        return f"class {self.class_name!r}"
+
+
+class Draw(NamedTuple):
+    """Images drawn for training, class by class, and all others."""
+
+    shots: list[LabelledImage]
+    rest: list[LabelledImage]
+
+
+class BaseAndNew(NamedTuple):
+    """Classes to train on, and classes that training does not see."""
+
+    base: tuple[str, ...]
+    new: tuple[str, ...]
+
+
+def read_image_folder(folder: str | Path) -> list[LabelledImage]:
+    """The images in `folder`, those of a class in a folder of its name, at any depth; sorted by class and path.
+
+    Hidden folders, and files whose name ends in none of `IMAGE_SUFFIXES`, are left out. No image is opened.
+
+    Raises FileNotFoundError if there is no such folder, ValueError if it has no class or a class has no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: expected a folder of one folder per class, got no such folder")
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not classes:
+        raise ValueError(f"{folder}: expected one folder per class, got none in it")
+    return [LabelledImage(path, of_class.name) for of_class in classes for path in _images_in(of_class)]
+
+
+def _images_in(folder: Path) -> list[Path]:
+    files = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
+    images = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise ValueError(f"{folder}: expected images of the class ({', '.join(IMAGE_SUFFIXES)}), got none")
+    return images
+
+
+def draw_shots(images: Iterable[LabelledImage], shots: int, seed: int) -> Draw:
+    """`shots` random images of every class.
+
+    With one seed, fewer shots are among the more, and which are drawn of a class depends on no other class: runs that
+    differ in these differ in nothing else.
+
+    Raises ValueError if `shots` is below 1, or a class has fewer images.
+    """
+    if shots < 1:
+        raise ValueError(f"shots: expected at least 1, got {shots}")
+    by_class = defaultdict(list)
+    for image in images:
+        by_class[image.class_name].append(image)
+    draw = Draw([], [])
+    for name, of_class in sorted(by_class.items()):
+        if len(of_class) < shots:
+            raise ValueError(f"class {name!r}: expected at least {shots} images for {shots} shots, got {len(of_class)}")
+        of_class.sort(key=lambda image: image.path)
+        random.Random(f"{seed} {name}").shuffle(of_class)
+        draw.shots.extend(of_class[:shots])
+        draw.rest.extend(of_class[shots:])
+    return draw
+
+
+def base_and_new(classes: Iterable[str]) -> BaseAndNew:
+    """The first half of the sorted classes, of an odd number the larger one, and the second.
+
+    Raises ValueError for fewer than four classes: in a half of one there is nothing to tell apart.
+    """
+    ordered = sorted(set(classes))
+    if len(ordered) < 4:
+        raise ValueError(f"classes: expected at least 4, two of them base and two new, got {ordered}")
+    middle = (len(ordered) + 1) // 2
+    return BaseAndNew(tuple(ordered[:middle]), tuple(ordered[middle:]))
+
+
+def images_of(images: Iterable[LabelledImage], classes: Sequence[str]) -> list[LabelledImage]:
+    """Those of `images` that show one of `classes`. Raises ValueError if a class has none."""
+    chosen = [image for image in images if image.class_name in classes]
+    missing = sorted(set(classes) - {image.class_name for image in chosen})
+    if missing:
+        raise ValueError(f"classes: expected images of each, got none of {missing}")
+    return chosen
+
+
+def class_prompts(
+    classes: Iterable[str], template: str = TEMPLATE, names: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """What a text encoder is told of each class: `template` with the class's name in place of "{}".
+
+    Args:
+        classes: as the image folder names them; an underscore is read as a space.
+        template: "a centered satellite photo of {}." and the like.
+        names: names of the classes where the folders' are none: {"n01440764": "tench"}.
+
+    Raises ValueError if the template has not one "{}", or `names` lacks a class.
+    """
+    if template.count("{}") != 1:
+        raise ValueError(f"template: expected a text with one {{}} for the class's name, got {template!r}")
+    classes = sorted(set(classes))
+    missing = [name for name in classes if names is not None and name not in names]
+    if missing:
+        raise ValueError(f"names: expected one for each of {len(classes)} classes, got none for {missing}")
+    known = {name: name.replace("_", " ") for name in classes} if names is None else names
+    return {name: template.replace("{}", known[name]) for name in classes}
+
+
+class ImageClassificationDataset(torch.utils.data.Dataset):
+    """Images with their labels; transformers' default collator batches them.
+
+    Args:
+        images: of `read_image_folder`, `draw_shots` or `images_of`.
+        classes: a class's label is its index in this sequence.
+        image_processor: a Hugging Face image processor.
+        cache_images: keep preprocessed images in memory (few shots, small images).
+
+    An item is a dict: `pixel_values` [3, height, width] and `labels`, an int.
+
+    Raises ValueError if there are no images, or one shows a class that is not in `classes`; an unreadable image raises
+    ValueError when it is used.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[LabelledImage],
+        classes: Sequence[str],
+        image_processor: Any,
+        cache_images: bool = False,
+    ):
+        self.images, self.classes, self.image_processor = list(images), tuple(classes), image_processor
+        self.label = {name: label for label, name in enumerate(self.classes)}
+        if not self.images:
+            raise ValueError("images: expected at least one, got none")
+        unknown = next((image for image in self.images if image.class_name not in self.label), None)
+        if unknown is not None:
+            raise ValueError(
+                f"{unknown.path}: expected one of the {len(self.classes)} classes {_shortened(self.classes)}, "
+                f"got {unknown.class_name!r}"
+            )
+        self._cache = {} if cache_images else None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": self._pixels(index), "labels": self.label[self.images[index].class_name]}
+
+    def _pixels(self, index: int) -> Tensor:
+        if self._cache is None:
+            return self._read_pixels(index)
+        if index not in self._cache:
+            self._cache[index] = self._read_pixels(index)
+        return self._cache[index]
+
+    def _read_pixels(self, index: int) -> Tensor:
+        image = read_image(self.images[index].path, self.images[index].where)
+        return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+class CLIPClassifier(nn.Module):
+    """CLIP with the features of class prompts as its classifier: zero-shot as it is, few-shot after `attach` to `clip`.
+
+    Logits are CLIP's own: exp(logit_scale) times the cosines of an image's features and each prompt's. Prompts' features
+    are computed again in every training step if the text encoder has parameters that train; otherwise once, until a
+    weight of it changes or layers are put into it, disabled or taken out.
+
+    Attach to `clip` rather than to the classifier: what `Attachment.save` writes then fits any CLIPModel.
+
+    Args:
+        clip: a `transformers.CLIPModel`.
+        tokenizer: CLIP's.
+        prompts: {class: text}, as `class_prompts` makes them.
+
+    Attributes:
+        classes: those that are told apart now, at first all of `prompts`; a class's label is its index.
+
+    Raises ValueError for fewer than two classes, or a prompt that is longer than the text encoder's positions.
+    """
+
+    def __init__(self, clip: nn.Module, tokenizer: Any, prompts: Mapping[str, str]):
+        super().__init__()
+        self.clip = clip
+        self._row = {name: row for row, name in enumerate(prompts)}
+        tokens = tokenizer(list(prompts.values()), padding=True, return_tensors="pt")
+        longest = clip.config.text_config.max_position_embeddings
+        lengths = tokens["attention_mask"].sum(dim=1).tolist()
+        for prompt, length in zip(prompts.values(), lengths, strict=True):
+            if length > longest:
+                raise ValueError(f"prompts: expected at most {longest} tokens, got {length} in {prompt!r}")
+        for name in ("input_ids", "attention_mask"):
+            self.register_buffer(name, tokens[name].to(clip.logit_scale.device), persistent=False)
+        self._kept = None
+        self.set_classes(prompts)
+
+    def set_classes(self, classes: Iterable[str]) -> None:
+        """Tells these classes apart from now on; no weight changes, and labels are indices into `classes`.
+
+        Raises ValueError for fewer than two classes, one that comes twice, or one that has no prompt.
+        """
+        classes = tuple(classes)
+        unknown = [name for name in classes if name not in self._row]
+        if unknown:
+            raise ValueError(f"classes: expected some of {_shortened(self._row)}, which have prompts, got {unknown}")
+        if len(classes) < 2 or len(set(classes)) < len(classes):
+            raise ValueError(f"classes: expected at least two different ones, got {classes}")
+        self.classes = classes
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+        """`pixel_values` [batch, 3, height, width], `labels` [batch] to `logits` [batch, classes] and, with labels, loss."""
+        images = functional.normalize(self.clip.get_image_features(pixel_values).pooler_output, dim=-1)
+        logits = self.clip.logit_scale.exp() * images @ self.text_features().T
+        return ImageClassifierOutput(loss=None if labels is None else label_loss(logits, labels), logits=logits)
+
+    def text_features(self) -> Tensor:
+        """The prompts' features, each of length 1: [classes, projection]."""
+        if self._text_varies() or torch.compiler.is_compiling():
+            return self._compute_text_features()
+        state = self._text_state()
+        if self._kept is None or not _same(self._kept[0], state):
+            # A tensor of inference mode could take no part in a later training step.
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = state, self._compute_text_features()
+        return self._kept[1]
+
+    def _compute_text_features(self) -> Tensor:
+        rows = [self._row[name] for name in self.classes]
+        output = self.clip.get_text_features(self.input_ids[rows], self.attention_mask[rows])
+        return functional.normalize(output.pooler_output, dim=-1)
+
+    def _text_parts(self) -> tuple[nn.Module, nn.Module]:
+        return self.clip.text_model, self.clip.text_projection
+
+    def _text_varies(self) -> bool:
+        trains = any(weight.requires_grad for part in self._text_parts() for weight in part.parameters())
+        dropout = self.clip.config.text_config.attention_dropout > 0
+        return (trains and torch.is_grad_enabled()) or (dropout and self.training)
+
+    def _text_state(self) -> tuple:
+        """All that the features of the prompts depend on: what is asked, by which modules, of which weights."""
+        device = self.input_ids.device.type
+        asked = self.classes, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        modules = [type(module) for part in self._text_parts() for module in part.modules()]
+        weights = [weight for part in self._text_parts() for weight in part.parameters()]
+        # The tensors themselves are kept: an address may come back for another tensor.
+        return (asked, modules), [(w, w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_kept": None}
+
+
+def _same(before: tuple, now: tuple) -> bool:
+    (asked_before, weights_before), (asked, weights) = before, now
+    return (
+        asked_before == asked
+        and len(weights_before) == len(weights)
+        and all(a is b and old == new for (a, *old), (b, *new) in zip(weights_before, weights, strict=True))
+    )
+
+
+def _shortened(names: Iterable[str]) -> str:
+    text = ", ".join(names)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def accuracy_by_class(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, float]:
+    """Share of each class's images that are recognised, classes without an image left out.
+
+    Args:
+        logits: [n, classes].
+        labels: [n], indices into `classes`.
+
+    Raises ValueError if the sizes differ.
+    """
+    logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)
+    require_one_each(labels, logits, ("labels", "row of logits"))
+    if logits.ndim != 2 or logits.shape[1] != len(classes):
+        raise ValueError(f"logits: expected shape [n, {len(classes)}], got {list(logits.shape)}")
+    labels = labels.tolist()
+    counts = Counter(labels)
+    right = Counter(label for label, best in zip(labels, logits.argmax(dim=1).tolist(), strict=True) if label == best)
+    return {name: right[label] / counts[label] for label, name in enumerate(classes) if counts[label]}
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    """2 base new / (base + new) of two accuracies; 0 if both are 0."""
+    return 2 * base * new / (base + new) if base + new else 0.0

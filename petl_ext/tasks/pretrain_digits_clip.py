@@ -1,0 +1,136 @@
+"""Pre-trains a small CLIP on digits: `python -m petl_ext.tasks.pretrain_digits_clip --output DIR --seed 0`.
+
+It sees the training pictures in the domain "plain" (digits_images.py) with captions, "a photo of a red seven." or "a
+photo of a seven.", and learns which captions are true of which images: CLIP's contrastive loss, except that a caption
+may be true of several images of a batch. The folder loads with `CLIPModel`, `AutoTokenizer` and `AutoImageProcessor`.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+from petl_ext.tasks.digits import CELL, COLOR_NAMES
+from petl_ext.tasks.digits_images import CLASSES, DigitImageMaker, DigitImages
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+VOCABULARY = (*SPECIAL, *CLASSES, *COLOR_NAMES, "a", "photo", "of", ".")
+WORD_ID = {word: index for index, word in enumerate(VOCABULARY)}
+COLOR_SHARE = 0.5  # of captions that name the color
+LARGEST_LOGIT_SCALE = math.log(100)  # CLIP's
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps, batch size, and the optimizer's settings."""
+
+    steps: int = 800
+    batch: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.02
+    warmup_steps: int = 60
+
+
+def clip_config() -> CLIPConfig:
+    """Sixteen patches per image; 265,345 parameters."""
+    width = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}
+    words = {"vocab_size": len(VOCABULARY), "max_position_embeddings": 16}
+    ids = {"pad_token_id": WORD_ID["[PAD]"], "bos_token_id": WORD_ID["[CLS]"], "eos_token_id": WORD_ID["[SEP]"]}
+    return CLIPConfig(
+        projection_dim=64,
+        text_config={**width, **words, **ids, "num_hidden_layers": 2},
+        vision_config={**width, "image_size": CELL, "patch_size": CELL // 4, "num_hidden_layers": 3},
+    )
+
+
+def make_tokenizer() -> BertTokenizer:
+    """One token per word."""
+    return BertTokenizer(vocab=WORD_ID, model_max_length=16)
+
+
+def make_image_processor() -> CLIPImageProcessorPil:
+    """Pixels from -1 to 1."""
+    return CLIPImageProcessorPil(do_resize=False, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+def make_captions(drawn: DigitImages, rng: np.random.Generator) -> tuple[list[str], Tensor]:
+    """One caption per image, and whether caption j is true of image i: bool [n, n]."""
+    colored = rng.random(len(drawn.digits)) < COLOR_SHARE
+    texts = [
+        f"a photo of a {COLOR_NAMES[color]} {CLASSES[digit]}." if named else f"a photo of a {CLASSES[digit]}."
+        for digit, color, named in zip(drawn.digits, drawn.colors, colored, strict=True)
+    ]
+    same_digit, same_color = (values[:, None] == values[None] for values in (drawn.digits, drawn.colors))
+    return texts, torch.from_numpy(same_digit & (same_color | ~colored[None]))
+
+
+def contrastive_loss(logits: Tensor, true: Tensor) -> Tensor:
+    """Mean of the cross-entropies of images over captions and of captions over images, all true ones being equal.
+
+    Args:
+        logits: [images, captions].
+        true: bool, likewise.
+    """
+    return (
+        sum(functional.cross_entropy(x, t / t.sum(1, keepdim=True)) for x, t in ((logits, true), (logits.T, true.T)))
+        / 2
+    )
+
+
+def train(model: CLIPModel, schedule: Schedule, seed: int, progress: bool = True) -> None:
+    """All steps, with a warm-up and a cosine decay of the learning rate."""
+    rng, maker = np.random.default_rng(seed), DigitImageMaker("train")
+    tokenizer, image_processor = make_tokenizer(), make_image_processor()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), schedule.learning_rate, betas=(0.9, 0.98), weight_decay=schedule.weight_decay
+    )
+    model.train()
+    for step in tqdm(range(schedule.steps), desc="digits CLIP", disable=not progress):
+        rate = min(1, (step + 1) / schedule.warmup_steps) * (1 + math.cos(math.pi * step / schedule.steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.learning_rate * rate
+        drawn = maker.make(rng.integers(maker.num_pictures, size=schedule.batch), rng)
+        texts, true = make_captions(drawn, rng)
+        inputs = dict(tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False))
+        inputs["pixel_values"] = image_processor(list(drawn.images), return_tensors="pt")["pixel_values"]
+        loss = contrastive_loss(model(**inputs).logits_per_image, true)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=LARGEST_LOGIT_SCALE)
+    model.eval()
+
+
+def pretrain(folder: str | Path, seed: int = 0, schedule: Schedule = Schedule(), progress: bool = True) -> None:
+    """Trains a new model and writes it, its tokenizer and its image processor to `folder`."""
+    torch.manual_seed(seed)
+    model = CLIPModel(clip_config())
+    train(model, schedule, seed, progress)
+    for part in (make_tokenizer(), make_image_processor(), model):
+        part.save_pretrained(folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Pre-trains a small CLIP on digits.")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=Schedule.steps)
+    parser.add_argument("--no-progress", action="store_true", help="no progress bars")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # more are slower on matrices this small, and would change the result
+    pretrain(options.output, options.seed, Schedule(steps=options.steps), progress=not options.no_progress)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""CLIP image classification: folders, draws, the zero-shot head, training with APT, metrics, and what bad input says."""
+
+import copy
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPModel, Trainer, TrainingArguments
+
+import petl_ext
+from petl_ext.tasks import image_classification as ic
+from petl_ext.tasks.digits_images import CLASSES, write_digit_images
+from petl_ext.tasks.pretrain_digits_clip import (
+    Schedule,
+    clip_config,
+    contrastive_loss,
+    make_image_processor,
+    make_tokenizer,
+    pretrain,
+)
+
+PROMPTS = ic.class_prompts(CLASSES)
+BASE, NEW = ic.base_and_new(CLASSES)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices this small are slower on several threads, much slower where other processes use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_digit_images(tmp_path_factory.mktemp("digits") / "val", "val", progress=False)
+
+
+@pytest.fixture(scope="module")
+def images(folder):
+    return ic.read_image_folder(folder)
+
+
+def make_clip():
+    torch.manual_seed(0)
+    return CLIPModel(clip_config()).eval()
+
+
+def make_classifier(clip):
+    return ic.CLIPClassifier(clip, make_tokenizer(), PROMPTS)
+
+
+def dataset(images, classes=tuple(PROMPTS), **changes):
+    return ic.ImageClassificationDataset(images, classes, make_image_processor(), **changes)
+
+
+def pixels(images, count=4):
+    data = dataset(images[:: len(images) // count][:count])
+    return torch.stack([data[index]["pixel_values"] for index in range(count)])
+
+
+def empty_folder(tmp_path, *files):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    return tmp_path
+
+
+def test_a_folder_is_read_class_by_class(tmp_path):
+    files = ("tree_frog/b.JPG", "tree_frog/more/a.png", "tree_frog/notes.txt", "cat/c.webp", ".cache/d.jpg", "e.jpg")
+    images = ic.read_image_folder(empty_folder(tmp_path, *files))
+    assert [(str(image.path.relative_to(tmp_path)), image.class_name) for image in images] == [
+        ("cat/c.webp", "cat"),
+        ("tree_frog/b.JPG", "tree_frog"),
+        ("tree_frog/more/a.png", "tree_frog"),
+    ]
+
+
+def test_digits_are_written_as_a_folder(folder, images, tmp_path):
+    assert {image.class_name for image in images} == set(CLASSES) and len(images) == 300
+    assert Image.open(images[0].path).size == (16, 16)
+    again = write_digit_images(tmp_path / "again", "val", progress=False)
+    assert all((again / image.path.relative_to(folder)).read_bytes() == image.path.read_bytes() for image in images)
+    ground = write_digit_images(tmp_path / "ground", "val", "ground", copies=2, progress=False)
+    assert len(ic.read_image_folder(ground)) == 600
+    with pytest.raises(FileExistsError, match="ground"):
+        write_digit_images(ground, "val")
+    with pytest.raises(ValueError, match=r"expected one of \['ground', 'plain'\], got 'negative'"):
+        write_digit_images(tmp_path / "new", "val", "negative")
+
+
+def test_shots_are_seeded_nested_and_apart_from_the_rest(images):
+    draws = {shots: ic.draw_shots(images, shots, seed=1) for shots in (1, 2, 16)}
+    for shots, draw in draws.items():
+        assert [image.class_name for image in draw.shots] == [name for name in sorted(CLASSES) for _ in range(shots)]
+        assert len(draw.rest) == len(images) - 10 * shots
+        assert set(draw.shots) | set(draw.rest) == set(images)
+    assert set(draws[1].shots) < set(draws[2].shots) < set(draws[16].shots)
+    assert ic.draw_shots(reversed(images), 2, seed=1) == draws[2]
+    assert ic.draw_shots(images, 2, seed=2) != draws[2]
+    of_base = ic.draw_shots(ic.images_of(images, BASE), 2, seed=1)
+    assert of_base.shots == ic.images_of(draws[2].shots, BASE)
+
+
+def test_base_and_new_are_the_halves_of_the_sorted_classes():
+    assert BASE == ("eight", "five", "four", "nine", "one") and NEW == ("seven", "six", "three", "two", "zero")
+    assert ic.base_and_new("edcbaa") == (("a", "b", "c"), ("d", "e"))
+    with pytest.raises(ValueError, match=r"expected at least 4, .* got \['a', 'b', 'c'\]"):
+        ic.base_and_new("abc")
+
+
+def test_prompts_name_the_classes():
+    assert ic.class_prompts(["tree_frog", "cat"]) == {
+        "cat": "a photo of a cat.",
+        "tree_frog": "a photo of a tree frog.",
+    }
+    assert ic.class_prompts(["n01"], "{}, a fish", {"n01": "tench", "n02": "goldfish"}) == {"n01": "tench, a fish"}
+    with pytest.raises(ValueError, match=r"names: expected one for each of 2 classes, got none for \['n02'\]"):
+        ic.class_prompts(["n01", "n02"], names={"n01": "tench"})
+    with pytest.raises(ValueError, match="template: expected a text with one {}"):
+        ic.class_prompts(["cat"], "a photo")
+
+
+def test_zero_shot_logits_are_those_of_clip(images):
+    clip, shown = make_clip(), pixels(images)
+    tokens = make_tokenizer()(list(PROMPTS.values()), padding=True, return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        expected = clip(**tokens, pixel_values=shown).logits_per_image
+        torch.testing.assert_close(make_classifier(clip)(shown).logits, expected, rtol=1e-5, atol=1e-5)
+        some = make_classifier(clip)
+        some.set_classes(NEW)
+        columns = [list(PROMPTS).index(name) for name in NEW]
+        torch.testing.assert_close(some(shown).logits, expected[:, columns], rtol=1e-5, atol=1e-5)
+
+
+def count_text_passes(clip):
+    passes = []
+    clip.text_model.register_forward_hook(lambda *_: passes.append(1))
+    return passes
+
+
+def test_features_of_the_prompts_are_computed_no_more_often_than_they_change(images):
+    clip, shown = make_clip(), pixels(images)
+    apt = petl_ext.attach(clip, petl_ext.APTConfig(num_prompts=3, sites=[r"vision_model\..*self_attn"]))
+    classifier, passes = make_classifier(clip), count_text_passes(clip)
+    with torch.inference_mode():
+        classifier(shown)
+    classifier.train()(shown, torch.zeros(4, dtype=torch.long)).loss.backward()
+    assert len(passes) == 1  # and the backward found no tensor of inference mode
+    classifier.set_classes(NEW)
+    classifier(shown)
+    assert len(passes) == 2
+    with torch.no_grad():
+        clip.text_projection.weight.mul_(2)
+    classifier(shown)
+    assert len(passes) == 3
+    with apt.disable():
+        classifier(shown)
+    assert len(passes) == 3  # nothing in the text encoder was disabled
+
+
+def test_features_of_prompts_with_apt_follow_it(images):
+    clip, shown = make_clip(), pixels(images)
+    classifier = make_classifier(clip)
+    with torch.no_grad():
+        backbone = classifier(shown).logits
+    apt = petl_ext.attach(clip, petl_ext.APTConfig(num_prompts=3, sites=[r"text_model\..*self_attn"]))
+    passes = count_text_passes(clip)
+    for _ in range(2):
+        classifier(shown, torch.zeros(4, dtype=torch.long)).loss.backward()
+    assert len(passes) == 2 and all(weight.grad is not None for weight in apt.parameters())
+    with torch.no_grad():
+        attached = [classifier(shown).logits for _ in range(2)]
+        assert len(passes) == 3 and not torch.equal(attached[0], backbone)
+        with apt.disable():
+            assert torch.equal(classifier(shown).logits, backbone)
+        assert torch.equal(classifier(shown).logits, attached[1])
+        next(apt.parameters()).add_(1)
+        assert not torch.equal(classifier(shown).logits, attached[1])
+        twin = copy.deepcopy(classifier)
+        assert torch.equal(twin(shown).logits, classifier(shown).logits)
+        assert twin.text_features() is not classifier.text_features()
+
+
+def train(classifier, images, output, steps):
+    arguments = TrainingArguments(
+        output, max_steps=steps, learning_rate=5e-3, report_to="none", disable_tqdm=True, save_strategy="no", seed=0
+    )
+    data = dataset(images, classifier.classes, cache_images=True)
+    trainer = Trainer(classifier, arguments, train_dataset=data, eval_dataset=data, compute_metrics=ic.compute_metrics)
+    before = trainer.evaluate()
+    trainer.train()
+    return before, trainer.evaluate()
+
+
+def test_training_on_base_classes_leaves_the_new_ones_to_the_prompts(images, tmp_path):
+    clip = make_clip()
+    weights = {name: weight.clone() for name, weight in clip.state_dict().items()}
+    apt = petl_ext.attach(clip, petl_ext.APTConfig(num_prompts=8))
+    classifier = make_classifier(clip)
+    classifier.set_classes(BASE)
+    shots = ic.draw_shots(ic.images_of(images, BASE), 2, seed=0).shots
+    before, after = train(classifier, shots, tmp_path / "trainer", steps=30)
+    assert after["eval_loss"] < before["eval_loss"] / 2 and after["eval_accuracy"] > before["eval_accuracy"]
+    assert all(torch.equal(clip.state_dict()[name], weight) for name, weight in weights.items())
+    shown, classifier = pixels(images), classifier.eval()
+    classifier.set_classes(NEW)
+    with torch.no_grad():
+        trained = classifier(shown).logits
+        with apt.disable():
+            assert not torch.equal(classifier(shown).logits, trained)
+        apt.save(tmp_path / "apt")
+        fresh = make_clip()
+        petl_ext.load(fresh, tmp_path / "apt")
+        classifier = make_classifier(fresh)
+        classifier.set_classes(NEW)
+        assert torch.equal(classifier(shown).logits, trained)
+
+
+def test_accuracy_by_class_and_harmonic_mean():
+    logits, labels = torch.eye(3)[[0, 1, 1, 2]], torch.tensor([0, 1, 0, 2])
+    assert ic.accuracy_by_class(logits, labels, ("a", "b", "c")) == {"a": 0.5, "b": 1.0, "c": 1.0}
+    assert ic.accuracy_by_class(logits[:2], labels[:2], ("a", "b", "c")) == {"a": 1.0, "b": 1.0}
+    assert ic.harmonic_mean(0.8247, 0.7407) == pytest.approx(2 / (1 / 0.8247 + 1 / 0.7407))
+    assert ic.harmonic_mean(0.0, 0.0) == ic.harmonic_mean(0.5, 0.0) == 0
+    with pytest.raises(ValueError, match=r"logits: expected shape \[n, 2\], got \[4, 3\]"):
+        ic.accuracy_by_class(logits, labels, ("a", "b"))
+    with pytest.raises(ValueError, match="labels: expected 4, one per row of logits, got 2"):
+        ic.accuracy_by_class(logits, labels[:2], ("a", "b", "c"))
+
+
+def test_a_folder_without_classes_or_images_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: expected a folder of one folder per class"):
+        ic.read_image_folder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="expected one folder per class, got none"):
+        ic.read_image_folder(empty_folder(tmp_path, "a.jpg"))
+    with pytest.raises(ValueError, match=r"dog: expected images of the class .*, got none"):
+        ic.read_image_folder(empty_folder(tmp_path, "cat/a.jpg", "dog/a.txt"))
+
+
+def test_images_that_do_not_fit_are_refused(images, tmp_path):
+    with pytest.raises(ValueError, match="class 'eight': expected at least 31 images for 31 shots, got 30"):
+        ic.draw_shots(images, 31, seed=0)
+    with pytest.raises(ValueError, match="shots: expected at least 1, got 0"):
+        ic.draw_shots(images, 0, seed=0)
+    with pytest.raises(ValueError, match=r"expected images of each, got none of \['ten'\]"):
+        ic.images_of(images, ["one", "ten"])
+    with pytest.raises(ValueError, match=r"expected one of the 2 classes one, two, got 'eight'"):
+        dataset(images, ["one", "two"])
+    with pytest.raises(ValueError, match="images: expected at least one"):
+        dataset([])
+    unreadable = ic.read_image_folder(empty_folder(tmp_path, "one/broken.png"))
+    with pytest.raises(ValueError, match=r"broken.png: expected an image \(class 'one'\)"):
+        dataset(unreadable)[0]
+
+
+def test_classes_that_cannot_be_told_apart_are_refused():
+    classifier = make_classifier(make_clip())
+    with pytest.raises(ValueError, match=r"expected some of .*, which have prompts, got \['ten'\]"):
+        classifier.set_classes(["one", "ten"])
+    for classes in (["one"], ["one", "one"]):
+        with pytest.raises(ValueError, match="expected at least two different ones, got"):
+            classifier.set_classes(classes)
+    assert classifier.classes == tuple(PROMPTS)
+    with pytest.raises(ValueError, match="prompts: expected at most 16 tokens, got 19 in 'photo"):
+        ic.CLIPClassifier(make_clip(), make_tokenizer(), {"a": "a", "b": "photo " * 17})
+
+
+def test_a_caption_may_be_true_of_several_images():
+    logits, true = torch.randn(2, 3, dtype=torch.double), torch.tensor([[True, True, False], [False, True, True]])
+    per_image = -(logits.log_softmax(1) * true / 2).sum(1)
+    per_caption = -(logits.log_softmax(0) * true / true.sum(0)).sum(0)
+    torch.testing.assert_close(contrastive_loss(logits, true), (per_image.mean() + per_caption.mean()) / 2)
+
+
+def test_a_pretrained_folder_loads(tmp_path):
+    pretrain(tmp_path / "clip", schedule=Schedule(steps=2, batch=8), progress=False)
+    assert CLIPModel.from_pretrained(tmp_path / "clip").logit_scale < 4.7
