@@ -1,7 +1,7 @@
 """Handwritten digits as an image folder, one digit per image: `<folder>/seven/0123_0.png`.
 
 The pictures are scikit-learn's, split as in digits.py. In the domain "plain" a digit has a color and stands on black; in
-the domain "ground" it stands on a darker color, which may be its own.
+"ground" it stands on a darker color, which may be its own.
 """
 
 import tempfile

@@ -3,9 +3,9 @@
     image folder   <folder>/<class>/<anything>.jpg, as torchvision's ImageFolder has it
     prompts        one text per class, "a photo of a {}.": their features are the classifier's weights
 
-k shots are k training images of every class (CoOp, arXiv 2109.01134). Generalisation to new classes is trained on the
-first half of the sorted classes, the base, and tested on either half among its own classes; the harmonic mean of the two
-accuracies says whether both are good (CoCoOp, arXiv 2203.05557).
+k shots are k training images of every class (CoOp, arXiv 2109.01134). For generalisation to new classes a model is
+trained on the first half of the sorted classes, the base, and tested on either half among its own classes; the harmonic
+mean of the two accuracies says whether both are good (CoCoOp, arXiv 2203.05557).
 """
 
 import os
@@ -216,9 +216,9 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
 class CLIPClassifier(nn.Module):
     """CLIP with the features of class prompts as its classifier: zero-shot as it is, few-shot after `attach` to `clip`.
 
-    Logits are CLIP's own: exp(logit_scale) times the cosines of an image's features and each prompt's. Prompts' features
-    are computed again in every training step if the text encoder has parameters that train; otherwise once, until a
-    weight of it changes or layers are put into it, disabled or taken out.
+    Logits are CLIP's own: exp(logit_scale) times the cosines of an image's features and each prompt's. The prompts'
+    features are computed again in every training step if the text encoder has parameters that train; otherwise once,
+    until a weight of it changes or layers are put into it, disabled or taken out.
 
     Attach to `clip` rather than to the classifier: what `Attachment.save` writes then fits any CLIPModel.
 
@@ -262,7 +262,10 @@ class CLIPClassifier(nn.Module):
         self.classes = classes
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
-        """`pixel_values` [batch, 3, height, width], `labels` [batch] to `logits` [batch, classes] and, with labels, loss."""
+        """`logits` [batch, classes] of `pixel_values` [batch, 3, height, width]; with `labels` [batch] also `loss`.
+
+        The loss is the cross-entropy.
+        """
         images = functional.normalize(self.clip.get_image_features(pixel_values).pooler_output, dim=-1)
         logits = self.clip.logit_scale.exp() * images @ self.text_features().T
         return ImageClassifierOutput(loss=None if labels is None else label_loss(logits, labels), logits=logits)

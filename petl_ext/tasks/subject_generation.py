@@ -88,10 +88,11 @@ def encode_images(pipeline: Any, images: Tensor, prompt: str) -> EncodedImages:
 
 
 class SubjectDataset(torch.utils.data.Dataset):
-    """The subject's images and, for prior preservation, beside each one of its class; the default collator batches them.
+    """The subject's images and, for prior preservation, beside each one of its class; torch's default collator batches
+    them.
 
-    An item is a dict of float32 tensors: `latents` [images, channels, height, width], drawn anew, and `prompts` [images,
-    tokens, dim]; there are two images, the second of the class, or one.
+    An item is a dict of float32 tensors: `latents` [1 or 2, channels, height, width], drawn anew, and `prompts` [1 or 2,
+    tokens, dim], first the subject's and then the class's.
 
     Args:
         subject: of `encode_images`.
