@@ -50,6 +50,18 @@ def test_keys_are_cached_in_eval_until_a_parameter_changes():
     assert layer.keys() is not in_inference and layer.keys().requires_grad
 
 
+def test_keys_follow_a_fused_optimizer_in_eval_mode():
+    layer = APTLayer(8, num_prompts=4, rank=2).eval()
+    optimizer = torch.optim.AdamW(layer.parameters(), 0.1, fused=True)  # changes weights, but not their versions
+    x, y = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        layer(x, y)
+    layer(x, y).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert torch.equal(layer.keys(), layer._compute_keys())
+
+
 def test_cached_keys_are_never_those_of_other_tensors():
     """A freed tensor's address comes back: neither it nor an id tells two tensors apart."""
     layer = APTLayer(64, num_prompts=10).eval()

@@ -65,7 +65,10 @@ class APTLayer(nn.Module):
         They do not depend on the input. In eval mode without gradients they are kept until a parameter changes;
         a change through `parameter.data` is noticed only after `train()`, `eval()` or a move of the module.
         """
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return self._compute_keys()
+        if self.training or torch.is_grad_enabled():
+            self._cached_keys = None  # a fused optimizer's step, which may follow, leaves the versions as they are
             return self._compute_keys()
         sources = (self.prompts, self.down, self.up)
         # The tensors themselves are kept: an address or an id may come back for another tensor.
