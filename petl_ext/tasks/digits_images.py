@@ -1,7 +1,7 @@
 """Handwritten digits as an image folder, one digit per image: `<folder>/seven/0123_0.png`.
 
-The pictures are scikit-learn's, split as in digits.py. In the domain "plain" a digit has a color and stands on black; in
-"ground" it stands on a darker color, which may be its own.
+The pictures are scikit-learn's, split as in digits.py. In the domain "plain" a digit has a color and stands on black,
+in "ground" on a darker color, which may be its own.
 """
 
 import tempfile

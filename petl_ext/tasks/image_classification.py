@@ -273,6 +273,7 @@ class CLIPClassifier(nn.Module):
     def text_features(self) -> Tensor:
         """The prompts' features, each of length 1: [classes, projection]."""
         if self._text_varies() or torch.compiler.is_compiling():
+            self._kept = None  # a fused optimizer's step, which may follow, leaves the weights' version as it was
             return self._compute_text_features()
         state = self._text_state()
         if self._kept is None or not _same(self._kept[0], state):
@@ -302,6 +303,11 @@ class CLIPClassifier(nn.Module):
         weights = [weight for part in self._text_parts() for weight in part.parameters()]
         # The tensors themselves are kept: an address may come back for another tensor.
         return (asked, modules), [(w, w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+
+    def train(self, mode: bool = True) -> "CLIPClassifier":
+        if mode != self.training:
+            self._kept = None
+        return super().train(mode)
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_kept": None}

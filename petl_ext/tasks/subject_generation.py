@@ -91,8 +91,8 @@ class SubjectDataset(torch.utils.data.Dataset):
     """The subject's images and, for prior preservation, beside each one of its class; torch's default collator batches
     them.
 
-    An item is a dict of float32 tensors: `latents` [1 or 2, channels, height, width], drawn anew, and `prompts` [1 or 2,
-    tokens, dim], first the subject's and then the class's.
+    An item is a dict of float32 tensors, first the subject's and then the class's: `latents` [1 or 2, channels, height,
+    width], drawn anew, and `prompts` [1 or 2, tokens, dim].
 
     Args:
         subject: of `encode_images`.
