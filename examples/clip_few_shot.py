@@ -156,9 +156,10 @@ def _make_digits(options):
     torch.set_num_threads(1)  # more are slower on matrices this small, and would change the result
     folder = options.output / "digits"
     options.model, options.images, options.test_images = folder / "clip", folder / "val", folder / "test"
-    if not folder.exists():
-        write_digit_images(options.images, "val", "ground", progress=False)
-        write_digit_images(options.test_images, "test", "ground", copies=4, progress=False)
+    for images, copies in ((options.images, 1), (options.test_images, 4)):
+        if not images.exists():
+            write_digit_images(images, images.name, "ground", copies, progress=False)
+    if not options.model.exists():
         pretrain(options.model, schedule=Schedule(steps=options.pretraining_steps))
 
 
