@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 import petl_ext
 from petl_ext.tasks import image_classification as tasks
@@ -100,9 +108,11 @@ class Experiment:
             logging_strategy="no",
             disable_tqdm=True,
         )
-        return Trainer(
+        trainer = Trainer(
             self.classifier, arguments, train_dataset=data, eval_dataset=data, compute_metrics=tasks.compute_metrics
         )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
 
 def measure(experiment):
@@ -114,7 +124,7 @@ def measure(experiment):
 
     def add(shots, seed, accuracies):
         results.extend({"shots": shots, "seed": seed, "classes": of, "accuracy": it} for of, it in accuracies.items())
-        print(results[-len(accuracies) :], flush=True)
+        print(f"seed {seed}, {shots} shots:", *(f"{of} {it:.1%}" for of, it in accuracies.items()), flush=True)
 
     for seed in options.seeds:
         parts = {"all": everything, **halves}
