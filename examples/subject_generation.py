@@ -3,12 +3,13 @@
     python examples/subject_generation.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --images dog \\
         --prompt "a photo of sks dog" --sample-prompt "sks dog swimming" --mixed-precision fp16
 
---class-prompt "a photo of a dog" adds prior preservation, on images that the pipeline makes before training unless
---class-images has enough of them. --output gets samples.png, whose rows are made of the same noise before and after,
+--class-prompt "a photo of a dog" adds prior preservation, on images that the pipeline makes before training where there
+are no --class-images. --output gets samples.png, whose rows are made of the same noise before and after,
 and apt, a folder that `petl_ext.load(pipeline.unet, folder)` reads and --start-from goes on from.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import torch
@@ -53,19 +54,19 @@ def make_data(pipeline, options):
     subject = encode_images(pipeline, read_images(options.images, size), options.prompt)
     if not options.class_prompt:
         return SubjectDataset(subject)
-    folder = options.class_images or options.output / "class"
-    make_class_images(pipeline, folder, size, options)
+    folder = options.class_images or make_class_images(pipeline, size, options)
     return SubjectDataset(subject, encode_images(pipeline, read_images(folder, size), options.class_prompt))
 
 
-def make_class_images(pipeline, folder, size, options):
-    """Images of the class by the pipeline itself, as many as `folder` lacks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    present = len(list(folder.iterdir()))
-    for index in tqdm(range(present, options.num_class_images), desc="class images", disable=options.quiet):
-        seed = torch.Generator().manual_seed(index)
-        images = pipeline(options.class_prompt, size, size, options.sample_steps, generator=seed).images
-        images[0].save(folder / f"{index:04d}.png")
+def make_class_images(pipeline, size, options):
+    """The folder of the class's images by the pipeline itself; those of an earlier run are not made again."""
+    folder = options.output / re.sub(r"\W+", "-", options.class_prompt)
+    folder.mkdir(exist_ok=True)
+    for index in tqdm(range(options.num_class_images), desc="class images", disable=options.quiet):
+        path, seed = folder / f"{index:04d}.png", torch.Generator().manual_seed(index)
+        if not path.exists():
+            pipeline(options.class_prompt, size, size, options.sample_steps, generator=seed).images[0].save(path)
+    return folder
 
 
 def train(unet, attachment, scheduler, data, accelerator, options):
@@ -106,8 +107,8 @@ def parse(arguments=None):
     parser.add_argument("--images", type=Path, required=True, help="folder of the subject's images, three to five")
     parser.add_argument("--prompt", required=True, help='names the subject by a rare word: "a photo of sks dog"')
     parser.add_argument("--class-prompt", help='"a photo of a dog": preserve what the model knows of the class')
-    parser.add_argument("--class-images", type=Path, help="folder of the class's images")
-    parser.add_argument("--num-class-images", type=int, default=200)
+    parser.add_argument("--class-images", type=Path, help="folder of the class's images; default: makes them")
+    parser.add_argument("--num-class-images", type=int, default=200, help="how many to make")
     parser.add_argument("--prior-weight", type=float, default=1.0)
     parser.add_argument("--resolution", type=int, help="default: the model's own")
     parser.add_argument("--num-prompts", type=int, default=200)

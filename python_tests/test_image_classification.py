@@ -1,9 +1,11 @@
 """CLIP image classification: folders, draws, zero-shot head, training with APT, metrics, and what bad input says."""
 
 import copy
+import json
 
 import pytest
 import torch
+from example_scripts import load_example
 from PIL import Image
 from transformers import CLIPModel, Trainer, TrainingArguments
 
@@ -299,3 +301,35 @@ def test_a_caption_may_be_true_of_several_images():
 def test_a_pretrained_folder_loads(tmp_path):
     pretrain(tmp_path / "clip", schedule=Schedule(steps=2, batch=8), progress=False)
     assert CLIPModel.from_pretrained(tmp_path / "clip").logit_scale < 4.7
+
+
+def test_the_example_measures_every_protocol(folder, tmp_path, capsys):
+    example, fast = load_example("clip_few_shot"), ["--steps", "2", "--num-prompts", "4", "--seeds", "1"]
+    example.main(
+        ["--digits", "--pretraining-steps", "2", "--shots", "1", "2", *fast, "--output", str(tmp_path / "out")]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("|")][2:] == ["zero-shot", "1", "2"]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results) == 3 + 2 + 2
+    clip = CLIPModel.from_pretrained(tmp_path / "out" / "digits" / "clip")
+    apt = petl_ext.load(clip, tmp_path / "out" / "2-shots-of-5-classes-seed-1")
+    assert apt.config.num_prompts == 4
+
+    own = ["--model", str(tmp_path / "out" / "digits" / "clip"), "--images", str(folder), "--train", "projections"]
+    example.main([*own, "--shots", "20", *fast, "--output", str(tmp_path / "own")])
+    assert "| 20 |" in capsys.readouterr().out
+
+
+def test_the_table_of_the_example():
+    example = load_example("clip_few_shot")
+    accuracies = {(0, "all"): (0.5, 0.5), (4, "all"): (0.6, 0.8), (4, "base"): (0.5, 0.5), (4, "new"): (0.25, 0.5)}
+    results = [
+        {"shots": shots, "seed": seed, "classes": of, "accuracy": accuracy}
+        for (shots, of), both in accuracies.items()
+        for seed, accuracy in enumerate(both)
+    ]
+    assert example.table(results).splitlines()[2:] == [
+        "| zero-shot | 50.0% |  |  |  |",
+        "| 4 | 70.0% ± 14.1% | 50.0% | 37.5% ± 17.7% | 41.7% ± 11.8% |",
+    ]

@@ -1,18 +1,15 @@
 """Subject-driven generation: images, their encoding, the loss, and the example from images to a grid."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import tiny_stable_diffusion as tiny
 import torch
 from accelerate.state import AcceleratorState
+from example_scripts import load_example
 from PIL import Image
 
 import petl_ext
 from petl_ext.tasks import subject_generation as sg
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "subject_generation.py"
 LATENT = tiny.SIZE // tiny.FACTOR
 
 
@@ -145,11 +142,8 @@ def test_what_the_loss_cannot_be_made_of_is_refused(tokenizer):
 
 @pytest.fixture
 def example():
-    spec = importlib.util.spec_from_file_location("subject_generation_example", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     AcceleratorState._reset_state(reset_partial_state=True)  # one precision per process, says accelerate
-    yield module
+    yield load_example("subject_generation")
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -193,7 +187,7 @@ def test_the_example_preserves_the_class_and_goes_on(example, saved_pipeline, im
     steps = ("--steps", "2", "--mixed-precision", "bf16", "--gradient-accumulation", "2", "--gradient-checkpointing")
     prior = ("--class-prompt", "a dog", "--num-class-images", "3")
     assert len(example.main(arguments(saved_pipeline, images, *steps, *prior))) == 2
-    assert len(list((images.parent / "out" / "class").iterdir())) == 3
+    assert len(list((images.parent / "out" / "a-dog").iterdir())) == 3
     AcceleratorState._reset_state(reset_partial_state=True)
     folder = images.parent / "out" / "apt"
     assert len(example.main(arguments(saved_pipeline, images, *steps, "--start-from", str(folder)))) == 2
