@@ -4,11 +4,12 @@
     python examples/clip_few_shot.py --model openai/clip-vit-base-patch16 --images photos --test-images more_photos
 
 An image folder has one folder per class. Without --test-images, a seed's runs are all tested on what its largest draw
-has left. Every run begins with the same backbone: `detach` gives it back exactly. --output gets results.json and, for
-every run, a folder that `petl_ext.load` reads.
+has left. Every run begins with the same weights. --output gets results.json and, for every run, a folder that
+`petl_ext.load` reads.
 """
 
 import argparse
+import copy
 import json
 import statistics
 from collections import defaultdict
@@ -56,6 +57,9 @@ class Experiment:
         clip = CLIPModel.from_pretrained(options.model)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         prompts = tasks.class_prompts((image.class_name for image in images), options.template)
+        unknown = {image.class_name for image in test_images or images} - prompts.keys()
+        if unknown:
+            raise ValueError(f"{options.test_images}: expected the classes of {options.images}, got {sorted(unknown)}")
         image_processor = AutoImageProcessor.from_pretrained(options.model)
         return cls(tasks.CLIPClassifier(clip, tokenizer, prompts), image_processor, images, test_images, options)
 
@@ -68,32 +72,30 @@ class Experiment:
     def run(self, shots, seed, classes, tested):
         """Trains on `shots` images of each of `classes`; the accuracies on all lists of classes in `tested`."""
         drawn = tasks.draw_shots(tasks.images_of(self.images, classes), shots, seed).shots
-        self.classifier.set_classes(classes)
+        classifier = copy.deepcopy(self.classifier)
+        classifier.set_classes(classes)
         set_seed(seed)  # of the new layers
-        attachment = self._attach()
-        self._trainer(drawn, seed).train()
+        attachment = self._attach(classifier.clip)
+        self._trainer(classifier, drawn, seed, cache_images=True).train()
         attachment.save(self.options.output / f"{shots}-shots-of-{len(classes)}-classes-seed-{seed}")
-        scores = [self.accuracy(of, seed) for of in tested]
-        attachment.detach()
-        return scores
+        return [self.accuracy(classifier, of, seed) for of in tested]
 
-    def accuracy(self, classes, seed):
+    def accuracy(self, classifier, classes, seed):
         """Share of the test images of `classes` that are recognised among these."""
-        self.classifier.set_classes(classes)
-        return self._trainer(tasks.images_of(self.tested(seed), classes), seed).evaluate()["eval_accuracy"]
+        classifier.set_classes(classes)
+        images = tasks.images_of(self.tested(seed), classes)
+        return self._trainer(classifier, images, seed, cache_images=False).evaluate()["eval_accuracy"]
 
-    def _attach(self):
+    def _attach(self, clip):
         options = self.options
-        sites = APT_SITES.get(options.train)
         if options.train == "projections":
-            config, keep = petl_ext.ClassifierOnlyConfig(), ["visual_projection", "text_projection"]
-        else:
-            config, keep = petl_ext.APTConfig(options.num_prompts, options.rank, sites=sites), []
-        return petl_ext.attach(self.classifier.clip, config, keep)
+            return petl_ext.attach(clip, petl_ext.ClassifierOnlyConfig(), ["visual_projection", "text_projection"])
+        config = petl_ext.APTConfig(options.num_prompts, options.rank, sites=APT_SITES[options.train])
+        return petl_ext.attach(clip, config)
 
-    def _trainer(self, images, seed):
-        options, classes = self.options, self.classifier.classes
-        data = tasks.ImageClassificationDataset(images, classes, self.image_processor, cache_images=True)
+    def _trainer(self, classifier, images, seed, cache_images):
+        options = self.options
+        data = tasks.ImageClassificationDataset(images, classifier.classes, self.image_processor, cache_images)
         arguments = TrainingArguments(
             options.output / "trainer",
             max_steps=options.steps,
@@ -104,12 +106,14 @@ class Experiment:
             weight_decay=0.01,
             seed=seed,
             report_to="none",
+            dataloader_num_workers=options.workers,
+            dataloader_pin_memory=torch.cuda.is_available(),
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
         )
         trainer = Trainer(
-            self.classifier, arguments, train_dataset=data, eval_dataset=data, compute_metrics=tasks.compute_metrics
+            classifier, arguments, train_dataset=data, eval_dataset=data, compute_metrics=tasks.compute_metrics
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -128,7 +132,7 @@ def measure(experiment):
 
     for seed in options.seeds:
         parts = {"all": everything, **halves}
-        add(0, seed, {of: experiment.accuracy(classes, seed) for of, classes in parts.items()})
+        add(0, seed, {of: experiment.accuracy(experiment.classifier, classes, seed) for of, classes in parts.items()})
         for shots in options.shots:
             add(shots, seed, {"all": experiment.run(shots, seed, everything, [everything])[0]})
         most = max(options.shots)
@@ -189,6 +193,7 @@ def parse(arguments=None):
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--pretraining-steps", type=int, default=1500, help="of the CLIP for --digits")
     parser.add_argument("--output", type=Path, default=Path("clip_few_shot_out"))
     options = parser.parse_args(arguments)

@@ -319,6 +319,9 @@ def test_the_example_measures_every_protocol(folder, tmp_path, capsys):
     own = ["--model", str(tmp_path / "out" / "digits" / "clip"), "--images", str(folder), "--train", "projections"]
     example.main([*own, "--shots", "20", *fast, "--output", str(tmp_path / "own")])
     assert "| 20 |" in capsys.readouterr().out
+    tested = empty_folder(tmp_path / "tested", "ten/a.png")
+    with pytest.raises(ValueError, match=r"tested: expected the classes of .*, got \['ten'\]"):
+        example.main([*own, "--test-images", str(tested)])
 
 
 def test_the_table_of_the_example():
