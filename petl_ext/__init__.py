@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 # They need more than torch.
-_ON_DEMAND = ("hf", "models")
+_ON_DEMAND = ("hf", "models", "peft")
 
 
 def __getattr__(name):

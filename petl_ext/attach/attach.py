@@ -58,7 +58,7 @@ def attach(model, config, keep=()):
     with torch.inference_mode(False):
         layers = {place: place.site_class.new_layer(config, model, place) for place in places}
     kind = SkippingAttachment if isinstance(config, DASConfig) else Attachment
-    with _unchanged_on_error(model):
+    with unchanged_on_error(model):
         return kind(model, config, keep, kept, layers)
 
 
@@ -84,14 +84,14 @@ def load(model, folder):
     if attachment is not None:
         attachment._take_over(saved, folder)
         return attachment
-    with _unchanged_on_error(model):
+    with unchanged_on_error(model):
         attachment = attach(model, saved.config, saved.keep)
         attachment._fill(saved.tensors, folder)
     return attachment
 
 
 @contextmanager
-def _unchanged_on_error(model):
+def unchanged_on_error(model):
     """Puts back all modules' classes, attributes and children, and requires_grad. What tensors hold is not kept."""
     modules = [
         (module, type(module), dict(vars(module)), [(v, dict(v)) for v in vars(module).values() if type(v) is dict])

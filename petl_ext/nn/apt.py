@@ -9,6 +9,20 @@ from petl_ext.ops.apt import apt, apt_reference
 INITIAL_STD = 0.02
 
 
+def apt_keys(prompts, down, up):
+    """prompts + (prompts down^T) up^T, [P, D], in float32 or wider: rounded keys flip the ReLU's mask."""
+    with torch.autocast(prompts.device.type, enabled=False):
+        wide = torch.promote_types(prompts.dtype, torch.float32)
+        prompts, down, up = (t.to(wide) for t in (prompts, down, up))
+        return prompts + F.linear(F.linear(prompts, down), up)
+
+
+def apt_output(x, y, prompts, keys, log_scale, activation, dropout):
+    """`ops.apt`, or with a dropout above 0 its reference: the fused kernel has no dropout."""
+    tensors = (x, y, prompts, keys, log_scale)
+    return apt_reference(*tensors, activation, dropout) if dropout > 0 else apt(*tensors, activation)
+
+
 def _same(before, now):
     return all(a is b and old == new for (a, *old), (b, *new) in zip(before, now, strict=True))
 
@@ -60,7 +74,7 @@ class APTLayer(nn.Module):
         nn.init.zeros_(self.log_scale)
 
     def keys(self):
-        """prompts + (prompts down^T) up^T, [P, D], in float32 or wider: rounded keys flip the ReLU's mask.
+        """`apt_keys` of the layer's parameters, [P, D], in float32 or wider.
 
         They do not depend on the input. In eval mode without gradients they are kept until a parameter changes;
         a change through `parameter.data` is noticed only after `train()`, `eval()` or a move of the module.
@@ -79,17 +93,12 @@ class APTLayer(nn.Module):
         return self._cached_keys[1]
 
     def _compute_keys(self):
-        with torch.autocast(self.prompts.device.type, enabled=False):
-            wide = torch.promote_types(self.prompts.dtype, torch.float32)
-            prompts, down, up = (t.to(wide) for t in (self.prompts, self.down, self.up))
-            return prompts + F.linear(F.linear(prompts, down), up)
+        return apt_keys(self.prompts, self.down, self.up)
 
     def forward(self, x, y):
         """x [..., D], the attention's input, and y [..., D], its output, to the new output [..., D] in y's dtype."""
-        tensors = (x, y, self.prompts, self.keys(), self.log_scale)
-        if self.training and self.dropout > 0:
-            return apt_reference(*tensors, self.activation, self.dropout)
-        return apt(*tensors, self.activation)
+        dropout = self.dropout if self.training else 0.0
+        return apt_output(x, y, self.prompts, self.keys(), self.log_scale, self.activation, dropout)
 
     def train(self, mode=True):
         self._cached_keys = None
