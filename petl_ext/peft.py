@@ -111,7 +111,7 @@ class APTConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"
         text = card.read_text(encoding="utf-8") if card.exists() else ""
-        if MODEL_CARD not in text:
+        if MODEL_CARD.strip() not in text:
             card.write_text(text.rstrip("\n") + "\n" + MODEL_CARD, encoding="utf-8")
 
 
@@ -277,6 +277,9 @@ def load_adapter(model, folder, adapter_name="default", is_trainable=False):
             names = sorted({name for name, _ in different})
             raise ValueError(f"load_adapter: {file} does not fit {type(model).__name__} in {names}")
         set_peft_model_state_dict(model, tensors, adapter_name)
+        for module in model.modules():
+            if isinstance(module, APTTunerLayer):  # activating an adapter has made it train
+                module.set_requires_grad(adapter_name, is_trainable)
 
 
 def _shapes(tensors):

@@ -1,0 +1,532 @@
+"""APT as a method of PEFT: every family, several adapters, saving, training, and what is refused."""
+
+import copy
+import io
+import subprocess
+import sys
+import warnings
+
+import peft
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from packaging.version import Version
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from test_search_callback import Questions, make_arguments
+from tiny_families import ALL_FAMILIES, make_inputs, make_model, run
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer
+
+import petl_ext
+from petl_ext.attach.apt import APTSelfOutput
+from petl_ext.peft import APTConfig, APTTunerLayer, load_adapter, save_adapter
+
+LAYERS = 2
+SIZES = {"num_prompts": 5, "rank": 2}
+# How many attentions each family has in as many layers.
+SITES = {"meter": 8, "clip": 4, "t5": 6, "unet": 12}
+needs_add_adapter = pytest.mark.skipif(
+    Version(peft.__version__) < Version("0.20"), reason="transformers' add_adapter needs peft 0.20"
+)
+
+
+def make(family="vilt", **changes):
+    return get_peft_model(make_model(family, LAYERS), APTConfig(**SIZES, **changes))
+
+
+def randomise(model, seed=3):
+    """Makes the adapters differ from their initial values by much, as training does."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "petl_apt_" in name:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+def outputs(model, inputs):
+    with torch.no_grad():
+        return run(model.eval(), inputs)
+
+
+def state(model):
+    """Names, classes and flags of all that injection may change, and the tensors themselves, to compare with ==."""
+    return (
+        {name: (type(module), module.training) for name, module in model.named_modules()},
+        {name: (id(p), p.requires_grad) for name, p in model.named_parameters()},
+        sorted(getattr(model, "peft_config", {})),
+    )
+
+
+def close(a, b):
+    """The same but for the rounding of matrix products of tensors at other addresses."""
+    return (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_every_family(family, tmp_path):
+    model = make_model(family, LAYERS)
+    inputs, keys, before = make_inputs(model), list(model.state_dict()), outputs(model, make_inputs(model))
+    tuned = get_peft_model(model, APTConfig(**SIZES))
+    layers = [module for module in tuned.modules() if isinstance(module, APTTunerLayer)]
+    assert len(layers) == SITES.get(family, LAYERS)
+    assert all("petl_apt_" in name for name, p in tuned.named_parameters() if p.requires_grad)
+    randomise(tuned)
+    after = outputs(tuned, inputs)
+    assert not close(after, before)
+
+    run(tuned.train(), inputs).square().sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in tuned.parameters())
+    tuned.zero_grad()
+    with tuned.disable_adapter():
+        assert torch.equal(outputs(tuned, inputs), before)
+    assert torch.equal(outputs(copy.deepcopy(tuned), inputs), after)
+    assert torch.equal(outputs(pickled(tuned), inputs), after)
+    tuned.save_pretrained(tmp_path)
+    for arguments in ({}, {"adapter_name": "other"}, {"low_cpu_mem_usage": True}):
+        loaded = PeftModel.from_pretrained(make_model(family, LAYERS), tmp_path, **arguments)
+        assert close(outputs(loaded, inputs), after)
+    backbone = tuned.unload()
+    assert list(backbone.state_dict()) == keys
+    assert torch.equal(outputs(backbone, inputs), before)
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("family", ["vilt", "bert", "clip_vision_model", "t5", "unet"])
+def test_same_as_attached(family):
+    """`petl_ext.attach` puts the same layers into the same places."""
+    inputs = make_inputs(make_model(family, LAYERS))
+    attached, tuned = make_model(family, LAYERS), make(family)
+    petl_ext.attach(attached, petl_ext.APTConfig(**SIZES))
+    randomise(tuned)
+    values = iter(p for name, p in tuned.named_parameters() if "petl_apt_" in name)
+    with torch.no_grad():
+        for name, parameter in attached.named_parameters():
+            if ".apt." in name:
+                parameter.copy_(next(values))
+    assert next(values, None) is None
+    assert close(outputs(tuned, inputs), outputs(attached, inputs))
+
+
+class Calls(TorchDispatchMode):
+    """The names of the ops of petl_ext that are dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "petl_ext":
+            self.names.append(function.__name__.split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_fused_kernel_runs():
+    model = make(dropout=0.1)
+    inputs = make_inputs(model)
+    with Calls() as calls:
+        outputs(model, inputs)
+    assert calls.names == ["apt_forward"] * LAYERS
+    with Calls() as calls:
+        run(model.train(), inputs)
+    assert calls.names == [], "the kernel has no dropout"
+    for layer in model.modules():
+        if isinstance(layer, APTTunerLayer):
+            layer.petl_apt_options["default"] = ("relu", 0.0)
+    with Calls() as calls:
+        run(model, inputs).sum().backward()
+    assert calls.names == ["apt_forward"] * LAYERS + ["apt_backward"] * LAYERS
+
+
+def test_several_adapters():
+    model = make()
+    inputs = make_inputs(model)
+    model.add_adapter("second", APTConfig(num_prompts=3, activation="softmax"))
+    model.add_adapter("third", APTConfig(**SIZES, layers_to_transform=[1]))
+    randomise(model)
+    first = outputs(model, inputs)
+    assert all(".default" in name for name, p in model.named_parameters() if p.requires_grad)
+    model.set_adapter("second")
+    second = outputs(model, inputs)
+    assert all(".second" in name for name, p in model.named_parameters() if p.requires_grad)
+    assert not close(first, second)
+    status = model.get_model_status()
+    assert (status.num_adapter_layers, status.active_adapters) == (LAYERS, ["second"])
+    model.set_adapter("third")
+    assert sum(p.requires_grad for p in model.parameters()) == 4, "layer 0 has no third adapter"
+    third = outputs(model, inputs)
+
+    # Several active ones change the output one after the other.
+    model.base_model.set_adapter(["second", "third"])
+    layers = [module for module in model.modules() if isinstance(module, APTTunerLayer)]
+    x, y = torch.randn(2, 3, layers[1].dense.in_features)
+    both = layers[1].apt(x, y)
+    model.set_adapter("second")
+    one = layers[1].apt(x, y)
+    model.set_adapter("third")
+    torch.testing.assert_close(layers[1].apt(x, one), both)
+    assert torch.equal(layers[0].apt(x, y), y)
+    model.delete_adapter("second")
+    assert torch.equal(outputs(model, inputs), third)
+    model.set_adapter("default")
+    assert torch.equal(outputs(model, inputs), first)
+    with pytest.raises(ValueError, match="adapter_names, one adapter per sample, is not supported"):
+        model(**inputs, adapter_names=["default", "third"])
+
+
+def test_what_is_saved(tmp_path):
+    model = make(modules_to_save=["classifier"])
+    model.add_adapter("second", APTConfig(**SIZES, modules_to_save=["classifier"]))
+    randomise(model)
+    model.set_adapter("second")
+    with torch.no_grad():
+        for parameter in model.base_model.model.classifier.modules_to_save["second"].parameters():
+            parameter += 1
+    model.save_pretrained(tmp_path)
+    folder = tmp_path / "second"
+    names = [f"vilt.encoder.layer.{i}.attention.output.petl_apt_{n}" for i in range(LAYERS) for n in TENSORS]
+    names += [name for name in get_peft_model_state_dict(model, adapter_name="second") if "classifier" in name]
+    saved = peft.utils.load_peft_weights(folder)
+    assert {name.removeprefix("base_model.model.") for name in names} == {
+        name.removeprefix("base_model.model.") for name in saved
+    }
+    assert len([name for name in names if "classifier" in name]) == 6
+    for card in (tmp_path / "README.md", folder / "README.md"):
+        assert card.read_text(encoding="utf-8").count("import petl_ext.peft") == 1
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8").count("import petl_ext.peft") == 1
+    loaded = PeftModel.from_pretrained(make_model("vilt", LAYERS), folder, adapter_name="new")
+    inputs = make_inputs(model)
+    assert close(outputs(loaded, inputs), outputs(model, inputs))
+
+
+TENSORS = ("prompts", "down", "up", "log_scale")
+
+
+def test_a_folder_needs_the_import(tmp_path):
+    """What PEFT says without it, which the model card explains."""
+    APTConfig().save_pretrained(tmp_path)
+    script = f"""
+from peft import PeftConfig
+try:
+    PeftConfig.from_pretrained({str(tmp_path)!r})
+except KeyError as error:
+    assert error.args == ("PETL_APT",)
+else:
+    raise AssertionError("PEFT knows the method without petl_ext")
+import petl_ext
+petl_ext.peft
+assert type(PeftConfig.from_pretrained({str(tmp_path)!r})) is petl_ext.peft.APTConfig
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_adapters_in_float32_on_a_model_in_bfloat16():
+    model = get_peft_model(make_model("llama", LAYERS).bfloat16(), APTConfig(**SIZES))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    inputs = make_inputs(model)
+    output = run(model, inputs)
+    assert output.dtype == torch.bfloat16
+    output.float().square().sum().backward()
+    same = get_peft_model(make_model("llama", LAYERS).bfloat16(), APTConfig(**SIZES), autocast_adapter_dtype=False)
+    assert {p.dtype for p in same.parameters()} == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        run(make("llama"), inputs).float().sum().backward()
+
+
+@pytest.mark.parametrize("family", ["bert", "clip_vision_model"])
+def test_compiled_without_graph_breaks(family):
+    model = make(family)
+    inputs = make_inputs(model)
+    randomise(model)
+    expected = run(model, inputs)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(compiled, inputs), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["vilt", "llama"])
+def test_gradient_checkpointing(family, reentrant):
+    model = make(family)
+    inputs = make_inputs(model)
+    randomise(model)
+    expected = gradients(model, inputs)
+    base = model.base_model.model
+    base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    base.enable_input_require_grads()
+    checkpointed = gradients(model.train(), inputs)
+    assert checkpointed.keys() == expected.keys() and len(expected) == 4 * LAYERS
+    for name, gradient in checkpointed.items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+def gradients(model, inputs):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.zero_grad()
+    run(model, inputs).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_trainer_resumes_where_it_was(tmp_path):
+    def trainer(folder, **changes):
+        torch.manual_seed(0)
+        model = make(modules_to_save=["classifier"])
+        data = Questions(model)
+        arguments = make_arguments(
+            folder,
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=3,
+            logging_strategy="steps",
+            logging_steps=1,
+            **changes,
+        )
+        return Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+
+    whole = trainer(tmp_path / "whole", eval_strategy="steps", eval_steps=3, load_best_model_at_end=True)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= {file.name for file in checkpoint.iterdir()}
+    assert not (checkpoint / "model.safetensors").exists()
+    resumed = trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert losses(resumed)[-3:] == losses(whole)[-3:]
+    best = min((log for log in whole.state.log_history if "eval_loss" in log), key=lambda log: log["eval_loss"])
+    assert whole.state.best_global_step == best["step"]
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(make_model("vilt", LAYERS), whole.state.best_model_checkpoint)
+    inputs = make_inputs(loaded)
+    assert close(outputs(loaded, inputs), outputs(whole.model, inputs))
+
+
+def losses(trainer):
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+@needs_add_adapter
+def test_transformers_own_methods(tmp_path):
+    model = make_model("clip_vision_model", LAYERS)
+    inputs = make_inputs(model)
+    before = outputs(model, inputs)
+    model.add_adapter(APTConfig(**SIZES))
+    model.add_adapter(APTConfig(**SIZES), "second")
+    randomise(model)
+    second = outputs(model, inputs)
+    model.disable_adapters()
+    assert torch.equal(outputs(model, inputs), before)
+    model.enable_adapters()
+    model.set_adapter("default")
+    assert not close(outputs(model, inputs), second)
+    model.set_adapter("second")
+    model.save_pretrained(tmp_path)
+    loaded = make_model("clip_vision_model", LAYERS)
+    loaded.load_adapter(tmp_path, "third")
+    assert close(outputs(loaded, inputs), second)
+    as_peft = PeftModel.from_pretrained(make_model("clip_vision_model", LAYERS), tmp_path)
+    assert close(outputs(as_peft, inputs), second)
+    model.delete_adapter("second")
+    model.set_adapter("default")
+
+
+def test_unet(tmp_path):
+    unet = make_model("unet", 1)
+    inputs = make_inputs(unet)
+    before = outputs(unet, inputs)
+    unet.add_adapter(APTConfig(**SIZES, target_modules=["attn1"]), "style")
+    randomise(unet)
+    after = outputs(unet, inputs)
+    assert not close(after, before)
+    unet.disable_adapters()
+    assert torch.equal(outputs(unet, inputs), before)
+    unet.enable_adapters()
+    unet.set_attn_processor(unet.attn_processors)
+    assert torch.equal(outputs(unet, inputs), after)
+    save_adapter(unet, tmp_path, "style")
+    loaded = make_model("unet", 1)
+    load_adapter(loaded, tmp_path, "other")
+    assert close(outputs(loaded, inputs), after)
+    assert not any(p.requires_grad for name, p in loaded.named_parameters() if "petl_apt_" in name)
+    loaded.disable_adapters()
+    assert torch.equal(outputs(loaded, inputs), before)
+    as_peft = PeftModel.from_pretrained(make_model("unet", 1), tmp_path)
+    assert close(outputs(as_peft, inputs), after)
+    assert isinstance(as_peft.unload(), UNet2DConditionModel)
+
+
+def test_loading_what_does_not_fit_changes_nothing(tmp_path):
+    unet = make_model("unet", 1)
+    unet.add_adapter(APTConfig(**SIZES, target_modules=["attn1"]))
+    save_adapter(unet, tmp_path / "apt")
+    with pytest.raises(ValueError, match=r"has no adapter 'other'; it has \['default'\]"):
+        save_adapter(unet, tmp_path / "other", "other")
+    file = tmp_path / "apt" / "adapter_config.json"
+    file.write_text(file.read_text(encoding="utf-8").replace('"rank": 2', '"rank": 3'), encoding="utf-8")
+    other = make_model("unet", 1)
+    before = state(other)
+    with pytest.raises(
+        ValueError, match=r"adapter_model.safetensors does not fit UNet2DConditionModel in .*petl_apt_down"
+    ):
+        load_adapter(other, tmp_path / "apt")
+    assert state(other) == before and not hasattr(other, "peft_config")
+    with pytest.raises(FileNotFoundError, match="there is no .*nothing"):
+        load_adapter(other, tmp_path / "nothing")
+    get_peft_model(make_model("bert", 1), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="holds a LORA adapter, no APT"):
+        load_adapter(other, tmp_path / "lora")
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "changes", "message"),
+    [
+        ("vilt", "apt", {}, "an adapter cannot be named 'apt'"),
+        ("vilt", "petl_apt_", {}, "an adapter cannot be named 'petl_apt_'"),
+        ("vilt", "a.b", {}, "an adapter cannot be named 'a.b'"),
+        ("vilt", "keys", {}, "an adapter cannot be named 'keys'"),
+        ("vilt", "new", {"target_modules": ["nothing"]}, r"Target modules \{'nothing'\} not found in the base model"),
+        ("vilt", "new", {"target_modules": ["dense"]}, "dense is a Linear that is none of them"),
+        ("vilt", "new", {"target_modules": ["output"]}, "layer.0.output is a ViltOutput that is none of them"),
+        ("vilt", "new", {"exclude_modules": ["output"]}, "[Nn]o modules were targeted|All modules were excluded"),
+        ("llama", "new", {"target_modules": ["mlp"]}, "mlp is a LlamaMLP that is none of them"),
+        ("meter", "new", {"layers_to_transform": [0]}, "with layers_to_transform give target_modules"),
+    ],
+)
+def test_refusals_change_nothing(family, name, changes, message):
+    for model in (make_model(family, LAYERS), make(family)):
+        before = state(model)
+        with pytest.raises(ValueError, match=message):
+            add(model, APTConfig(**SIZES, **changes), name)
+        assert state(model) == before
+
+
+def add(model, config, name):
+    if isinstance(model, PeftModel):
+        return model.add_adapter(name, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Adapter name .* should not be contained in the prefix")
+        return get_peft_model(model, config, adapter_name=name)
+
+
+def test_a_model_of_no_family_needs_targets():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="Sequential belongs to none of the families with default targets .*vilt"):
+        get_peft_model(model, APTConfig(**SIZES))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_prompts": 0}, "num_prompts must be a positive integer, got 0"),
+        ({"activation": "gelu"}, "activation must be"),
+        ({"dropout": 1}, "dropout must lie in"),
+        ({"target_modules": ".*output", "layers_to_transform": [0]}, "layers_to_transform needs target_modules"),
+        ({"layers_pattern": "layer"}, "layers_pattern has no meaning without layers_to_transform"),
+    ],
+)
+def test_a_wrong_configuration(changes, message):
+    with pytest.raises(ValueError, match=message):
+        APTConfig(**changes)
+
+
+def test_two_methods_on_one_site():
+    attached = make_model("vilt", LAYERS)
+    petl_ext.attach(attached, petl_ext.AdapterConfig(kind="parallel", bottleneck=4))
+    before = state(attached)
+    with pytest.raises(ValueError, match="attention.output already carries another method, ViltSelfOutput"):
+        get_peft_model(attached, APTConfig(**SIZES))
+    assert state(attached) == before
+    for family in ("vilt", "llama"):
+        tuned = make(family)
+        with pytest.raises(ValueError, match="matches nothing|already has a child"):
+            petl_ext.attach(tuned.base_model.model, petl_ext.APTConfig(**SIZES))
+    patched = make_model("vilt", LAYERS)
+    module = patched.vilt.encoder.layer[0].attention.output
+    module.forward = module.forward
+    with pytest.raises(ValueError, match="has a forward of its own"):
+        get_peft_model(patched, APTConfig(**SIZES))
+
+
+def test_merging_is_refused():
+    model = make()
+    before = state(model)
+    layer = next(module for module in model.modules() if isinstance(module, APTTunerLayer))
+    for merge in (model.merge_and_unload, model.merge_adapter, model.unmerge_adapter, layer.merge, layer.unmerge):
+        with pytest.raises(NotImplementedError, match="APT cannot be merged .* depend on the input"):
+            merge()
+    assert state(model) == before
+
+
+def test_lora_on_an_attached_model(tmp_path):
+    """One way to have both: LoRA by PEFT on a model that carries APT by attach."""
+
+    def both():
+        model = make_model("vilt", LAYERS)
+        petl_ext.attach(model, petl_ext.APTConfig(**SIZES))
+        return model
+
+    model = get_peft_model(both(), LoraConfig(target_modules=["query"], modules_to_save=["apt"]))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("lora_A" in name for name in trained) and any(".apt.modules_to_save." in name for name in trained)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    inputs = make_inputs(model)
+    expected = outputs(model, inputs)
+    model.save_pretrained(tmp_path)
+    assert close(outputs(PeftModel.from_pretrained(both(), tmp_path), inputs), expected)
+
+
+@pytest.mark.parametrize("family", ["vilt", "llama"])
+def test_lora_in_the_same_model(family, tmp_path):
+    """The other way: both injected, LoRA first, because PEFT looks for no targets inside of targets."""
+
+    def both():
+        model = make_model(family, LAYERS)
+        inject_adapter_in_model(
+            LoraConfig(target_modules=[{"vilt": "dense", "llama": "o_proj"}[family]]), model, "lora"
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+            return inject_adapter_in_model(APTConfig(**SIZES), model, "prompts")
+
+    model = both()
+    inputs = make_inputs(model)
+    for module in model.modules():
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            module.set_requires_grad(["lora", "prompts"], True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    expected = outputs(model, inputs)
+    run(model, inputs).sum().backward()
+    assert {"lora", "prompts"} == {
+        name.split(".")[-1] for name, p in model.named_parameters() if p.grad is not None
+    } - {"weight"} | {"lora"}
+    save_adapter(model, tmp_path / "prompts", "prompts")
+    save_adapter(model, tmp_path / "lora", "lora")
+    other = both()
+    for name in ("prompts", "lora"):
+        weights = peft.utils.load_peft_weights(tmp_path / name)
+        peft.set_peft_model_state_dict(other, weights, name)
+    assert close(outputs(other, inputs), expected)
+
+
+def test_hooks_of_accelerate_are_no_hindrance():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = make_model("vilt", LAYERS)
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None or isinstance(module, APTSelfOutput):
+            add_hook_to_module(module, AlignDevicesHook("cpu"))
+    inputs = make_inputs(model)
+    before = outputs(model, inputs)
+    tuned = get_peft_model(model, APTConfig(**SIZES))
+    assert not close(outputs(tuned, inputs), before)
