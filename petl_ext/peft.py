@@ -143,12 +143,15 @@ class APTTunerLayer(nn.Module, BaseTunerLayer):
         self.petl_apt_options[adapter_name] = (config.activation, config.dropout)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def carries(self, adapter_name):
+        return adapter_name in self.petl_apt_options
+
     def apt(self, x, y):
         """The output y [..., D] as the active adapters change it one after the other; x [..., D] is the input."""
         if self.disable_adapters:
             return y
         for adapter_name in self.active_adapters:
-            if adapter_name in self.petl_apt_options:
+            if self.carries(adapter_name):
                 y = self._changed(adapter_name, x, y)
         return y
 
@@ -199,6 +202,7 @@ class APTModel(BaseTuner):
             _check_adapter_name(adapter_name)
             with unchanged_on_error(model):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+                _check_not_empty(model, adapter_name, self.peft_config[adapter_name])
         except BaseException:
             # Where the model has adapters already, this is their table.
             self.peft_config.pop(adapter_name, None)
@@ -239,58 +243,69 @@ def save_adapter(model, folder, adapter_name="default"):
     Raises:
         ValueError: the model has no such adapter.
     """
-    config = _config_of(model, adapter_name, "save_adapter")
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise ValueError(
+            f"save_adapter: {type(model).__name__} has no adapter {adapter_name!r}, it has {list(configs)}"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    tensors = {PEFT_MODEL + name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = {PEFT_MODEL + _plain(name): t.contiguous() for name, t in _tensors(model, adapter_name).items()}
     safetensors.torch.save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    dataclasses.replace(config, inference_mode=True).save_pretrained(folder)
+    dataclasses.replace(configs[adapter_name], inference_mode=True).save_pretrained(folder)
 
 
 def load_adapter(model, folder, adapter_name="default", is_trainable=False):
-    """Adds to a model that is no PeftModel, such as a UNet, an adapter from a folder that PEFT or `save_adapter` wrote.
+    """Adds to a model that is no PeftModel, such as a UNet, an adapter that PEFT or `save_adapter` wrote.
+
+    It becomes the active one of its method; adapters of other methods stay as they are.
 
     Args:
         is_trainable: whether the adapter's parameters train.
 
     Raises:
         FileNotFoundError: the folder holds no adapter.
-        ValueError: the adapter is not APT's, or does not fit the model. The model has not changed.
+        ValueError: the model has an adapter of this name, or the folder's does not fit it. The model has not changed.
     """
     file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     if not file.exists():
         raise FileNotFoundError(f"load_adapter: there is no {file}")
+    if adapter_name in getattr(model, "peft_config", {}):
+        raise ValueError(f"load_adapter: {type(model).__name__} already has an adapter {adapter_name!r}")
     config = PeftConfig.from_pretrained(folder)
-    if not isinstance(config, APTConfig):
-        raise ValueError(f"load_adapter: {folder} holds a {config.peft_type.value} adapter, no APT; load it with PEFT")
     config.inference_mode = not is_trainable
-    tensors = {name.removeprefix(PEFT_MODEL): t for name, t in safetensors.torch.load_file(file).items()}
+    tensors = safetensors.torch.load_file(file)
     with unchanged_on_error(model):
-        if hasattr(model, "add_adapter"):
-            model.add_adapter(config, adapter_name)
-        else:
-            inject_adapter_in_model(config, model, adapter_name)
-        expected = get_peft_model_state_dict(model, adapter_name=adapter_name)
-        different = _shapes(expected).items() ^ _shapes(tensors).items()
+        inject_adapter_in_model(config, model, adapter_name)
+        expected = _tensors(model, adapter_name)
+        different = _shapes(expected) ^ _shapes(tensors)
         if different:
             names = sorted({name for name, _ in different})
             raise ValueError(f"load_adapter: {file} does not fit {type(model).__name__} in {names}")
-        set_peft_model_state_dict(model, tensors, adapter_name)
-        for module in model.modules():
-            if isinstance(module, APTTunerLayer):  # activating an adapter has made it train
-                module.set_requires_grad(adapter_name, is_trainable)
+        tensors = {_plain(name): tensor for name, tensor in tensors.items()}
+        set_peft_model_state_dict(model, {name: tensors[_plain(name)] for name in expected}, adapter_name)
+        if hasattr(model, "_hf_peft_config_loaded"):  # without it the model's own methods find no adapter
+            model._hf_peft_config_loaded = True
+
+
+def _tensors(model, adapter_name):
+    """{name: tensor} of all that is saved; the names do not hold the adapter's."""
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    # PEFT 0.19 leaves other adapters' tensors in, whose names end in the adapter's.
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (PREFIX in name and name.rpartition(".")[2] in model.peft_config)
+    }
 
 
 def _shapes(tensors):
-    return {name: tensor.shape for name, tensor in tensors.items()}
+    return {(_plain(name), tensor.shape) for name, tensor in tensors.items()}
 
 
-def _config_of(model, adapter_name, caller):
-    configs = getattr(model, "peft_config", {})
-    if adapter_name not in configs:
-        raise ValueError(f"{caller}: {type(model).__name__} has no adapter {adapter_name!r}; it has {list(configs)}")
-    return configs[adapter_name]
+def _plain(name):
+    """The name in a model that carries this adapter alone: a target of another method around it adds to the name."""
+    return name.removeprefix(PEFT_MODEL).replace(".base_layer.", ".")
 
 
 def _check_adapter_name(name):
@@ -299,6 +314,15 @@ def _check_adapter_name(name):
         raise ValueError(
             f"APT: an adapter cannot be named {name!r}: that is empty, part of the prefix {PREFIX!r}, has a dot, or is "
             "an attribute of torch.nn.ParameterDict"
+        )
+
+
+def _check_not_empty(model, adapter_name, config):
+    # PEFT 0.19 looks at the first adapter only.
+    if not any(isinstance(module, APTTunerLayer) and module.carries(adapter_name) for module in model.modules()):
+        raise ValueError(
+            f"APT: target_modules {config.target_modules!r} match nothing in {type(model).__name__}, with "
+            f"exclude_modules={config.exclude_modules!r} and layers_to_transform={config.layers_to_transform!r}"
         )
 
 
