@@ -31,7 +31,7 @@ from torch import nn
 from petl_ext.attach.attach import unchanged_on_error
 from petl_ext.attach.families import FAMILIES, SITE_CLASSES, family_of
 from petl_ext.attach.site import Site, composed
-from petl_ext.nn.apt import APTLayer, apt_keys, apt_output
+from petl_ext.nn.apt import APTLayer, PromptKeys, apt_output
 
 METHOD = "petl_apt"
 PEFT_TYPE = METHOD.upper()
@@ -133,14 +133,14 @@ class APTTunerLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
-        self.petl_apt_options = {}  # of every adapter (activation, dropout)
+        self.petl_apt_options = {}  # of every adapter (activation, dropout, PromptKeys)
 
     def update_layer(self, adapter_name, config):
         weight = self.weight_of(self.base_layer)
         layer = config.new_layer(weight.size(0), device=weight.device, dtype=weight.dtype)
         for name in self.adapter_layer_names:
             getattr(self, name)[adapter_name] = getattr(layer, name.removeprefix(PREFIX))
-        self.petl_apt_options[adapter_name] = (config.activation, config.dropout)
+        self.petl_apt_options[adapter_name] = (config.activation, config.dropout, PromptKeys())
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def carries(self, adapter_name):
@@ -157,6 +157,14 @@ class APTTunerLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args, **kwargs):
         return self.base_layer(*args, **kwargs)
+
+    def train(self, mode=True):
+        self._forget_keys()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self._forget_keys()
+        return super()._apply(fn, recurse)
 
     def merge(self, safe_merge=False, adapter_names=None):
         raise NotImplementedError(NO_MERGE)
@@ -180,9 +188,13 @@ class APTTunerLayer(nn.Module, BaseTunerLayer):
 
     def _changed(self, adapter_name, x, y):
         prompts, down, up, log_scale = (getattr(self, name)[adapter_name] for name in self.adapter_layer_names)
-        activation, dropout = self.petl_apt_options[adapter_name]
-        keys = apt_keys(prompts, down, up)
+        activation, dropout, keys_of = self.petl_apt_options[adapter_name]
+        keys = keys_of(prompts, down, up, self.training)
         return apt_output(x, y, prompts, keys, log_scale, activation, dropout if self.training else 0.0)
+
+    def _forget_keys(self):
+        for *_, keys in self.petl_apt_options.values():
+            keys.forget()
 
 
 class APTModel(BaseTuner):

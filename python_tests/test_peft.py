@@ -20,6 +20,7 @@ from transformers import Trainer
 
 import petl_ext
 from petl_ext.attach.apt import APTSelfOutput
+from petl_ext.nn.apt import apt_keys
 from petl_ext.peft import APTConfig, APTTunerLayer, load_adapter, save_adapter
 
 LAYERS = 2
@@ -138,10 +139,26 @@ def test_the_fused_kernel_runs():
     assert calls.names == [], "the kernel has no dropout"
     for layer in model.modules():
         if isinstance(layer, APTTunerLayer):
-            layer.petl_apt_options["default"] = ("relu", 0.0)
+            activation, _, keys = layer.petl_apt_options["default"]
+            layer.petl_apt_options["default"] = (activation, 0.0, keys)
     with Calls() as calls:
         run(model, inputs).sum().backward()
     assert calls.names == ["apt_forward"] * LAYERS + ["apt_backward"] * LAYERS
+
+
+def test_keys_are_kept_in_eval_mode_until_a_parameter_changes(monkeypatch):
+    model = make().eval()
+    inputs = make_inputs(model)
+    computed = []
+    monkeypatch.setattr("petl_ext.nn.apt.apt_keys", lambda *tensors: computed.append(tensors) or apt_keys(*tensors))
+    with torch.no_grad():
+        before = run(model, inputs)
+        assert torch.equal(run(model, inputs), before) and len(computed) == LAYERS
+        randomise(model)
+        after = run(model, inputs)
+        assert not close(after, before) and len(computed) == 2 * LAYERS
+        model.eval()
+        assert torch.equal(run(model, inputs), after) and len(computed) == 3 * LAYERS
 
 
 def test_several_adapters():
@@ -181,7 +198,10 @@ def test_several_adapters():
 
 
 def test_what_is_saved(tmp_path):
-    model = make(modules_to_save=["classifier"])
+    backbone = make_model("vilt", LAYERS)
+    inputs = make_inputs(backbone)
+    keys, before = list(backbone.state_dict()), outputs(backbone, inputs)
+    model = get_peft_model(backbone, APTConfig(**SIZES, modules_to_save=["classifier"]))
     model.add_adapter("second", APTConfig(**SIZES, modules_to_save=["classifier"]))
     randomise(model)
     model.set_adapter("second")
@@ -203,8 +223,10 @@ def test_what_is_saved(tmp_path):
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text(encoding="utf-8").count("import petl_ext.peft") == 1
     loaded = PeftModel.from_pretrained(make_model("vilt", LAYERS), folder, adapter_name="new")
-    inputs = make_inputs(model)
     assert close(outputs(loaded, inputs), outputs(model, inputs))
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, inputs), before)
+    assert list(model.unload().state_dict()) == keys
 
 
 TENSORS = ("prompts", "down", "up", "log_scale")

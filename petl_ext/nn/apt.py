@@ -23,6 +23,33 @@ def apt_output(x, y, prompts, keys, log_scale, activation, dropout):
     return apt_reference(*tensors, activation, dropout) if dropout > 0 else apt(*tensors, activation)
 
 
+class PromptKeys:
+    """`apt_keys`, which do not depend on the input: in eval mode without gradients they are kept until a parameter
+    changes. A change through `parameter.data` goes unnoticed until `forget`."""
+
+    def __init__(self):
+        self._kept = None
+
+    def __call__(self, prompts, down, up, training):
+        if torch.compiler.is_compiling():
+            return apt_keys(prompts, down, up)
+        if training or torch.is_grad_enabled():
+            self.forget()  # a fused optimizer's step, which may follow, leaves the versions as they are
+            return apt_keys(prompts, down, up)
+        # The tensors themselves are kept: an address or an id may come back for another tensor.
+        state = [(t, t.data_ptr(), 0 if t.is_inference() else t._version) for t in (prompts, down, up)]
+        if self._kept is None or not _same(self._kept[0], state):
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = (state, apt_keys(prompts, down, up))
+        return self._kept[1]
+
+    def forget(self):
+        self._kept = None
+
+    def __reduce__(self):
+        return PromptKeys, ()  # copies and files begin without
+
+
 def _same(before, now):
     return all(a is b and old == new for (a, *old), (b, *new) in zip(before, now, strict=True))
 
@@ -65,7 +92,7 @@ class APTLayer(nn.Module):
         self.down = nn.Parameter(torch.empty(rank, dim, **place))
         self.up = nn.Parameter(torch.empty(dim, rank, **place))
         self.log_scale = nn.Parameter(torch.empty(1, **place))
-        self._cached_keys = None
+        self._keys = PromptKeys()
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -79,21 +106,7 @@ class APTLayer(nn.Module):
         They do not depend on the input. In eval mode without gradients they are kept until a parameter changes;
         a change through `parameter.data` is noticed only after `train()`, `eval()` or a move of the module.
         """
-        if torch.compiler.is_compiling():
-            return self._compute_keys()
-        if self.training or torch.is_grad_enabled():
-            self._cached_keys = None  # a fused optimizer's step, which may follow, leaves the versions as they are
-            return self._compute_keys()
-        sources = (self.prompts, self.down, self.up)
-        # The tensors themselves are kept: an address or an id may come back for another tensor.
-        state = [(t, t.data_ptr(), 0 if t.is_inference() else t._version) for t in sources]
-        if self._cached_keys is None or not _same(self._cached_keys[0], state):
-            with torch.inference_mode(False), torch.no_grad():
-                self._cached_keys = (state, self._compute_keys())
-        return self._cached_keys[1]
-
-    def _compute_keys(self):
-        return apt_keys(self.prompts, self.down, self.up)
+        return self._keys(self.prompts, self.down, self.up, self.training)
 
     def forward(self, x, y):
         """x [..., D], the attention's input, and y [..., D], its output, to the new output [..., D] in y's dtype."""
@@ -101,15 +114,12 @@ class APTLayer(nn.Module):
         return apt_output(x, y, self.prompts, self.keys(), self.log_scale, self.activation, dropout)
 
     def train(self, mode=True):
-        self._cached_keys = None
+        self._keys.forget()
         return super().train(mode)
 
     def _apply(self, fn, recurse=True):
-        self._cached_keys = None
+        self._keys.forget()
         return super()._apply(fn, recurse)
-
-    def __getstate__(self):
-        return {**self.__dict__, "_cached_keys": None}
 
     def extra_repr(self):
         num_prompts, dim = self.prompts.shape
