@@ -173,11 +173,12 @@ class APTTunerLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError(NO_MERGE)
 
     def __getattr__(self, name):
-        """What the target has is read from it, by its site's `forward` and by the model around it."""
+        """What the target has is read from it, by its site's `forward` and by the model around it. Not what is private:
+        accelerate would take the target's hook for one of this layer."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
+            if name == "base_layer" or name.startswith("_"):
                 raise
             return getattr(self.base_layer, name)
 

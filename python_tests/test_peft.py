@@ -1,6 +1,7 @@
 """APT as a method of PEFT: every family, several adapters, saving, training, and what is refused."""
 
 import copy
+import importlib
 import io
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import warnings
 import peft
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from diffusers import UNet2DConditionModel
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
@@ -17,9 +19,9 @@ from test_search_callback import Questions, make_arguments
 from tiny_families import ALL_FAMILIES, make_inputs, make_model, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
+from transformers.models.vilt.modeling_vilt import ViltSelfOutput
 
 import petl_ext
-from petl_ext.attach.apt import APTSelfOutput
 from petl_ext.nn.apt import apt_keys
 from petl_ext.peft import APTConfig, APTTunerLayer, load_adapter, save_adapter
 
@@ -543,13 +545,27 @@ def test_lora_in_the_same_model(family, target, tmp_path):
 
 
 def test_hooks_of_accelerate_are_no_hindrance():
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
     model = make_model("vilt", LAYERS)
-    for module in model.modules():
-        if next(module.parameters(recurse=False), None) is not None or isinstance(module, APTSelfOutput):
-            add_hook_to_module(module, AlignDevicesHook("cpu"))
     inputs = make_inputs(model)
     before = outputs(model, inputs)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | ViltSelfOutput):
+            add_hook_to_module(module, AlignDevicesHook("cpu"))
     tuned = get_peft_model(model, APTConfig(**SIZES))
-    assert not close(outputs(tuned, inputs), before)
+    randomise(tuned)
+    after = outputs(tuned, inputs)
+    assert not close(after, before)
+    remove_hook_from_submodules(tuned)
+    assert torch.equal(outputs(tuned, inputs), after)
+
+
+def test_registration_says_what_is_wrong(monkeypatch):
+    with pytest.raises(ImportError, match=r"cannot add its method to peft .*: .*already PEFT method called 'petl_apt'"):
+        petl_ext.peft._register()
+    monkeypatch.setattr(peft, "__version__", "0.18.1")
+    with pytest.raises(ImportError, match=r"needs peft 0\.19 or later, got 0\.18\.1"):
+        petl_ext.peft._register()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.delitem(sys.modules, "petl_ext.peft")
+    with pytest.raises(ImportError, match=r'pip install "petl_ext\[peft\]"'):
+        importlib.import_module("petl_ext.peft")
