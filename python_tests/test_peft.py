@@ -402,7 +402,7 @@ def test_loading_what_does_not_fit_changes_nothing(tmp_path):
     ):
         load_adapter(other, tmp_path / "apt")
     assert state(other) == before and not hasattr(other, "peft_config")
-    with pytest.raises(FileNotFoundError, match="there is no .*nothing"):
+    with pytest.raises(FileNotFoundError, match=r"there is no .*nothing"):
         load_adapter(other, tmp_path / "nothing")
     load_adapter(unet, tmp_path / "style", "second")
     before = state(unet)
@@ -449,7 +449,7 @@ def add(model, config, name):
 
 def test_a_model_of_no_family_needs_targets():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    with pytest.raises(ValueError, match="Sequential belongs to none of the families with default targets .*vilt"):
+    with pytest.raises(ValueError, match=r"Sequential belongs to none of the families with default targets .*vilt"):
         get_peft_model(model, APTConfig(**SIZES))
 
 
@@ -472,12 +472,12 @@ def test_two_methods_on_one_site():
     attached = make_model("vilt", LAYERS)
     petl_ext.attach(attached, petl_ext.AdapterConfig(kind="parallel", bottleneck=4))
     before = state(attached)
-    with pytest.raises(ValueError, match="attention.output already carries another method, ViltSelfOutput"):
+    with pytest.raises(ValueError, match=r"attention.output already carries another method, ViltSelfOutput"):
         get_peft_model(attached, APTConfig(**SIZES))
     assert state(attached) == before
     for family in ("vilt", "llama"):
         tuned = make(family)
-        with pytest.raises(ValueError, match="matches nothing|already has a child"):
+        with pytest.raises(ValueError, match=r"matches nothing|already has a child"):
             petl_ext.attach(tuned.base_model.model, petl_ext.APTConfig(**SIZES))
     patched = make_model("vilt", LAYERS)
     module = patched.vilt.encoder.layer[0].attention.output
@@ -491,7 +491,7 @@ def test_merging_is_refused():
     before = state(model)
     layer = next(module for module in model.modules() if isinstance(module, APTTunerLayer))
     for merge in (model.merge_and_unload, model.merge_adapter, model.unmerge_adapter, layer.merge, layer.unmerge):
-        with pytest.raises(NotImplementedError, match="APT cannot be merged .* depend on the input"):
+        with pytest.raises(NotImplementedError, match=r"APT cannot be merged .* depend on the input"):
             merge()
     assert state(model) == before
 
