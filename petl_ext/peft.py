@@ -30,7 +30,7 @@ from torch import nn
 
 from petl_ext.attach.attach import unchanged_on_error
 from petl_ext.attach.families import FAMILIES, SITE_CLASSES, family_of
-from petl_ext.attach.site import Site, composed
+from petl_ext.attach.site import Site, composed, has_device_hook, location_beside, width_of
 from petl_ext.nn.apt import APTLayer, PromptKeys, apt_output
 
 METHOD = "petl_apt"
@@ -135,9 +135,9 @@ class APTTunerLayer(nn.Module, BaseTunerLayer):
             setattr(self, name, nn.ParameterDict())
         self.petl_apt_options = {}  # of every adapter (activation, dropout, PromptKeys)
 
-    def update_layer(self, adapter_name, config):
-        weight = self.weight_of(self.base_layer)
-        layer = config.new_layer(weight.size(0), device=weight.device, dtype=weight.dtype)
+    def update_layer(self, adapter_name, config, model):
+        neighbour = self.neighbour(self.base_layer)
+        layer = config.new_layer(width_of(neighbour), **location_beside(neighbour, model))
         for name in self.adapter_layer_names:
             getattr(self, name)[adapter_name] = getattr(layer, name.removeprefix(PREFIX))
         self.petl_apt_options[adapter_name] = (config.activation, config.dropout, PromptKeys())
@@ -184,8 +184,8 @@ class APTTunerLayer(nn.Module, BaseTunerLayer):
 
     def _get_base_layer_device_and_dtype(self, base_layer):
         # Whereto PEFT moves an adapter that it has loaded without a place of its own.
-        weight = self.weight_of(base_layer)
-        return weight.device, weight.dtype
+        location = location_beside(self.neighbour(base_layer), self)
+        return location["device"], location["dtype"]
 
     def _changed(self, adapter_name, x, y):
         prompts, down, up, log_scale = (getattr(self, name)[adapter_name] for name in self.adapter_layer_names)
@@ -231,7 +231,7 @@ class APTModel(BaseTuner):
             site_class = _site_class(target, target_name, parent, current_key)
             target = composed(APTTunerLayer, (site_class,))(target, adapter_name)
             setattr(parent, target_name, target)
-        target.update_layer(adapter_name, peft_config)
+        target.update_layer(adapter_name, peft_config, self.model)
 
     def _replace_module(self, parent, child_name, new_module, child):
         # PEFT's own looks for a weight, which these modules do not have.
@@ -369,7 +369,7 @@ def _site_class(target, target_name, parent, name):
             f"APT: {name} already carries another method, {type(target).__name__}; take that out first, or choose "
             "other target_modules"
         )
-    if "forward" in vars(target) and not hasattr(target, "_hf_hook"):
+    if "forward" in vars(target) and not has_device_hook(target):
         raise ValueError(
             f"APT: {name} has a forward of its own, put there by another library, that would bypass the adapter"
         )
@@ -388,9 +388,6 @@ def _check_site(site_class, module, name):
         site_class.check(module)
     except ValueError as error:
         raise ValueError(f"APT: {name}: {error}") from error
-    weight = site_class.weight_of(module)
-    if not weight.is_floating_point():
-        raise ValueError(f"APT: the weight of {name} is {weight.dtype}; quantised projections are not supported")
 
 
 def _register():

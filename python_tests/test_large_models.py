@@ -4,11 +4,12 @@ import pytest
 import tiny_vilt
 import torch
 from accelerate import dispatch_model
+from peft import get_peft_model
 from tiny_families import make_inputs, make_model, run
 from torch import nn
 from transformers import ViltForQuestionAnswering
 
-import petl_ext
+import petl_ext.peft
 from petl_ext import AdapterConfig, APTConfig, DASConfig
 
 CONFIGS = [APTConfig(num_prompts=5, rank=2), AdapterConfig(bottleneck=6), DASConfig(bottleneck=6, skip=[1])]
@@ -90,3 +91,16 @@ def test_quantised_layers_stay_and_what_is_attached_trains(family, config, dtype
     attachment.detach()
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_peft_puts_apt_beside_quantised_layers():
+    model = quantise(make_model("llama").bfloat16())
+    inputs = make_inputs(model)
+    with torch.no_grad():
+        bare = run(model, inputs)
+    model = get_peft_model(model, petl_ext.peft.APTConfig(num_prompts=5, rank=2))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    run(model, inputs).square().mean().backward()
+    assert trained and all(parameter.grad.any() for parameter in trained)
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(run(model, inputs), bare)
