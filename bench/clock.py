@@ -22,6 +22,14 @@ def host_clock(run):
     return lambda: seconds
 
 
+def thread_clock(run):
+    """Time that this thread has had of a processor: what work on one thread costs, however busy the machine."""
+    start = time.thread_time()
+    run()
+    seconds = time.thread_time() - start
+    return lambda: seconds
+
+
 def cuda_clock(run):
     """Device time, between two events in the current stream.
 

@@ -4,7 +4,8 @@ import importlib
 
 from petl_ext import ops
 
-# The function takes the name of the package petl_ext.attach, from which everything can still be imported.
+# The functions take the names of the packages petl_ext.attach and petl_ext.patch, from which everything can still be
+# imported.
 from petl_ext.attach import (
     AdapterConfig,
     APTConfig,
@@ -18,6 +19,7 @@ from petl_ext.attach import (
     load,
 )
 from petl_ext.nn import AdapterLayer, APTLayer, VisualPromptLayer
+from petl_ext.patch import patch, patch_class, unpatch, unpatch_class
 from petl_ext.search import DepthSearch, PlacementSearch
 
 __version__ = "0.1.0"
@@ -38,6 +40,10 @@ __all__ = [
     "attach",
     "load",
     "ops",
+    "patch",
+    "patch_class",
+    "unpatch",
+    "unpatch_class",
 ]
 
 # They need more than torch.

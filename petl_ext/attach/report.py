@@ -92,9 +92,9 @@ class Report:
     def __str__(self):
         share = self.trained / self.total if self.total else 0
         summary = f"{self.trained:,} of {self.total:,} parameters train ({share:.2%}); {self._macs_text()}"
-        lines = [self.title, *_table([COLUMNS, *(row.cells() for row in self.rows)]), summary]
+        lines = [self.title, *table([COLUMNS, *(row.cells() for row in self.rows)]), summary]
         if self.layer_costs is not None:
-            lines += ["", *_table([LAYER_COLUMNS, *self.layer_costs.cells()])]
+            lines += ["", *table([LAYER_COLUMNS, *self.layer_costs.cells()])]
         return "\n".join(lines)
 
     def _macs_text(self):
@@ -108,6 +108,6 @@ class Report:
         return text
 
 
-def _table(rows):
+def table(rows):
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

@@ -34,7 +34,16 @@ class Place(NamedTuple):
         return f"{self.name}.{self.site_class.child}".lstrip(".")
 
 
-class Site(nn.Module):
+class Composable(nn.Module):
+    """Comes before a module's own class in a class made by `composed`, and lets it be copied and pickled."""
+
+    def __reduce_ex__(self, protocol):
+        _, _, *state = super().__reduce_ex__(protocol)
+        *added, own = type(self).__bases__
+        return (_new, (own, tuple(added)), *state)
+
+
+class Site(Composable):
     """What a module becomes that carries a new layer. Its methods but `forward` answer questions about the layer.
 
     Attributes:
@@ -78,11 +87,6 @@ class Site(nn.Module):
     def kernel(layer):
         """(what computes the layer, why it is not a kernel)."""
         raise NotImplementedError
-
-    def __reduce_ex__(self, protocol):
-        _, _, *state = super().__reduce_ex__(protocol)
-        *sites, backbone = type(self).__bases__
-        return (_new, (backbone, tuple(sites)), *state)
 
 
 @functools.cache

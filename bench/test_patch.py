@@ -1,0 +1,96 @@
+"""Modules of other code bases, patched against unpatched: what remains of the ops' gain behind `petl_ext.patch`.
+
+Two calls of one module's own forward are compared too, where the patched one leaves it alone: their ratio is 1 but for
+noise.
+"""
+
+import copy
+
+import pytest
+import torch
+from clock import race, speed_up, thread_clock
+from original_modules import (
+    Adapter,
+    Cross_Attention,
+    LibraryAdapter,
+    ParallelAdapter,
+    approximate_prompt,
+)
+from shapes import CLIP_IMAGE, CLIP_IMAGE_MANY, CLIP_IMAGE_ONE, METER_IMAGE, METER_TEXT_ONE, VILT, VILT_MANY, VILT_ONE
+
+import petl_ext
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# With the sizes at which they are published; the library's is its default for a width of 768.
+MODULES = {
+    "prompts-50": lambda dim: approximate_prompt(12, dim, 4, 50),
+    "prompts-200": lambda dim: approximate_prompt(12, dim, 4, 200),
+    "bottleneck-96": lambda dim: Adapter(dim, 96),
+    "parallel-96": lambda dim: ParallelAdapter(dim, 96, adapter_scalar="4.0"),
+    "parallel-192": lambda dim: ParallelAdapter(dim, 192),
+    "library-48": lambda dim: LibraryAdapter(dim, 48),
+    "cross-attention": lambda dim: Cross_Attention(dim, 0.0, 12),
+}
+STREAMS = [METER_TEXT_ONE, VILT_ONE, VILT, METER_IMAGE, VILT_MANY]
+IMAGES = [CLIP_IMAGE_ONE, CLIP_IMAGE, CLIP_IMAGE_MANY]
+CASES = [(name, shape) for name in MODULES for shape in (IMAGES if name == "cross-attention" else STREAMS)]
+
+
+def arguments_of(name, shape, dtype, trained):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(tokens, trained=trained):
+        tensor = torch.randn(shape.batch, tokens, shape.dim, generator=generator).to(dtype)
+        return tensor.requires_grad_(trained)
+
+    if name == "cross-attention":
+        # The images come from a frozen encoder.
+        visual = normal(shape.tokens, trained=False)
+        return visual, visual, normal(1), None
+    x = normal(shape.tokens)
+    if name.startswith("parallel"):
+        return x, False
+    return (x,) if name.startswith("bottleneck") else (x, normal(shape.tokens))
+
+
+def forward(module, arguments):
+    def run():
+        with torch.no_grad():
+            module(*arguments)
+
+    return run
+
+
+def forward_backward(module, arguments):
+    """Of the parameters and of the streams, which have passed trained layers before."""
+    wanted = [t for t in arguments if torch.is_tensor(t) and t.requires_grad] + list(module.parameters())
+
+    def output():
+        out = module(*arguments)
+        return out[0] if isinstance(out, tuple) else out
+
+    dout = torch.randn_like(output())
+    return lambda: torch.autograd.grad(output(), wanted, dout)
+
+
+@pytest.mark.parametrize("direction", [forward, forward_backward], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "shape"), CASES, ids=str)
+def test_patch(name, shape, dtype, direction, rounds, benchmark, record_property):
+    torch.manual_seed(0)
+    module = MODULES[name](shape.dim).to(DTYPES[dtype])
+    patched = petl_ext.patch(copy.deepcopy(module)).model
+    arguments = arguments_of(name, shape, DTYPES[dtype], trained=direction is forward_backward)
+    contenders = {"unpatched": direction(module, arguments), "patched": direction(patched, arguments)}
+    seconds = race(contenders, rounds, thread_clock)
+    record_property(
+        "comparison",
+        {
+            "name": f"patch {name} {direction.__name__} {dtype} {shape}",
+            "rows": shape.rows,
+            "dim": shape.dim,
+            "milliseconds": round(1e3 * sorted(seconds["patched"])[rounds // 2], 3),
+            "speed_up": {"vs unpatched": speed_up(seconds, "unpatched", "patched")},
+        },
+    )
+    benchmark.pedantic(contenders["patched"], rounds=rounds)

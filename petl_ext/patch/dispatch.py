@@ -1,0 +1,88 @@
+"""Whether a patched module's call goes to the kernel or to the module's own forward."""
+
+import torch
+
+from petl_ext.ops.library import cpu_path
+
+# Rows below which the own forward is faster on one thread of a CPU, by (op, dtype): without gradients, and with them,
+# whose backward pass counts too. None: it is at every size. From bench/test_patch.py, by
+# bench/results/amd-epyc/PATCHFILE; in float16, and on CUDA, nothing has been measured, and no row is too few.
+FLOORS = {
+    ("apt", torch.float32): (32, 200),
+    ("apt", torch.bfloat16): (0, 512),
+    ("adapter", torch.float32): (128, 4096),
+    ("adapter", torch.bfloat16): (128, None),
+    ("attention_pool", torch.float32): (0, 0),
+    ("attention_pool", torch.bfloat16): (0, 0),
+}
+# What torch multiplies in bfloat16 by such products, the kernels gain little on, or nothing.
+if cpu_path() != "avx512_bf16":
+    FLOORS |= {(op, torch.bfloat16): (0, 0) for op in ("apt", "adapter", "attention_pool")}
+
+_OPS = ("apt", "adapter", "attention_pool")
+_DEVICES = ("cpu", "cuda")
+# Asked once, since torch.compile cannot look into the dispatcher.
+_KERNELS = {
+    (op, device)
+    for op in _OPS
+    for device in _DEVICES
+    if torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"petl_ext::{op}_forward", torch._C._dispatch_key_for_device(device)
+    )
+}
+# Greatest inner size of the CUDA kernels; their width is a multiple of 8 up to 8192.
+_CUDA_LIMITS = {"apt": 512, "adapter": 512, "attention_pool": 64}
+
+
+def own_forward_because(kind, module, x):
+    """Why this call, on the rows of x, runs the module's own forward; "" where the kernel does.
+
+    What is true of a small model's every call comes first: it has the least time to lose.
+    """
+    if _too_few_rows(kind.op, x):
+        return "too few rows"
+    return own_forward_for_now(kind, module, x.device.type, x.dtype)
+
+
+def own_forward_for_now(kind, module, device, dtype):
+    """The same of every call in the module's present state."""
+    if device not in _DEVICES or (kind.op, device) not in _KERNELS:
+        return f"this build holds no kernel for {device}"
+    if dtype is torch.float64:
+        return "float64"
+    if device == "cuda":
+        width, inner = kind.sizes(module)
+        if width % 8 or width > 8192 or inner > _CUDA_LIMITS[kind.op]:
+            return f"the CUDA kernel does not take {width} and {inner}"
+    if (dropout := kind.dropout(module)) > 0:
+        return f"dropout {dropout} in training"
+    parts = list(module.modules())[1:]
+    if tuple(map(type, parts)) != module.petl_settings.parts:
+        return "a part was replaced"
+    return "a part carries a hook" if any(map(is_hooked, parts)) else ""
+
+
+def own_forward_below(op, device, dtype):
+    """For which calls rows are too few, in words."""
+    if device != "cpu" or (op, dtype) not in FLOORS:
+        return ""
+    floors = zip(("without gradients", "with gradients"), FLOORS[op, dtype], strict=True)
+    rules = [name if floor is None else f"{name} below {floor} rows" for name, floor in floors if floor != 0]
+    return f"its own forward {', '.join(rules)}" if rules else ""
+
+
+def is_hooked(part):
+    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+
+
+def _too_few_rows(op, x):
+    if x.device.type != "cpu":
+        return False
+    dtype = x.dtype
+    if dtype is torch.float32 and torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    floors = FLOORS.get((op, dtype))
+    if floors is None:
+        return False
+    floor = floors[torch.is_grad_enabled()]
+    return floor is None or x.numel() < floor * x.size(-1)

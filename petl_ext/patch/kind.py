@@ -1,0 +1,151 @@
+"""What a kind of module is to `patch`, and what its parts must be."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from petl_ext.ops.adapter import ACTIVATIONS
+
+
+class Settings(NamedTuple):
+    """What was found out about a module when it was recognised; the module keeps it as `petl_settings`.
+
+    Attributes:
+        activation: as the op names it; "" where there is none.
+        adds_residual: whether a bottleneck adds its residual.
+        parts: the classes of the modules inside it.
+    """
+
+    activation: str = ""
+    adds_residual: bool = True
+    parts: tuple = ()
+
+
+class Kind:
+    """A kind of module that `patch` knows, by its names and shapes, and the same formula by one of our ops.
+
+    All methods take a module. Its attributes may be anything until `refusal` has said "".
+
+    Attributes:
+        name: in reports.
+        op: of `petl_ext.ops`, which computes it.
+        published: whose code it is and what it is called there, for error messages.
+        patched: the class that its modules become. Its `forward` takes what the original's takes; the original is the
+            next in line, and runs wherever the op does not.
+    """
+
+    name: str
+    op: str
+    published: str
+    patched: type
+
+    @staticmethod
+    def looks_like(module):
+        """Whether it has the names by which the kind is known."""
+        raise NotImplementedError
+
+    @staticmethod
+    def refusal(module):
+        """Why its parts are not the kind's, read after "left alone: "; "" if they are."""
+        raise NotImplementedError
+
+    @staticmethod
+    def candidates(module):
+        """The `Settings` that it may have: its parts do not tell all that its forward does."""
+        raise NotImplementedError
+
+    @staticmethod
+    def examples(module, draw):
+        """Arguments for its forward that together tell the kind's formula from any other; `draw` makes a random tensor
+        of a shape."""
+        raise NotImplementedError
+
+    @staticmethod
+    def compute(module, *arguments):
+        """What its forward returns for these arguments, by the op."""
+        raise NotImplementedError
+
+    @staticmethod
+    def dropout(module):
+        """The probability at which it drops out now."""
+        return 0.0
+
+    @staticmethod
+    def sizes(module):
+        """(width, inner size): prompts, bottleneck or heads. The CUDA kernels bound both."""
+        raise NotImplementedError
+
+
+def names_in(module):
+    """The names of what it holds: parts, parameters and buffers."""
+    tables = (module._modules, module._parameters, module._buffers)
+    return {name for table in tables for name, held in table.items() if held is not None}
+
+
+def refuse_names(module, needed, allowed=()):
+    extra, missing = names_in(module) - {*needed, *allowed}, set(needed) - names_in(module)
+    if extra:
+        return f"it also has {', '.join(sorted(extra))}"
+    return f"it lacks {', '.join(sorted(missing))}" if missing else ""
+
+
+def refuse_linear(*parts):
+    wrong = [part for part in parts if type(part) is not nn.Linear or part.bias is None]
+    return f"a projection is {described(wrong[0])}, not nn.Linear with a bias" if wrong else ""
+
+
+def refuse_bottleneck(down, up, norm=None):
+    """Of LayerNorm, where there is one, and two projections."""
+    if reason := refuse_linear(down, up):
+        return reason
+    width, bottleneck = down.in_features, down.out_features
+    if (up.in_features, up.out_features) != (bottleneck, width):
+        return f"its projections are {width} to {bottleneck} and {up.in_features} to {up.out_features}"
+    if norm is None:
+        return ""
+    if type(norm) is not nn.LayerNorm or norm.normalized_shape != (width,) or norm.bias is None:
+        return f"its norm is {described(norm)}, not nn.LayerNorm({width})"
+    return ""
+
+
+def refuse_scale(scale):
+    if isinstance(scale, torch.Tensor):
+        return "" if scale.shape == (1,) else f"its scale has the shape {list(scale.shape)}, not [1]"
+    return "" if type(scale) in (int, float) else f"its scale is {described(scale)}"
+
+
+def refuse_activation(function, known=tuple(ACTIVATIONS)):
+    found = activation_of(function)
+    return "" if found in known else f"its activation is {described(function)}, not {' or '.join(known)}"
+
+
+def refuse_dropout(part):
+    return "" if type(part) is nn.Dropout else f"its dropout is {described(part)}, not nn.Dropout"
+
+
+def described(part):
+    if isinstance(part, nn.Module):
+        return type(part).__name__ if part._modules else repr(part)
+    return getattr(part, "__name__", None) or repr(part)
+
+
+def activation_of(function):
+    """What the ops call that which `function` computes, "softmax" over the last axis included; None: nothing."""
+    if type(function) is nn.Softmax:
+        return "softmax" if function.dim == -1 else None
+    x = torch.linspace(-4, 4, 33, dtype=torch.float64, device="cpu")
+    try:
+        y = function(x.clone())
+        return next((name for name, known in ACTIVATIONS.items() if torch.allclose(y, known(x), 1e-12, 1e-12)), None)
+    except Exception:  # It is other people's and may do anything; then it is none of ours.
+        return None
+
+
+def dropout_of(part):
+    return part.p if part.training else 0.0
+
+
+def promoted(out, scale):
+    """A trained scale in float32 makes the originals' output float32, under autocast too."""
+    return out.to(torch.promote_types(out.dtype, scale.dtype)) if isinstance(scale, torch.Tensor) else out
