@@ -22,7 +22,7 @@ FUSED = {
     "mix and match": adapters.MAMConfig(),
 }
 LEFT_ALONE = {
-    "compacter": (adapters.CompacterConfig(phm_dim=4), "PHMLayer"),
+    "compacter": (adapters.CompacterConfig(phm_dim=4, reduction_factor=4), "PHMLayer"),
     "gating": (adapters.SeqBnConfig(use_gating=True), "gate"),
     "norm after": (adapters.SeqBnConfig(ln_after=True), "LayerNorm"),
     "tanh": (adapters.SeqBnConfig(non_linearity="tanh"), "activation"),
@@ -52,7 +52,9 @@ def bert_with(*configs, fuse=False):
         model.add_adapter(name, adapter_config)
     if fuse:
         model.add_adapter_fusion(names)
-    model.set_active_adapters(adapters.Fuse(*names) if fuse else names[0])
+    active = adapters.Fuse(*names) if fuse else names[0]
+    model.train_adapter(active)
+    model.set_active_adapters(active)
     for name, parameter in model.named_parameters():
         # Some start as zero, where a wrong computation would not show.
         if any(part in name for part in names):
@@ -109,3 +111,4 @@ def main():
 
 
 main()
+print("all computed the same")

@@ -52,9 +52,7 @@ class LibraryAdapter(Kind):
             return reason
         layers = list(module.adapter_down) if type(module.adapter_down) is nn.Sequential else []
         if len(layers) != 2 + len(norm) or layers[-1] is not module.non_linearity:
-            return (
-                f"adapter_down is {described(module.adapter_down)}, not a Sequential ([LayerNorm,] Linear, activation)"
-            )
+            return f"adapter_down is {described(module.adapter_down)}, not Sequential([LayerNorm,] Linear, activation)"
         return (
             refuse_bottleneck(layers[-2], module.adapter_up, layers[0] if norm else None)
             or refuse_activation(module.non_linearity)

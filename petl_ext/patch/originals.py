@@ -99,9 +99,7 @@ class Bottleneck(Kind):
 
     name = "bottleneck adapter"
     op = "adapter"
-    published = (
-        "Adapter of APT, DAS and DVP (down_sampler, up_sampler, perhaps activation), of LLaVA's DAS (down, act, up)"
-    )
+    published = "Adapter of APT, DAS and DVP (down_sampler, up_sampler, perhaps activation), or down, act and up"
     patched = PatchedBottleneck
 
     @staticmethod
@@ -234,8 +232,8 @@ class PatchedCrossAttention(Composable):
 
 
 class CrossAttention(Kind):
-    """Multi-head attention; by the op where one query per sample reads tokens that are keys and values. Its mask is True
-    where a token is hidden."""
+    """Multi-head attention; by the op where one query per sample reads tokens that are both keys and values. Its mask
+    is True where a token is hidden."""
 
     name = "cross-attention of one query"
     op = "attention_pool"

@@ -3,13 +3,11 @@
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
-
 from petl_ext.attach.report import table
 from petl_ext.ops.library import cpu_path
 from petl_ext.patch.dispatch import own_forward_below, own_forward_for_now
 
-COLUMNS = ("module", "class", "kind", "computed by", "because", "but")
+COLUMNS = ("module", "class", "kind", "computed by", "because")
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class PatchRow:
         return not self.reason
 
     def cells(self):
-        return self.name or "(the model)", self.class_name, self.kind, self.kernel, self.reason, self.exception
+        return self.name or "(the model)", self.class_name, self.kind, self.kernel, self.reason
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,11 @@ class PatchReport:
         return dict(Counter(row.reason for row in self.rows if not row.fused))
 
     def __str__(self):
-        alone = "".join(f"\n  {count} left alone: {reason}" for reason, count in self.left_alone.items())
         lines = [self.title, *table([COLUMNS, *(row.cells() for row in self.rows)])]
-        return "\n".join([*lines, f"{self.fused} of {len(self.rows)} fused{alone}"])
+        lines.append(f"{self.fused} of {len(self.rows)} fused")
+        lines += [f"{count} left alone: {reason}" for reason, count in self.left_alone.items()]
+        exceptions = dict.fromkeys((row.kernel, row.exception) for row in self.rows if row.exception)
+        return "\n".join([*lines, *(f"{kernel}: faster is {exception}" for kernel, exception in exceptions)])
 
 
 def patched_row(name, module, kind):
