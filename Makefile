@@ -7,6 +7,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/
 
 INSTALLED := $(VENV)/installed
+ADAPTERS := $(VENV)/adapters
 BUILT_FROM := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .PHONY: demo test lint bench gpu clean
@@ -14,7 +15,7 @@ BUILT_FROM := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell fin
 demo: $(INSTALLED)
 	$(RUN)petl-ext demo
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(ADAPTERS)
 	$(RUN)python -m pytest -n auto --dist loadfile $(TEST_OPTIONS)
 
 lint: $(INSTALLED)
@@ -35,6 +36,10 @@ $(INSTALLED): $(BUILT_FROM)
 	$(RUN)python -m pip install --quiet $(TORCH) ninja
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN)python -m pip install --quiet -e ".[test,bench,lint]"
 	touch $@
+
+# The library that `petl_ext.patch` is tested with pins another transformers, so it has a folder of its own.
+$(ADAPTERS): | $(INSTALLED)
+	$(RUN)python -m pip install --quiet --target $@ adapters==1.3.0
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info petl_ext/*.so demo_out

@@ -17,6 +17,7 @@ from original_modules import (
 )
 from tolerance import assert_as_good_as_torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import petl_ext
 from petl_ext.patch import dispatch
@@ -186,6 +187,16 @@ def test_a_patched_model_copies_pickles_and_compiles(make, op, call, no_floors):
     with OpsCalled() as called:
         out = first(call(compiled, torch.float32))
     assert called.names == [op] and torch.allclose(out, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant, no_floors):
+    model = made(lambda: ParallelAdapter(DIM, 16))
+    petl_ext.patch(model)
+    inputs = [stream().requires_grad_() for _ in range(2)]
+    model(inputs[0]).sum().backward()
+    checkpoint(model, inputs[1], use_reentrant=reentrant).sum().backward()
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
 
 
 def test_every_parameter_gets_a_gradient_in_data_parallel(no_floors, tmp_path):
