@@ -297,6 +297,16 @@ def test_what_no_kernel_computes_runs_the_modules_own_forward(make, change, call
         assert reason in str(patch.report())
 
 
+def test_devices_without_a_kernel_run_the_modules_own_forward(monkeypatch):
+    model = nn.Sequential(Adapter(DIM), Adapter(60, 8)).to("meta")
+    patch = petl_ext.patch(model)
+    assert patch.report().left_alone == {"this build holds no kernel for meta": 2}
+    assert model[0](torch.empty(3, DIM, device="meta")).shape == (3, DIM)
+    monkeypatch.setattr(dispatch, "_KERNELS", {("adapter", "cuda")})
+    reasons = [dispatch.own_forward_for_now(kind_of(part), part, "cuda", torch.float32) for part in model]
+    assert reasons == ["", "the CUDA kernel does not take a width of 60 with 8"]
+
+
 def test_dropout_keeps_the_kernel_in_eval(no_floors):
     model = made(lambda: prompts(0.1)).eval()
     patch = petl_ext.patch(model)
@@ -315,6 +325,11 @@ class Gated(Adapter):
 class Doubled(Adapter):
     def forward(self, x):
         return x + 2 * self.up_sampler(self.activation(self.down_sampler(x)))
+
+
+class OtherInTraining(Adapter):
+    def forward(self, x):
+        return super().forward(x) * (2 if self.training else 1)
 
 
 class ReluLast(ParallelAdapter):
@@ -385,6 +400,7 @@ ALMOST = {
     "a scale per channel": (lambda: LibraryAdapter(DIM, 8, scaling="channel"), r"scale has the shape \[64\]"),
     "the library's gating": (lambda: LibraryAdapter(DIM, 8, gating=True), "it has a gate"),
     "another constant": (lambda: Doubled(DIM), "computes something else"),
+    "another formula in training": (lambda: OtherInTraining(DIM), "computes something else"),
     "ReLU after": (lambda: ReluLast(DIM, 8), "computes something else"),
     "other arguments": (lambda: Scaled(DIM), r"its forward takes \(self, x, res=True, weights=None\)"),
     "autocast": (lambda: InAutocast(DIM), "an autocast of its own"),
@@ -440,6 +456,15 @@ def test_patching_again_patches_what_is_new():
     assert type(model[0]) is type(model[1]) is patched_class
     petl_ext.unpatch(model)
     assert [type(module) for module in model] == [Adapter, Adapter]
+
+
+def test_a_class_given_since_is_not_taken_away():
+    model = nn.Sequential(Adapter(DIM))
+    petl_ext.patch(model)
+    model[0].__class__ = sharded = type("Sharded", (type(model[0]),), {})
+    with pytest.raises(ValueError, match="unpatch: 0 was made another class since, Sharded"):
+        petl_ext.unpatch(model)
+    assert type(model[0]) is sharded and petl_ext.patch(model).report().fused == 1
 
 
 def test_weights_go_both_ways():

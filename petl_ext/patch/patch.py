@@ -72,20 +72,24 @@ def unpatch(model):
 
     Raises:
         TypeError: model is no nn.Module.
-        ValueError: nothing in it is patched.
+        ValueError: nothing in it is patched, or something has changed a patched module's class since, as FSDP does. The
+            model has not changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unpatch: model must be a torch.nn.Module, got {type(model).__name__}")
-    patched = [module for module in model.modules() if kind_of(module)]
+    patched = {name: module for name, module in model.named_modules() if kind_of(module)}
     if not patched:
         raise ValueError(f"unpatch: nothing in {type(model).__name__} is patched")
-    for module in patched:
+    for name, module in patched.items():
+        if kind_of(module).patched not in type(module).__bases__:
+            raise ValueError(f"unpatch: {name or 'the model'} was made another class since, {type(module).__name__}")
+    for module in patched.values():
         release(module)
 
 
 def kind_of(module):
     """The `Kind` as which a module has been patched, or None."""
-    return next((_KIND_OF[base] for base in type(module).__bases__ if base in _KIND_OF), None)
+    return next((_KIND_OF[base] for base in type(module).__mro__ if base in _KIND_OF), None)
 
 
 def take_in(module, recognised):

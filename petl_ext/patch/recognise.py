@@ -5,6 +5,7 @@ import inspect
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from petl_ext.patch.dispatch import is_hooked
 from petl_ext.patch.kind import Settings, names_in
@@ -75,7 +76,7 @@ def _arguments(forward):
 
 def _enters_autocast(cls):
     """Whether a method of it names autocast: in its body, or as a decorator around it."""
-    for ancestor in cls.__mro__[: cls.__mro__.index(torch.nn.Module)]:
+    for ancestor in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for function in vars(ancestor).values():
             while function is not None:
                 code = getattr(function, "__code__", None)
@@ -96,7 +97,11 @@ def _settings(kind, module):
         examples = kind.examples(twin, draw)
         for settings in kind.candidates(twin):
             vars(twin)["petl_settings"] = settings
-            if all(_same(forward, kind.compute, twin, arguments) for arguments in examples):
+            if all(
+                _same(forward, kind.compute, twin.train(mode), arguments)
+                for mode in (False, True)
+                for arguments in examples
+            ):
                 return settings._replace(parts=parts)
     return None
 
@@ -108,11 +113,16 @@ def _random_twin(module):
     def draw(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
-    twin = copy.deepcopy(module).to_empty(device="cpu").double().eval()
-    for parameter in twin.parameters():
-        # Of this size, what a sum over the width adds up to is about 1, as are the other parameters.
-        size = parameter.size(-1) ** -0.5 if parameter.dim() == 2 else 1.0
-        parameter.data = draw(*parameter.shape) * size
+    twin = copy.deepcopy(module).to_empty(device="cpu").double()
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        # Of this size, what a sum over the width adds up to is about 1, as are the other tensors.
+        size = tensor.size(-1) ** -0.5 if tensor.dim() == 2 else 1.0
+        tensor.data = draw(*tensor.shape) * size
+    for part in twin.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    if "dropout" in vars(twin):
+        twin.dropout = 0.0
     return twin, draw
 
 
