@@ -8,7 +8,7 @@ from petl_ext.ops.library import cpu_path
 # whose backward pass counts too. None: it is at every size. From bench/test_patch.py, by
 # bench/results/amd-epyc/PATCHFILE; in float16, and on CUDA, nothing has been measured, and no row is too few.
 FLOORS = {
-    ("apt", torch.float32): (32, 200),
+    ("apt", torch.float32): (128, 200),
     ("apt", torch.bfloat16): (0, 512),
     ("adapter", torch.float32): (128, 4096),
     ("adapter", torch.bfloat16): (128, None),
