@@ -55,8 +55,11 @@ def stream(seed=0):
 
 
 def one_query(mask=None, dim=DIM):
-    visual, query = rows(8, 25, dim, seed=1), rows(8, 1, DIM, seed=2)
-    return lambda module, dtype: module(v := visual.to(dtype), v, query.to(dtype), mask)
+    def call(module, dtype):
+        visual = rows(8, 25, dim, seed=1).to(dtype)
+        return module(visual, visual, rows(8, 1, DIM, seed=2).to(dtype), mask)
+
+    return call
 
 
 def hidden_tokens():
@@ -129,11 +132,19 @@ def first(out):
 
 
 def output_and_gradients(model, call, dtype):
-    """[out, gradient of each parameter] of the module in `model`."""
-    model = copy.deepcopy(model).to(dtype)
+    """{"out": output, name: gradient of each parameter and input} of the module in `model`."""
+    model, inputs = copy.deepcopy(model).to(dtype), {}
+
+    def watch(module, arguments, named):
+        tensors = [t for t in (*arguments, *named.values()) if torch.is_tensor(t) and t.is_floating_point()]
+        inputs.update((f"input {i}", t.requires_grad_()) for i, t in enumerate(tensors))
+
+    model[0].register_forward_pre_hook(watch, with_kwargs=True)
     out = first(call(model[0], dtype))
     out.backward(rows(*out.shape, seed=9).to(dtype))
-    return {"out": out.detach()} | {name: p.grad for name, p in model.named_parameters()}
+    # The library's parallel adapter does not use its residual.
+    tensors = [*inputs.items(), *model.named_parameters()]
+    return {"out": out.detach()} | {name: t.grad for name, t in tensors if t.grad is not None}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -148,7 +159,7 @@ def test_outputs_and_gradients_stay_and_unpatch_restores_them(make, op, call, dt
     assert (list(model.state_dict()), repr(model)) == (keys, text)
     with OpsCalled() as called:
         ours = output_and_gradients(model, call, dtype)
-    assert called.names == [op]
+    assert called.names == [op] and ours.keys() == theirs.keys() == oracle.keys() > {"out", "input 0"}
     for name in oracle:
         assert ours[name].dtype is theirs[name].dtype
         assert_as_good_as_torch(name, ours[name], theirs[name], oracle[name])
