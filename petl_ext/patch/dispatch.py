@@ -66,8 +66,9 @@ def own_forward_below(op, device, dtype):
     """For which calls rows are too few, in words."""
     if device != "cpu" or (op, dtype) not in FLOORS:
         return ""
-    floors = zip(("without gradients", "with gradients"), FLOORS[op, dtype], strict=True)
-    rules = [name if floor is None else f"{name} below {floor} rows" for name, floor in floors if floor != 0]
+    floors = zip(("without", "with"), FLOORS[op, dtype], strict=True)
+    sizes = [(name, "always" if floor is None else f"below {floor} rows") for name, floor in floors if floor != 0]
+    rules = [f"{name} gradients {size}" for name, size in sizes]
     return f"its own forward {', '.join(rules)}" if rules else ""
 
 
