@@ -249,7 +249,7 @@ def test_too_few_rows_run_the_modules_own_forward(monkeypatch):
             model(rows(1, DIM))
     assert called.names == ["adapter"] * 2
     (row,) = patch.report().rows
-    assert row.exception == "its own forward without gradients below 10 rows, with gradients always"
+    assert row.exception == "without gradients below 10 rows, with gradients always"
     assert row.exception in str(patch.report())
 
 

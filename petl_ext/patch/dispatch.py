@@ -68,8 +68,7 @@ def own_forward_below(op, device, dtype):
         return ""
     floors = zip(("without", "with"), FLOORS[op, dtype], strict=True)
     sizes = [(name, "always" if floor is None else f"below {floor} rows") for name, floor in floors if floor != 0]
-    rules = [f"{name} gradients {size}" for name, size in sizes]
-    return f"its own forward {', '.join(rules)}" if rules else ""
+    return ", ".join(f"{name} gradients {size}" for name, size in sizes)
 
 
 def is_hooked(part):

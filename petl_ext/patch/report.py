@@ -65,8 +65,9 @@ class PatchReport:
         lines = [self.title, *table([COLUMNS, *(row.cells() for row in self.rows)])]
         lines.append(f"{self.fused} of {len(self.rows)} fused")
         lines += [f"{count} left alone: {reason}" for reason, count in self.left_alone.items()]
+        faster = "the own forward, which is faster,"
         exceptions = dict.fromkeys((row.kernel, row.exception) for row in self.rows if row.exception)
-        return "\n".join([*lines, *(f"{kernel}: faster is {exception}" for kernel, exception in exceptions)])
+        return "\n".join([*lines, *(f"{kernel} gives way to {faster} {calls}" for kernel, calls in exceptions)])
 
 
 def patched_row(name, module, kind):
