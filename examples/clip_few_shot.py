@@ -30,6 +30,8 @@ from transformers import (
 
 import petl_ext
 from petl_ext.tasks import image_classification as tasks
+from petl_ext.tasks.digits_images import write_digit_images
+from petl_ext.tasks.pretrain_digits_clip import Schedule, pretrain
 
 APT_SITES = {
     "vision": [r"vision_model\..*\.self_attn"],
@@ -164,9 +166,6 @@ def _cell(accuracies):
 
 def _make_digits(options):
     """Digits on a colored ground, to adapt to, and a CLIP that knows digits on black only; once per --output."""
-    from petl_ext.tasks.digits_images import write_digit_images
-    from petl_ext.tasks.pretrain_digits_clip import Schedule, pretrain
-
     torch.set_num_threads(1)  # more are slower on matrices this small, and would change the result
     folder = options.output / "digits"
     options.model, options.images, options.test_images = folder / "clip", folder / "val", folder / "test"
@@ -194,7 +193,7 @@ def parse(arguments=None):
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
-    parser.add_argument("--pretraining-steps", type=int, default=1500, help="of the CLIP for --digits")
+    parser.add_argument("--pretraining-steps", type=int, default=Schedule.steps, help="of --digits' CLIP")
     parser.add_argument("--output", type=Path, default=Path("clip_few_shot_out"))
     options = parser.parse_args(arguments)
     if options.images and not options.model:

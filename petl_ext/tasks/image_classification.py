@@ -272,7 +272,9 @@ class CLIPClassifier(nn.Module):
 
     def text_features(self) -> Tensor:
         """The prompts' features, each of length 1: [classes, projection]."""
-        if self._text_varies() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return self._compute_text_features()
+        if self._text_varies():
             self._kept = None  # a fused optimizer's step, which may follow, leaves the weights' version as it was
             return self._compute_text_features()
         state = self._text_state()
@@ -310,7 +312,7 @@ class CLIPClassifier(nn.Module):
         return super().train(mode)
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_kept": None}
+        return {**self.__dict__, "_kept": None}
 
 
 def _same(before: tuple, now: tuple) -> bool:

@@ -32,7 +32,7 @@ LARGEST_LOGIT_SCALE = math.log(100)  # CLIP's
 class Schedule:
     """Steps, batch size, and the optimizer's settings."""
 
-    steps: int = 800
+    steps: int = 1500
     batch: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 0.02
@@ -79,10 +79,8 @@ def contrastive_loss(logits: Tensor, true: Tensor) -> Tensor:
         logits: [images, captions].
         true: bool, likewise.
     """
-    return (
-        sum(functional.cross_entropy(x, t / t.sum(1, keepdim=True)) for x, t in ((logits, true), (logits.T, true.T)))
-        / 2
-    )
+    directions = (logits, true), (logits.T, true.T)
+    return sum(functional.cross_entropy(x, t / t.sum(dim=1, keepdim=True)) for x, t in directions) / 2
 
 
 def train(model: CLIPModel, schedule: Schedule, seed: int, progress: bool = True) -> None:
