@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import dispatch_model
 from original_modules import (
     Adapter,
     Cross_Attention,
@@ -469,13 +470,28 @@ def test_patching_again_patches_what_is_new():
     assert [type(module) for module in model] == [Adapter, Adapter]
 
 
-def test_a_class_given_since_is_not_taken_away():
+def test_a_class_given_since_stays_on_top():
+    """fully_shard gives a module such a class."""
     model = nn.Sequential(Adapter(DIM))
+    bare = model(stream())
     petl_ext.patch(model)
-    model[0].__class__ = sharded = type("Sharded", (type(model[0]),), {})
-    with pytest.raises(ValueError, match="unpatch: 0 was made another class since, Sharded"):
-        petl_ext.unpatch(model)
-    assert type(model[0]) is sharded and petl_ext.patch(model).report().fused == 1
+    mark = type("Mark", (), {})
+    model[0].__class__ = type("Sharded", (mark, type(model[0])), {})
+    assert petl_ext.patch(model).report().fused == 1
+    petl_ext.unpatch(model)
+    assert type(model[0]).__bases__ == (mark, Adapter) and torch.equal(model(stream()), bare)
+
+
+def test_hooks_of_a_device_map_stay(no_floors):
+    model, bare = nn.Sequential(Adapter(DIM)), nn.Sequential(Adapter(DIM))
+    bare.load_state_dict(model.state_dict())
+    dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    assert petl_ext.patch(model).report().fused == 1
+    with OpsCalled() as called:
+        torch.testing.assert_close(model(stream()), bare(stream()))
+    assert called.names == ["adapter"]
+    petl_ext.unpatch(model)
+    assert torch.equal(model(stream()), bare(stream()))
 
 
 def test_weights_go_both_ways():

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from petl_ext.attach.site import composed
+from petl_ext.attach.site import become, composed
 from petl_ext.patch.recognise import KINDS, recognise
 from petl_ext.patch.report import PatchReport, left_alone_row, patched_row
 
@@ -72,18 +72,14 @@ def unpatch(model):
 
     Raises:
         TypeError: model is no nn.Module.
-        ValueError: nothing in it is patched, or something has changed a patched module's class since, as FSDP does. The
-            model has not changed.
+        ValueError: nothing in it is patched.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unpatch: model must be a torch.nn.Module, got {type(model).__name__}")
-    patched = {name: module for name, module in model.named_modules() if kind_of(module)}
+    patched = [module for module in model.modules() if kind_of(module)]
     if not patched:
         raise ValueError(f"unpatch: nothing in {type(model).__name__} is patched")
-    for name, module in patched.items():
-        if kind_of(module).patched not in type(module).__bases__:
-            raise ValueError(f"unpatch: {name or 'the model'} was made another class since, {type(module).__name__}")
-    for module in patched.values():
+    for module in patched:
         release(module)
 
 
@@ -95,15 +91,17 @@ def kind_of(module):
 def take_in(module, recognised):
     """Patches one module, unless it must be left alone."""
     if not recognised.reason:
-        module.__class__ = composed(type(module), (recognised.found.patched,))
+        become(module, composed(type(module), (recognised.found.patched,)), (type(module),))
         vars(module)["petl_settings"] = recognised.settings
 
 
 def release(module):
     """Takes one module's patch out again."""
-    *added, own = type(module).__bases__
-    added.remove(kind_of(module).patched)
-    module.__class__ = composed(own, tuple(added)) if added else own
+    kind = kind_of(module)
+    patched = next(base for base in type(module).__mro__ if kind.patched in base.__bases__)
+    *added, own = patched.__bases__
+    added.remove(kind.patched)
+    become(module, composed(own, tuple(added)) if added else own, (patched,))
     del vars(module)["petl_settings"]
 
 

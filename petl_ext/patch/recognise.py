@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from petl_ext.attach.site import has_device_hook
 from petl_ext.patch.dispatch import is_hooked
 from petl_ext.patch.kind import Settings, names_in
 from petl_ext.patch.library import LibraryAdapter
@@ -57,7 +58,7 @@ def takes_as(forward, kind):
 
 
 def _refusal(kind, module):
-    if "forward" in vars(module):
+    if "forward" in vars(module) and not has_device_hook(module):
         return "the instance has a forward of its own"
     if _enters_autocast(type(module)):
         return "it computes in an autocast of its own"
