@@ -184,7 +184,12 @@ def parse(arguments=None):
     parser.add_argument("--test-images", type=Path, help="image folder to test on")
     parser.add_argument("--model", help="a CLIP of Hugging Face: name or folder")
     parser.add_argument("--template", default=tasks.TEMPLATE, help="prompt of a class, {} being its name")
-    parser.add_argument("--train", choices=[*APT_SITES, "projections"], default="both", help="what trains: APT in ...")
+    parser.add_argument(
+        "--train",
+        choices=[*APT_SITES, "projections"],
+        default="vision",
+        help="what trains: APT in an encoder or both, or CLIP's projections",
+    )
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num-prompts", type=int, default=200)

@@ -4,8 +4,8 @@
         --prompt "a photo of sks dog" --sample-prompt "sks dog swimming" --mixed-precision fp16
 
 --class-prompt "a photo of a dog" adds prior preservation, on images that the pipeline makes before training where there
-are no --class-images. --output gets samples.png, whose rows are made of the same noise before and after,
-and apt, a folder that `petl_ext.load(pipeline.unet, folder)` reads and --start-from goes on from.
+are no --class-images. --output gets samples.png, whose rows are made of the same noise before and after, and apt, a
+folder that `petl_ext.load(pipeline.unet, folder)` reads and --start-from goes on from.
 """
 
 import argparse
