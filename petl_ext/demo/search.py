@@ -1,14 +1,15 @@
-"""The demo's searches: what of the small ViLT the digits task does not need."""
+"""The demo's searches: what of the small ViLT the digits task does not need; and what all of them have in common."""
 
 import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from petl_ext import DASConfig
 from petl_ext.demo.training import BOTTLENECK, Method, Run, one_quiet_thread
 from petl_ext.hf import SearchCallback
-from petl_ext.search import DepthSearch
+from petl_ext.search import DepthSearch, PlacementSearch
 
 DAS = Method("DAS, 1 of 4 layers skipped", DASConfig(bottleneck=BOTTLENECK), 1e-2, 1e-2, num_skip=1)
 WARMUP_SHARE = 5  # the first update comes after one part in so many of the steps
@@ -19,46 +20,50 @@ CHECKPOINTS = 10
 TRAINER_STATE = "trainer_state.json"  # the Trainer writes it last: a checkpoint without it is incomplete
 
 
-def find_layers(method, run):
-    """The `DepthSearch` that has chosen `method.num_skip` layers, on a model of its own."""
-    search = _new_depth_search(method, run, {"num_skip": method.num_skip})
-    _train(search, method, run)
-    return search
-
-
 @dataclass(frozen=True)
-class DigitsDepthSearch:
-    """`petl-ext search das`: a `DepthSearch` whose training can be interrupted and goes on from a checkpoint."""
+class ResumableSearch:
+    """A search of the command line: its training can be interrupted and goes on from a checkpoint.
 
-    run: Run
-    search: DepthSearch
+    A subclass makes the search, trains with it, and says what was found.
+
+    Attributes:
+        run: has output, size (with search_steps), seed, progress and data.folder.
+        checkpoint: of an interrupted search, to go on from.
+    """
+
+    run: object
+    search: DepthSearch | PlacementSearch
     checkpoint: Path | None
+
+    name: ClassVar[str]
+    picture: ClassVar[str]
+    interval: ClassVar[int]
 
     @classmethod
     def prepare(cls, run, goal, resume):
-        """Args: `goal` is {"num_skip": n} or {"max_macs": share}.
+        """Args: `goal` are arguments of the search.
 
         Raises:
             ValueError: the goal cannot be reached, an interrupted search is in the way, or it is another one.
         """
-        if run.size.search_steps < INTERVAL:
-            raise ValueError(f"{run.size.search_steps} steps are too few: the first update comes after {INTERVAL}")
-        checkpoint = _last_checkpoint(_checkpoints(run))
+        if run.size.search_steps < cls.interval:
+            raise ValueError(f"{run.size.search_steps} steps are too few: the first update comes after {cls.interval}")
+        checkpoint = _last_checkpoint(cls._checkpoints(run))
         if checkpoint is not None and not resume:
             raise ValueError(
                 f"{checkpoint} is of an interrupted search: --resume goes on with it; delete {checkpoint.parent} to "
                 "begin anew"
             )
         with one_quiet_thread():
-            search = _new_depth_search(DAS, run, goal)
+            search = cls._new_search(run, goal)
         if checkpoint is not None:
             callbacks = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["stateful_callbacks"]
             search.load_state_dict(callbacks[SearchCallback.__name__]["attributes"]["search"])
         return cls(run, search, checkpoint)
 
     def train(self):
-        """Trains to the end, writes search.json and gates.png, and deletes the checkpoints."""
-        checkpoints = _checkpoints(self.run)
+        """Trains to the end, writes search.json and a picture, and deletes the checkpoints."""
+        checkpoints = self._checkpoints(self.run)
         arguments = {
             "output_dir": str(checkpoints),
             "save_strategy": "steps",
@@ -66,14 +71,50 @@ class DigitsDepthSearch:
             "save_total_limit": 1,
         }
         with one_quiet_thread():
-            _train(self.search, DAS, self.run, self.checkpoint, **arguments)
+            self._train(self.search, self.run, self.checkpoint, **arguments)
         self.search.to_json(self.run.output / "search.json")
-        self.search.plot(self.run.output / "gates.png")
+        self.search.plot(self.run.output / self.picture)
         shutil.rmtree(checkpoints)
+
+    @classmethod
+    def _checkpoints(cls, run):
+        return run.output / f"{cls.name}-checkpoints-{run.data.folder.name}"
+
+
+class DigitsDepthSearch(ResumableSearch):
+    """`petl-ext search das`: a `DepthSearch`; its goal is {"num_skip": n} or {"max_macs": share}."""
+
+    name, picture, interval = "das", "gates.png", INTERVAL
 
     def result(self):
         """What was found, ready for JSON: `DASConfig(skip=result["skip"])`."""
         return {"skip": list(self.search.selection()), "macs": round(self.search.macs(), 4)}
+
+    @staticmethod
+    def _new_search(run, goal):
+        return _new_depth_search(DAS, run, goal)
+
+    @staticmethod
+    def _train(search, run, checkpoint, **arguments):
+        _train(search, DAS, run, checkpoint, **arguments)
+
+
+def find_layers(method, run):
+    """The `DepthSearch` that has chosen `method.num_skip` layers, on a model of its own."""
+    search = _new_depth_search(method, run, {"num_skip": method.num_skip})
+    _train(search, method, run)
+    return search
+
+
+def train_with_search(trainer, search, validation_dataset, checkpoint=None):
+    """Trains while `search` compares its choices on validation data."""
+    SearchCallback(search, validation_dataset).add_to(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+
+
+def for_search(run):
+    """`run` with as many steps as its search has."""
+    return replace(run, size=replace(run.size, steps=run.size.search_steps))
 
 
 def _new_depth_search(method, run, goal):
@@ -90,16 +131,9 @@ def _new_depth_search(method, run, goal):
     )
 
 
-def _train(search, method, run, checkpoint=None, **arguments):
-    """Trains on the training questions while `search` compares layers on validation questions."""
-    run = replace(run, size=replace(run.size, steps=run.size.search_steps))
-    trainer = run.trainer(search.attachment, method, **arguments)
-    SearchCallback(search, run.data.datasets["val"]).add_to(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-
-
-def _checkpoints(run):
-    return run.output / f"das-checkpoints-{run.data.folder.name}"
+def _train(search, method, run: Run, checkpoint=None, **arguments):
+    trainer = for_search(run).trainer(search.attachment, method, **arguments)
+    train_with_search(trainer, search, run.data.datasets["val"], checkpoint)
 
 
 def _last_checkpoint(folder):

@@ -125,33 +125,51 @@ class Run:
 
     def trainer(self, attachment, method, **arguments):
         """A Trainer that prints nothing, with the demo's `TrainingArguments` but for those given."""
-        defaults = {
-            "output_dir": str(self.output),
-            "max_steps": self.size.steps,
-            "per_device_train_batch_size": self.size.batch,
-            "per_device_eval_batch_size": 2 * self.size.batch,
-            "lr_scheduler_type": "linear",
-            "warmup_steps": self.size.steps // 10,
-            "use_cpu": True,
-            "seed": self.seed,
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": not self.progress,
-            "remove_unused_columns": False,
-            "label_names": ["labels"],
-        }
-        trainer = Trainer(
-            attachment.model,
-            TrainingArguments(**defaults | arguments),
-            data_collator=self.data.collator,
-            train_dataset=self.data.datasets["train"],
-            compute_metrics=compute_metrics,
-            optimizers=(torch.optim.AdamW(_groups(attachment, method), betas=(0.9, 0.98), weight_decay=0.01), None),
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-        return trainer
+        optimizer = torch.optim.AdamW(_groups(attachment, method), betas=(0.9, 0.98), weight_decay=0.01)
+        data = {"data_collator": self.data.collator, "train_dataset": self.data.datasets["train"]}
+        return quiet_trainer(self, attachment.model, optimizer, **data, compute_metrics=compute_metrics, **arguments)
+
+
+def quiet_trainer(run, model, optimizer, data_collator, train_dataset, compute_metrics, **arguments):
+    """A Trainer that prints nothing, with the demos' `TrainingArguments` but for those given.
+
+    Args:
+        run: has output, size (with steps and batch), seed and progress.
+    """
+    defaults = {
+        "output_dir": str(run.output),
+        "max_steps": run.size.steps,
+        "per_device_train_batch_size": run.size.batch,
+        "per_device_eval_batch_size": 2 * run.size.batch,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": run.size.steps // 10,
+        "use_cpu": True,
+        "seed": run.seed,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": not run.progress,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+    }
+    trainer = Trainer(
+        model,
+        TrainingArguments(**defaults | arguments),
+        data_collator=data_collator,
+        train_dataset=train_dataset,
+        compute_metrics=compute_metrics,
+        optimizers=(optimizer, None),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+class BarOnly(ProgressCallback):
+    """transformers' progress bar without the figures that it prints between the steps."""
+
+    def on_log(self, *arguments, **named):
+        pass
 
 
 @contextmanager
