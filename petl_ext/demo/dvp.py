@@ -16,7 +16,7 @@ from petl_ext.demo.dvp_training import DVP_QUICK, LAYERS, DVPMethod, DVPRun, DVP
 from petl_ext.demo.training import BarOnly, one_quiet_thread
 
 TEXT_ONLY = DVPMethod("text only", "text only")
-ALL_TOKENS = DVPMethod("all visual tokens as prompts", "all tokens")
+ALL_TOKENS = DVPMethod("all visual tokens as prompts", "all tokens", insert_layer=0)
 MEAN = DVPMethod("control: mean of the tokens, no question", "mean")
 DVP = DVPMethod("DVP", "prompt")
 DVP_ADP = DVPMethod("DVP_adp", "prompt", use_adapters=True)
@@ -41,8 +41,8 @@ class DVPMeasured:
 
     @property
     def name(self):
-        layer = self.method.insert_layer
-        return self.method.name if layer is None else f"{self.method.name}, layer {layer}"
+        prompted = self.method.kind in ("mean", "prompt")
+        return f"{self.method.name}, layer {self.method.insert_layer}" if prompted else self.method.name
 
     @property
     def standard_error(self):
@@ -58,14 +58,20 @@ class DVPResults:
     search: object
     search_seconds: float
 
-    def of(self, task, kind, insert_layer=None, use_adapters=False):
-        """The row of a task that is of this kind."""
-        wanted = (kind, insert_layer, use_adapters)
-        return next(
-            row
-            for row in self.rows[task]
-            if (row.method.kind, row.method.insert_layer, row.method.use_adapters) == wanted
-        )
+    @property
+    def every_layer(self):
+        """DVP's rows on VQA, from layer 0."""
+        return [row for row in self.rows["VQA"] if row.method.kind == "prompt" and not row.method.use_adapters]
+
+    @property
+    def chosen(self):
+        """DVP's row on VQA at the search's choice."""
+        return self.every_layer[self.search.selection()]
+
+    def first(self, kind, use_adapters=False):
+        """The first row on VQA of that kind."""
+        rows = self.rows["VQA"]
+        return next(row for row in rows if row.method.kind == kind and row.method.use_adapters == use_adapters)
 
 
 def run_dvp_demo(output="demo_out", quick=False, seed=0, progress=True):
@@ -117,6 +123,4 @@ def train_and_measure(method, task, run):
 
 def _at(method, insert_layer):
     """The method at the searched layer, where it has none of its own."""
-    if method.kind in ("text only", "all tokens") or method.insert_layer is not None:
-        return method
-    return replace(method, insert_layer=insert_layer)
+    return replace(method, insert_layer=insert_layer) if method.insert_layer is None else method

@@ -52,9 +52,8 @@ run with one thread (torch {torch.__version__}, {platform.machine()})."""
 def _layers(results):
     search = results.search
     chosen = search.selection()
-    dvp = results.of("VQA", "prompt", chosen)
-    best = max(_of_every_layer(results), key=lambda row: row.accuracy)
-    text, mean = results.of("VQA", "text only"), results.of("VQA", "mean", chosen)
+    dvp, text, mean = results.chosen, results.first("text only"), results.first("mean")
+    best = max(results.every_layer, key=lambda row: row.accuracy)
     preferences = ", ".join(f"{preference:+.2f}" for preference in search.bandit.preferences)
     return f"""## Which layer
 
@@ -75,11 +74,6 @@ MiniLM is frozen.
 def _difference(row, other):
     points = 100 * (row.accuracy - other.accuracy)
     return "equals" if round(points, 1) == 0 else f"is {abs(points):.1f} points {'above' if points > 0 else 'below'}"
-
-
-def _of_every_layer(results):
-    rows = results.rows["VQA"]
-    return [row for row in rows if row.method.kind == "prompt" and not row.method.use_adapters]
 
 
 def _task(task, results):
@@ -116,13 +110,13 @@ def _draw_layers(results, path):
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="layer K before which the prompt enters", ylabel="accuracy on the test split, %")
-    rows, chosen = _of_every_layer(results), results.search.selection()
+    rows, chosen = results.every_layer, results.search.selection()
     layers = [row.method.insert_layer for row in rows]
     heights = [100 * row.accuracy for row in rows]
     errors = [100 * row.standard_error for row in rows]
     axes.errorbar(layers, heights, errors, fmt="o-", color="#1f3b63", capsize=3, label="DVP at layer K")
     axes.plot(chosen, heights[chosen], "o", color="#d4502a", markersize=14, fillstyle="none", mew=2.5, label=CHOICE)
-    adapted = results.of("VQA", "prompt", chosen, use_adapters=True)
+    adapted = results.first("prompt", use_adapters=True)
     axes.errorbar(
         chosen,
         100 * adapted.accuracy,
@@ -133,8 +127,7 @@ def _draw_layers(results, path):
         label="DVP_adp",
     )
     for (kind, label, dashes), color in zip(LINES, ("0.5", "#7a5ea8", "#d4502a"), strict=True):
-        row = next(row for row in results.rows["VQA"] if row.method.kind == kind)
-        axes.axhline(100 * row.accuracy, linestyle=dashes, color=color, label=label)
+        axes.axhline(100 * results.first(kind).accuracy, linestyle=dashes, color=color, label=label)
     axes.set_xticks(layers)
     axes.set_ylim(0, 100)
     axes.grid(axis="y", color="0.92")
@@ -148,8 +141,7 @@ def _draw_layers(results, path):
 def _draw_types(results, path):
     from matplotlib.figure import Figure
 
-    chosen = results.search.selection()
-    rows = [row for row in results.rows["VQA"] if row.method.insert_layer in (None, chosen)]
+    rows = [row for row in results.rows["VQA"] if row not in results.every_layer or row is results.chosen]
     types = list(rows[0].by_type)
     figure = Figure(figsize=(12, 5), layout="constrained")
     axes = figure.add_subplot(ylabel="accuracy on the test split, %")

@@ -106,15 +106,15 @@ def find_layers(method, run):
     return search
 
 
-def train_with_search(trainer, search, validation_dataset, checkpoint=None):
+def train_with_search(trainer, search, validation_dataset, checkpoint=None, compute_score=None):
     """Trains while `search` compares its choices on validation data."""
-    SearchCallback(search, validation_dataset).add_to(trainer)
+    SearchCallback(search, validation_dataset, compute_score=compute_score).add_to(trainer)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
 
 
-def for_search(run):
-    """`run` with as many steps as its search has."""
-    return replace(run, size=replace(run.size, steps=run.size.search_steps))
+def for_search(run, **size):
+    """`run` with as many steps as its search has, and with other fields of its size."""
+    return replace(run, size=replace(run.size, steps=run.size.search_steps, **size))
 
 
 def _new_depth_search(method, run, goal):
