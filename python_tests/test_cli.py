@@ -35,7 +35,7 @@ def test_unknown_command(capsys):
 def test_search_alone_lists_the_searches(capsys):
     main(["search"])
     printed = capsys.readouterr().out
-    assert "das " in printed and "placement " in printed
+    assert all(f"\n    {name}" in printed for name in ("das", "placement"))
 
 
 def test_unknown_search(capsys):

