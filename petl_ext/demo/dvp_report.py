@@ -37,7 +37,7 @@ sample. On VQA every layer is tried, on GQA and SNLI-VE only the one that the se
 - **text only**: MiniLM and the head, without an image; the same layers are trained as for DVP.
 - **all visual tokens as prompts**: projected, in front of the words, through all layers.
 - **DVP, layer K**: the state of [CLS] below layer K pools the five tokens into one, which enters before layer K. What
-  makes the query, the layers below K, stays frozen; those from K on are trained.
+  makes the query, the layers below K, stays frozen, unlike the authors'; those from K on are trained.
 - **control**: the same token at the layer of the search's choice, but the mean of the five, without any question.
 - **DVP_adp**: at that layer, from which on adapters and norms are trained and nothing else of MiniLM.
 
@@ -62,6 +62,8 @@ def _layers(results):
 layers 0 to {search.num_layers - 1} are {preferences}. It took {results.search_seconds:.0f} s, the fine-tuning at that
 layer {dvp.seconds:.0f} s: {results.search_seconds / dvp.seconds:.0%}. In the search MiniLM is frozen, and the layers'
 prompts differ in query and types only: in so few steps, prompts trained apart would hardly be trained at all.
+
+With a larger K fewer layers are trained, and the query has been through more of them.
 
 - DVP at the chosen layer {_difference(dvp, best)} the best layer, {best.method.insert_layer} ({best.accuracy:.1%}).
 - It {_difference(dvp, text)} text only.

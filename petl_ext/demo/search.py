@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from petl_ext import DASConfig
-from petl_ext.demo.training import BOTTLENECK, Method, Run, one_quiet_thread
+from petl_ext.demo.training import BOTTLENECK, Method, one_quiet_thread
 from petl_ext.hf import SearchCallback
 from petl_ext.search import DepthSearch, PlacementSearch
 
@@ -131,7 +131,7 @@ def _new_depth_search(method, run, goal):
     )
 
 
-def _train(search, method, run: Run, checkpoint=None, **arguments):
+def _train(search, method, run, checkpoint=None, **arguments):
     trainer = for_search(run).trainer(search.attachment, method, **arguments)
     train_with_search(trainer, search, run.data.datasets["val"], checkpoint)
 
