@@ -225,6 +225,45 @@ def test_what_almost_is_a_site_is_refused_with_the_reason(make, message):
         petl_ext.attach(nn.ModuleDict({"bad": make()}), APTConfig(sites=["other"]))
 
 
+class SummedOutput(Output):
+    """RoBERTa-PreLayerNorm's."""
+
+    def __init__(self):
+        super().__init__()
+        del self.LayerNorm
+
+    def forward(self, hidden_states, input_tensor):
+        return self.dropout(self.dense(hidden_states)) + input_tensor
+
+
+class OtherNormOutput(SummedOutput):
+    """TVP's."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(DIM)
+
+    def forward(self, hidden_states, input_tensor):
+        return self.layer_norm(super().forward(hidden_states, input_tensor))
+
+
+class GatedOutput(Output):
+    def forward(self, hidden_states, input_tensor):
+        return self.LayerNorm(self.dropout(self.dense(hidden_states).tanh()) + input_tensor)
+
+
+@pytest.mark.parametrize("output", [SummedOutput, OtherNormOutput, GatedOutput])
+@pytest.mark.parametrize("config", [APTConfig, AdapterConfig])
+def test_an_output_module_with_other_steps_is_refused(output, config):
+    model = made(PostNormModel)
+    model.blocks[1].attention.output = output()
+    before = snapshot(model)
+    message = r"attach: blocks.1.attention.output: the forward of \w+Output must be dense, dropout.*, and nothing else"
+    with pytest.raises(ValueError, match=message):
+        petl_ext.attach(model, config(sites=[r"attention.output"]))
+    assert snapshot(model) == before
+
+
 def test_two_methods_on_one_site():
     model = made(PreNormModel)
     petl_ext.attach(model, APTConfig(num_prompts=5, sites=["attention"]))

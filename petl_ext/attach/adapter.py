@@ -7,7 +7,7 @@ stream and adds it. Where there are no output modules (CLIP, T5, LLaMA, diffuser
 normalised stream and leave the residual to the block.
 """
 
-from petl_ext.attach.output_modules import attention_outputs, mlp_outputs
+from petl_ext.attach.output_modules import AttentionOutputSite, MLPOutputSite, attention_outputs
 from petl_ext.attach.projections import ATTENTIONS, MLPS, ProjectionSite
 from petl_ext.attach.site import Site, fused_kernel
 from petl_ext.cost import adapter_macs
@@ -28,12 +28,11 @@ class AdapterSite(Site):
         return fused_kernel("adapter", layer)
 
 
-class SequentialAdapterSelfOutput(AdapterSite):
+class SequentialAdapterSelfOutput(AttentionOutputSite, AdapterSite):
     """The adapter behind an attention's projection (arXiv 1902.00751): before the dropout in post-norm blocks, after it
     in pre-norm ones, as in the baselines of the APT paper (arXiv 2306.15706)."""
 
     looked_for = "output modules (dense, dropout, perhaps LayerNorm) of attentions"
-    candidates = staticmethod(attention_outputs)
 
     def forward(self, hidden_states, input_tensor):
         if hasattr(self, "LayerNorm"):
@@ -41,23 +40,21 @@ class SequentialAdapterSelfOutput(AdapterSite):
         return self.adapter(self.dropout(self.dense(hidden_states)))
 
 
-class SequentialAdapterOutput(SequentialAdapterSelfOutput):
+class SequentialAdapterOutput(MLPOutputSite, SequentialAdapterSelfOutput):
     """The same behind an MLP's second projection."""
 
     looked_for = "output modules (dense, dropout, perhaps LayerNorm) of MLPs"
-    candidates = staticmethod(mlp_outputs)
 
     def forward(self, hidden_states, input_tensor):
         hidden_states = super().forward(hidden_states, input_tensor)
         return hidden_states if hasattr(self, "LayerNorm") else hidden_states + input_tensor
 
 
-class ParallelAdapterSelfOutput(AdapterSite):
+class ParallelAdapterSelfOutput(AttentionOutputSite, AdapterSite):
     """The adapter beside an attention (arXiv 2110.04366): it reads what the attention was given, and is added to the
     module's output, behind a LayerNorm, as in the baselines of the APT paper (arXiv 2306.15706)."""
 
     looked_for = SequentialAdapterSelfOutput.looked_for
-    candidates = staticmethod(attention_outputs)
 
     def forward(self, hidden_states, input_tensor):
         hidden_states = self.dropout(self.dense(hidden_states))
@@ -66,12 +63,11 @@ class ParallelAdapterSelfOutput(AdapterSite):
         return self.adapter(input_tensor, residual=hidden_states)
 
 
-class ParallelAdapterOutput(AdapterSite):
+class ParallelAdapterOutput(MLPOutputSite, AdapterSite):
     """The adapter beside an MLP, which reads the residual and is added behind a LayerNorm: also DAS's
     (arXiv 2309.01479)."""
 
     looked_for = SequentialAdapterOutput.looked_for
-    candidates = staticmethod(mlp_outputs)
 
     def forward(self, hidden_states, input_tensor):
         hidden_states = self.dropout(self.dense(hidden_states)) + input_tensor
@@ -97,7 +93,7 @@ class ParallelAdapterProjection(SequentialAdapterProjection):
         return self.adapter(x, residual=y)
 
 
-class StreamAdapterSelfOutput(AdapterSite):
+class StreamAdapterSelfOutput(AttentionOutputSite, AdapterSite):
     """DAS beside a post-norm attention: its adapter reads the residual and is added before the LayerNorm."""
 
     looked_for = "output modules of attentions that end in a LayerNorm"

@@ -1,6 +1,6 @@
 """APT between an attention's projection and the dropout behind it."""
 
-from petl_ext.attach.output_modules import attention_outputs
+from petl_ext.attach.output_modules import AttentionOutputSite
 from petl_ext.attach.projections import ATTENTIONS, ProjectionSite
 from petl_ext.attach.site import Site, fused_kernel
 from petl_ext.cost import apt_macs
@@ -21,7 +21,7 @@ class APTSite(Site):
         return fused_kernel("apt", layer)
 
 
-class APTSelfOutput(APTSite):
+class APTSelfOutput(AttentionOutputSite, APTSite):
     """What the output module `dense -> dropout -> (LayerNorm)` of an attention becomes: ViLT, BERT, RoBERTa, METER.
 
     `forward(hidden_states, input_tensor)`: what the attention's heads say and what the attention was given, both
@@ -29,7 +29,6 @@ class APTSelfOutput(APTSite):
     """
 
     looked_for = "attention output modules (dense, dropout, perhaps LayerNorm) beside a self-attention"
-    candidates = staticmethod(attention_outputs)
 
     def forward(self, hidden_states, input_tensor):
         hidden_states = self.dropout(self.apt(input_tensor, self.dense(hidden_states)))
