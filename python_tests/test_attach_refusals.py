@@ -72,6 +72,14 @@ def test_what_is_no_model_is_refused():
         petl_ext.attach("vilt", CONFIGS[0])
 
 
+def test_a_compiled_model_is_refused():
+    model = make_model()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"attach: got an OptimizedModule; attach to the model first, then compile it"):
+        petl_ext.attach(torch.compile(model, backend="eager"), CONFIGS[0])
+    assert snapshot(model) == before
+
+
 def test_attaching_twice_names_what_is_there():
     model = make_model()
     petl_ext.attach(model, CONFIGS[0])

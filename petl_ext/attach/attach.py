@@ -21,10 +21,9 @@ def attach(model, config, keep=()):
     The layers are made on the device and in the dtype of the module that they join. A model carries one attachment at
     a time; it is also at hand as `model.petl_attachment`, in copies and unpickled models too.
 
-    Attach after `from_pretrained`, which knows nothing of the layers, and before DistributedDataParallel or
-    `fully_shard`. Reentrant
-    gradient checkpointing needs inputs that require gradients; transformers' `gradient_checkpointing_enable` sees to
-    that.
+    Attach after `from_pretrained`, which knows nothing of the layers, and before DistributedDataParallel, `fully_shard`
+    or `torch.compile`. Reentrant gradient checkpointing needs inputs that require gradients; transformers'
+    `gradient_checkpointing_enable` sees to that.
 
     Args:
         model: any nn.Module. One of a family of the table in families.py, unless `config.sites` says where.
@@ -119,7 +118,10 @@ def _refill(table, entries):
 def _check_free(model):
     if isinstance(model, DataParallel | DistributedDataParallel):
         raise ValueError(f"attach: got a {type(model).__name__}; attach to the model first, then wrap it")
-    # Slow to import: where nobody has, nothing is sharded.
+    # Slow to import: where nobody has, nothing is compiled or sharded.
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    if compiler and isinstance(model, compiler.OptimizedModule):
+        raise ValueError("attach: got an OptimizedModule; attach to the model first, then compile it")
     fsdp = sys.modules.get("torch.distributed.fsdp")
     sharding = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
     for name, module in model.named_modules():
