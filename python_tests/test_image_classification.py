@@ -76,12 +76,24 @@ def empty_folder(tmp_path, *files):
 
 def test_a_folder_is_read_class_by_class(tmp_path):
     files = ("tree_frog/b.JPG", "tree_frog/more/a.png", "tree_frog/notes.txt", "cat/c.webp", ".cache/d.jpg", "e.jpg")
-    images = ic.read_image_folder(empty_folder(tmp_path, *files))
+    hidden = ("cat/.c.webp", "cat/._c.webp", "tree_frog/more/.ipynb_checkpoints/a-checkpoint.png")
+    images = ic.read_image_folder(empty_folder(tmp_path, *files, *hidden))
     assert [(str(image.path.relative_to(tmp_path)), image.class_name) for image in images] == [
         ("cat/c.webp", "cat"),
         ("tree_frog/b.JPG", "tree_frog"),
         ("tree_frog/more/a.png", "tree_frog"),
     ]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    empty_folder(tmp_path, "photos/cat/a.png", "elsewhere/b.png")
+    link = tmp_path / "photos" / "cat" / "more"
+    link.symlink_to(tmp_path / "elsewhere")
+    assert [image.path.name for image in ic.read_image_folder(tmp_path / "photos")] == ["a.png", "b.png"]
+    link.unlink()
+    link.symlink_to(tmp_path / "photos" / "cat")
+    with pytest.raises(ValueError, match=r"cat/more: expected a folder of images, got a link to a folder that it"):
+        ic.read_image_folder(tmp_path / "photos")
 
 
 def test_digits_are_written_as_a_folder(folder, images, tmp_path):

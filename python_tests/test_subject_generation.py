@@ -37,7 +37,8 @@ def images(tmp_path):
     (tmp_path / "subject").mkdir()
     for name, color, size in (("b.PNG", (255, 0, 0), (16, 32)), ("a.png", (0, 0, 255), (40, 20))):
         Image.new("RGB", size, color).save(tmp_path / "subject" / name)
-    (tmp_path / "subject" / "notes.txt").touch()
+    for name in ("notes.txt", "._a.png"):
+        (tmp_path / "subject" / name).touch()
     return tmp_path / "subject"
 
 

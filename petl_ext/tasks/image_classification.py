@@ -11,7 +11,7 @@ mean of the two accuracies says whether both are good (CoCoOp, arXiv 2203.05557)
 import os
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from petl_ext.tasks.inputs import IMAGE_SUFFIXES, read_image
+from petl_ext.tasks.inputs import IMAGE_SUFFIXES, is_image_file, read_image
 from petl_ext.tasks.labels import compute_metrics, label_loss, require_one_each
 
 __all__ = [
@@ -73,9 +73,11 @@ class BaseAndNew(NamedTuple):
 def read_image_folder(folder: str | Path) -> list[LabelledImage]:
     """The images in `folder`, those of a class in a folder of its name, at any depth; sorted by class and path.
 
-    Hidden folders, and files whose name ends in none of `IMAGE_SUFFIXES`, are left out. No image is opened.
+    Hidden files and folders, at any depth, and files whose name ends in none of `IMAGE_SUFFIXES` are left out. No image
+    is opened.
 
-    Raises FileNotFoundError if there is no such folder, ValueError if it has no class or a class has no image.
+    Raises FileNotFoundError if there is no such folder, ValueError if it has no class, a class has no image, or a link
+    leads to a folder that it lies in.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -87,11 +89,20 @@ def read_image_folder(folder: str | Path) -> list[LabelledImage]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    files = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
-    images = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
+    images = sorted(path for path in _visible_files(folder) if is_image_file(path))
     if not images:
         raise ValueError(f"{folder}: expected images of the class ({', '.join(IMAGE_SUFFIXES)}), got none")
     return images
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(parent, name) for name in folders):
+            # Followed, it would give every image many times, some for training and some for testing.
+            if path.is_symlink() and any(path.resolve() == above.resolve() for above in path.parents):
+                raise ValueError(f"{path}: expected a folder of images, got a link to a folder that it lies in")
+        yield from (Path(parent, name) for name in files)
 
 
 def draw_shots(images: Iterable[LabelledImage], shots: int, seed: int) -> Draw:

@@ -74,6 +74,11 @@ class Inputs:
         return self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
 
 
+def is_image_file(path: Path) -> bool:
+    """Whether it ends in one of `IMAGE_SUFFIXES` and is not hidden, as the "._a.jpg" that macOS writes is."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
 def read_image(file: ImageFile, where: str) -> "PIL.Image.Image":
     """The RGB image in `file`. Raises ValueError naming the file and, in brackets, `where` if it cannot be decoded."""
     from PIL import Image

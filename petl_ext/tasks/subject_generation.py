@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from petl_ext.tasks.inputs import IMAGE_SUFFIXES, read_image
+from petl_ext.tasks.inputs import IMAGE_SUFFIXES, is_image_file, read_image
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -24,7 +24,7 @@ __all__ = ["EncodedImages", "SubjectDataset", "denoising_loss", "encode_images",
 
 
 def read_images(folder: str | Path, size: int) -> Tensor:
-    """The images in a folder, in the order of their names: [n, 3, size, size], values from -1 to 1.
+    """The images in a folder but hidden ones, in the order of their names: [n, 3, size, size], values from -1 to 1.
 
     The shorter side is scaled to `size`, and of the longer one the middle is taken.
 
@@ -33,7 +33,7 @@ def read_images(folder: str | Path, size: int) -> Tensor:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: expected the folder of the images, got no such folder")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(path for path in folder.iterdir() if is_image_file(path))
     if not paths:
         raise ValueError(f"{folder}: expected images ({', '.join(IMAGE_SUFFIXES)}), got none")
     return torch.stack([_pixels(read_image(path, path.stem), size) for path in paths])
