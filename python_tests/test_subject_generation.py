@@ -5,7 +5,7 @@ import tiny_stable_diffusion as tiny
 import torch
 from accelerate.state import AcceleratorState
 from example_scripts import load_example
-from PIL import Image
+from PIL import ExifTags, Image
 
 import petl_ext
 from petl_ext.tasks import subject_generation as sg
@@ -55,6 +55,16 @@ def test_images_are_cropped_to_squares(tmp_path):
     assert read.shape == (1, 3, 8, 8)
     torch.testing.assert_close(read[0, :, 4, 4], torch.tensor([-1.0, -1.0, 1.0]))
     assert read[0, 2].min() > 0.9
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    upright = Image.new("RGB", (16, 16), (255, 0, 0))
+    upright.paste((0, 0, 255), (0, 8, 16, 16))  # the lower half
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # turn clockwise to see it upright
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.jpg", exif=exif)
+    red, blue = sg.read_images(tmp_path, 16)[0][[0, 2]]
+    assert red[:6].min() > 0.9 and blue[-6:].min() > 0.9
 
 
 def test_images_come_in_the_order_of_their_names(images):

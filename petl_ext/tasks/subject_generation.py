@@ -26,7 +26,8 @@ __all__ = ["EncodedImages", "SubjectDataset", "denoising_loss", "encode_images",
 def read_images(folder: str | Path, size: int) -> Tensor:
     """The images in a folder but hidden ones, in the order of their names: [n, 3, size, size], values from -1 to 1.
 
-    The shorter side is scaled to `size`, and of the longer one the middle is taken.
+    An image is turned as its EXIF orientation says, as photographs of phones need it; the shorter side is scaled to
+    `size`, and of the longer one the middle is taken.
 
     Raises FileNotFoundError if there is no such folder, ValueError if it holds no image or one that cannot be decoded.
     """
@@ -43,7 +44,7 @@ def _pixels(image: "PIL.Image.Image", size: int) -> Tensor:
     import numpy as np
     from PIL import Image, ImageOps
 
-    square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    square = ImageOps.fit(ImageOps.exif_transpose(image), (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
 
 
