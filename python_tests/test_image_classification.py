@@ -6,6 +6,8 @@ import json
 import pytest
 import torch
 from example_scripts import load_example
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from transformers import CLIPModel, Trainer, TrainingArguments
 
@@ -209,6 +211,25 @@ def test_features_of_prompts_with_apt_follow_it(images):
         twin = copy.deepcopy(classifier)
         assert torch.equal(twin(shown).logits, classifier(shown).logits)
         assert twin.text_features() is not classifier.text_features()
+
+
+def test_features_of_prompts_follow_what_is_set_in_layers():
+    clip = make_clip()
+    clip.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    classifier = make_classifier(clip).eval()
+    passes = count_text_passes(clip)
+    with torch.no_grad():
+        adapted = [classifier.text_features() for _ in range(2)][1]
+        clip.disable_adapters()  # changes neither classes of modules nor weights
+        backbone = classifier.text_features()
+        assert not torch.equal(backbone, adapted)
+        clip.enable_adapters()
+        assert torch.equal(classifier.text_features(), adapted)
+        for module in clip.modules():
+            if isinstance(module, LoraLayer):
+                module.set_scale("default", 0.0)
+        torch.testing.assert_close(classifier.text_features(), backbone)
+    assert len(passes) == 4
 
 
 def train(classifier, images, output, steps):

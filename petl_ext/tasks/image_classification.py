@@ -8,6 +8,7 @@ trained on the first half of the sorted classes, the base, and tested on either 
 mean of the two accuracies says whether both are good (CoCoOp, arXiv 2203.05557).
 """
 
+import copy
 import os
 import random
 from collections import Counter, defaultdict
@@ -41,6 +42,10 @@ __all__ = [
 ]
 
 TEMPLATE = "a photo of a {}."
+
+_PLAIN = (bool, int, float, str, type(None))
+_CONTAINERS = (list, tuple, set)
+_OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +234,7 @@ class CLIPClassifier(nn.Module):
 
     Logits are CLIP's own: exp(logit_scale) times the cosines of an image's features and each prompt's. The prompts'
     features are computed again in every training step if the text encoder has parameters that train; otherwise once,
-    until a weight of it changes or layers are put into it, disabled or taken out.
+    until a weight of it changes, layers are put into it, disabled or taken out, or a number or switch of one is set.
 
     Attach to `clip` rather than to the classifier: what `Attachment.save` writes then fits any CLIPModel.
 
@@ -309,10 +314,10 @@ class CLIPClassifier(nn.Module):
         return (trains and torch.is_grad_enabled()) or (dropout and self.training)
 
     def _text_state(self) -> tuple:
-        """All that the features of the prompts depend on: what is asked, by which modules, of which weights."""
+        """All that the features of the prompts depend on: what is asked, by modules set how, of which weights."""
         device = self.input_ids.device.type
         asked = self.classes, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        modules = [type(module) for part in self._text_parts() for module in part.modules()]
+        modules = [(type(m), _settings(m)) for part in self._text_parts() for m in part.modules()]
         weights = [weight for part in self._text_parts() for weight in part.parameters()]
         # The tensors themselves are kept: an address may come back for another tensor.
         return (asked, modules), [(w, w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
@@ -324,6 +329,17 @@ class CLIPClassifier(nn.Module):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_kept": None}
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Attributes that are plain, or hold nothing else: PEFT switches its layers off by such, and scales them."""
+    settings = {}
+    for name in vars(module).keys() - _OF_EVERY_MODULE:
+        value = vars(module)[name]
+        held = value.values() if isinstance(value, dict) else value if isinstance(value, _CONTAINERS) else [value]
+        if all(isinstance(item, _PLAIN) for item in held):
+            settings[name] = copy.copy(value)
+    return settings
 
 
 def _same(before: tuple, now: tuple) -> bool:
