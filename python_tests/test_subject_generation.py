@@ -4,6 +4,7 @@ import pytest
 import tiny_stable_diffusion as tiny
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 from example_scripts import load_example
 from PIL import ExifTags, Image
 
@@ -133,6 +134,18 @@ def test_loss_is_the_mean_squared_error_of_the_prediction(prediction_type, token
     loss = sg.denoising_loss(*problem)
     torch.manual_seed(4)
     torch.testing.assert_close(loss, plain_errors(*problem).mean())
+
+
+@pytest.mark.parametrize("sampler", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, PNDMScheduler])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_loss_does_not_depend_on_the_sampler(prediction_type, sampler, tokenizer):
+    unet, scheduler, *inputs = draw(prediction_type, tokenizer, images=1)
+    torch.manual_seed(4)
+    expected = sg.denoising_loss(unet, scheduler, *inputs)
+    other = sampler.from_config(scheduler.config)
+    other.set_timesteps(8)  # as the pipeline has left it
+    torch.manual_seed(4)
+    torch.testing.assert_close(sg.denoising_loss(unet, other, *inputs), expected)
 
 
 def test_the_class_counts_as_much_as_its_weight(tokenizer):

@@ -127,10 +127,12 @@ def denoising_loss(
 ) -> Tensor:
     """Mean squared error of what the UNet predicts of noised latents, each at a random time.
 
-    The target is the scheduler's: the noise ("epsilon"), or the velocity ("v_prediction", arXiv 2202.00512).
+    The target is what the UNet was trained to predict: the noise ("epsilon"), or the velocity ("v_prediction", arXiv
+    2202.00512).
 
     Args:
-        scheduler: of diffusers, with `add_noise`, `get_velocity` and `config.prediction_type`.
+        scheduler: of diffusers, whichever the pipeline samples by: only its `alphas_cumprod`, and `num_train_timesteps`
+            and `prediction_type` of its config, are asked for.
         latents: [batch, 1 or 2, channels, height, width], as `SubjectDataset` makes them.
         prompts: [batch, 1 or 2, tokens, dim].
         prior_weight: the loss is the subject's plus so many times the class's.
@@ -143,17 +145,19 @@ def denoising_loss(
     latents, prompts = latents.flatten(0, 1), prompts.flatten(0, 1)
     noise = torch.randn_like(latents)
     times = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
-    target = _target(scheduler, latents, noise, times)
-    prediction = unet(scheduler.add_noise(latents, noise, times), times, prompts).sample
+    # Not by add_noise, with which samplers such as Euler's scale their latents as no UNet has seen them.
+    kept = scheduler.alphas_cumprod.to(latents.device)[times].to(latents.dtype).view(-1, 1, 1, 1)
+    signal, spread = kept.sqrt(), (1 - kept).sqrt()
+    target = _target(scheduler.config.prediction_type, latents, noise, signal, spread)
+    prediction = unet(signal * latents + spread * noise, times, prompts).sample
     errors = functional.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
     losses = errors.view(-1, images).mean(dim=0)
     return losses[0] if images == 1 else losses[0] + prior_weight * losses[1]
 
 
-def _target(scheduler: Any, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-    kind = scheduler.config.prediction_type
+def _target(kind: str, latents: Tensor, noise: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
     if kind == "epsilon":
         return noise
     if kind == "v_prediction":
-        return scheduler.get_velocity(latents, noise, times)
+        return signal * noise - spread * latents
     raise ValueError(f'scheduler: expected the prediction type "epsilon" or "v_prediction", got {kind!r}')
