@@ -322,6 +322,8 @@ def test_classes_that_cannot_be_told_apart_are_refused():
     assert classifier.classes == tuple(PROMPTS)
     with pytest.raises(ValueError, match="prompts: expected at most 16 tokens, got 19 in 'photo"):
         ic.CLIPClassifier(make_clip(), make_tokenizer(), {"a": "a", "b": "photo " * 17})
+    with pytest.raises(TypeError, match=r"prompts: expected one text per class, got \['a red one', 'a one'\]"):
+        ic.CLIPClassifier(make_clip(), make_tokenizer(), {"one": ["a red one", "a one"], "two": ["a red two", "a two"]})
 
 
 def test_a_caption_may_be_true_of_several_images():

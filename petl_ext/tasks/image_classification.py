@@ -246,12 +246,16 @@ class CLIPClassifier(nn.Module):
     Attributes:
         classes: those that are told apart now, at first all of `prompts`; a class's label is its index.
 
-    Raises ValueError for fewer than two classes, or a prompt that is longer than the text encoder's positions.
+    Raises TypeError for several prompts of a class, ValueError for fewer than two classes, or a prompt that is longer
+    than the text encoder's positions.
     """
 
     def __init__(self, clip: nn.Module, tokenizer: Any, prompts: Mapping[str, str]):
         super().__init__()
         self.clip = clip
+        wrong = next((prompt for prompt in prompts.values() if not isinstance(prompt, str)), None)
+        if wrong is not None:  # the tokenizer would join two into one
+            raise TypeError(f"prompts: expected one text per class, got {wrong!r}")
         self._row = {name: row for row, name in enumerate(prompts)}
         tokens = tokenizer(list(prompts.values()), padding=True, return_tensors="pt")
         longest = clip.config.text_config.max_position_embeddings
