@@ -312,6 +312,13 @@ def test_images_that_do_not_fit_are_refused(images, tmp_path):
         dataset(unreadable)[0]
 
 
+def test_images_of_16_bits_are_refused_rather_than_white(tmp_path):
+    empty_folder(tmp_path, "one/a.png")
+    Image.new("I;16", (16, 16), 20000).save(tmp_path / "one" / "a.png")
+    with pytest.raises(ValueError, match=r"a.png: expected an image .* more than 8 bits per channel \(mode I"):
+        dataset(ic.read_image_folder(tmp_path), ["one"])[0]
+
+
 def test_classes_that_cannot_be_told_apart_are_refused():
     classifier = make_classifier(make_clip())
     with pytest.raises(ValueError, match=r"expected some of .*, which have prompts, got \['ten'\]"):

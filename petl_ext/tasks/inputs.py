@@ -85,6 +85,8 @@ def read_image(file: ImageFile, where: str) -> "PIL.Image.Image":
 
     try:
         with file.open("rb") as stream, Image.open(stream) as opened:
+            if opened.mode.startswith(("I", "F")):
+                raise ValueError(f"more than 8 bits per channel (mode {opened.mode}), which Pillow would cut at 255")
             return opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file}: expected an image ({where}), got a file that cannot be decoded: {error}") from error
