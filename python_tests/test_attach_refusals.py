@@ -144,3 +144,41 @@ def test_attaching_inside_data_parallel_is_refused():
     model = torch.nn.DataParallel(make_model())
     with pytest.raises(ValueError, match="got a DataParallel; attach to the model first"):
         petl_ext.attach(model, CONFIGS[0])
+
+
+def another_head(model):
+    model.classifier = torch.nn.Linear(32, 3)
+
+
+def compiled_inside(model):
+    model.vilt = torch.compile(model.vilt, backend="eager")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (another_head, r"6 tensors are gone from .*, such as classifier\.0"),
+        (compiled_inside, r"8 tensors are gone from .*, such as vilt.*\.apt\."),
+    ],
+)
+def test_an_incomplete_folder_is_not_written(change, message, tmp_path):
+    model = make_model()
+    attachment = petl_ext.attach(model, APTConfig(num_prompts=5), keep=["classifier"])
+    change(model)
+    with pytest.raises(RuntimeError, match=f"save: {message}.*; a module there"):
+        attachment.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_replaced_site_is_named():
+    model = make_model()
+    attachment = petl_ext.attach(model, APTConfig(num_prompts=5))
+    attention = model.vilt.encoder.layer[1].attention
+    output, attention.output = attention.output, torch.nn.Identity()
+    before = snapshot(model)
+    for leave in (attachment.detach, attachment.disable().__enter__):
+        with pytest.raises(RuntimeError, match=r"layer.1.attention.output, which carries .* replaced by a Identity"):
+            leave()
+        assert snapshot(model) == before
+    attention.output = output
+    assert all(row.kernel != "none" for row in attachment.report().rows)

@@ -41,6 +41,7 @@ class Attachment:
         }
         self._backbone_classes = {name: type(model.get_submodule(name)) for name in self.sites}
         self._install(layers)
+        self._saved_names = tuple(self._tensors())
         setattr(model, HANDLE, self)
 
     @property
@@ -93,9 +94,20 @@ class Attachment:
         `fully_shard` has spread the parameters over them, call it in all: they gather the tensors, the first writes.
         The model's own `save_pretrained` would write the layers too, but `from_pretrained` would leave them out: use
         `load`.
+
+        Raises:
+            RuntimeError: a layer or a kept module has been replaced or wrapped since `attach`, and its parameters have
+                other names.
         """
         self._check_attached()
-        write_folder(folder, Saved(self.config, family_of(self.model), self.keep, self._tensors()))
+        tensors = self._tensors()
+        gone = [name for name in self._saved_names if name not in tensors]
+        if gone:
+            raise RuntimeError(
+                f"save: {len(gone)} tensors are gone from {type(self.model).__name__}, such as {gone[0]}; "
+                "a module there has been replaced or wrapped since attach"
+            )
+        write_folder(folder, Saved(self.config, family_of(self.model), self.keep, tensors))
 
     @contextmanager
     def disable(self):
@@ -104,8 +116,8 @@ class Attachment:
         Kept modules keep what they have learned. Parameters, their names and requires_grad stay as they are.
         """
         self._check_attached()
-        self._disabled += 1
         self._leave_sites()
+        self._disabled += 1
         try:
             yield self
         finally:
@@ -143,14 +155,20 @@ class Attachment:
             parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
 
     def _enter_sites(self):
-        for name in self.sites:
-            attached, backbone = self._classes(name)
-            become(self.model.get_submodule(name), attached, (attached, backbone))
+        for module, attached, backbone in self._site_modules():
+            become(module, attached, (attached, backbone))
 
     def _leave_sites(self):
-        for name in self.sites:
-            attached, backbone = self._classes(name)
-            become(self.model.get_submodule(name), backbone, (attached, backbone))
+        for module, attached, backbone in self._site_modules():
+            become(module, backbone, (attached, backbone))
+
+    def _site_modules(self):
+        """(the site's module, its class with the layers, its class without) of every site."""
+        found = [(self.model.get_submodule(name), *self._classes(name)) for name in self.sites]
+        for name, (module, *classes) in zip(self.sites, found, strict=True):
+            if not isinstance(module, tuple(classes)):
+                raise RuntimeError(f"{name}, which carries layers, has been replaced by a {type(module).__name__}")
+        return found
 
     def _classes(self, name):
         """What the site's module is with the layers and without."""

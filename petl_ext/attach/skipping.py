@@ -89,6 +89,7 @@ class SkippingAttachment(Attachment):
             strip(self._layer(name))
         self._stacks.clear()  # it holds parts of the layers
         self._removed = True
+        self._saved_names = tuple(self._tensors())
 
     def layer_costs(self, inputs):
         """Multiply-accumulates of every layer, of its bypass and of the bare backbone.
