@@ -106,14 +106,19 @@ def width_of(layer):
 def location_beside(neighbour, model):
     """The device and dtype of a layer that joins `neighbour` in `model`, as a dict.
 
-    A quantised weight is a tensor of bytes, or none at all (torch.ao). Then the dtype is that of the model's first
-    floating-point parameter.
+    A quantised weight is a tensor of bytes or of 8-bit floats, or none at all (torch.ao). Then the dtype is that of the
+    model's first floating-point parameter.
     """
     weight = neighbour.weight
-    if isinstance(weight, torch.Tensor) and weight.is_floating_point():
+    if isinstance(weight, torch.Tensor) and _can_compute(weight):
         return {"device": weight.device, "dtype": weight.dtype}
-    floating = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    floating = next((parameter for parameter in model.parameters() if _can_compute(parameter)), torch.empty(0))
     return {"device": getattr(weight, "device", floating.device), "dtype": floating.dtype}
+
+
+def _can_compute(tensor):
+    """Whether it is of a floating-point dtype that torch calculates in, which those of 8 bits and less are not."""
+    return tensor.is_floating_point() and tensor.element_size() > 1
 
 
 def become(module, its_class, others):
