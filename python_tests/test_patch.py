@@ -263,7 +263,30 @@ def watched(module):
     module.down_sampler.register_forward_hook(lambda *_: None)
 
 
+class Switched(Adapter):
+    """With a switch and a function as plain attributes, which forward goes by."""
+
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.enabled, self.after = True, torch.clone
+
+    def forward(self, x):
+        return self.after(super().forward(x)) if self.enabled else x
+
+
+def with_gelu(module):
+    module.activation = nn.GELU()
+    return module
+
+
+def other_gelu(module):
+    module.activation = nn.GELU(approximate="tanh")
+
+
 OWN_FORWARD = {
+    "a switch": (lambda: Switched(DIM), lambda m: setattr(m, "enabled", False), streams(), "enabled was changed"),
+    "a function": (lambda: Switched(DIM), lambda m: setattr(m, "after", torch.relu), streams(), "after was changed"),
+    "another GELU": (lambda: with_gelu(Adapter(DIM)), other_gelu, streams(), "approximate was changed"),
     "dropout": (lambda: prompts(0.1), None, streams(count=2), "dropout 0.1 in training"),
     "float dropout": (lambda: ParallelAdapter(DIM, 16, dropout=0.2), None, streams(), "dropout 0.2 in training"),
     "float64": (lambda: Adapter(DIM).double(), None, lambda m, _: m(stream().double()), "float64"),

@@ -50,10 +50,13 @@ def own_forward_for_now(kind, module, device, dtype):
         return f"this build holds no kernel for {device}"
     if dtype is torch.float64:
         return "float64"
-    parts = list(module.modules())[1:]
-    if tuple(map(type, parts)) != module.petl_settings.parts:
+    modules, settings = list(module.modules()), module.petl_settings
+    if tuple(map(type, modules[1:])) != settings.parts:
         return "a part was replaced"
-    if any(map(is_hooked, parts)):
+    for index, name, value in settings.attributes:
+        if getattr(modules[index], name, None) != value:
+            return f"{name} was changed"
+    if any(map(is_hooked, modules[1:])):
         return "a part carries a hook"
     if device == "cuda":
         width, inner = kind.sizes(module)

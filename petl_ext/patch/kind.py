@@ -1,5 +1,6 @@
 """What a kind of module is to `patch`, and what its parts must be."""
 
+import types
 from typing import NamedTuple
 
 import torch
@@ -15,11 +16,13 @@ class Settings(NamedTuple):
         activation: as the op names it; "" where there is none.
         adds_residual: whether a bottleneck adds its residual.
         parts: the classes of the modules inside it.
+        attributes: of it and of its parts, what `plain_attributes` gives: its forward may go by them.
     """
 
     activation: str = ""
     adds_residual: bool = True
     parts: tuple = ()
+    attributes: tuple = ()
 
 
 class Kind:
@@ -75,6 +78,24 @@ class Kind:
     def sizes(module):
         """(width, inner size): prompts, bottleneck or heads. The CUDA kernels bound both."""
         raise NotImplementedError
+
+
+# They change with modes and hooks.
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+_PLAIN = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType)
+# Their weights alone tell what they compute.
+_WEIGHTS_ALONE = (nn.Linear, nn.LayerNorm, nn.Sequential)
+
+
+def plain_attributes(module):
+    """((index in `module.modules()`, name, value), ...) of all attributes that are numbers, words, switches or
+    functions."""
+    return tuple(
+        (index, name, value)
+        for index, part in enumerate(module.modules())
+        for name, value in vars(part).items()
+        if type(part) not in _WEIGHTS_ALONE and name not in _OF_EVERY_MODULE and isinstance(value, _PLAIN)
+    )
 
 
 def names_in(module):

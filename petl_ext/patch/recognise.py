@@ -9,7 +9,7 @@ from torch import nn
 
 from petl_ext.attach.site import has_device_hook
 from petl_ext.patch.dispatch import is_hooked
-from petl_ext.patch.kind import Settings, names_in
+from petl_ext.patch.kind import Settings, names_in, plain_attributes
 from petl_ext.patch.library import LibraryAdapter
 from petl_ext.patch.originals import Bottleneck, CrossAttention, ParallelAdapter, PromptDiffusion
 
@@ -103,7 +103,7 @@ def _settings(kind, module):
                 for mode in (False, True)
                 for arguments in examples
             ):
-                return settings._replace(parts=parts)
+                return settings._replace(parts=parts, attributes=plain_attributes(module))
     return None
 
 
