@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import dispatch_model
+from accelerate import cpu_offload, dispatch_model
 from original_modules import (
     Adapter,
     Cross_Attention,
@@ -263,6 +263,11 @@ def watched(module):
     module.down_sampler.register_forward_hook(lambda *_: None)
 
 
+class Square(Adapter):
+    def __init__(self, dim):
+        super().__init__(dim, dim)
+
+
 class Switched(Adapter):
     """With a switch and a function as plain attributes, which forward goes by."""
 
@@ -283,7 +288,17 @@ def other_gelu(module):
     module.activation = nn.GELU(approximate="tanh")
 
 
+def offloaded(module):
+    cpu_offload(module, execution_device=torch.device("cpu"))
+
+
+def with_own_forward(module):
+    module.up_sampler.forward = torch.zeros_like
+
+
 OWN_FORWARD = {
+    "offloaded weights": (lambda: Adapter(DIM), offloaded, streams(), None),
+    "a part's own forward": (lambda: Square(DIM), with_own_forward, streams(), "a part carries a hook"),
     "a switch": (lambda: Switched(DIM), lambda m: setattr(m, "enabled", False), streams(), "enabled was changed"),
     "a function": (lambda: Switched(DIM), lambda m: setattr(m, "after", torch.relu), streams(), "after was changed"),
     "another GELU": (lambda: with_gelu(Adapter(DIM)), other_gelu, streams(), "approximate was changed"),

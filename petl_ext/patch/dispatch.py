@@ -2,6 +2,7 @@
 
 import torch
 
+from petl_ext.attach.site import has_device_hook
 from petl_ext.ops.library import cpu_path
 
 # Rows below which the own forward is faster on one thread of a CPU, by (op, dtype): without gradients, and with them,
@@ -76,7 +77,14 @@ def own_forward_below(op, device, dtype):
 
 
 def is_hooked(part):
-    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+    """Whether its call does more than its class's forward: by hooks, or a forward of the instance."""
+    hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    return bool(hooks) or ("forward" in vars(part) and not _only_moves_inputs(part))
+
+
+def _only_moves_inputs(part):
+    """Whether the forward of the instance is accelerate's, and does not bring the weights from elsewhere too."""
+    return has_device_hook(part) and not getattr(part._hf_hook, "offload", True)
 
 
 def _too_few_rows(op, x):
