@@ -387,6 +387,11 @@ class ReluLast(ParallelAdapter):
         return F.relu(super().forward(x, add_residual, residual))
 
 
+class Clamped(Adapter):
+    def forward(self, x):
+        return super().forward(x).clamp(-100, 100)
+
+
 class Scaled(Adapter):
     def forward(self, x, res=True, weights=None):
         return super().forward(x)
@@ -452,6 +457,7 @@ ALMOST = {
     "another constant": (lambda: Doubled(DIM), "computes something else"),
     "another formula in training": (lambda: OtherInTraining(DIM), "computes something else"),
     "ReLU after": (lambda: ReluLast(DIM, 8), "computes something else"),
+    "a clamp": (lambda: Clamped(DIM), "computes something else"),
     "other arguments": (lambda: Scaled(DIM), r"its forward takes \(self, x, res=True, weights=None\)"),
     "autocast": (lambda: InAutocast(DIM), "an autocast of its own"),
     "autocast as decorator": (lambda: DecoratedByAutocast(DIM), "an autocast of its own"),
