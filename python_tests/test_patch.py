@@ -578,6 +578,16 @@ def test_a_patched_class_takes_in_instances_old_and_new(adapter_class, no_floors
         petl_ext.unpatch_class(adapter_class)
 
 
+def test_an_unpatched_instance_of_a_patched_class_stays_so(adapter_class, no_floors):
+    module, other = adapter_class(DIM), adapter_class(DIM)
+    expected = module(stream())
+    patch = petl_ext.patch_class(adapter_class)
+    module(stream()), other(stream())
+    petl_ext.unpatch(module)
+    assert torch.equal(module(stream()), expected) and type(module) is adapter_class
+    assert patch.report().fused == 1
+
+
 def test_an_instance_of_a_patched_class_that_does_not_match_says_so_once(adapter_class, no_floors, caplog):
     odd = [changed(adapter_class(DIM), activation=nn.Tanh()) for _ in range(2)]
     expected = [module(stream()) for module in odd]

@@ -58,7 +58,8 @@ class ClassPatch:
         return forward
 
     def _takes_in(self, module):
-        if module in self._left_alone:
+        # One that was patched and comes here again has been unpatched.
+        if module in self._left_alone or module in self._patched:
             return False
         recognised = recognise(module) or Recognised("unknown", None, None, f"none of: {known()}")
         if not recognised.reason:
