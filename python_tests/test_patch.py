@@ -319,6 +319,19 @@ OWN_FORWARD = {
         lambda m, dtype: m(stream().to(dtype), stream(1).to(dtype), stream(2)[:, :1].to(dtype), None),
         None,
     ),
+    "one residual for all": (
+        lambda: ParallelAdapter(DIM, 8),
+        None,
+        lambda m, _: m(stream(), residual=stream(1)[:1]),
+        None,
+    ),
+    "one input for all": (prompts, None, lambda m, _: m(stream()[:1], stream(1)), None),
+    "one query for all": (
+        lambda: Cross_Attention(DIM, 0.0, 4),
+        None,
+        lambda m, _: m(v := stream(), v, stream(1)[:1, :1], None),
+        None,
+    ),
     "masks per head": (
         lambda: Cross_Attention(DIM, 0.0, 4),
         None,

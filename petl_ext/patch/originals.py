@@ -27,7 +27,7 @@ from petl_ext.patch.kind import (
 
 class PatchedPromptDiffusion(Composable):
     def forward(self, x, res):
-        if own_forward_because(PromptDiffusion, self, res):
+        if x.shape != res.shape or own_forward_because(PromptDiffusion, self, res):
             return super().forward(x, res)
         return PromptDiffusion.compute(self, x, res)
 
@@ -148,7 +148,8 @@ def _bottleneck_names(module):
 
 class PatchedParallelAdapter(Composable):
     def forward(self, x, add_residual=True, residual=None):
-        if own_forward_because(ParallelAdapter, self, x):
+        broadcast = residual is not None and residual.shape != x.shape
+        if broadcast or own_forward_because(ParallelAdapter, self, x):
             return super().forward(x, add_residual, residual)
         return ParallelAdapter.compute(self, x, add_residual, residual)
 
@@ -297,7 +298,7 @@ class CrossAttention(Kind):
 
 
 def _is_pooling(v, k, q, mask):
-    if k is not v or v.dim() != 3 or v.size(1) == 0 or q.dim() != 3 or q.size(1) != 1:
+    if k is not v or v.dim() != 3 or v.size(1) == 0 or q.dim() != 3 or q.shape[:2] != (len(v), 1):
         return False
     if mask is None:
         return True
