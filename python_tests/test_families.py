@@ -7,11 +7,20 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from tiny_families import ALL_FAMILIES, make_inputs, make_model, run
+from tiny_families import ALL_FAMILIES, VISION, make_inputs, make_model, run
 from tiny_vilt import randomise, snapshot
 from tolerance import assert_as_good_as_torch
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPConfig, CLIPForImageClassification, CLIPModel, T5Config, T5EncoderModel
+from transformers import (
+    CLIPConfig,
+    CLIPForImageClassification,
+    CLIPModel,
+    T5Config,
+    T5EncoderModel,
+    VisionTextDualEncoderModel,
+    ViTConfig,
+    ViTModel,
+)
 
 import petl_ext
 from petl_ext import AdapterConfig, APTConfig, nn
@@ -288,6 +297,17 @@ def test_what_diffusers_does_to_attentions_leaves_the_layers():
 def test_sites_choose_a_part_of_a_model(sites, expected):
     attachment = petl_ext.attach(make_model("clip", LAYERS), AdapterConfig(bottleneck=6, sites=sites))
     assert list(attachment.sites) == expected
+
+
+def test_a_model_with_a_family_in_one_part_needs_sites():
+    """Layers in the text half alone would train without a word."""
+    text, vit = make_model("bert", 1), ViTModel(ViTConfig(**VISION, num_hidden_layers=1))
+    pair = VisionTextDualEncoderModel(vision_model=vit, text_model=text)
+    for model in (pair, torch.nn.ModuleDict({"text": text, "vision": vit})):
+        with pytest.raises(ValueError, match=r"belongs to none of the families .*Candidates, .*layer\.0\.attention"):
+            petl_ext.attach(model, APTConfig())
+    inside = torch.nn.ModuleDict({"text": text, "head": torch.nn.Linear(32, 3)})
+    assert petl_ext.attach(inside, APTConfig()).sites == ("text.encoder.layer.0.attention.output",)
 
 
 def test_a_t5_encoder_alone():

@@ -99,20 +99,24 @@ SKIPPABLE = {
 
 
 def family_of(model):
-    """The name of the one family that `model` or the outermost modules with a family inside it belong to, or None.
+    """The name of the one family that `model` or all outermost models inside it belong to, or None.
 
-    A METER contains a RoBERTa, and is a METER.
+    A METER contains a RoBERTa, and is a METER. A Grounding DINO contains a BERT, but is of no family: layers would go
+    into a part of it.
     """
     found = {}
     for name, module in model.named_modules():
-        family = _own_family(module)
-        if family is not None and not any(f"{name}.".startswith(outer) for outer in found):
+        family, model_type = _own_family(module), _model_type(module)
+        if (family or model_type) and not any(f"{name}.".startswith(outer) for outer in found):
             found[f"{name}." if name else ""] = family
     families = set(found.values())
     return families.pop() if len(families) == 1 else None
 
 
 def _own_family(module):
-    model_type = getattr(getattr(module, "config", None), "model_type", None)
-    names = (model_type, *(its_class.__name__ for its_class in type(module).__mro__))
+    names = (_model_type(module), *(its_class.__name__ for its_class in type(module).__mro__))
     return next((name for name in names if name in FAMILIES), None)
+
+
+def _model_type(module):
+    return getattr(getattr(module, "config", None), "model_type", None)
