@@ -80,6 +80,15 @@ def test_a_compiled_model_is_refused():
     assert snapshot(model) == before
 
 
+def test_a_part_of_an_attached_model_is_refused():
+    model = make_model()
+    petl_ext.attach(model, CONFIGS[0])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"encoder\.layer\.0.* carries 'apt' .* a model around ViltModel; detach\(\)"):
+        petl_ext.attach(model.vilt, CONFIGS[2])
+    assert snapshot(model) == before
+
+
 def test_attaching_twice_names_what_is_there():
     model = make_model()
     petl_ext.attach(model, CONFIGS[0])
@@ -87,7 +96,7 @@ def test_attaching_twice_names_what_is_there():
     with pytest.raises(ValueError, match=r"APTConfig\(num_prompts=5.*already attached to the model"):
         petl_ext.attach(model, CONFIGS[1])
     del model.petl_attachment
-    with pytest.raises(ValueError, match=r"layer\.0\.attention.output already has a child 'apt'"):
+    with pytest.raises(ValueError, match=r"layer\.0\.attention.output carries 'apt'"):
         petl_ext.attach(model, CONFIGS[0])
     assert snapshot(model)[:3] == before[:3]
 

@@ -12,6 +12,7 @@ from petl_ext.attach.config import CONFIGS, DASConfig
 from petl_ext.attach.families import family_of
 from petl_ext.attach.folder import read_folder
 from petl_ext.attach.selection import select_kept, select_places
+from petl_ext.attach.site import Site
 from petl_ext.attach.skipping import SkippingAttachment
 
 
@@ -131,4 +132,10 @@ def _check_free(model):
             place = name or "the model"
             raise ValueError(
                 f"attach: {getattr(module, HANDLE).config} is already attached to {place}; detach() it first"
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, Site) and module.child in module._modules:
+            raise ValueError(
+                f"attach: {name or 'the model'} carries {module.child!r} of what is attached to a model around "
+                f"{type(model).__name__}; detach() that first"
             )
