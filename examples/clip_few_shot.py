@@ -56,7 +56,8 @@ class Experiment:
             _make_digits(options)
         images = tasks.read_image_folder(options.images)
         test_images = tasks.read_image_folder(options.test_images) if options.test_images else None
-        clip = CLIPModel.from_pretrained(options.model)
+        # A checkpoint's own half precision would train to NaN.
+        clip = CLIPModel.from_pretrained(options.model, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         prompts = tasks.class_prompts((image.class_name for image in images), options.template)
         unknown = {image.class_name for image in test_images or images} - prompts.keys()

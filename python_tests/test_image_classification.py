@@ -9,6 +9,7 @@ from example_scripts import load_example
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPModel, Trainer, TrainingArguments
 
 import petl_ext
@@ -364,6 +365,17 @@ def test_the_example_measures_every_protocol(folder, tmp_path, capsys):
     tested = empty_folder(tmp_path / "tested", "ten/a.png")
     with pytest.raises(ValueError, match=r"tested: expected the classes of .*, got \['ten'\]"):
         example.main([*own, "--test-images", str(tested)])
+
+
+def test_the_example_trains_a_checkpoint_of_half_precision_in_float32(folder, tmp_path):
+    clip = tmp_path / "clip"
+    pretrain(clip, schedule=Schedule(steps=2, batch=8), progress=False)
+    CLIPModel.from_pretrained(clip).half().save_pretrained(clip)
+    files = ["--model", str(clip), "--images", str(folder), "--output", str(tmp_path / "out")]
+    example = load_example("clip_few_shot")
+    example.main([*files, "--shots", "1", "--steps", "2", "--num-prompts", "4", "--seeds", "1"])
+    weights = load_file(tmp_path / "out/1-shots-of-10-classes-seed-1/petl_weights.safetensors").values()
+    assert all(weight.dtype is torch.float32 and weight.isfinite().all() for weight in weights)
 
 
 def test_the_table_of_the_example():
