@@ -204,6 +204,10 @@ def parse(arguments=None):
     options = parser.parse_args(arguments)
     if options.images and not options.model:
         parser.error("--images needs --model")
+    if options.images and options.test_images and options.images.resolve() == options.test_images.resolve():
+        parser.error(
+            "--test-images is the folder of --images, of which the shots are: leave it out to test on the rest"
+        )
     return options
 
 

@@ -365,6 +365,9 @@ def test_the_example_measures_every_protocol(folder, tmp_path, capsys):
     tested = empty_folder(tmp_path / "tested", "ten/a.png")
     with pytest.raises(ValueError, match=r"tested: expected the classes of .*, got \['ten'\]"):
         example.main([*own, "--test-images", str(tested)])
+    with pytest.raises(SystemExit):
+        example.main([*own, "--test-images", str(folder)])
+    assert "--test-images is the folder of --images" in capsys.readouterr().err
 
 
 def test_the_example_trains_a_checkpoint_of_half_precision_in_float32(folder, tmp_path):
