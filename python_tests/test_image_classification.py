@@ -142,6 +142,8 @@ def test_prompts_name_the_classes():
         ic.class_prompts(["n01", "n02"], names={"n01": "tench"})
     with pytest.raises(ValueError, match=r"template: expected a text with one \{\}"):
         ic.class_prompts(["cat"], "a photo")
+    with pytest.raises(TypeError, match="classes: expected several names, got the text 'cat'"):
+        ic.class_prompts("cat")
 
 
 def test_zero_shot_logits_are_those_of_clip(images):

@@ -165,8 +165,10 @@ def class_prompts(
         template: "a centered satellite photo of {}." and the like.
         names: names of the classes where the folders' are none: {"n01440764": "tench"}.
 
-    Raises ValueError if the template has not one "{}", or `names` lacks a class.
+    Raises TypeError if `classes` is a text, ValueError if the template has not one "{}", or `names` lacks a class.
     """
+    if isinstance(classes, str):
+        raise TypeError(f"classes: expected several names, got the text {classes!r}")
     if template.count("{}") != 1:
         raise ValueError(f"template: expected a text with one {{}} for the class's name, got {template!r}")
     classes = sorted(set(classes))
@@ -235,6 +237,7 @@ class CLIPClassifier(nn.Module):
     Logits are CLIP's own: exp(logit_scale) times the cosines of an image's features and each prompt's. The prompts'
     features are computed again in every training step if the text encoder has parameters that train; otherwise once,
     until a weight of it changes, layers are put into it, disabled or taken out, or a number or switch of one is set.
+    A change through `parameter.data` is noticed only after the mode has changed, by `train()` or `eval()`.
 
     Attach to `clip` rather than to the classifier: what `Attachment.save` writes then fits any CLIPModel.
 
