@@ -178,8 +178,8 @@ def test_one_token_that_has_all_the_weight(place, dtype):
 @ON_CPU
 @DTYPES
 def test_scores_of_hundreds_over_many_draws(place, dtype):
-    """Of two tokens with nearly the same score, whose error is smaller is luck."""
-    problems = [make_problem(2, 197, 768, 12, dtype, std=30, seed=seed).on(place) for seed in range(12)]
+    """Of two tokens with nearly the same score, whose error is smaller is luck, and few such pairs have most of it."""
+    problems = [make_problem(2, 50, 768, 12, dtype, std=30, seed=seed).on(place) for seed in range(48)]
 
     def results(problems, function):
         runs = [problem.run(function) for problem in problems]

@@ -23,28 +23,41 @@ inline float sum_by_halves(const void* values) {
   }
 }
 
+// So many vectors of a row are summed before their sum is added to the others': the rounding errors of one long chain
+// grow with its length, and more so where vectors are short.
+constexpr int64_t kVectorsPerSum = 32;
+
 // products[m * stride + n] = left[m] . right[n], for rows of so many words (see Arithmetic in gemm.h). Each product is
 // summed in the same order, whatever kLeft and kRight are.
 template <class Arithmetic, int kLeft, int kRight>
 __attribute__((noinline)) void dot_rows(const float* const* left, const float* const* right, int64_t words,
                                         float* products, int64_t stride) {
-  Vec sum[kLeft][kRight] = {};
-  const auto add = [&](int64_t k, int64_t count) {
-    Vec a[kLeft];
+  Vec total[kLeft][kRight] = {};
+  for (int64_t k = 0; k < words;) {
+    Vec sum[kLeft][kRight] = {};
+    const auto add = [&](int64_t count) {
+      Vec a[kLeft];
 #pragma GCC unroll 8
-    for (int m = 0; m < kLeft; ++m) a[m] = Floats::load_part(left[m] + k, count);
+      for (int m = 0; m < kLeft; ++m) a[m] = Floats::load_part(left[m] + k, count);
 #pragma GCC unroll 16
-    for (int n = 0; n < kRight; ++n) {
-      const Vec b = Floats::load_part(right[n] + k, count);
+      for (int n = 0; n < kRight; ++n) {
+        const Vec b = Floats::load_part(right[n] + k, count);
 #pragma GCC unroll 8
-      for (int m = 0; m < kLeft; ++m) sum[m][n] = Arithmetic::multiply_add(a[m], b, sum[m][n]);
+        for (int m = 0; m < kLeft; ++m) sum[m][n] = Arithmetic::multiply_add(a[m], b, sum[m][n]);
+      }
+    };
+    const int64_t end = std::min(words, k + kVectorsPerSum * kLanes);
+    for (; k + kLanes <= end; k += kLanes) add(kLanes);
+    if (k < end) add(end - k);
+    k = end;
+#pragma GCC unroll 8
+    for (int m = 0; m < kLeft; ++m) {
+#pragma GCC unroll 16
+      for (int n = 0; n < kRight; ++n) total[m][n] += sum[m][n];
     }
-  };
-  int64_t k = 0;
-  for (; k + kLanes <= words; k += kLanes) add(k, kLanes);
-  if (k < words) add(k, words - k);
+  }
   for (int m = 0; m < kLeft; ++m) {
-    for (int n = 0; n < kRight; ++n) products[m * stride + n] = sum_by_halves<PETL_VECTOR_BYTES>(&sum[m][n]);
+    for (int n = 0; n < kRight; ++n) products[m * stride + n] = sum_by_halves<PETL_VECTOR_BYTES>(&total[m][n]);
   }
 }
 
