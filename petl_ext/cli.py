@@ -13,7 +13,15 @@ import torch
 import petl_ext
 
 OPTIONAL_PACKAGES = ("transformers", "peft", "diffusers", "triton", "cupy")
-DEMO_MODULES = ("transformers", "accelerate", "PIL", "sklearn", "matplotlib", "tqdm")
+# Modules, and the packages that bring them.
+DEMO_PACKAGES = {
+    "transformers": "transformers",
+    "accelerate": "accelerate",
+    "PIL": "Pillow",
+    "sklearn": "scikit-learn",
+    "matplotlib": "matplotlib",
+    "tqdm": "tqdm",
+}
 DAS_OUTPUT = (
     "Prints one line of JSON: what DASConfig(skip=...) takes, and the share of the bare backbone's "
     "multiply-accumulates that remains. Writes search.json, which DepthSearch.from_json reads, and gates.png."
@@ -24,10 +32,10 @@ PLACEMENT_OUTPUT = (
 )
 
 
-def _require(modules, extra):
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+def _require(packages):
+    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise SystemExit(f"petl-ext: {', '.join(missing)} is not installed; pip install 'petl_ext[{extra}]' brings it")
+        raise SystemExit(f"petl-ext: {', '.join(missing)} must be installed: pip install {' '.join(missing)}")
 
 
 def _require_language_model():
@@ -135,7 +143,7 @@ def _exit(status, message):
 
 def _parser():
     parser = argparse.ArgumentParser(prog="petl-ext", description=petl_ext.__doc__)
-    parser.set_defaults(modules=(), after_interrupt="")
+    parser.set_defaults(packages={}, after_interrupt="")
     commands = parser.add_subparsers(required=True, metavar="{info,demo,search}")
     commands.add_parser("info", help="versions, kernels, CPU path, GPUs").set_defaults(run=_run_info)
     _add_demo(commands)
@@ -150,7 +158,7 @@ def _add_demo(commands):
     )
     demo.add_argument("--tune", action="store_true", help="instead, compare learning rates on the validation split")
     _add_digits_options(demo, "folder for data, report and charts")
-    demo.set_defaults(run=_run_demo, modules=DEMO_MODULES)
+    demo.set_defaults(run=_run_demo, packages=DEMO_PACKAGES)
 
 
 def _add_searches(commands):
@@ -181,7 +189,7 @@ def _add_search_options(parser, run):
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     _add_digits_options(parser, "folder for data, checkpoints and results")
     hint = "; the same command with --resume goes on from the last checkpoint"
-    parser.set_defaults(run=run, modules=DEMO_MODULES, after_interrupt=hint)
+    parser.set_defaults(run=run, packages=DEMO_PACKAGES, after_interrupt=hint)
 
 
 def _add_digits_options(parser, output):
@@ -193,7 +201,7 @@ def _add_digits_options(parser, output):
 
 def main(arguments=None):
     options = _parser().parse_args(arguments)
-    _require(options.modules, "demo")
+    _require(options.packages)
     try:
         options.run(options)
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name not in ("accelerate", "transformers"):
         raise
-    raise ImportError(f'petl_ext.hf needs {error.name}: pip install "petl_ext[hf]"') from error
+    raise ImportError(f"petl_ext.hf needs {error.name}: pip install {error.name}") from error
 
 import torch
 from accelerate.data_loader import skip_first_batches

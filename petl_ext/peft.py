@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "peft":
         raise
-    raise ImportError('petl_ext.peft needs peft: pip install "petl_ext[peft]"') from error
+    raise ImportError("petl_ext.peft needs peft: pip install peft") from error
 
 import safetensors.torch
 from packaging.version import Version

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_vilt import CONFIGS, KEEP, LABELS, LAYERS, NEW_KEYS, make_inputs, make_model, randomise, run, snapshot
 from transformers import BertConfig, BertModel, Trainer, TrainingArguments, ViltForQuestionAnswering
+from transformers_names import enable_checkpointing
 from two_processes import in_two_processes
 
 import petl_ext
@@ -127,7 +128,6 @@ def test_a_pickled_model_keeps_its_attachment(config, model_class, tmp_path):
     assert again.state_dict().keys() == make_model(model_class).state_dict().keys()
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 @methods_with_layers
 def test_gradient_checkpointing_gives_the_same_gradients(config, reentrant):
@@ -138,7 +138,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(config, reentrant):
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            enable_checkpointing(model, use_reentrant=reentrant)
         model.zero_grad()
         run(model, make_inputs(model)).square().sum().backward()
         gradients.append([p.grad.clone() for name, p in attachment.named_parameters() if runs(config, name)])

@@ -45,8 +45,8 @@ def test_unknown_search(capsys):
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr("petl_ext.cli.DEMO_MODULES", ("torch", "no_such_module"))
-    with pytest.raises(SystemExit, match=r"no_such_module is not installed.*petl_ext\[demo\]"):
+    monkeypatch.setattr("petl_ext.cli.DEMO_PACKAGES", {"torch": "torch", "no_such_module": "such-package"})
+    with pytest.raises(SystemExit, match="such-package must be installed: pip install such-package"):
         main(["search", "das"])
 
 

@@ -114,7 +114,8 @@ def test_files_are_what_the_vqa_reader_expects(written):
         assert {entry.question_type for entry in annotations} <= set(digits.QUESTION_TYPES)
         for question in questions:
             name = files.image_name.format(image_id=question.image_id)
-            assert Image.open(files.images / name).size == (32, 32)
+            with Image.open(files.images / name) as image:
+                assert image.size == (32, 32)
         for annotation in annotations:
             assert set(annotation.answers) == {annotation.multiple_choice_answer}
             assert vqa.normalize_answer(annotation.multiple_choice_answer) == annotation.multiple_choice_answer

@@ -103,7 +103,8 @@ def test_gqa_files_are_what_the_reader_expects(folder, split):
     questions = gqa.read_questions(files.questions)
     assert len(questions) == 2 * SIZES[split]
     for question in questions:
-        assert Image.open(files.images / files.image_name.format(image_id=question.image_id)).size == (32, 32)
+        with Image.open(files.images / files.image_name.format(image_id=question.image_id)) as image:
+            assert image.size == (32, 32)
         assert question.answer in digits_gqa.ANSWERS
         assert question.structural in ("query", "verify", "choose", "logical", "compare")
         assert question.semantic in ("obj", "attr", "rel")

@@ -40,6 +40,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers_names import CHECKPOINTING_ARGUMENT, disable_checkpointing, enable_checkpointing
 
 from petl_ext.cost import count_macs
 from petl_ext.models import DVPT5, DVPBert, DVPLlama
@@ -343,7 +344,6 @@ def test_gradients_reach_exactly_what_trains(family, insert_layer, use_adapters)
     ), nothing
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")
 @with_and_without_adapters
 @every_family
 def test_gradient_checkpointing(family, use_adapters):
@@ -365,13 +365,13 @@ def test_gradient_checkpointing(family, use_adapters):
     norm = next(module for module in model._layers[0].modules() if "Norm" in type(module).__name__)
     calls = []
     norm.register_forward_hook(lambda *_: calls.append(1))
-    model.language_model.gradient_checkpointing_enable()
+    enable_checkpointing(model.language_model)
     checkpointed = gradients()
     assert len(calls) == 2, "the layer is computed again in backward"
     assert plain.keys() == checkpointed.keys()
     for name in plain:
         torch.testing.assert_close(checkpointed[name], plain[name])
-    model.language_model.gradient_checkpointing_disable()
+    disable_checkpointing(model.language_model)
     gradients()
     assert len(calls) == 3
 
@@ -562,7 +562,6 @@ def test_state_dicts_hold_tied_weights_once(family):
     torch.nn.ModuleList([other]).load_state_dict(parent.state_dict())
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
 @every_family
 def test_the_trainer_trains_and_resumes(family, tmp_path):
     inputs = {
@@ -578,7 +577,7 @@ def test_the_trainer_trains_and_resumes(family, tmp_path):
             tmp_path,
             max_steps=steps,
             save_steps=2,
-            gradient_checkpointing=True,
+            **{CHECKPOINTING_ARGUMENT: True},
             use_cpu=True,
             report_to=[],
             disable_tqdm=True,
@@ -652,12 +651,12 @@ def test_a_cache_changes_no_logits(insert_layer, padding):
     expected = logits(model, inputs | whole | {"question_end": torch.tensor(last)})
     cache = DynamicCache(config=model.language_model.config)
     shown = mask == 1
-    assert_same(model(**inputs, past_key_values=cache).logits[shown], expected[:, :TOKENS][shown])
+    assert_same(model(**inputs, cache=cache).logits[shown], expected[:, :TOKENS][shown])
     lengths = [cache.get_seq_length(i) for i in range(LAYERS)]
     assert lengths == [TOKENS] * insert_layer + [TOKENS + 1] * (LAYERS - insert_layer)
-    one = model(new[:, :1], F.pad(mask, (0, 1), value=1), past_key_values=cache).logits
+    one = model(new[:, :1], F.pad(mask, (0, 1), value=1), cache=cache).logits
     assert_same(one, expected[:, TOKENS : TOKENS + 1])
-    two = model(new[:, 1:], F.pad(mask, (0, 3), value=1), past_key_values=cache).logits
+    two = model(new[:, 1:], F.pad(mask, (0, 3), value=1), cache=cache).logits
     assert_same(two, expected[:, TOKENS + 1 :])
 
 
@@ -672,7 +671,7 @@ def test_a_cache_without_a_mask(insert_layer):
     expected = logits(model, inputs | {"input_ids": words, "question_end": end})
     cache = DynamicCache()
     parts = [model(words[:, :-2], **inputs, past_key_values=cache).logits]
-    parts += [model(words[:, i : i + 1], past_key_values=cache).logits for i in (TOKENS - 2, TOKENS - 1)]
+    parts += [model(words[:, i : i + 1], cache=cache).logits for i in (TOKENS - 2, TOKENS - 1)]
     assert_same(torch.cat(parts, 1), expected)
 
 
@@ -841,18 +840,20 @@ def test_wrong_caches_are_refused():
     model = make_model("llama", insert_layer=1, num_labels=None)
     inputs = words_and_images(model)
     cache = DynamicCache(config=model.language_model.config)
-    model(**inputs, past_key_values=cache)
+    model(**inputs, cache=cache)
     token, mask = inputs["input_ids"][:, :1], F.pad(inputs["attention_mask"], (0, 1), value=1)
-    with pytest.raises(ValueError, match="hold the prompt already, but an image is given again"):
-        model(token, mask, visual_features=inputs["visual_features"], past_key_values=cache)
+    with pytest.raises(ValueError, match="holds the prompt already, but an image is given again"):
+        model(token, mask, visual_features=inputs["visual_features"], cache=cache)
     with pytest.raises(ValueError, match=r"must cover 6 tokens before and 1 now, \[3, 7\], got \[3, 6\]"):
-        model(token, mask[:, 1:], past_key_values=cache)
+        model(token, mask[:, 1:], cache=cache)
     for layer in (0, 2):
         model.insert_layer = layer
-        with pytest.raises(ValueError, match=rf"be those of insert_layer {layer}, .*got \[6, 7, 7\] rows"):
-            model(token, mask, past_key_values=cache)
+        with pytest.raises(ValueError, match=rf"be that of insert_layer {layer}, .*got \[6, 7, 7\] rows"):
+            model(token, mask, cache=cache)
+    with pytest.raises(ValueError, match="cache and past_key_values are two names of one argument"):
+        model(token, mask, cache=cache, past_key_values=cache)
     with pytest.raises(ValueError, match=r"labels must be tokens \[3, 6\], got \[3, 5\]"):
         model(**inputs, labels=inputs["input_ids"][:, 1:])
     classifier = make_model("llama")
-    with pytest.raises(ValueError, match="past_key_values are for language modelling"):
+    with pytest.raises(ValueError, match="a cache is for language modelling"):
         classifier(**inputs, past_key_values=DynamicCache())

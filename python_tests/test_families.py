@@ -21,6 +21,7 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
+from transformers_names import enable_checkpointing
 
 import petl_ext
 from petl_ext import AdapterConfig, APTConfig, nn
@@ -169,7 +170,6 @@ def test_kernels_are_as_good_as_references_in_bfloat16(family, config, autocast,
     assert all(gradient.dtype is dtype and gradient.isfinite().all() and gradient.any() for gradient in gradients)
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", ["clip", "t5", "llama", "unet"])
 def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
@@ -182,7 +182,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
         model.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=reentrant))
         inputs["sample"].requires_grad_()
     else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        enable_checkpointing(model, use_reentrant=reentrant)
     _, checkpointed = at_every_site(model, attachment, inputs)
     assert len(calls) == 3  # once without checkpointing, twice with it
     torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-5)

@@ -9,6 +9,7 @@ from example_scripts import load_example
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from PIL import Image
+from refusals import needs_add_adapter
 from safetensors.torch import load_file
 from transformers import CLIPModel, Trainer, TrainingArguments
 
@@ -101,7 +102,8 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 
 def test_digits_are_written_as_a_folder(folder, images, tmp_path):
     assert {image.class_name for image in images} == set(CLASSES) and len(images) == 300
-    assert Image.open(images[0].path).size == (16, 16)
+    with Image.open(images[0].path) as image:
+        assert image.size == (16, 16)
     again = write_digit_images(tmp_path / "again", "val", "ground", progress=False)
     assert all((again / image.path.relative_to(folder)).read_bytes() == image.path.read_bytes() for image in images)
     plain = write_digit_images(tmp_path / "plain", "val", copies=2, progress=False)
@@ -216,6 +218,7 @@ def test_features_of_prompts_with_apt_follow_it(images):
         assert twin.text_features() is not classifier.text_features()
 
 
+@needs_add_adapter
 def test_features_of_prompts_follow_what_is_set_in_layers():
     clip = make_clip()
     clip.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False))

@@ -12,14 +12,15 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from diffusers import UNet2DConditionModel
-from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from refusals import needs_add_adapter
 from test_search_callback import Questions, make_arguments
 from tiny_families import ALL_FAMILIES, make_inputs, make_model, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
 from transformers.models.vilt.modeling_vilt import ViltSelfOutput
+from transformers_names import enable_checkpointing
 
 import petl_ext
 from petl_ext.nn.apt import apt_keys
@@ -29,9 +30,6 @@ LAYERS = 2
 SIZES = {"num_prompts": 5, "rank": 2}
 # How many attentions each family has with one layer in each of its stacks.
 SITES = {"meter": 4, "clip": 2, "t5": 3, "unet": 8}
-needs_add_adapter = pytest.mark.skipif(
-    Version(peft.__version__) < Version("0.20"), reason="transformers' add_adapter needs peft 0.20"
-)
 
 
 def make(family="vilt", **changes):
@@ -283,7 +281,7 @@ def test_gradient_checkpointing(family, reentrant):
     randomise(model)
     expected = gradients(model, inputs)
     base = model.base_model.model
-    base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    enable_checkpointing(base, use_reentrant=reentrant)
     base.enable_input_require_grads()
     checkpointed = gradients(model.train(), inputs)
     assert checkpointed.keys() == expected.keys() and len(expected) == 4 * LAYERS
@@ -357,8 +355,8 @@ def test_transformers_own_methods(tmp_path):
     assert close(outputs(loaded, inputs), second)
     as_peft = PeftModel.from_pretrained(make_model("clip_vision_model", LAYERS), tmp_path)
     assert close(outputs(as_peft, inputs), second)
-    model.delete_adapter("second")
     model.set_adapter("default")
+    model.delete_adapter("second")
 
 
 def test_unet(tmp_path):
@@ -440,10 +438,10 @@ def test_refusals_change_nothing(family, name, changes, message):
 
 
 def add(model, config, name):
-    if isinstance(model, PeftModel):
-        return model.add_adapter(name, config)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Adapter name .* should not be contained in the prefix")
+        if isinstance(model, PeftModel):
+            return model.add_adapter(name, config)
         return get_peft_model(model, config, adapter_name=name)
 
 
@@ -567,5 +565,5 @@ def test_registration_says_what_is_wrong(monkeypatch):
         petl_ext.peft._register()
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.delitem(sys.modules, "petl_ext.peft")
-    with pytest.raises(ImportError, match=r'pip install "petl_ext\[peft\]"'):
+    with pytest.raises(ImportError, match=r"petl_ext\.peft needs peft: pip install peft"):
         importlib.import_module("petl_ext.peft")

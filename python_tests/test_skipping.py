@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_families import DIM, FAMILIES, LAYERS, make_inputs, make_model, run
 from tiny_vilt import randomise, snapshot
 from transformers import BertConfig, BertModel
+from transformers_names import CACHE, enable_checkpointing
 
 import petl_ext
 from petl_ext import APTConfig, DASConfig
@@ -191,8 +192,8 @@ def test_the_cache_gives_what_the_whole_sequence_gives(family, skip):
     expected = model(**{name: words}, **others).logits
     cache, steps = None, []
     for step in (slice(0, 4), slice(4, 5), slice(5, 6), slice(6, 7)):
-        output = model(**{name: words[:, step]}, **others, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(**{name: words[:, step]}, **others, **{CACHE: cache}, use_cache=True)
+        cache = output[CACHE]
         steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, 1), expected)
 
@@ -388,7 +389,6 @@ def test_gradients_reach_what_runs_and_nothing_else(family):
     assert any(".bypass." in name for name in graded)
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", ["vilt", "meter", "bert", "t5", "llama"])
 def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
@@ -404,7 +404,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
     inner.register_forward_hook(lambda *_: calls.append("inner"))
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            enable_checkpointing(model, use_reentrant=reentrant)
         model.zero_grad()
         run(model, make_inputs(model)).square().sum().backward()
         gradients.append([p.grad.clone() for p in attachment.parameters() if p.grad is not None])

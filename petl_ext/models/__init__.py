@@ -5,7 +5,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
-    raise ImportError('petl_ext.models needs transformers: pip install "petl_ext[hf]"') from error
+    raise ImportError("petl_ext.models needs transformers: pip install transformers") from error
 
 from petl_ext.models.checkpoints import (
     CheckpointReport,

@@ -47,7 +47,7 @@ def _figure(search, rows):
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         name = type(search).__name__
-        raise ImportError(f'{name}.plot needs matplotlib: pip install "petl_ext[plot]"') from error
+        raise ImportError(f"{name}.plot needs matplotlib: pip install matplotlib") from error
 
     figure = Figure(figsize=(9, 5.5 + 0.16 * rows), layout="constrained")
     return figure, *figure.subplots(2, 1, sharex=True, height_ratios=(5, 1 + 0.16 * rows))

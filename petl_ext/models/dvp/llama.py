@@ -1,6 +1,7 @@
 """DVP on LLaMA."""
 
 import copy
+import inspect
 from typing import ClassVar
 
 import torch
@@ -9,11 +10,14 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from petl_ext.models.dvp.adapters import AdapterPlan
 from petl_ext.models.dvp.base import DVPModel, with_prompt
 
 IGNORED = -100  # the label of a token that counts for no loss, as in transformers
+# transformers 5.24 gave it another name, in outputs too, and is to forget the old one.
+CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
 
 
 class DVPLlama(DVPModel):
@@ -58,18 +62,20 @@ class DVPLlama(DVPModel):
         labels=None,
         question_end=None,
         past_key_values=None,
+        cache=None,
     ):
         """
         Args:
-            input_ids: [B, T]; with a filled past_key_values only the new tokens.
-            attention_mask: [B, T], with a filled past_key_values those before included; None is all 1.
-            pixel_values, visual_features, visual_mask: as in `DVPBert.forward`; none with a filled past_key_values,
-                which holds the prompt.
+            input_ids: [B, T]; with a filled cache only the new tokens.
+            attention_mask: [B, T], with a filled cache those before included; None is all 1.
+            pixel_values, visual_features, visual_mask: as in `DVPBert.forward`; none with a filled cache, which holds
+                the prompt.
             labels: as in `DVPBert.forward`; without a classifier the tokens [B, T] as in LlamaForCausalLM, -100 where
                 none is asked for. The question then ends before the first that is.
             question_end: [B], the index in input_ids of the token whose state is the query. Given an answer without
                 labels, it keeps the query from reading it.
-            past_key_values: a transformers Cache, empty or as an earlier call with the same insert_layer left it.
+            cache: a transformers Cache, empty or as an earlier call with the same insert_layer left it.
+            past_key_values: the same, by the name that transformers had for it before 5.24.
 
         Returns:
             SequenceClassifierOutput with logits [B, L]; without a classifier CausalLMOutputWithPast with logits
@@ -78,9 +84,7 @@ class DVPLlama(DVPModel):
         Raises:
             ValueError: a shape does not fit, a sample has no token, or the cache is another insert_layer's.
         """
-        cache, visual = past_key_values, None
-        if cache is not None and self.classifier is not None:
-            raise self._wrong("past_key_values are for language modelling, but num_labels made a classifier")
+        cache, visual = self._one_cache(cache, past_key_values), None
         if labels is not None and self.classifier is None and labels.shape != input_ids.shape:
             raise self._wrong(f"labels must be tokens {list(input_ids.shape)}, got {list(labels.shape)}")
         if self._seen(cache):
@@ -114,12 +118,12 @@ class DVPLlama(DVPModel):
         ends = self._end_tokens(input_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         cache = DynamicCache(config=self._base.config)
-        logits = self(input_ids, mask, past_key_values=cache, **inputs).logits
+        logits = self(input_ids, mask, cache=cache, **inputs).logits
         last, rows = _last_token(mask), torch.arange(len(input_ids), device=input_ids.device)
         tokens = [logits[rows, last].argmax(-1)]
         while len(tokens) < max_new_tokens and not torch.isin(tokens[-1], ends).all():
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            following = self(tokens[-1][:, None], mask, past_key_values=cache).logits[:, -1].argmax(-1)
+            following = self(tokens[-1][:, None], mask, cache=cache).logits[:, -1].argmax(-1)
             tokens.append(torch.where(torch.isin(tokens[-1], ends), tokens[-1], following))
         return torch.stack(tokens, dim=1)
 
@@ -137,9 +141,9 @@ class DVPLlama(DVPModel):
                 states,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=cache is not None,
                 position_embeddings=cosines_and_sines,
+                **{CACHE: cache},
             )
         return states
 
@@ -150,7 +154,7 @@ class DVPLlama(DVPModel):
             loss = functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device), ignore_index=IGNORED
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     def _question_end(self, input_ids, attention_mask, labels):
         """[B], the index of the token whose state is the query."""
@@ -169,19 +173,27 @@ class DVPLlama(DVPModel):
         ends = self._base.config.eos_token_id
         return torch.tensor([] if ends is None else ends, device=input_ids.device, dtype=input_ids.dtype).reshape(-1)
 
+    def _one_cache(self, cache, past_key_values):
+        if cache is not None and past_key_values is not None:
+            raise self._wrong("cache and past_key_values are two names of one argument, but both were given")
+        given = past_key_values if cache is None else cache
+        if given is not None and self.classifier is not None:
+            raise self._wrong("a cache is for language modelling, but num_labels made a classifier")
+        return given
+
     def _seen(self, cache):
         """How many rows layer K has seen."""
         return 0 if cache is None else cache.get_seq_length(self.insert_layer)
 
     def _check_continued(self, input_ids, attention_mask, cache, images):
         if any(given is not None for given in images):
-            raise self._wrong("past_key_values hold the prompt already, but an image is given again")
+            raise self._wrong("the cache holds the prompt already, but an image is given again")
         layer = self.insert_layer
         lengths = [cache.get_seq_length(i) for i in range(self.num_layers)]
         text = lengths[layer] - 1
         if lengths != [text] * layer + [text + 1] * (self.num_layers - layer):
             raise self._wrong(
-                f"past_key_values must be those of insert_layer {layer}, one row more from it on, got {lengths} rows"
+                f"the cache must be that of insert_layer {layer}, one row more from it on, got {lengths} rows"
             )
         shape = (len(input_ids), text + input_ids.size(1))
         if attention_mask is not None and attention_mask.shape != shape:
