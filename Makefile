@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 	$(RUN)petl-ext demo
 
 test: $(INSTALLED)
-	$(RUN)python -m pytest -n auto --dist loadfile $(TEST_OPTIONS)
+	$(RUN)python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(TEST_OPTIONS)
 
 lint: $(INSTALLED)
 	$(RUN)ruff check .

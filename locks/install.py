@@ -24,6 +24,7 @@ THIS_PYTHON = "{}.{}".format(*sys.version_info[:2])
 DEVELOP, BUILD, MINILM, ADAPTERS, LOCK = (
     LOCKS / f"{name}.txt" for name in ("develop", "build", "minilm", "adapters", "lock")
 )
+ENVIRONMENT_LOCKS = DEVELOP, BUILD, MINILM, ADAPTERS  # of .venv
 
 
 class Refused(SystemExit):
@@ -50,6 +51,18 @@ def unlocked_packages(site_packages, *locks):
         if name != "petl-ext" and public_version not in versions.get(name, ()):
             found.append(f"{name}=={distribution.version}")
     return sorted(found)
+
+
+def diagnose(output):
+    """What of a lock pip could not follow, in its words; None where it failed otherwise."""
+    missing = re.search(r"No matching distribution found for ([^\s;]+)", output)
+    causes = re.search(r"The conflict is caused by:\n((?: +\S.*\n)+)", output)
+    pins = re.findall(r"The user requested \(constraint\) (\S+)", output)
+    if missing:
+        return f"the package index has no {missing[1]}"
+    if causes and " depends on " in causes[1]:
+        return f"cannot be satisfied ({'; '.join(line.strip() for line in causes[1].splitlines())})"
+    return f"the package index has no {', '.join(pins)}" if causes else None
 
 
 class Environment:
@@ -98,7 +111,16 @@ class Environment:
     def install(self, lock, *arguments):
         """pip install with the versions of one lock."""
         print(f"petl_ext: pip install {' '.join(map(str, arguments))}", file=sys.stderr, flush=True)
-        command = [self.programs / "python", "-m", "pip", "install", "--quiet", "--constraint", lock, *arguments]
+        command = [
+            self.programs / "python",
+            "-m",
+            "pip",
+            "install",
+            "--progress-bar=off",
+            "--constraint",
+            lock,
+            *arguments,
+        ]
         # ninja is in the environment, and torch looks for it on PATH.
         path = os.pathsep.join([str(self.programs), os.environ.get("PATH", "")])
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -108,24 +130,18 @@ class Environment:
             self.refuse(lock, result.stdout)
 
     def refuse(self, lock, output):
-        where = f"Python {THIS_PYTHON} on {sysconfig.get_platform()}"
-        missing = re.search(r"No matching distribution found for ([^\s;]+)", output)
-        conflict = re.search(r"ERROR: (Cannot install .+?) because these package versions have conflicting", output)
-        if missing:
-            what = f"{lock.name}: the package index has no {missing[1]} for {where}."
-        elif conflict:
-            what = f"{lock.name} cannot be satisfied for {where}: {conflict[1]}."
-        else:
+        diagnosis = diagnose(output)
+        if diagnosis is None:
             raise SystemExit(f"{output}\n*** pip failed, so nothing counts as installed; its words are in {self.log}\n")
         raise Refused(
-            what,
+            f"{lock.name}, for Python {THIS_PYTHON} on {sysconfig.get_platform()}: {diagnosis}.",
             "Name an index that has it in PIP_INDEX_URL, or lock what yours has: make lock",
             f"Nothing counts as installed; pip's own words are in {self.log}",
         )
 
 
 def make(folder):
-    environment = Environment(folder, DEVELOP, BUILD, MINILM, ADAPTERS)
+    environment = Environment(folder, *ENVIRONMENT_LOCKS)
     adapters = environment.folder / "adapters"
     if not environment.is_complete():
         environment.begin()

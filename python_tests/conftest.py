@@ -7,6 +7,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 from places import PLACES
 
+# The longest, so that no process is left alone with one of them at the end.
+FIRST = ("test_cuda_build", "test_kernels_cpp", "test_attention_pool", "test_adapter")
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(FIRST)))
+
 
 @pytest.fixture(params=PLACES, ids=str)
 def place(request):

@@ -54,6 +54,8 @@ EMULATED = Place("emulated")
 CUDA_PLACES = [EMULATED, *([Place("cuda")] if torch.cuda.is_available() else [])]
 CPU_PLACES = [Place(name) for name in CPU_PATHS]
 PLACES = CPU_PLACES + CUDA_PLACES
+# For what every CPU path gets from the same code around the kernels.
+DEVICE_PLACES = [CPU_PLACES[0], *CUDA_PLACES]
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from places import CPU_PLACES, CUDA_PLACES, emulation
+from places import CPU_PLACES, CUDA_PLACES, DEVICE_PLACES, emulation
 from tolerance import assert_as_good_as_torch, outputs_and_gradients
 
 from petl_ext import ops
@@ -422,6 +422,7 @@ def test_nothing_is_saved_for_backward_but_inputs(form):
     assert saved and set(saved) <= inputs
 
 
+@pytest.mark.parametrize("place", DEVICE_PLACES, ids=str, indirect=True)
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck(place, form):
     problem = make_problem(30, 64, 10, **FORMS[form]).on(place)
@@ -430,6 +431,7 @@ def test_opcheck(place, form):
         torch.library.opcheck(torch.ops.petl_ext.adapter_backward.default, problem.raw(needs))
 
 
+@pytest.mark.parametrize("place", DEVICE_PLACES, ids=str, indirect=True)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_as_one_graph(place, dynamic, form):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from places import CPU_PATHS, CPU_PLACES, CUDA_PLACES, emulation
+from places import CPU_PATHS, CPU_PLACES, CUDA_PLACES, DEVICE_PLACES, emulation
 from tolerance import assert_as_good_as_torch, outputs_and_gradients
 
 from petl_ext import ops
@@ -326,6 +326,7 @@ def test_saved_for_backward_is_keys_gate_and_scores():
     assert sum(saved.values()) <= 4 * 1920 * (56 + 1)
 
 
+@pytest.mark.parametrize("place", DEVICE_PLACES, ids=str, indirect=True)
 def test_opcheck(place):
     inputs, dout = make_inputs(30, 64, 10)
     *inputs, dout = place.put([*inputs, dout])
@@ -337,6 +338,7 @@ def test_opcheck(place):
         torch.library.opcheck(torch.ops.petl_ext.apt_backward.default, arguments)
 
 
+@pytest.mark.parametrize("place", DEVICE_PLACES, ids=str, indirect=True)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_as_one_graph(place, dynamic):
     compiled = torch.compile(ops.apt, fullgraph=True, backend="aot_eager", dynamic=dynamic)

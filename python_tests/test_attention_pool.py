@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from places import CPU_PLACES, CUDA_PLACES, emulation
+from places import CPU_PLACES, CUDA_PLACES, DEVICE_PLACES, emulation
 from tolerance import assert_as_good_as_torch, outputs_and_gradients
 
 from petl_ext import ops
@@ -458,6 +458,7 @@ def test_saved_for_backward_are_inputs_and_what_has_the_size_of_the_result():
     assert sorted(saved.values()) == [2 * 8 * 12 * 4, pooled.nbytes]
 
 
+@pytest.mark.parametrize("place", DEVICE_PLACES, ids=str, indirect=True)
 @MASKED
 def test_opcheck(place, masked):
     problem = make_problem(2, 150, 64, 10, masked=masked).on(place)
@@ -466,6 +467,7 @@ def test_opcheck(place, masked):
         torch.library.opcheck(torch.ops.petl_ext.attention_pool_backward.default, problem.raw_backward(needs))
 
 
+@pytest.mark.parametrize("place", DEVICE_PLACES, ids=str, indirect=True)
 @MASKED
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_as_one_graph(place, dynamic, masked):

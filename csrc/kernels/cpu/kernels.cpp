@@ -6,12 +6,16 @@
 #include <string>
 #include <vector>
 
+#if defined(__x86_64__) && !defined(PETL_PORTABLE_ONLY)
+#define PETL_X86_PATHS
+#endif
+
 namespace petl::cpu {
 
 namespace portable {
 extern const Kernels kernels;
 }
-#ifdef __x86_64__
+#ifdef PETL_X86_PATHS
 namespace avx2 {
 extern const Kernels kernels;
 }
@@ -27,7 +31,7 @@ namespace {
 
 std::vector<const Kernels*> detect() {
   std::vector<const Kernels*> found;
-#ifdef __x86_64__
+#ifdef PETL_X86_PATHS
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
