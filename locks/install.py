@@ -86,7 +86,7 @@ class Environment:
         return self.record.exists() and self.record.read_text() == self.complete_record
 
     def begin(self):
-        """Leaves the locked pip in it and nothing else."""
+        """Leaves the locked pip and setuptools in it and nothing else."""
         if self.folder.exists() and any(self.folder.iterdir()) and not self.record.exists():
             raise Refused(
                 f"{self.folder} is no environment that was made from the locks, so it is left as it is.",
@@ -95,7 +95,7 @@ class Environment:
             )
         subprocess.run([sys.executable, "-m", "venv", "--clear", self.folder], check=True)
         self.record.write_text("incomplete\n")
-        self.install(LOCK, "pip")
+        self.install(LOCK, "pip", "setuptools")  # what Python brings
 
     def end(self, *more_folders):
         for folder in (self.site_packages, *more_folders):
