@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+WRITTEN = {"compatibility"}  # by make compat
+PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.stem not in WRITTEN)
 
 
 def python_of(page):
@@ -31,4 +32,4 @@ def test_a_page_runs(page, tmp_path, monkeypatch):
 def test_readme_names_every_page():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     linked = re.findall(r"\(docs/([\w-]+\.md)\)", readme)
-    assert PAGES and sorted(set(linked)) == [page.name for page in PAGES]
+    assert PAGES and set(linked) == {page.name for page in PAGES} | {f"{name}.md" for name in WRITTEN}

@@ -1,4 +1,4 @@
-"""README's example, run as it stands but for the names of files and the number of steps."""
+"""README's examples: the first as it stands, the others but for the names of files and the number of steps."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,18 @@ from transformers import BertConfig, BertModel, BertTokenizer, CLIPImageProcesso
 from petl_ext.tasks.digits import BACKBONE, write_digits
 
 README = Path(__file__).parent.parent / "README.md"
+
+
+def words_of(text):
+    """Without the name of the CPU path, which is another on another machine."""
+    return re.sub(r"\(cpu, \w+\)", "(cpu)", text).split()
+
+
+def test_first_example_prints_what_readme_says(capsys):
+    code, printed = re.search(r"```python\n(.*?)```\n+```\n(.*?)```", README.read_text(), flags=re.DOTALL).groups()
+    assert len([line for line in code.splitlines() if line]) == 8
+    exec(code, {})
+    assert words_of(capsys.readouterr().out) == words_of(printed)
 
 
 def write_models():
@@ -22,7 +34,7 @@ def write_models():
 
 def test_example(tmp_path, monkeypatch, capsys):
     files = write_digits(tmp_path / "digits", {"train": 60}, progress=False)["train"]
-    example, handle, search, dvp = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    _, example, handle, search, dvp = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     ours = {
         "dandelin/vilt-b32-mlm": BACKBONE,
         "v2_OpenEnded_mscoco_train2014_questions.json": files.questions,
