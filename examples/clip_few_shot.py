@@ -79,6 +79,8 @@ class Experiment:
         classifier.set_classes(classes)
         set_seed(seed)  # of the new layers
         attachment = self._attach(classifier.clip)
+        if self.options.train == "vision":
+            classifier.freeze()  # the features of the prompts
         self._trainer(classifier, drawn, seed, cache_images=True).train()
         attachment.save(self.options.output / f"{shots}-shots-of-{len(classes)}-classes-seed-{seed}")
         return [self.accuracy(classifier, of, seed) for of in tested]
@@ -86,6 +88,7 @@ class Experiment:
     def accuracy(self, classifier, classes, seed):
         """Share of the test images of `classes` that are recognised among these."""
         classifier.set_classes(classes)
+        classifier.eval().freeze()
         images = tasks.images_of(self.tested(seed), classes)
         return self._trainer(classifier, images, seed, cache_images=False).evaluate()["eval_accuracy"]
 

@@ -31,7 +31,7 @@ from torch import nn
 from petl_ext.attach.attach import unchanged_on_error
 from petl_ext.attach.families import FAMILIES, SITE_CLASSES, family_of
 from petl_ext.attach.site import Site, composed, has_device_hook, location_beside, width_of
-from petl_ext.nn.apt import APTLayer, PromptKeys, apt_output
+from petl_ext.nn.apt import APTLayer, apt_output, current_keys, frozen_keys
 
 METHOD = "petl_apt"
 PEFT_TYPE = METHOD.upper()
@@ -124,7 +124,7 @@ class APTTunerLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = tuple(f"{PREFIX}{name}" for name in ("prompts", "down", "up", "log_scale"))
-    other_param_names = ("petl_apt_options",)
+    other_param_names = ("petl_apt_options", "petl_apt_frozen")
 
     def __init__(self, base_layer, adapter_name):
         super().__init__()
@@ -133,14 +133,16 @@ class APTTunerLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
-        self.petl_apt_options = {}  # of every adapter (activation, dropout, PromptKeys)
+        self.petl_apt_options = {}  # of every adapter (activation, dropout)
+        self.petl_apt_frozen = {}  # of some the `frozen_keys`
 
     def update_layer(self, adapter_name, config, model):
         neighbour = self.neighbour(self.base_layer)
         layer = config.new_layer(width_of(neighbour), **location_beside(neighbour, model))
         for name in self.adapter_layer_names:
             getattr(self, name)[adapter_name] = getattr(layer, name.removeprefix(PREFIX))
-        self.petl_apt_options[adapter_name] = (config.activation, config.dropout, PromptKeys())
+        self.petl_apt_options[adapter_name] = (config.activation, config.dropout)
+        self.petl_apt_frozen.pop(adapter_name, None)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def carries(self, adapter_name):
@@ -158,13 +160,31 @@ class APTTunerLayer(nn.Module, BaseTunerLayer):
     def forward(self, *args, **kwargs):
         return self.base_layer(*args, **kwargs)
 
+    def freeze(self):
+        """As `APTLayer.freeze`, for every adapter here.
+
+        Raises:
+            RuntimeError: the layer is in training mode.
+        """
+        if self.training:
+            raise RuntimeError("APT: freeze is for serving, but the model is in training mode; call eval() first")
+        self.petl_apt_frozen = {name: frozen_keys(*self._of_keys(name)) for name in self.petl_apt_options}
+
+    def thaw(self):
+        """Undoes `freeze`."""
+        self.petl_apt_frozen = {}
+
     def train(self, mode=True):
-        self._forget_keys()
+        if mode:
+            self.thaw()
         return super().train(mode)
 
-    def _apply(self, fn, recurse=True):
-        self._forget_keys()
-        return super()._apply(fn, recurse)
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.thaw()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self):
+        return {**self.__dict__, "petl_apt_frozen": {}}
 
     def merge(self, safe_merge=False, adapter_names=None):
         raise NotImplementedError(NO_MERGE)
@@ -188,14 +208,15 @@ class APTTunerLayer(nn.Module, BaseTunerLayer):
         return location["device"], location["dtype"]
 
     def _changed(self, adapter_name, x, y):
-        prompts, down, up, log_scale = (getattr(self, name)[adapter_name] for name in self.adapter_layer_names)
-        activation, dropout, keys_of = self.petl_apt_options[adapter_name]
-        keys = keys_of(prompts, down, up, self.training)
+        prompts, down, up = self._of_keys(adapter_name)
+        log_scale = getattr(self, f"{PREFIX}log_scale")[adapter_name]
+        activation, dropout = self.petl_apt_options[adapter_name]
+        keys = current_keys(self.petl_apt_frozen.get(adapter_name), prompts, down, up)
         return apt_output(x, y, prompts, keys, log_scale, activation, dropout if self.training else 0.0)
 
-    def _forget_keys(self):
-        for *_, keys in self.petl_apt_options.values():
-            keys.forget()
+    def _of_keys(self, adapter_name):
+        """The parameters that keys are made from."""
+        return [getattr(self, f"{PREFIX}{name}")[adapter_name] for name in ("prompts", "down", "up")]
 
 
 class APTModel(BaseTuner):

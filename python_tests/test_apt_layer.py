@@ -1,5 +1,8 @@
 """APTLayer: initialisation, formula, the cached keys, dropout, training."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -34,42 +37,89 @@ def test_all_parameters_train():
     assert all(p.grad.abs().sum() > 0 for p in layer.parameters())
 
 
-def test_keys_are_cached_in_eval_until_a_parameter_changes():
-    layer = APTLayer(64, num_prompts=10).eval()
-    with torch.no_grad():
-        first = layer.keys()
-        assert layer.keys() is first
-        layer.up.add_(1)
-        changed = layer.keys()
-        assert not torch.equal(changed, first)
-        layer.load_state_dict(APTLayer(64, num_prompts=10).state_dict())
-        assert not torch.equal(layer.keys(), changed)
-        torch.testing.assert_close(layer.keys(), apt_keys(layer.prompts, layer.down, layer.up))
-    with torch.inference_mode():
-        in_inference = layer.keys()
-    layer.train()
-    assert layer.keys() is not in_inference and layer.keys().requires_grad
-
-
-def test_keys_follow_a_fused_optimizer_in_eval_mode():
+def frozen_layer():
     layer = APTLayer(8, num_prompts=4, rank=2).eval()
-    optimizer = torch.optim.AdamW(layer.parameters(), 0.1, fused=True)  # changes weights, but not their versions
+    layer.freeze()
+    return layer
+
+
+def test_frozen_keys_are_made_once(monkeypatch):
+    layer, made = APTLayer(8, num_prompts=4, rank=2).eval(), []
+    monkeypatch.setattr("petl_ext.nn.apt.apt_keys", lambda *tensors: made.append(1) or apt_keys(*tensors))
     x, y = torch.randn(2, 3, 8)
     with torch.no_grad():
-        layer(x, y)
-    layer(x, y).sum().backward()
-    optimizer.step()
+        expected = [layer(x, y) for _ in range(3)]
+        assert len(made) == 3 and not layer.is_frozen
+        layer.freeze()
+        assert len(made) == 4 and layer.is_frozen
+        assert all(torch.equal(layer(x, y), out) for out in expected) and len(made) == 4
+        layer.eval()
+        assert layer.is_frozen
+        layer.thaw()
+        assert not layer.is_frozen and torch.equal(layer(x, y), expected[0]) and len(made) == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.train().eval(),
+        lambda layer: layer.load_state_dict(APTLayer(8, num_prompts=4, rank=2).state_dict()),
+        lambda layer: layer.load_state_dict(APTLayer(8, num_prompts=4, rank=2).state_dict(), assign=True),
+        lambda layer: layer.double(),
+        lambda layer: layer.up.mul_(2),
+        lambda layer: setattr(layer, "prompts", torch.nn.Parameter(torch.randn(4, 8))),
+        lambda layer: setattr(layer.down, "data", torch.randn(2, 8)),
+    ],
+    ids=["train", "load", "assign", "cast", "in place", "another parameter", "other data"],
+)
+def test_what_thaws(change):
+    layer = frozen_layer()
     with torch.no_grad():
+        change(layer)
+        assert not layer.is_frozen
         assert torch.equal(layer.keys(), apt_keys(layer.prompts, layer.down, layer.up))
 
 
-def test_cached_keys_are_never_those_of_other_tensors():
-    """A freed tensor's address comes back: neither it nor an id tells two tensors apart."""
-    layer = APTLayer(64, num_prompts=10).eval()
+def test_a_move_to_where_it_is_thaws_nothing():
+    """Trainer and accelerate move every model."""
+    layer = frozen_layer()
+    assert layer.to("cpu").is_frozen
+
+
+def test_copies_and_pickles_are_not_frozen():
+    layer = frozen_layer()
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert not twin.is_frozen and torch.equal(twin.keys(), layer.requires_grad_(False).keys())
+
+
+def test_a_frozen_layer_refuses_gradients_to_what_it_has_folded():
+    layer = frozen_layer()
+    x, y = torch.randn(2, 3, 8)
+    with pytest.raises(RuntimeError, match=r"frozen keys pass no gradient on .* call thaw\(\) or train\(\)"):
+        layer(x, y)
+    layer.requires_grad_(False).log_scale.requires_grad_()
+    layer(x.requires_grad_(), y).sum().backward()
+    assert layer.log_scale.grad is not None and x.grad is not None
+
+
+def test_freezing_in_training_mode_is_refused():
+    with pytest.raises(RuntimeError, match=r"in training mode; call eval\(\) first"):
+        APTLayer(8).freeze()
+
+
+def test_keys_follow_what_raises_no_version():
+    layer = APTLayer(8, num_prompts=4, rank=2).eval()
+    optimizer = torch.optim.AdamW(layer.parameters(), 0.1, fused=True)
+    x, y = torch.randn(2, 3, 8)
     with torch.no_grad():
-        for _ in range(50):
-            layer.prompts = torch.nn.Parameter(torch.randn(10, 64))
-            assert torch.equal(layer.keys(), apt_keys(layer.prompts, layer.down, layer.up))
+        before = layer(x, y)
+    layer(x, y).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        after = layer(x, y)
+        assert not torch.equal(after, before) and torch.equal(after, copy.deepcopy(layer)(x, y))
+        layer.prompts.data.add_(1)
+        assert torch.equal(layer(x, y), copy.deepcopy(layer)(x, y)) and not torch.equal(layer(x, y), after)
 
 
 def test_keys_stay_wide_in_bfloat16():

@@ -397,3 +397,23 @@ def test_named_parameters_are_the_models_own():
     for name, parameter in attachment.named_parameters():
         assert model.get_parameter(name) is parameter
     assert "APTConfig" in repr(attachment) and "2 sites" in repr(attachment)
+
+
+def test_freezing_makes_derived_weights_once_and_shows_in_the_report(tmp_path):
+    model = make_model()
+    attachment = petl_ext.attach(model, petl_ext.APTConfig(num_prompts=5, rank=2))
+    with pytest.raises(RuntimeError, match="in training mode"):
+        attachment.model.train()
+        attachment.freeze()
+    model.eval()
+    attachment.freeze()
+    assert all(row.kernel.endswith(", frozen") for row in attachment.report().rows)
+    attachment.thaw()
+    assert not any("frozen" in row.kernel for row in attachment.report().rows)
+    attachment.save(tmp_path)
+    for change in (model.train, lambda: petl_ext.load(model, tmp_path), lambda: model.double()):
+        model.eval()
+        attachment.freeze()
+        change()
+        assert not any("frozen" in row.kernel for row in attachment.report().rows)
+    attached(petl_ext.AdapterConfig(bottleneck=2))[1].freeze()  # has nothing to derive

@@ -166,27 +166,33 @@ def count_text_passes(clip):
     return passes
 
 
-def test_features_of_the_prompts_are_computed_no_more_often_than_they_change(images):
+def test_frozen_features_are_computed_no_more_often_than_they_change(images):
     clip, shown = make_clip(), pixels(images)
     apt = petl_ext.attach(clip, petl_ext.APTConfig(num_prompts=3, sites=[r"vision_model\..*self_attn"]))
     classifier, passes = make_classifier(clip), count_text_passes(clip)
-    classifier.train()
+    classifier(shown)
+    classifier.train()(shown)
+    assert len(passes) == 2
     with torch.inference_mode():
+        classifier.freeze()
         classifier(shown)
     classifier(shown, torch.zeros(4, dtype=torch.long)).loss.backward()
-    assert len(passes) == 1  # and the backward found no tensor of inference mode
-    classifier.set_classes(NEW)
-    classifier(shown)
-    assert len(passes) == 2
-    with torch.no_grad():
-        clip.text_projection.weight.mul_(2)
-    classifier(shown)
-    assert len(passes) == 3
+    assert len(passes) == 3  # and the backward found no tensor of inference mode
+    classifier.to("cpu").eval()(shown)
     with apt.disable():
         classifier(shown)
     assert len(passes) == 3  # nothing in the text encoder was disabled
-    classifier.eval()(shown)
-    assert len(passes) == 4
+    classifier.set_classes(NEW)
+    assert not classifier.is_frozen
+    classifier.freeze()
+    with torch.no_grad():
+        clip.text_projection.weight.mul_(2)
+    classifier(shown)
+    classifier(shown)
+    assert len(passes) == 6 and not classifier.is_frozen
+    classifier.freeze()
+    classifier.load_state_dict(classifier.state_dict())
+    assert not classifier.is_frozen
 
 
 def test_features_of_prompts_with_apt_follow_it(images):
@@ -196,12 +202,14 @@ def test_features_of_prompts_with_apt_follow_it(images):
         backbone = classifier(shown).logits
     apt = petl_ext.attach(clip, petl_ext.APTConfig(num_prompts=3, sites=[r"text_model\..*self_attn"]))
     passes = count_text_passes(clip)
-    for _ in range(2):
-        classifier(shown, torch.zeros(4, dtype=torch.long)).loss.backward()
-    assert len(passes) == 2 and all(weight.grad is not None for weight in apt.parameters())
+    classifier(shown, torch.zeros(4, dtype=torch.long)).loss.backward()
+    assert all(weight.grad is not None for weight in apt.parameters())
+    classifier.freeze()
+    with pytest.raises(RuntimeError, match="frozen features pass no gradient on"):
+        classifier(shown)
     with torch.no_grad():
         attached = [classifier(shown).logits for _ in range(2)]
-        assert len(passes) == 3 and not torch.equal(attached[0], backbone)
+        assert len(passes) == 2 and not torch.equal(attached[0], backbone)
         with apt.disable():
             assert torch.equal(classifier(shown).logits, backbone)
         assert torch.equal(classifier(shown).logits, attached[1])
@@ -213,29 +221,30 @@ def test_features_of_prompts_with_apt_follow_it(images):
     optimizer.step()
     with torch.no_grad():
         assert not torch.equal(classifier(shown).logits, changed)
+        classifier.freeze()
         twin = copy.deepcopy(classifier)
-        assert torch.equal(twin(shown).logits, classifier(shown).logits)
-        assert twin.text_features() is not classifier.text_features()
+        assert not twin.is_frozen and torch.equal(twin(shown).logits, classifier(shown).logits)
 
 
 @needs_add_adapter
-def test_features_of_prompts_follow_what_is_set_in_layers():
+def test_frozen_features_follow_what_is_set_in_layers():
     clip = make_clip()
     clip.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     classifier = make_classifier(clip).eval()
     passes = count_text_passes(clip)
     with torch.no_grad():
+        classifier.freeze()
         adapted = [classifier.text_features() for _ in range(2)][1]
         clip.disable_adapters()  # changes neither classes of modules nor weights
         backbone = classifier.text_features()
         assert not torch.equal(backbone, adapted)
         clip.enable_adapters()
-        assert torch.equal(classifier.text_features(), adapted)
+        assert torch.equal(classifier.text_features(), adapted) and len(passes) == 2
         for module in clip.modules():
             if isinstance(module, LoraLayer):
                 module.set_scale("default", 0.0)
         torch.testing.assert_close(classifier.text_features(), backbone)
-    assert len(passes) == 4
+    assert len(passes) == 3
 
 
 def train(classifier, images, output, steps):

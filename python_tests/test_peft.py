@@ -139,26 +139,39 @@ def test_the_fused_kernel_runs():
     assert calls.names == [], "the kernel has no dropout"
     for layer in model.modules():
         if isinstance(layer, APTTunerLayer):
-            activation, _, keys = layer.petl_apt_options["default"]
-            layer.petl_apt_options["default"] = (activation, 0.0, keys)
+            activation, _ = layer.petl_apt_options["default"]
+            layer.petl_apt_options["default"] = (activation, 0.0)
     with Calls() as calls:
         run(model, inputs).sum().backward()
     assert calls.names == ["apt_forward"] * LAYERS + ["apt_backward"] * LAYERS
 
 
-def test_keys_are_kept_in_eval_mode_until_a_parameter_changes(monkeypatch):
+def test_frozen_keys(monkeypatch):
     model = make().eval()
     inputs = make_inputs(model)
+    model.add_adapter("second", APTConfig(**SIZES))
     computed = []
     monkeypatch.setattr("petl_ext.nn.apt.apt_keys", lambda *tensors: computed.append(tensors) or apt_keys(*tensors))
+    layers = [module for module in model.modules() if isinstance(module, APTTunerLayer)]
     with torch.no_grad():
         before = run(model, inputs)
-        assert torch.equal(run(model, inputs), before) and len(computed) == LAYERS
+        assert len(computed) == LAYERS
+        for layer in layers:
+            layer.freeze()
+        assert len(computed) == 3 * LAYERS
+        assert torch.equal(run(model, inputs), before) and len(computed) == 3 * LAYERS
         randomise(model)
-        after = run(model, inputs)
-        assert not close(after, before) and len(computed) == 2 * LAYERS
-        model.eval()
-        assert torch.equal(run(model, inputs), after) and len(computed) == 3 * LAYERS
+        assert not close(run(model, inputs), before) and len(computed) == 4 * LAYERS
+        for layer in layers:
+            layer.freeze()
+        model.train().eval()
+        run(model, inputs)
+        assert len(computed) == 7 * LAYERS
+        for layer in layers:
+            layer.freeze()
+    model.delete_adapter("second")
+    with pytest.raises(RuntimeError, match="frozen keys pass no gradient on"):
+        run(model, inputs)
 
 
 def test_several_adapters():

@@ -189,3 +189,32 @@ def test_wrong_inputs_are_refused():
     for arguments, message in refusals:
         with pytest.raises(ValueError, match=message):
             layer(*arguments)
+
+
+WRAPPED = {
+    "hooked": lambda layer: layer.key.register_forward_hook(lambda module, inputs, output: 2 * output),
+    "hooked before": lambda layer: layer.value.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],)),
+    "another forward": lambda layer: setattr(layer.key, "forward", lambda x: layer.value(x) ** 2),
+    "parametrized": lambda layer: torch.nn.utils.parametrizations.weight_norm(layer.value),
+    "replaced": lambda layer: setattr(layer, "key", torch.nn.Sequential(layer.key, torch.nn.Tanh())),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_wraps_a_projection_takes_part(wrap, masked):
+    torch.manual_seed(0)
+    layer = VisualPromptLayer(16, 4, 8).eval()
+    visual, query = torch.randn(3, 7, 8), torch.randn(3, 16)
+    mask = torch.arange(7)[None].expand(3, 7) < 5 if masked else None
+    plain = layer(visual, query, mask)
+    wrap(layer)
+    heads = [layer.query(query)[:, None], layer.key(visual), layer.value(visual)]
+    q, k, v = (t.unflatten(-1, (4, 4)).transpose(1, 2) for t in heads)
+    expected = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
+    found = layer(visual, query, mask)
+    torch.testing.assert_close(found, layer.output(expected.transpose(1, 2).flatten(1)))
+    if wrap is not WRAPPED["parametrized"]:
+        assert not torch.allclose(found, plain)
+    found.sum().backward()
+    assert all(p.grad is not None for name, p in layer.named_parameters() if not name.startswith("key"))

@@ -109,6 +109,23 @@ class Attachment:
             )
         write_folder(folder, Saved(self.config, family_of(self.model), self.keep, tensors))
 
+    def freeze(self):
+        """For serving: weights that are derived from parameters, such as APT's keys, are made once.
+
+        `report` shows where. Undone by `thaw`, by training mode, and by whatever `APTLayer.freeze` says; new layers
+        that derive nothing, such as adapters, stay as they are.
+
+        Raises:
+            RuntimeError: the model is in training mode.
+        """
+        for layer in self._layers_that_freeze():
+            layer.freeze()
+
+    def thaw(self):
+        """Undoes `freeze`."""
+        for layer in self._layers_that_freeze():
+            layer.thaw()
+
     @contextmanager
     def disable(self):
         """Inside the `with`, the model computes what it would without the new layers, bit for bit.
@@ -136,6 +153,11 @@ class Attachment:
 
     def __repr__(self):
         return f"Attachment({self.config} on {type(self.model).__name__}, {len(self.sites)} sites, keep={self.keep})"
+
+    def _layers_that_freeze(self):
+        self._check_attached()
+        layers = [self.model.get_submodule(place.layer_name) for place in self._places]
+        return [layer for layer in layers if hasattr(layer, "freeze")]
 
     def _install(self, layers):
         self.model.requires_grad_(False)
@@ -211,6 +233,8 @@ class Attachment:
         layer = self.model.get_submodule(place.layer_name)
         idle = "disabled" if self._disabled else self._idle(place)
         kernel, reason = ("none", idle) if idle else place.site_class.kernel(layer)
+        if getattr(layer, "is_frozen", False):
+            kernel = f"{kernel}, frozen"
         size = sum(parameter.numel() for parameter in layer.parameters())
         return ReportRow(place.layer_name, type(layer).__name__, size, macs_of(place, layer), kernel, reason)
 
@@ -242,3 +266,4 @@ class Attachment:
 
     def _fill(self, tensors, folder):
         fill(self._tensors(), tensors, folder)
+        self.thaw()

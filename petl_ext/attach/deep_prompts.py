@@ -69,8 +69,8 @@ class DeepPromptSelfAttention(Site):
     def new_layer(cls, config, model, place):
         layer = super().new_layer(config, model, place)
         block = model.get_submodule(place.name.removesuffix("attention.attention").rstrip("."))
-        # The norm belongs to the block. In a tuple it is no child of the layer, so no state-dict key appears twice.
-        layer.norm = (block.layernorm_before,)
+        # The norm is the block's, and may be wrapped or replaced there. In a tuple the block is no child of the layer.
+        layer.block = (block,)
         return layer
 
     @staticmethod
@@ -87,8 +87,7 @@ class DeepPromptSelfAttention(Site):
         return "none", "deep prompts are plain PyTorch"
 
     def forward(self, hidden_states, attention_mask=None, output_attentions=False):
-        norm = self.deep_prompts.norm[0]
-        prompts = norm(self.deep_prompts.prompts)
+        prompts = self.deep_prompts.block[0].layernorm_before(self.deep_prompts.prompts)
         query = self._split_heads(self.query(hidden_states))
         key = self._split_heads(_append(self.key(hidden_states), self.key(prompts)))
         value = self._split_heads(_append(self.value(hidden_states), self.value(prompts)))
@@ -104,4 +103,4 @@ class DeepPromptSelfAttention(Site):
 
 
 def _append(rows, prompt_rows):
-    return torch.cat([rows, prompt_rows.expand(len(rows), -1, -1)], dim=1)
+    return torch.cat([rows, prompt_rows.expand(rows.size(0), -1, -1)], dim=1)

@@ -15,7 +15,8 @@ class ReportRow:
         layer: what was put there, or "kept": the model's own parameters, which train.
         parameters: how many train.
         macs: multiply-accumulates added; None where it is not known for what.
-        kernel: what computes there: "apt (cpu, avx512)", "reference" or "none", as where the layer does not run now.
+        kernel: what computes there: "apt (cpu, avx512)", "reference" or "none", as where the layer does not run now;
+            with ", frozen" where `Attachment.freeze` has derived weights.
         reason: why it is not a kernel.
     """
 

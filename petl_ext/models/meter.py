@@ -474,7 +474,7 @@ class MeterForImageAndTextRetrieval(MeterPreTrainedModel):
 
 
 def _check_batch(model, input_ids, pixel_values):
-    if len(input_ids) != len(pixel_values):
+    if input_ids.size(0) != pixel_values.size(0):
         raise ValueError(
             f"{type(model).__name__}: input_ids and pixel_values must hold the same number of samples, "
             f"got {list(input_ids.shape)} and {list(pixel_values.shape)}"

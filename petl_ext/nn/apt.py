@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from petl_ext.nn.frozen import Frozen
 from petl_ext.ops.apt import apt, apt_reference
 
 INITIAL_STD = 0.02
@@ -23,35 +24,15 @@ def apt_output(x, y, prompts, keys, log_scale, activation, dropout):
     return apt_reference(*tensors, activation, dropout) if dropout > 0 else apt(*tensors, activation)
 
 
-class PromptKeys:
-    """`apt_keys`, which do not depend on the input: in eval mode without gradients they are kept until a parameter
-    changes. A change through `parameter.data` goes unnoticed until `forget`."""
-
-    def __init__(self):
-        self._kept = None
-
-    def __call__(self, prompts, down, up, training):
-        if torch.compiler.is_compiling():
-            return apt_keys(prompts, down, up)
-        if training or torch.is_grad_enabled():
-            self.forget()  # a fused optimizer's step, which may follow, leaves the versions as they are
-            return apt_keys(prompts, down, up)
-        # The tensors themselves are kept: an address or an id may come back for another tensor.
-        state = [(t, t.data_ptr(), 0 if t.is_inference() else t._version) for t in (prompts, down, up)]
-        if self._kept is None or not _same(self._kept[0], state):
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept = (state, apt_keys(prompts, down, up))
-        return self._kept[1]
-
-    def forget(self):
-        self._kept = None
-
-    def __reduce__(self):
-        return PromptKeys, ()  # copies and files begin without
+def frozen_keys(prompts, down, up):
+    return Frozen((prompts, down, up), lambda: apt_keys(prompts, down, up))
 
 
-def _same(before, now):
-    return all(a is b and old == new for (a, *old), (b, *new) in zip(before, now, strict=True))
+def current_keys(frozen, *parameters):
+    """Those of `frozen_keys`, where they hold for the parameters, or else `apt_keys` of these."""
+    if frozen is not None and frozen.holds_for(parameters):
+        return frozen.read("APT: frozen keys")
+    return apt_keys(*parameters)
 
 
 class APTLayer(nn.Module):
@@ -63,6 +44,8 @@ class APTLayer(nn.Module):
     Initialisation: prompts, down and up are drawn from Normal(0, 0.02), log_scale is 0. The paper's code asks for
     Normal(0, 1) and zeros in `down` and `up`, but the initialisers of its ViLT and METER overwrite both with 0.02
     before training starts; 0.02 is what its results were made with. The layer is not the identity at the start.
+
+    Each forward makes the keys from the parameters. Who serves can have them made once, by `freeze`.
 
     Args:
         dim: the model's width D.
@@ -92,7 +75,7 @@ class APTLayer(nn.Module):
         self.down = nn.Parameter(torch.empty(rank, dim, **place))
         self.up = nn.Parameter(torch.empty(dim, rank, **place))
         self.log_scale = nn.Parameter(torch.empty(1, **place))
-        self._keys = PromptKeys()
+        self._frozen = None
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -101,12 +84,30 @@ class APTLayer(nn.Module):
         nn.init.zeros_(self.log_scale)
 
     def keys(self):
-        """`apt_keys` of the layer's parameters, [P, D], in float32 or wider.
+        """`apt_keys` of the layer's parameters, [P, D], in float32 or wider; they do not depend on the input."""
+        return current_keys(self._frozen, self.prompts, self.down, self.up)
 
-        They do not depend on the input. In eval mode without gradients they are kept until a parameter changes;
-        a change through `parameter.data` is noticed only after `train()`, `eval()` or a move of the module.
+    def freeze(self):
+        """Makes the keys once, for serving; gradients to what is in them are refused from then on.
+
+        Undone by `thaw`, `train()`, loading, a move or a cast of the layer, and any change of a parameter that torch
+        counts. It counts none through `parameter.data`, of collectives such as torch.distributed.broadcast, and of a
+        fused optimizer. Copies and pickles of the layer are not frozen.
+
+        Raises:
+            RuntimeError: the layer is in training mode.
         """
-        return self._keys(self.prompts, self.down, self.up, self.training)
+        if self.training:
+            raise RuntimeError("APTLayer: freeze is for serving, but the layer is in training mode; call eval() first")
+        self._frozen = frozen_keys(self.prompts, self.down, self.up)
+
+    def thaw(self):
+        """Undoes `freeze`."""
+        self._frozen = None
+
+    @property
+    def is_frozen(self):
+        return self._frozen is not None and self._frozen.holds_for((self.prompts, self.down, self.up))
 
     def forward(self, x, y):
         """x [..., D], the attention's input, and y [..., D], its output, to the new output [..., D] in y's dtype."""
@@ -114,12 +115,16 @@ class APTLayer(nn.Module):
         return apt_output(x, y, self.prompts, self.keys(), self.log_scale, self.activation, dropout)
 
     def train(self, mode=True):
-        self._keys.forget()
+        if mode:
+            self.thaw()
         return super().train(mode)
 
-    def _apply(self, fn, recurse=True):
-        self._keys.forget()
-        return super()._apply(fn, recurse)
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.thaw()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_frozen": None}
 
     def extra_repr(self):
         num_prompts, dim = self.prompts.shape

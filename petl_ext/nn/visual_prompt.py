@@ -13,6 +13,8 @@ class VisualPromptLayer(nn.Module):
     It is multi-head attention with one query per sample, computed without a projected token: the key projection is
     folded into the query, and the value projection comes after pooling. That is exact. The key bias adds one number to
     all scores of a head, which softmax takes out again, and the weights of a head sum to 1 before the value bias.
+    Where `key` or `value` has been replaced, wrapped or hooked, as by LoRA, quantisation or offloading, its weight does
+    not say what it computes: then both project every token, as in ordinary attention.
 
     It holds the four linear layers `query` [I, D], `key` and `value` [I, Dv] and `output` [D, I], with biases: the
     authors' `linear_q`, `linear_k`, `linear_v` and `linear_merge`, initialised as torch's nn.Linear. `key.bias` is
@@ -67,6 +69,8 @@ class VisualPromptLayer(nn.Module):
         """
         self._check(visual, query, mask)
         queries = self._by_head(self.query(query))
+        if not (_is_plain_linear(self.key) and _is_plain_linear(self.value)):
+            return self.output(self._attend(visual, queries, mask).flatten(1))
         folded = _per_head(queries, self._by_head(self.key.weight, dim=0))
         pooled, weight = self._pool(visual, folded, mask)
         context = _per_head(pooled, self._by_head(self.value.weight, dim=0).mT)
@@ -74,12 +78,25 @@ class VisualPromptLayer(nn.Module):
         # Of the key bias only a gradient of zero is left: DistributedDataParallel waits for one of every parameter.
         return self.output(context.flatten(1)) + 0 * self.key.bias.sum()
 
+    def _attend(self, visual, queries, mask):
+        """[B, H, d] by projecting every token with `key` and `value` themselves."""
+        keys, values = (self._by_head(project(visual)).transpose(1, 2) for project in (self.key, self.value))
+        scores = (queries[:, :, None] @ keys.mT).float() * self._scale
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
+        weights = F.dropout(scores.softmax(-1), self.dropout, self.training).to(values.dtype)
+        return (weights @ values)[:, :, 0]
+
+    @property
+    def _scale(self):
+        return (self.value.out_features // self.num_heads) ** -0.5
+
     def _by_head(self, tensor, dim=-1):
         return tensor.unflatten(dim, (self.num_heads, -1))
 
     def _pool(self, visual, folded, mask):
         """(pooled [B, H, Dv], sums of the weights by which they are pooled, to be multiplied with [H, d])."""
-        scale = self._by_head(self.value.bias).size(-1) ** -0.5
+        scale = self._scale
         if not (self.training and self.dropout > 0):
             return attention_pool(visual, folded, mask, scale), 1
         # Weights that dropout has left do not sum to 1. A column of ones beside the tokens is pooled to their sum.
@@ -88,12 +105,15 @@ class VisualPromptLayer(nn.Module):
         return pooled[..., :-1], pooled[..., -1:]
 
     def _check(self, visual, query, mask):
+        if torch.jit.is_tracing():  # sizes are tensors, of which it warns
+            return
         width, dim = self.value.in_features, self.query.in_features
         if visual.dim() != 3 or visual.size(1) == 0 or visual.size(2) != width:
             raise ValueError(
                 f"VisualPromptLayer: visual must be [B, N, {width}] with N above zero, got {list(visual.shape)}"
             )
-        if query.shape != (len(visual), dim):
+        # Not len(visual), a constant to torch.export.
+        if query.dim() != 2 or query.size(0) != visual.size(0) or query.size(1) != dim:
             raise ValueError(
                 f"VisualPromptLayer: query must be [{len(visual)}, {dim}], a row for each sample of visual, "
                 f"got {list(query.shape)}"
@@ -104,12 +124,17 @@ class VisualPromptLayer(nn.Module):
             raise ValueError(
                 f"VisualPromptLayer: mask must be bool {list(visual.shape[:2])}, got {mask.dtype} {list(mask.shape)}"
             )
-        if not mask.is_meta and not mask.any(1).all():
+        if not (mask.is_meta or torch.compiler.is_compiling()) and not mask.any(1).all():
             empty = (~mask.any(1)).nonzero()[0].item()
             raise ValueError(f"VisualPromptLayer: mask hides all tokens of sample {empty}")
 
     def extra_repr(self):
         return f"num_heads={self.num_heads}, dropout={self.dropout}"
+
+
+def _is_plain_linear(module):
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is nn.Linear and not any(hooks) and "forward" not in vars(module)
 
 
 def _per_head(rows, weights):

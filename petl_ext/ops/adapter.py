@@ -9,9 +9,8 @@ scaled parallel one that of "Towards a Unified View of Parameter-Efficient Trans
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from petl_ext.ops.library import as_autocast_wants, raise_no_kernel
+from petl_ext.ops.library import as_autocast_wants, differentiable_gradients, needs_reference, raise_no_kernel
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
@@ -32,6 +31,8 @@ torch.library.define(
 
 def _check(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, activation):
     """What the kernels check for themselves, for the paths that reach none."""
+    if torch.jit.is_tracing():  # sizes are tensors, of which it warns
+        return
     if activation not in ACTIVATIONS:
         raise RuntimeError(f"adapter: activation must be relu, gelu or silu, got {activation}")
     if x.dim() == 0 or x.size(-1) == 0:
@@ -161,8 +162,9 @@ class _Adapter(torch.autograd.Function):
         return torch.ops.petl_ext.adapter_forward(x, x if residual_is_input else residual, *weights, *rest)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _Adapter.differentiable_backward(ctx, dout)
         needs_dx, needs_dresidual, _, *needs_dweights = ctx.needs_input_grad[:10]
         needs = (needs_dx, any(needs_dweights[:-1]), needs_dweights[-1])
         dx, dresidual, dweights = None, dout if needs_dresidual else None, [None] * 7
@@ -172,6 +174,22 @@ class _Adapter(torch.autograd.Function):
             )
         dweights = [d if needed else None for d, needed in zip(dweights, needs_dweights, strict=True)]
         return dx if needs_dx else None, dresidual, None, *dweights, *[None] * len(ctx.rest)
+
+    @staticmethod
+    def differentiable_backward(ctx, dout):
+        needs_dx, needs_dresidual, _, *needs_dweights = ctx.needs_input_grad[:10]
+        number, eps, activation = ctx.rest
+
+        def reference(x, norm_weight, norm_bias, down, down_bias, up, up_bias, gain):
+            scale = number if gain is None else gain
+            residual = x if ctx.residual_is_input else None
+            return adapter_reference(
+                x, down, down_bias, up, up_bias, scale, activation, norm_weight, norm_bias, eps, residual
+            )
+
+        needed = (needs_dx, *needs_dweights)
+        dx, *dweights = differentiable_gradients(reference, ctx.saved_tensors, needed, dout)
+        return dx, dout if needs_dresidual else None, None, *dweights, *[None] * len(ctx.rest)
 
 
 def adapter(
@@ -203,9 +221,12 @@ def adapter(
         residual: shaped as x, or None. `residual=x` makes the sequential adapter: its gradient joins that of x without
             another pass. In another dtype than x it is added outside of the kernel.
 
-    Each tensor is float32, bfloat16 or float16, in any mixture; hidden units and sums are float32. Where a tensor is
-    float64, the reference computes. Under autocast a float32 x is rounded to autocast's dtype, as for torch.matmul; a
-    residual is not, so that a stream in float32 stays one.
+    Each tensor is float32, bfloat16 or float16, in any mixture; hidden units and sums are float32. Under autocast a
+    float32 x is rounded to autocast's dtype, as for torch.matmul; a residual is not, so that a stream in float32 stays
+    one.
+
+    The reference computes where a tensor is float64, for derivatives in forward mode and those of the gradients
+    (`create_graph=True`), inside transformations of torch.func and under torch.jit.trace.
 
     On CUDA, D is a multiple of 8 up to 8192 and B at most 512; x and the residual are copied where they are not
     contiguous in rows or not aligned to 16 bytes.
@@ -226,7 +247,7 @@ def adapter(
     gain, number = _split(scale)
     weights = (norm_weight, norm_bias, down, down_bias, up, up_bias, gain)
     tensors = [tensor for tensor in (x, residual, *weights) if tensor is not None]
-    if any(tensor.dtype is torch.float64 for tensor in tensors):
+    if needs_reference(*tensors):
         return adapter_reference(
             x, down, down_bias, up, up_bias, scale, activation, norm_weight, norm_bias, eps, residual
         )

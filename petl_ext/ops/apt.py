@@ -10,9 +10,8 @@ Models" (arXiv 2306.15706), as the authors' code for ViLT and METER computes it.
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from petl_ext.ops.library import as_autocast_wants, raise_no_kernel
+from petl_ext.ops.library import as_autocast_wants, differentiable_gradients, needs_reference, raise_no_kernel
 
 torch.library.define(
     "petl_ext::apt_forward",
@@ -30,6 +29,8 @@ torch.library.define(
 
 def _check(x, y, prompts, keys, log_scale, activation):
     """What the kernels check for themselves, for the paths that reach none."""
+    if torch.jit.is_tracing():  # sizes are tensors, of which it warns
+        return
     if activation not in ("relu", "softmax"):
         raise RuntimeError(f"apt: activation must be relu or softmax, got {activation}")
     if prompts.dim() != 2 or x.dim() == 0 or x.size(-1) != prompts.size(-1):
@@ -109,12 +110,24 @@ class _APT(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):
-        saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
-        gradients = torch.ops.petl_ext.apt_backward(dout, *saved, ctx.activation, *needs)
-        return *(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[:5], strict=True)), None
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:5]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return *_APT.differentiable_backward(ctx, dout), None
+        gradients = torch.ops.petl_ext.apt_backward(dout, *saved, ctx.activation, *needs[:4])
+        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None
+
+    @staticmethod
+    def differentiable_backward(ctx, dout):
+        x, y, prompts, keys, log_scale = ctx.saved_tensors[:5]
+        if y is None:  # no gradient depends on it
+            y = torch.zeros_like(dout, requires_grad=True)
+        return differentiable_gradients(
+            lambda *tensors: apt_reference(*tensors, ctx.activation),
+            (x, y, prompts, keys, log_scale),
+            ctx.needs_input_grad[:5],
+            dout,
+        )
 
 
 def apt(x, y, prompts, keys, log_scale, activation="relu"):
@@ -128,8 +141,11 @@ def apt(x, y, prompts, keys, log_scale, activation="relu"):
         log_scale: [1]; its exponential scales the whole sum, y included.
         activation: "relu" or "softmax".
 
-    Each tensor is float32, bfloat16 or float16, in any mixture; scores, gate and sums are float32. Where a tensor is
-    float64, the reference computes. Under autocast a float32 x is rounded to autocast's dtype, as for torch.matmul.
+    Each tensor is float32, bfloat16 or float16, in any mixture; scores, gate and sums are float32. Under autocast a
+    float32 x is rounded to autocast's dtype, as for torch.matmul.
+
+    The reference computes where a tensor is float64, for derivatives in forward mode and those of the gradients
+    (`create_graph=True`), inside transformations of torch.func and under torch.jit.trace.
 
     On CUDA, D is a multiple of 8 up to 8192 and P at most 512; x and y that are not contiguous in rows or not aligned
     to 16 bytes are copied, and where their dtypes differ both are computed in float32.
@@ -143,7 +159,7 @@ def apt(x, y, prompts, keys, log_scale, activation="relu"):
     """
     x = as_autocast_wants(x)
     tensors = (x, y, prompts, keys, log_scale)
-    if any(tensor.dtype is torch.float64 for tensor in tensors):
+    if needs_reference(*tensors):
         return apt_reference(*tensors, activation)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _APT.apply(*tensors, activation)

@@ -8,9 +8,8 @@ Pre-trained Language Models to Vision-Language Tasks via Dynamic Visual Promptin
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from petl_ext.ops.library import as_autocast_wants, raise_no_kernel
+from petl_ext.ops.library import as_autocast_wants, differentiable_gradients, needs_reference, raise_no_kernel
 
 # statistics [2, B, H] are for backward, in float32: the greatest of a head's scores, and the sum of
 # exp(score - greatest). Their logarithm's sum would do, but lose digits where scores are large.
@@ -28,6 +27,8 @@ torch.library.define(
 
 def _check(visual, query, mask):
     """What the kernels check for themselves, for the paths that reach none."""
+    if torch.jit.is_tracing():  # sizes are tensors, of which it warns
+        return
     if visual.dim() != 3 or visual.size(1) == 0 or visual.size(2) == 0:
         raise RuntimeError(
             f"attention_pool: visual must have shape [B, N, D] with N and D above zero, got {list(visual.shape)}"
@@ -101,9 +102,17 @@ class _AttentionPool(torch.autograd.Function):
         return pooled
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dpooled):
         needs = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            visual, query, mask, *_ = ctx.saved_tensors
+            gradients = differentiable_gradients(
+                lambda visual, query: attention_pool_reference(visual, query, mask, ctx.scale),
+                (visual, query),
+                needs,
+                dpooled,
+            )
+            return *gradients, None, None
         gradients = torch.ops.petl_ext.attention_pool_backward(dpooled, *ctx.saved_tensors, ctx.scale, *needs)
         return *(d if needed else None for d, needed in zip(gradients, needs, strict=True)), None, None
 
@@ -121,10 +130,12 @@ def attention_pool(visual, query, mask=None, scale=1.0):
             gradient is zero. Of each sample at least one must take part.
         scale: a number, for multi-head attention 1 / sqrt(width of a head).
 
-    visual and query are float32, bfloat16 or float16, in any mixture; scores, softmax and sums are float32. Where one
-    of them is float64, the reference computes. Under autocast a float32 visual is rounded to autocast's dtype, as for
-    torch.matmul. Where visual needs no gradient, backward computes that of query alone, and writes nothing of visual's
-    size.
+    visual and query are float32, bfloat16 or float16, in any mixture; scores, softmax and sums are float32. Under
+    autocast a float32 visual is rounded to autocast's dtype, as for torch.matmul. Where visual needs no gradient,
+    backward computes that of query alone, and writes nothing of visual's size.
+
+    The reference computes where a tensor is float64, for derivatives in forward mode and those of the gradients
+    (`create_graph=True`), inside transformations of torch.func and under torch.jit.trace.
 
     On CUDA, D is a multiple of 8 up to 8192 and H at most 64; the query is rounded to the dtype of visual, and visual
     is copied where rows are not aligned to 16 bytes.
@@ -140,7 +151,7 @@ def attention_pool(visual, query, mask=None, scale=1.0):
         NotImplementedError: there is no kernel for the tensors' device.
     """
     visual, scale = as_autocast_wants(visual), float(scale)
-    if torch.float64 in (visual.dtype, query.dtype):
+    if needs_reference(visual, query):
         return attention_pool_reference(visual, query, mask, scale)
     if torch.is_grad_enabled() and (visual.requires_grad or query.requires_grad):
         return _AttentionPool.apply(visual, query, mask, scale)

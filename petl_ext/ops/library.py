@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     from petl_ext import _C  # noqa: F401
@@ -30,6 +31,38 @@ def raise_no_kernel(op, *tensors):
         f"petl_ext.ops.{op}: this build holds no kernel for {', '.join(devices)} "
         f"(`python -m petl_ext info` lists what it holds); petl_ext.ops.{op}_reference runs on every device.{remedy}"
     )
+
+
+def needs_reference(*tensors):
+    """Whether plain PyTorch has to compute, on tensors of which some may be None.
+
+    The kernels know no float64, no derivatives in forward mode and no transformation of torch.func, such as vmap; and
+    torch.jit.trace can save no autograd.Function.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(tensor.dtype is torch.float64 for tensor in given):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+        return True
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given)
+
+
+def differentiable_gradients(reference, tensors, needed, dout):
+    """The gradients of `reference(*tensors)` as plain PyTorch gives them where they are to be differentiated again.
+
+    Args:
+        tensors: of which some may be None.
+        needed: of each tensor whether its gradient is wanted; the others' are None.
+        dout: the gradient of the output.
+    """
+    with torch.enable_grad():
+        # One tensor may be given twice, and each place has a gradient of its own.
+        tensors = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+        wanted = [tensor for tensor, is_needed in zip(tensors, needed, strict=True) if is_needed]
+        found = iter(torch.autograd.grad(reference(*tensors), wanted, dout, create_graph=True, materialize_grads=True))
+    return [next(found) if is_needed else None for is_needed in needed]
 
 
 def as_autocast_wants(tensor):

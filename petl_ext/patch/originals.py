@@ -298,7 +298,7 @@ class CrossAttention(Kind):
 
 
 def _is_pooling(v, k, q, mask):
-    if k is not v or v.dim() != 3 or v.size(1) == 0 or q.dim() != 3 or q.shape[:2] != (len(v), 1):
+    if k is not v or v.dim() != 3 or v.size(1) == 0 or q.dim() != 3 or q.shape[:2] != (v.size(0), 1):
         return False
     if mask is None:
         return True

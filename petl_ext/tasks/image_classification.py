@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from petl_ext.nn.frozen import Frozen
 from petl_ext.tasks.inputs import IMAGE_SUFFIXES, is_image_file, read_image
 from petl_ext.tasks.labels import compute_metrics, label_loss, require_one_each
 
@@ -45,7 +46,7 @@ TEMPLATE = "a photo of a {}."
 
 _PLAIN = (bool, int, float, str, type(None))
 _CONTAINERS = (list, tuple, set)
-_OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,10 +235,8 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
 class CLIPClassifier(nn.Module):
     """CLIP with the features of class prompts as its classifier: zero-shot as it is, few-shot after `attach` to `clip`.
 
-    Logits are CLIP's own: exp(logit_scale) times the cosines of an image's features and each prompt's. The prompts'
-    features are computed again in every training step if the text encoder has parameters that train; otherwise once,
-    until a weight of it changes, layers are put into it, disabled or taken out, or a number or switch of one is set.
-    A change through `parameter.data` is noticed only after the mode has changed, by `train()` or `eval()`.
+    Logits are CLIP's own: exp(logit_scale) times the cosines of an image's features and each prompt's. Each forward
+    computes the prompts' features; where the text encoder does not change, `freeze` has them computed once.
 
     Attach to `clip` rather than to the classifier: what `Attachment.save` writes then fits any CLIPModel.
 
@@ -268,7 +267,7 @@ class CLIPClassifier(nn.Module):
                 raise ValueError(f"prompts: expected at most {longest} tokens, got {length} in {prompt!r}")
         for name in ("input_ids", "attention_mask"):
             self.register_buffer(name, tokens[name].to(clip.logit_scale.device), persistent=False)
-        self._kept = None
+        self._frozen = self._frozen_settings = None
         self.set_classes(prompts)
 
     def set_classes(self, classes: Iterable[str]) -> None:
@@ -283,6 +282,7 @@ class CLIPClassifier(nn.Module):
         if len(classes) < 2 or len(set(classes)) < len(classes):
             raise ValueError(f"classes: expected at least two different ones, got {classes}")
         self.classes = classes
+        self.thaw()
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         """`logits` [batch, classes] of `pixel_values` [batch, 3, height, width]; with `labels` [batch] also `loss`.
@@ -295,17 +295,32 @@ class CLIPClassifier(nn.Module):
 
     def text_features(self) -> Tensor:
         """The prompts' features, each of length 1: [classes, projection]."""
-        if torch.compiler.is_compiling():
-            return self._compute_text_features()
+        return self._frozen.read("CLIPClassifier: frozen features") if self.is_frozen else self._compute_text_features()
+
+    def freeze(self) -> None:
+        """Computes the prompts' features once, for serving, or for training while the text encoder does not change.
+
+        Undone by `thaw`, `set_classes`, loading, a move or a cast, and whatever of the text encoder can be seen to
+        change: layers put in, taken out, disabled or set, autocast, parameters in all ways that torch counts. It counts
+        none through `parameter.data`, of collectives and of a fused optimizer.
+
+        Raises:
+            RuntimeError: dropout makes the features vary, in training mode.
+        """
         if self._text_varies():
-            self._kept = None  # a fused optimizer's step, which may follow, leaves the weights' version as it was
-            return self._compute_text_features()
-        state = self._text_state()
-        if self._kept is None or not _same(self._kept[0], state):
-            # A tensor of inference mode could take no part in a later training step.
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept = state, self._compute_text_features()
-        return self._kept[1]
+            raise RuntimeError("CLIPClassifier: freeze needs features that dropout does not vary; call eval()")
+        self._frozen_settings = self._text_settings()
+        self._frozen = Frozen(self._text_weights(), self._compute_text_features)
+
+    def thaw(self) -> None:
+        """Undoes `freeze`."""
+        self._frozen = None
+
+    @property
+    def is_frozen(self) -> bool:
+        if self._frozen is None or self._text_varies() or not self._frozen.holds_for(self._text_weights()):
+            return False
+        return torch.compiler.is_compiling() or self._frozen_settings == self._text_settings()
 
     def _compute_text_features(self) -> Tensor:
         rows = [self._row[name] for name in self.classes]
@@ -316,26 +331,26 @@ class CLIPClassifier(nn.Module):
         return self.clip.text_model, self.clip.text_projection
 
     def _text_varies(self) -> bool:
-        trains = any(weight.requires_grad for part in self._text_parts() for weight in part.parameters())
-        dropout = self.clip.config.text_config.attention_dropout > 0
-        return (trains and torch.is_grad_enabled()) or (dropout and self.training)
+        if self.clip.text_model.training and self.clip.config.text_config.attention_dropout > 0:
+            return True
+        modules = (module for part in self._text_parts() for module in part.modules())
+        return any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in modules)
 
-    def _text_state(self) -> tuple:
-        """All that the features of the prompts depend on: what is asked, by modules set how, of which weights."""
+    def _text_weights(self) -> list[nn.Parameter]:
+        return [weight for part in self._text_parts() for weight in part.parameters()]
+
+    def _text_settings(self) -> tuple:
+        """What the features of the prompts depend on beside weights: what is asked, by modules set how."""
         device = self.input_ids.device.type
-        asked = self.classes, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        modules = [(type(m), _settings(m)) for part in self._text_parts() for m in part.modules()]
-        weights = [weight for part in self._text_parts() for weight in part.parameters()]
-        # The tensors themselves are kept: an address may come back for another tensor.
-        return (asked, modules), [(w, w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+        dtype = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        return self.classes, dtype, [(type(m), _settings(m)) for part in self._text_parts() for m in part.modules()]
 
-    def train(self, mode: bool = True) -> "CLIPClassifier":
-        if mode != self.training:
-            self._kept = None
-        return super().train(mode)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.thaw()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_frozen": None}
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
@@ -347,15 +362,6 @@ def _settings(module: nn.Module) -> dict[str, Any]:
         if all(isinstance(item, _PLAIN) for item in held):
             settings[name] = copy.copy(value)
     return settings
-
-
-def _same(before: tuple, now: tuple) -> bool:
-    (asked_before, weights_before), (asked, weights) = before, now
-    return (
-        asked_before == asked
-        and len(weights_before) == len(weights)
-        and all(a is b and old == new for (a, *old), (b, *new) in zip(weights_before, weights, strict=True))
-    )
 
 
 def _shortened(names: Iterable[str]) -> str:

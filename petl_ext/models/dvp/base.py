@@ -217,7 +217,7 @@ class DVPModel(nn.Module):
         width = self.options["visual_dim"]
         if visual_features.dim() != 3 or visual_features.size(2) != width:
             raise self._wrong(f"visual_features must be [B, N, {width}], got {list(visual_features.shape)}")
-        if len(visual_features) != len(input_ids):
+        if visual_features.size(0) != input_ids.size(0):
             raise self._wrong(
                 f"images and texts must be as many, got {len(visual_features)} and input_ids {list(input_ids.shape)}"
             )
@@ -233,16 +233,17 @@ class DVPModel(nn.Module):
         """states [B, T, D] and the query [B, D] to [B, 1 + T, D]."""
         index = self.insert_layer if self.options["candidates"] else 0
         layer = self.visual_prompts[index]
-        dtype = layer.query.weight.dtype
+        dtype = _dtype_of(layer)
         prompt = layer(visual.features.to(dtype), query.to(dtype), visual.mask).to(states.dtype)
         if self.type_embeddings:
-            of_text, of_prompt = self.type_embeddings[index].weight.to(states.dtype)
+            types = torch.arange(self.num_token_types, device=states.device)
+            of_text, of_prompt = self.type_embeddings[index](types).to(states.dtype)
             states, prompt = states + of_text, prompt + of_prompt
         return torch.cat([prompt[:, None], states], dim=1)
 
     def _classified(self, features, labels):
         """The output of the head, with the loss that fits the kind of labels."""
-        logits = self.classifier(features.to(self.classifier[0].weight.dtype))
+        logits = self.classifier(features.to(_dtype_of(self.classifier)))
         soft = labels is not None and labels.is_floating_point()
         return SequenceClassifierOutput(
             loss=(soft_target_loss if soft else class_loss)(self, logits, labels), logits=logits
@@ -264,7 +265,7 @@ class DVPModel(nn.Module):
         self._refuse_samples(~takes_part.any(1), "attention_mask hides all tokens")
 
     def _refuse_samples(self, wrong, message):
-        if not wrong.is_meta and wrong.any():
+        if not (wrong.is_meta or torch.compiler.is_compiling()) and wrong.any():
             raise self._wrong(f"{message} of sample {wrong.nonzero()[0].item()}")
 
     def _check_language_model(self, model):
@@ -309,7 +310,12 @@ def with_prompt(attention_mask):
     """[B, T] to [B, 1 + T], the prompt visible."""
     if attention_mask is None:
         return None
-    return torch.cat([attention_mask.new_ones(len(attention_mask), 1), attention_mask], dim=1)
+    return torch.cat([attention_mask.new_ones(attention_mask.size(0), 1), attention_mask], dim=1)
+
+
+def _dtype_of(module):
+    """In which it computes. Quantised weights are integers."""
+    return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
 
 
 def _twins(model):

@@ -94,7 +94,7 @@ class DVPLlama(DVPModel):
             visual = self._visual(input_ids, pixel_values, visual_features, visual_mask)
         if question_end is None and visual is not None:
             question_end = self._question_end(input_ids, attention_mask, labels)
-        rows = torch.arange(len(input_ids), device=input_ids.device)
+        rows = torch.arange(input_ids.size(0), device=input_ids.device)
         states = self._run(0, self.insert_layer, self._base.embed_tokens(input_ids), attention_mask, cache)
         if visual is not None:
             states = self._insert(states, states[rows, question_end], visual)
@@ -119,10 +119,10 @@ class DVPLlama(DVPModel):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         cache = DynamicCache(config=self._base.config)
         logits = self(input_ids, mask, cache=cache, **inputs).logits
-        last, rows = _last_token(mask), torch.arange(len(input_ids), device=input_ids.device)
+        last, rows = _last_token(mask), torch.arange(input_ids.size(0), device=input_ids.device)
         tokens = [logits[rows, last].argmax(-1)]
         while len(tokens) < max_new_tokens and not torch.isin(tokens[-1], ends).all():
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            mask = torch.cat([mask, mask.new_ones(mask.size(0), 1)], dim=1)
             following = self(tokens[-1][:, None], mask, cache=cache).logits[:, -1].argmax(-1)
             tokens.append(torch.where(torch.isin(tokens[-1], ends), tokens[-1], following))
         return torch.stack(tokens, dim=1)
@@ -195,7 +195,7 @@ class DVPLlama(DVPModel):
             raise self._wrong(
                 f"the cache must be that of insert_layer {layer}, one row more from it on, got {lengths} rows"
             )
-        shape = (len(input_ids), text + input_ids.size(1))
+        shape = (input_ids.size(0), text + input_ids.size(1))
         if attention_mask is not None and attention_mask.shape != shape:
             raise self._wrong(
                 f"attention_mask must cover {text} tokens before and {input_ids.size(1)} now, {list(shape)}, "

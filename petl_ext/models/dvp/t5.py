@@ -87,7 +87,7 @@ class DVPT5(DVPModel):
         return text.masked_fill(~takes_part, 0).sum(1) / takes_part.sum(1)
 
     def _start_tokens(self, input_ids):
-        return input_ids.new_full((len(input_ids), 1), self.language_model.config.decoder_start_token_id)
+        return input_ids.new_full((input_ids.size(0), 1), self.language_model.config.decoder_start_token_id)
 
     def _run(self, blocks, states, text, attention_mask):
         if len(blocks) == 0:
@@ -103,7 +103,7 @@ class DVPT5(DVPModel):
         """(mask, biases) of the decoder's rows; the first block has the table of the biases."""
         length = states.size(1)
         if self.options["original"]:
-            return states.new_zeros(len(states), 1, length, length), None
+            return states.new_zeros(states.size(0), 1, length, length), None
         first = self._layers[0].layer[0].SelfAttention
         mask = create_causal_mask(self._base.decoder.config, states, None, None)
         return mask, first.compute_bias(length, length, device=states.device)

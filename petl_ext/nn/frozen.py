@@ -1,0 +1,45 @@
+"""What a module derives from its parameters, made once for serving."""
+
+import torch
+
+
+class Frozen:
+    """A value derived from parameters. It holds for these very ones, while nothing of them can be seen to change.
+
+    Not all changes can be seen: torch counts none through `parameter.data`, of collectives and of fused optimizers.
+
+    Attributes:
+        value: what `make()` has returned.
+    """
+
+    def __init__(self, parameters, make):
+        self._parameters = tuple(parameters)
+        self._state = _state(self._parameters)
+        # A tensor of inference mode could take no part in a later training step.
+        with torch.inference_mode(False), torch.no_grad():
+            self.value = make()
+
+    def holds_for(self, parameters):
+        parameters = tuple(parameters)
+        if len(parameters) != len(self._parameters):
+            return False
+        if any(before is not now for before, now in zip(self._parameters, parameters, strict=True)):
+            return False
+        return torch.compiler.is_compiling() or self._state == _state(parameters)
+
+    def read(self, whose):
+        """The value, where no parameter waits for a gradient through it.
+
+        Raises:
+            RuntimeError: one does; the message begins with `whose`.
+        """
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._parameters):
+            raise RuntimeError(
+                f"{whose} pass no gradient on to the parameters that they were made from, which require one; call "
+                "thaw() or train(), compute under torch.no_grad(), or set requires_grad to False"
+            )
+        return self.value
+
+
+def _state(parameters):
+    return [(0 if p.is_inference() else p._version, p.data_ptr(), p.dtype, p.device) for p in parameters]
