@@ -1,9 +1,16 @@
-"""A saved folder, `petl_config.json` and `petl_weights.safetensors`: written whole or not at all, read strictly."""
+"""Files that appear whole or not at all, and a saved folder, `petl_config.json` and `petl_weights.safetensors`.
+
+Both files hold one number, drawn for each save, so that a folder in which a killed process has replaced one of the two
+is refused.
+"""
 
 import json
 import logging
 import os
+import secrets
+import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +21,21 @@ logger = logging.getLogger("petl_ext")
 FORMAT = 1
 CONFIG_FILE = "petl_config.json"
 WEIGHTS_FILE = "petl_weights.safetensors"
+SAVE = "save"
 LISTED = 8
+HARMLESS_SIZE = 1024
+
+
+@contextmanager
+def written_whole(path):
+    """A path to write to, which takes the place of `path` when the block ends, and is gone if it raises."""
+    path = Path(path)
+    unfinished = path.with_name(f".unfinished-{path.name}")  # the end stays: it may name the format
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_files(folder, description, tensors):
@@ -43,18 +64,41 @@ def write_files(folder, description, tensors):
 
 
 def _write(folder, description, tensors):
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".petl-", dir=folder if folder.is_dir() else folder.parent) as scratch:
+    place = folder if folder.is_dir() else folder.parent
+    prefix = f".petl-{folder.name}-"
+    for left_over in place.glob(f"{prefix}*"):  # by a process that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=place) as scratch:
         complete = Path(scratch) / "complete"
         complete.mkdir()
-        save_file(tensors, complete / WEIGHTS_FILE, metadata={"format": "pt"})
+        weights = complete / WEIGHTS_FILE
+        weights.touch()  # whatever safetensors would do, the mode is what the umask says
+        mode, save = weights.stat().st_mode, secrets.token_hex(16)
+        try:
+            save_file(tensors, weights, metadata={"format": "pt", SAVE: save})
+        except SafetensorError as error:
+            raise OSError(f"{folder / WEIGHTS_FILE}: {error}") from error
+        weights.chmod(mode)
+        description = {**description, SAVE: save}
         (complete / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         if not folder.exists():
             complete.rename(folder)
             return
         _replace_files(complete, folder, Path(scratch))
+
+
+def _save_of(weights):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, "pt") as file:
+            return (file.metadata() or {}).get(SAVE)
+    except SafetensorError as error:
+        raise ValueError(f"{weights}: not a complete safetensors file: {error}") from error
 
 
 def read_files(folder, parse):
@@ -66,17 +110,26 @@ def read_files(folder, parse):
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is broken, or of a later format.
+        ValueError: a file is broken or of a later format, or the two are not of one save.
     """
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: expected the files {CONFIG_FILE} and {WEIGHTS_FILE}, found no {name}")
     try:
-        description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        parsed = parse(_without_format(description))
-    except (TypeError, ValueError) as error:
+        description = _without_format(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+        save = description.pop(SAVE, None)
+        parsed = parse(description)
+    except RecursionError as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: nested too deeply") from error
+    except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
+    of_weights = _save_of(folder / WEIGHTS_FILE)
+    if save != of_weights and None not in (save, of_weights):  # files of others, and older ones, have none
+        raise ValueError(
+            f"{folder}: {WEIGHTS_FILE} is not the file that {CONFIG_FILE} was written with; a save was interrupted"
+            + "".join(f", and its configuration is {path}" for path in folder.glob(f".petl-*/complete/{CONFIG_FILE}"))
+        )
     return parsed, _read_tensors(folder / WEIGHTS_FILE)
 
 
@@ -86,10 +139,25 @@ def check_keys(description, expected):
         raise ValueError(f"expected the keys {sorted(expected)}, found {sorted(description)}")
 
 
+def check_sizes(options, tensors, folder):
+    """Raises a ValueError for a size that is far from every saved tensor's, before anything of that size is made."""
+    largest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
+    for name, value in options.items():
+        if type(value) is int and value > max(largest, HARMLESS_SIZE):
+            raise ValueError(
+                f"{Path(folder) / CONFIG_FILE}: {name} is {_shortened(value)}, but no saved tensor has a side longer "
+                f"than {largest}"
+            )
+
+
+def _shortened(number):
+    return str(number) if number < 10**20 else "a number of more than 20 digits"
+
+
 def fill(ours, theirs, folder):
     """Copies the tensors `theirs`, read from `folder`, into those of the same names in `ours`.
 
-    A tensor of another floating-point dtype is converted; that is logged.
+    A tensor of another floating-point dtype is converted; that is logged, and which hold NaN or infinity.
 
     Raises:
         ValueError: names, shapes or kinds differ. Nothing has been copied.
@@ -98,6 +166,9 @@ def fill(ours, theirs, folder):
     converted = sorted({f"{theirs[n].dtype} to {t.dtype}" for n, t in ours.items() if theirs[n].dtype != t.dtype})
     if converted:
         logger.warning("%s: converted from %s", folder, ", ".join(converted))
+    broken = [name for name, tensor in theirs.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        logger.warning("%s: %d tensors hold NaN or infinity, such as %s", folder, len(broken), broken[0])
     with torch.no_grad():
         for name, tensor in ours.items():
             tensor.copy_(_spread_like(tensor, theirs[name]))
@@ -124,9 +195,9 @@ def _spread_like(ours, theirs):
 def _replace_files(complete, folder, scratch):
     """Moves the new files in, and the old ones back if that fails halfway."""
     names = (WEIGHTS_FILE, CONFIG_FILE)
-    before = [name for name in names if (folder / name).exists()]
+    before = [name for name in names if (folder / name).exists()]  # copied: not every file system has hard links
     for name in before:
-        os.link(folder / name, scratch / name)
+        shutil.copy2(folder / name, scratch / name)
     try:
         for name in names:
             os.replace(complete / name, folder / name)

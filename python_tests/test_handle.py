@@ -178,7 +178,10 @@ def test_save_writes_new_layers_and_kept_modules_only(tmp_path):
     attachment.save(tmp_path / "deep" / "saved")
     tensors = safetensors.torch.load_file(tmp_path / "deep" / "saved" / "petl_weights.safetensors")
     assert tensors.keys() == {name for name in model.state_dict() if ".apt." in name or name.startswith("classifier.")}
-    assert json.loads((tmp_path / "deep" / "saved" / "petl_config.json").read_text()) == {
+    description = json.loads((tmp_path / "deep" / "saved" / "petl_config.json").read_text())
+    with safetensors.safe_open(tmp_path / "deep" / "saved" / "petl_weights.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "save": description.pop("save")}
+    assert description == {
         "format": 1,
         "family": "vilt",
         "keep": ["classifier"],

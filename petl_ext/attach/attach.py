@@ -10,7 +10,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from petl_ext.attach.attachment import HANDLE, Attachment
 from petl_ext.attach.config import CONFIGS, DASConfig
 from petl_ext.attach.families import family_of
-from petl_ext.attach.folder import read_folder
+from petl_ext.attach.folder import check_patterns, read_folder
 from petl_ext.attach.selection import select_kept, select_places
 from petl_ext.attach.site import Site
 from petl_ext.attach.skipping import SkippingAttachment
@@ -84,6 +84,7 @@ def load(model, folder):
     if attachment is not None:
         attachment._take_over(saved, folder)
         return attachment
+    check_patterns(getattr(saved.config, "sites", None) or (), [name for name, _ in model.named_modules()], folder)
     with unchanged_on_error(model):
         attachment = attach(model, saved.config, saved.keep)
         attachment._fill(saved.tensors, folder)

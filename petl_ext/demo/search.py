@@ -74,7 +74,10 @@ class ResumableSearch:
             self._train(self.search, self.run, self.checkpoint, **arguments)
         self.search.to_json(self.run.output / "search.json")
         self.search.plot(self.run.output / self.picture)
-        shutil.rmtree(checkpoints)
+        # Half a checkpoint, left by a kill, would be taken for one to go on from.
+        deleted = checkpoints.with_name(f".deleted-{checkpoints.name}")
+        shutil.rmtree(deleted, ignore_errors=True)
+        shutil.rmtree(checkpoints.rename(deleted))
 
     @classmethod
     def _checkpoints(cls, run):

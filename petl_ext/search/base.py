@@ -5,9 +5,7 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import reprlib
-import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from petl_ext.folder import written_whole
 from petl_ext.search.bandit import Bandit, are_numbers
 
 logger = logging.getLogger("petl_ext")
@@ -238,12 +237,10 @@ class Search:
 
     def to_json(self, path):
         """Writes the state to a file, which is complete or, after an error, as it was."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".petl-", dir=path.parent) as scratch:
-            complete = Path(scratch) / path.name
-            complete.write_text(json.dumps(self.state_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            os.replace(complete, path)
+        text = json.dumps(self.state_dict(), indent=2, allow_nan=False) + "\n"
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
 
     @property
     def _name(self):

@@ -4,6 +4,8 @@ import itertools
 
 import torch
 
+from petl_ext.folder import written_whole
+
 KEPT = "0.75"
 DRAWN, SELECTED = "#c6d4e6", "#1f3b63"
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False, "fontsize": 9}
@@ -19,7 +21,7 @@ def plot_depth(search, path):
     above.set_title(f"{len(selection)} of {len(search.layers)} layers to skip, after {len(search.history)} updates")
     above.legend(title="to skip", **BESIDE)
     _draw_choices(below, search)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def plot_placement(search, path):
@@ -34,7 +36,13 @@ def plot_placement(search, path):
     figure.colorbar(_draw_probabilities(below, search), cax=below.inset_axes((1.03, 0, 0.02, 1)), label="probability")
     below.set_ylabel("layer")
     _label_rows(below, search, range(search.num_layers), [winner])
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
+
+
+def _save(figure, path):
+    """The picture is whole or, after an error, as it was."""
+    with written_whole(path) as unfinished:
+        figure.savefig(unfinished, dpi=150)
 
 
 def _figure(search, rows):

@@ -1,10 +1,11 @@
 """Reading official files with errors that name the place, and writing files whole."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from petl_ext.folder import written_whole
 
 
 def read_json(path: str | Path, object_pairs_hook: Callable[[list], Any] | None = None) -> Any:
@@ -28,11 +29,7 @@ def pick(entry: Any, fields: Mapping[str, type], where: str) -> dict:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Writes beside `path` and renames, so that nobody ever sees half a file."""
-    path, text = Path(path), json.dumps(content)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    try:
+    """The file is whole or, after an error, as it was."""
+    text = json.dumps(content)
+    with written_whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

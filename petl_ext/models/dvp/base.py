@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from petl_ext.folder import check_keys, fill, read_files, write_files
+from petl_ext.folder import check_keys, check_sizes, fill, read_files, write_files
 from petl_ext.models.dvp.adapters import AdapterPlan, adapter_places, add_adapters, remove_adapters
 from petl_ext.models.heads import class_loss, mlp_head, soft_target_loss
 from petl_ext.nn import VisualPromptLayer
@@ -148,6 +148,7 @@ class DVPModel(nn.Module):
             ValueError: a file is broken or does not fit the class or the language model, which has not changed then.
         """
         options, tensors = read_files(folder, cls._parse)
+        check_sizes(options, tensors, folder)
         required_grad = [(parameter, parameter.requires_grad) for parameter in language_model.parameters()]
         model = cls(language_model, vision_model, **options)
         try:
@@ -166,6 +167,8 @@ class DVPModel(nn.Module):
 
     @classmethod
     def _parse(cls, description):
+        if "config" in description:
+            raise ValueError("saved by Attachment.save, which petl_ext.load reads")
         check_keys(description, ["model", "options"])
         if description["model"] != cls.__name__:
             raise ValueError(f"saved from a {description['model']}, not a {cls.__name__}")
