@@ -87,8 +87,8 @@ def tools_environment():
 def resolve(tools, edge):
     """A lock for this interpreter. What the user's own pip is told to constrain is constrained here too."""
     lock = FOLDER / f"{edge}.txt"
-    own = output_of(tools.programs / "python", "-m", "pip", "config", "get", "global.constraint", check=False)
-    constraints = [argument for file in own.split() for argument in ("--constraint", file)]
+    own = re.findall(r"\.constraint='(.*)'", output_of(tools.programs / "python", "-m", "pip", "config", "list"))
+    constraints = [argument for files in own for file in files.split() for argument in ("--constraint", file)]
     choice = ["--upgrade", "--resolution", RESOLUTIONS[edge], "--python", sys.executable, *constraints]
     output_of(tools.programs / "uv", "pip", "compile", "-q", *choice, "pyproject.toml", "--extra", "test", "-o", lock)
     return lock
