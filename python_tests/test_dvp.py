@@ -3,11 +3,14 @@
 import copy
 import json
 import pickle
+import warnings
 
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
+from peft import LoraConfig, get_peft_model
 from tiny_dvp import (
     CLASSES,
     DIM,
@@ -857,3 +860,65 @@ def test_wrong_caches_are_refused():
     classifier = make_model("llama")
     with pytest.raises(ValueError, match="a cache is for language modelling"):
         classifier(**inputs, past_key_values=DynamicCache())
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_a_batch_in_which_no_answer_is_known_has_no_loss(family):
+    model = make_model(family)
+    loss = model(**make_inputs(model), labels=torch.full((3,), -100)).loss
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_a_batch_in_which_no_token_is_asked_for_has_no_loss():
+    model = make_model("llama", num_labels=None)
+    inputs = words_and_images(model)
+    labels = torch.full_like(inputs["input_ids"], -100)
+    assert model(**inputs, labels=labels, question_end=torch.full((3,), TOKENS - 1)).loss.item() == 0
+
+
+def test_lora_trains_in_the_visual_prompt_and_merges():
+    torch.manual_seed(0)
+    model = get_peft_model(
+        make_model("bert", insert_layer=1).float(), LoraConfig(target_modules=["query", "key", "value"])
+    )
+    inputs = make_inputs(model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model(**inputs).logits.square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.eval()
+    with torch.no_grad():
+        before = model(**inputs).logits
+        torch.testing.assert_close(model.merge_and_unload()(**inputs).logits, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["classifier", "type_embeddings.0", "visual_prompts.0"])
+def test_peft_trains_parts_of_the_model(part):
+    config = LoraConfig(target_modules=["self.query"], modules_to_save=[part])
+    model = get_peft_model(make_model("bert", insert_layer=1).float(), config)
+    inputs = make_inputs(model)
+    model(**inputs).logits.sum().backward()
+    trained = {name: p for name, p in model.named_parameters() if ".modules_to_save." in name}
+    assert trained and any(p.grad is not None and p.grad.any() for p in trained.values())
+
+
+def test_weights_that_accelerate_offloads():
+    model = make_model("bert", insert_layer=1).eval()
+    inputs = make_inputs(model)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        torch.testing.assert_close(cpu_offload(model, torch.device("cpu"))(**inputs).logits, expected)
+
+
+def test_dynamic_quantisation_of_the_visual_prompt():
+    model = make_model("bert", insert_layer=1).float().eval()
+    inputs = make_inputs(model)
+    quantised = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is deprecated
+        torch.ao.quantization.quantize_dynamic(quantised, {torch.nn.Linear}, inplace=True)
+    with torch.no_grad():
+        difference = (quantised(**inputs).logits - model(**inputs).logits).abs().max()
+    assert 0 < difference < 0.2 * model(**inputs).logits.abs().max()

@@ -3,12 +3,13 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from example_scripts import load_example
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from PIL import Image
+from PIL import ExifTags, Image
 from refusals import needs_add_adapter
 from safetensors.torch import load_file
 from transformers import CLIPModel, Trainer, TrainingArguments
@@ -16,6 +17,7 @@ from transformers import CLIPModel, Trainer, TrainingArguments
 import petl_ext
 from petl_ext.tasks import image_classification as ic
 from petl_ext.tasks.digits_images import CLASSES, write_digit_images
+from petl_ext.tasks.inputs import read_image
 from petl_ext.tasks.pretrain_digits_clip import (
     Schedule,
     clip_config,
@@ -146,6 +148,26 @@ def test_prompts_name_the_classes():
         ic.class_prompts(["cat"], "a photo")
     with pytest.raises(TypeError, match="classes: expected several names, got the text 'cat'"):
         ic.class_prompts("cat")
+
+
+# The orientation of EXIF, and how the upright picture was turned before it was written.
+TURNED = {1: None, 3: "ROTATE_180", 6: "ROTATE_90", 8: "ROTATE_270", 2: "FLIP_LEFT_RIGHT", 5: "TRANSPOSE"}
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.parametrize(("orientation", "turn"), TURNED.items())
+def test_every_reader_turns_photographs_upright(orientation, turn, suffix, tmp_path):
+    upright = Image.new("RGB", (40, 24))
+    upright.paste((255, 255, 255), (0, 0, 40, 12))
+    upright.paste((200, 0, 0), (0, 0, 10, 12))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    lying = upright if turn is None else upright.transpose(Image.Transpose[turn])
+    lying.save(tmp_path / f"photo{suffix}", exif=exif, quality=95)
+    found = read_image(tmp_path / f"photo{suffix}", "here")
+    assert found.size == (40, 24)
+    difference = torch.from_numpy(np.array(found)).float() - torch.from_numpy(np.array(upright)).float()
+    assert difference.abs().mean() < 5
 
 
 def test_zero_shot_logits_are_those_of_clip(images):

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "petl_ext"
 LEVELS = [
     {"_C"},
     {"ops"},
-    {"nn", "cost", "folder"},
+    {"nn", "cost", "folder", "losses"},
     {"attach", "models"},
     {"tasks", "search", "patch"},
     {""},

@@ -10,7 +10,7 @@ from transformers import BertModel, BertTokenizerFast, ViltModel, ViltProcessor
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 from petl_ext.models import DVPBert
-from petl_ext.models.heads import class_loss, mlp_head, soft_target_loss
+from petl_ext.models.heads import checked_class_loss, checked_soft_target_loss, mlp_head
 from petl_ext.nn import VisualPromptLayer
 from petl_ext.tasks.digits import BACKBONE
 
@@ -104,7 +104,7 @@ class PromptedBert(nn.Module):
         logits = self.classifier(states[:, count])
         soft = labels is not None and labels.is_floating_point()
         return SequenceClassifierOutput(
-            loss=(soft_target_loss if soft else class_loss)(self, logits, labels), logits=logits
+            loss=(checked_soft_target_loss if soft else checked_class_loss)(self, logits, labels), logits=logits
         )
 
 

@@ -2,7 +2,8 @@
 
 import torch
 from torch import nn
-from torch.nn import functional
+
+from petl_ext.losses import class_loss, soft_target_loss
 
 
 def mlp_head(inputs, hidden, labels, **place):
@@ -14,8 +15,8 @@ def mlp_head(inputs, hidden, labels, **place):
     )
 
 
-def soft_target_loss(model, logits, labels):
-    """Binary cross-entropy of logits [B, L] with scores [B, L] in [0, 1]: the mean over B and L, times L."""
+def checked_soft_target_loss(model, logits, labels):
+    """`losses.soft_target_loss` of logits [B, L] with scores [B, L], None without any."""
     if labels is None:
         return None
     if labels.shape != logits.shape:
@@ -23,12 +24,11 @@ def soft_target_loss(model, logits, labels):
             f"{type(model).__name__}: labels must be a score for each answer, {list(logits.shape)}, "
             f"got {list(labels.shape)}"
         )
-    targets = labels.to(logits.device, logits.dtype)
-    return functional.binary_cross_entropy_with_logits(logits, targets) * labels.size(1)
+    return soft_target_loss(logits, labels.to(logits.device, logits.dtype))
 
 
-def class_loss(model, logits, labels):
-    """Cross-entropy of logits [B, L] with class indices [B]."""
+def checked_class_loss(model, logits, labels):
+    """`losses.class_loss` of logits [B, L] with class indices [B], None without any."""
     if labels is None:
         return None
     if labels.shape != logits.shape[:1] or labels.is_floating_point():
@@ -36,4 +36,4 @@ def class_loss(model, logits, labels):
             f"{type(model).__name__}: labels must be {len(logits)} class indices, [{len(logits)}], "
             f"got {labels.dtype} {list(labels.shape)}"
         )
-    return functional.cross_entropy(logits, labels.to(logits.device, torch.long))
+    return class_loss(logits, labels.to(logits.device, torch.long))

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
 from transformers.models.bert.modeling_bert import BertAttention, BertIntermediate, BertOutput, BertPooler
 from transformers.utils.generic import can_return_tuple
 
-from petl_ext.models.heads import class_loss, mlp_head, soft_target_loss
+from petl_ext.models.heads import checked_class_loss, checked_soft_target_loss, mlp_head
 
 # What published METER has other than the defaults of transformers' config classes: roberta-base, and ViT-B/16 of CLIP
 # without its last block, which METER leaves out.
@@ -363,7 +363,7 @@ class MeterForQuestionAnswering(_MeterClassifier):
     """
 
     def _loss(self, logits, labels):
-        return soft_target_loss(self, logits, labels)
+        return checked_soft_target_loss(self, logits, labels)
 
 
 class MeterForVisualEntailment(_MeterClassifier):
@@ -372,7 +372,7 @@ class MeterForVisualEntailment(_MeterClassifier):
     """
 
     def _loss(self, logits, labels):
-        return class_loss(self, logits, labels)
+        return checked_class_loss(self, logits, labels)
 
 
 class MeterForImagesAndTextClassification(MeterPreTrainedModel):
@@ -421,7 +421,7 @@ class MeterForImagesAndTextClassification(MeterPreTrainedModel):
             for i, image in enumerate(pixel_values.unbind(1), start=1)
         ]
         logits = self.classifier(torch.cat(pooled, dim=-1))
-        return SequenceClassifierOutput(loss=class_loss(self, logits, labels), logits=logits)
+        return SequenceClassifierOutput(loss=checked_class_loss(self, logits, labels), logits=logits)
 
 
 class MeterForImageAndTextRetrieval(MeterPreTrainedModel):
@@ -460,7 +460,7 @@ class MeterForImageAndTextRetrieval(MeterPreTrainedModel):
                 f"{type(self).__name__}: labels need several texts to an image, input_ids [B, K, T], "
                 f"got {list(input_ids.shape)}"
             )
-        return SequenceClassifierOutput(loss=class_loss(self, logits, labels), logits=logits)
+        return SequenceClassifierOutput(loss=checked_class_loss(self, logits, labels), logits=logits)
 
     def _scores_of_many(self, input_ids, pixel_values, attention_mask):
         _check_batch(self, input_ids, pixel_values)

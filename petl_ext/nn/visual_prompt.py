@@ -81,7 +81,8 @@ class VisualPromptLayer(nn.Module):
     def _attend(self, visual, queries, mask):
         """[B, H, d] by projecting every token with `key` and `value` themselves."""
         keys, values = (self._by_head(project(visual)).transpose(1, 2) for project in (self.key, self.value))
-        scores = (queries[:, :, None] @ keys.mT).float() * self._scale
+        scores = queries[:, :, None] @ keys.mT * self._scale
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
         weights = F.dropout(scores.softmax(-1), self.dropout, self.training).to(values.dtype)

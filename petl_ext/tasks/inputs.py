@@ -80,14 +80,17 @@ def is_image_file(path: Path) -> bool:
 
 
 def read_image(file: ImageFile, where: str) -> "PIL.Image.Image":
-    """The RGB image in `file`. Raises ValueError naming the file and, in brackets, `where` if it cannot be decoded."""
-    from PIL import Image
+    """The RGB image in `file`, turned as its EXIF orientation says.
+
+    Raises ValueError naming the file and, in brackets, `where` if it cannot be decoded.
+    """
+    from PIL import Image, ImageOps
 
     try:
         with file.open("rb") as stream, Image.open(stream) as opened:
             if opened.mode.startswith(("I", "F")):
                 raise ValueError(f"more than 8 bits per channel (mode {opened.mode}), which Pillow would cut at 255")
-            return opened.convert("RGB")
+            return ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file}: expected an image ({where}), got a file that cannot be decoded: {error}") from error
 

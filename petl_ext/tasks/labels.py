@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from petl_ext.losses import class_loss
 from petl_ext.tasks.files import read_json, write_json
-
-IGNORED = -100  # the label of an answer that no label stands for; cross_entropy skips it
 
 
 class LabelVocabulary:
@@ -47,12 +45,8 @@ class LabelVocabulary:
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of `logits` [batch, answers] and `labels` [batch], mean of the labels that are not `IGNORED`.
-
-    Zero, with zero gradients, where all are ignored: torch's own mean would be NaN.
-    """
-    total = functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp(min=1)
+    """`losses.class_loss` of `logits` [batch, answers] and `labels` [batch]."""
+    return class_loss(logits, labels)
 
 
 def label_accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import BertTokenizer, ViltConfig, ViltForMaskedLM, ViltImageProcessorPil, ViltProcessor
 from transformers.utils import ModelOutput
 
+from petl_ext.losses import IGNORED
 from petl_ext.tasks.digits import CELL, COLOR_NAMES, POSITIONS, DigitObject, SceneMaker, Scenes, caption
 
 logger = logging.getLogger("petl_ext")
@@ -38,7 +39,6 @@ ATTRIBUTES = {"digit": DIGITS, "color": COLOR_NAMES, "position": POSITIONS}
 ATTRIBUTE_OF = {word: name for name, words in ATTRIBUTES.items() for word in words}
 MASK_SHARE = {"digit": 0.7, "color": 0.15, "position": 0.15}  # digits are the hardest to read
 PIXEL_SCALE = 1 / 80  # keeps the dark background at 0 and the digits well above 1
-IGNORED = -100  # the label that cross_entropy skips
 TAG_WEIGHT, MATCH_WEIGHT = 0.5, 0.5
 
 

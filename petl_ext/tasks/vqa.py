@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from petl_ext.losses import soft_target_loss
 from petl_ext.tasks.files import pick, read_json, write_json
 from petl_ext.tasks.inputs import ImageFolder, ImageTextCollator, Inputs
 from petl_ext.tasks.labels import LabelVocabulary, TypeAccuracy, require_one_each
@@ -200,8 +200,8 @@ def _matching(questions: list[Question], questions_path: str | Path, path: str |
 
 
 def vqa_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy summed over the answers, mean of the batch; both [batch, answers]."""
-    return functional.binary_cross_entropy_with_logits(logits, targets) * targets.shape[1]
+    """`losses.soft_target_loss`: summed over the answers, mean of the batch; both [batch, answers]."""
+    return soft_target_loss(logits, targets)
 
 
 def vqa_score(logits: Tensor, targets: Tensor) -> float:
@@ -215,10 +215,19 @@ def compute_metrics(prediction: Any) -> dict[str, float]:
 
 
 def answer_accuracy(answer: str, annotators: Sequence[str]) -> float:
-    """Official accuracy of one answer: min(matches / 3, 1), averaged over ten choices of nine annotators."""
-    wanted = normalize_answer(answer)
-    matches = sum(normalize_answer(given) == wanted for given in annotators)
+    """Official accuracy of one answer: min(matches / 3, 1), averaged over ten choices of nine annotators.
+
+    As in the official script, nothing is normalized but case and space at the ends where all annotators agree.
+    """
+    annotators = [_one_line(given) for given in annotators]
+    compared = normalize_answer if len(set(annotators)) > 1 else str.lower
+    wanted = compared(_one_line(answer))
+    matches = sum(compared(given) == wanted for given in annotators)
     return SCORES[min(matches, len(SCORES) - 1)]
+
+
+def _one_line(answer: str) -> str:
+    return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
 def accuracy_by_type(answers: Sequence[str], annotations: Sequence[Annotation]) -> dict[str, TypeAccuracy]:

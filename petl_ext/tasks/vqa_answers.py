@@ -9,20 +9,22 @@ _PERIOD_NOT_DECIMAL = re.compile(r"\.(?!\d)")
 _ARTICLES = {"a", "an", "the"}
 _NUMBER_WORDS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
 _NUMBER_WORDS |= {"six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
-# Without those whose bare form is another word: she'd, he'll, we're, it's ...
+# Those of the official script. It lacks those whose bare form is another word (she'd, he'll, we're, it's), and looks
+# for those of "I" in upper case after it has lowered all.
 _CONTRACTIONS = """
 ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't needn't oughtn't
 shan't shouldn't wasn't weren't won't wouldn't couldn't've hadn't've mightn't've shouldn't've wouldn't've could've
-i've might've must've not've should've they've we've what've where've who've would've you've he'd how'd it'd
-somebody'd someone'd something'd there'd they'd where'd who'd you'd he'd've i'd've it'd've she'd've somebody'd've
-someone'd've something'd've there'd've they'd've we'd've who'd've you'd've how'll it'll somebody'll someone'll
-something'll they'll what'll who'll why'll you'll there're they're what're why're you're he's how's somebody's
-someone's something's that's there's what's when's where's who's why's i'm ma'am o'clock y'all y'all'll y'all'd've
-'twas
+might've must've not've should've they've we've what've where've who've would've you've he'd how'd it'd someone'd
+something'd there'd they'd where'd who'd you'd he'd've it'd've she'd've somebody'd've someone'd've something'd've
+there'd've they'd've we'd've who'd've you'd've how'll it'll somebody'll someone'll something'll they'll what'll
+who'll why'll you'll there're they're what're why're you're he's how's somebody's someone's that's there's what's
+when's where's who's why's ma'am o'clock y'all y'all'll y'all'd've 'twas
 """
 _WITH_APOSTROPHE = {
     word[:at] + word[at + 1 :]: word for word in _CONTRACTIONS.split() for at, mark in enumerate(word) if mark == "'"
 }
+_WITH_APOSTROPHE |= {"somebody'd": "somebodyd"}  # so there
+_WITH_APOSTROPHE |= dict.fromkeys(["ow's'at", "'ows'at", "'ow'sat"], "'ow's'at")
 
 
 @lru_cache(maxsize=200_000)

@@ -9,7 +9,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from petl_ext.folder import check_keys, check_sizes, fill, read_files, write_files
 from petl_ext.models.dvp.adapters import AdapterPlan, adapter_places, add_adapters, remove_adapters
-from petl_ext.models.heads import class_loss, mlp_head, soft_target_loss
+from petl_ext.models.heads import checked_class_loss, checked_soft_target_loss, mlp_head
 from petl_ext.nn import VisualPromptLayer
 
 HEAD_STD = 0.02
@@ -249,7 +249,7 @@ class DVPModel(nn.Module):
         logits = self.classifier(features.to(_dtype_of(self.classifier)))
         soft = labels is not None and labels.is_floating_point()
         return SequenceClassifierOutput(
-            loss=(soft_target_loss if soft else class_loss)(self, logits, labels), logits=logits
+            loss=(checked_soft_target_loss if soft else checked_class_loss)(self, logits, labels), logits=logits
         )
 
     def _check_text(self, input_ids, attention_mask):
@@ -317,8 +317,9 @@ def with_prompt(attention_mask):
 
 
 def _dtype_of(module):
-    """In which it computes. Quantised weights are integers."""
-    return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+    """In which it computes. Quantised weights are integers, or no parameters at all, and compute in float32."""
+    dtypes = (parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+    return next(dtypes, torch.float32)
 
 
 def _twins(model):
