@@ -105,6 +105,19 @@ def test_x_and_y_in_two_dtypes(place, narrow, wide):
     check(place, inputs, dout.to(inputs[1].dtype), "relu")
 
 
+@pytest.mark.parametrize("activation", ["relu", "softmax"])
+@pytest.mark.parametrize("spoiled", range(5), ids=["x", "y", "prompts", "keys", "log_scale"])
+def test_a_nan_reaches_all_that_it_reaches_in_eager(place, spoiled, activation):
+    """Of the gate, too, which is the greatest score."""
+    inputs, dout = make_inputs(9, 64, 21)
+    inputs[spoiled].view(-1)[-1] = torch.nan
+    *inputs, dout = place.put([*inputs, dout])
+    ours = outputs_and_gradients(lambda *tensors: ops.apt(*tensors, activation), inputs, dout)
+    theirs = outputs_and_gradients(lambda *tensors: ops.apt_reference(*tensors, activation), inputs, dout)
+    for name, found, wanted in zip(NAMES, ours, theirs, strict=True):
+        assert not (wanted.isnan() & ~found.isnan()).any(), name
+
+
 def test_rows_more_than_2_to_the_31_elements_apart(place):
     inputs, dout = make_inputs(2, 64, 10, torch.bfloat16)
     *inputs, dout = place.put([*inputs, dout])

@@ -918,7 +918,7 @@ def test_dynamic_quantisation_of_the_visual_prompt():
     quantised = copy.deepcopy(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao is deprecated
-        torch.ao.quantization.quantize_dynamic(quantised, {torch.nn.Linear}, inplace=True)
+        torch.ao.quantization.quantize_dynamic(quantised.visual_prompts, {torch.nn.Linear}, inplace=True)
     with torch.no_grad():
         difference = (quantised(**inputs).logits - model(**inputs).logits).abs().max()
     assert 0 < difference < 0.2 * model(**inputs).logits.abs().max()

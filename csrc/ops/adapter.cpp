@@ -32,8 +32,8 @@ void run(const Cuda& device, const AdapterBackward& args, const Tensor& like) {
 #endif
 
 AdapterActivation activation_named(const std::string& name) {
-  STD_TORCH_CHECK(name == "relu" || name == "gelu" || name == "silu",
-                  "adapter: activation must be relu, gelu or silu, got ", name);
+  PETL_REQUIRE(name == "relu" || name == "gelu" || name == "silu",
+               "adapter: activation must be relu, gelu or silu, got ", name);
   return name == "relu" ? AdapterActivation::relu : name == "gelu" ? AdapterActivation::gelu : AdapterActivation::silu;
 }
 
@@ -45,17 +45,17 @@ struct AdapterTensors {
   const OptionalTensor& gain;
 
   AdapterSizes check_sizes() const {
-    STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) > 0,
-                    "adapter: x must have shape [..., D] with a width D above zero, got ", shape_text(shape_of(x)));
+    PETL_REQUIRE(x.dim() > 0 && x.size(x.dim() - 1) > 0,
+                 "adapter: x must have shape [..., D] with a width D above zero, got ", shape_text(shape_of(x)));
     const int64_t D = x.size(x.dim() - 1);
-    STD_TORCH_CHECK(down.dim() == 2 && down.size(0) > 0 && down.size(1) == D, "adapter: down must have shape [B, ", D,
-                    "], got ", shape_text(shape_of(down)));
+    PETL_REQUIRE(down.dim() == 2 && down.size(0) > 0 && down.size(1) == D, "adapter: down must have shape [B, ", D,
+                 "], got ", shape_text(shape_of(down)));
     const int64_t B = down.size(0);
     Argument{"adapter", "down_bias", down_bias}.has_shape({B});
     Argument{"adapter", "up", up}.has_shape({D, B});
     Argument{"adapter", "up_bias", up_bias}.has_shape({D});
-    STD_TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(),
-                    "adapter: norm_weight and norm_bias must be given both or neither");
+    PETL_REQUIRE(norm_weight.has_value() == norm_bias.has_value(),
+                 "adapter: norm_weight and norm_bias must be given both or neither");
     if (norm_weight) {
       Argument{"adapter", "norm_weight", *norm_weight}.has_shape({D});
       Argument{"adapter", "norm_bias", *norm_bias}.has_shape({D});
@@ -88,9 +88,9 @@ ActivationRows<Device> rows_like_x(const Device& device, const char* name, const
   const Argument argument{"adapter", name, tensor};
   argument.has_shape(shape_of(x));
   device.holds(argument);
-  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), "adapter: ", name, " must have the dtype of x, ",
-                  torch::headeronly::toString(x.scalar_type()), ", got ",
-                  torch::headeronly::toString(tensor.scalar_type()));
+  PETL_REQUIRE(tensor.scalar_type() == x.scalar_type(), "adapter: ", name, " must have the dtype of x, ",
+               torch::headeronly::toString(x.scalar_type()), ", got ",
+               torch::headeronly::toString(tensor.scalar_type()));
   return {argument, false};
 }
 

@@ -26,7 +26,7 @@ void run(const Cuda& device, const AptBackward& args, const Tensor& like) {
 #endif
 
 Activation activation_named(const std::string& name) {
-  STD_TORCH_CHECK(name == "relu" || name == "softmax", "apt: activation must be relu or softmax, got ", name);
+  PETL_REQUIRE(name == "relu" || name == "softmax", "apt: activation must be relu or softmax, got ", name);
   return name == "relu" ? Activation::relu : Activation::softmax;
 }
 
@@ -35,8 +35,8 @@ AptSizes check_sizes(const Tensor& x, const Tensor& y, const Tensor& prompts, co
   const Argument weights{"apt", "prompts", prompts};
   weights.is_matrix("[P, D]");
   const int64_t P = prompts.size(0), D = prompts.size(1);
-  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == D, "apt: x must have shape [..., ", D,
-                  "], as wide as prompts, got ", shape_text(shape_of(x)));
+  PETL_REQUIRE(x.dim() > 0 && x.size(x.dim() - 1) == D, "apt: x must have shape [..., ", D,
+               "], as wide as prompts, got ", shape_text(shape_of(x)));
   Argument{"apt", "y", y}.has_shape(shape_of(x));
   Argument{"apt", "keys", keys}.has_shape({P, D});
   Argument{"apt", "log_scale", log_scale}.has_shape({1});
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward(const Tensor& do
   for (const Argument& argument : kept) device.holds(argument);
   device.supports("apt", size.D, "the number of prompts P", size.P);
   arguments[2].has_shape(shape_of(dout));
-  STD_TORCH_CHECK(arguments[2].dtype() == arguments[0].dtype(), "apt: dout must have the dtype of y");
+  PETL_REQUIRE(arguments[2].dtype() == arguments[0].dtype(), "apt: dout must have the dtype of y");
   const bool widen = !Device::kMixesDtypes && arguments[0].dtype() != arguments[1].dtype();
   const ActivationRows<Device> dout_rows(arguments[0], widen), x_rows(arguments[1], widen), y_rows(arguments[2], widen);
   const RowsOf prompts_rows(arguments[3]), keys_rows(arguments[4]), log_scale_rows(arguments[5]), scores_rows(kept[1]);

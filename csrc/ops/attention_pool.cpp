@@ -21,10 +21,10 @@ void check_that_tokens_take_part(const AttentionPoolInputs& args) {
   const auto [B, N, D, H] = args.size;
   for (int64_t sample = 0; args.mask && sample < B; ++sample) {
     const uint8_t* mask = args.mask + sample * N;
-    STD_TORCH_CHECK(std::any_of(mask, mask + N, [](uint8_t takes_part) { return takes_part != 0; }),
-                    "attention_pool: mask must let at least one token of each sample take part (True), got none for "
-                    "sample ",
-                    sample);
+    PETL_REQUIRE(std::any_of(mask, mask + N, [](uint8_t takes_part) { return takes_part != 0; }),
+                 "attention_pool: mask must let at least one token of each sample take part (True), got none for "
+                 "sample ",
+                 sample);
   }
 }
 
@@ -55,18 +55,18 @@ struct AttentionPoolTensors {
   const OptionalTensor& mask;
 
   AttentionPoolSizes check_sizes() const {
-    STD_TORCH_CHECK(visual.dim() == 3 && visual.size(1) > 0 && visual.size(2) > 0,
-                    "attention_pool: visual must have shape [B, N, D] with N and D above zero, got ",
-                    shape_text(shape_of(visual)));
+    PETL_REQUIRE(visual.dim() == 3 && visual.size(1) > 0 && visual.size(2) > 0,
+                 "attention_pool: visual must have shape [B, N, D] with N and D above zero, got ",
+                 shape_text(shape_of(visual)));
     const int64_t B = visual.size(0), N = visual.size(1), D = visual.size(2);
-    STD_TORCH_CHECK(query.dim() == 3 && query.size(0) == B && query.size(1) > 0 && query.size(2) == D,
-                    "attention_pool: query must have shape [", B, ", H, ", D, "] with H above zero, got ",
-                    shape_text(shape_of(query)));
+    PETL_REQUIRE(query.dim() == 3 && query.size(0) == B && query.size(1) > 0 && query.size(2) == D,
+                 "attention_pool: query must have shape [", B, ", H, ", D, "] with H above zero, got ",
+                 shape_text(shape_of(query)));
     if (mask) {
       Argument{"attention_pool", "mask", *mask}.has_shape({B, N});
-      STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool,
-                      "attention_pool: mask must be bool, True where a token takes part, got ",
-                      torch::headeronly::toString(mask->scalar_type()));
+      PETL_REQUIRE(mask->scalar_type() == ScalarType::Bool,
+                   "attention_pool: mask must be bool, True where a token takes part, got ",
+                   torch::headeronly::toString(mask->scalar_type()));
     }
     return {B, N, D, query.size(1)};
   }
@@ -153,9 +153,9 @@ RowsOf pooled_rows(const Device& device, const char* name, const Tensor& tensor,
                    const Tensor& visual) {
   const Argument argument = held_by(device, name, tensor);
   argument.has_shape(shape);
-  STD_TORCH_CHECK(tensor.scalar_type() == visual.scalar_type(), "attention_pool: ", name,
-                  " must have the dtype of visual, ", torch::headeronly::toString(visual.scalar_type()), ", got ",
-                  torch::headeronly::toString(tensor.scalar_type()));
+  PETL_REQUIRE(tensor.scalar_type() == visual.scalar_type(), "attention_pool: ", name,
+               " must have the dtype of visual, ", torch::headeronly::toString(visual.scalar_type()), ", got ",
+               torch::headeronly::toString(tensor.scalar_type()));
   return RowsOf(argument, Device::kRowAlignment);
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/tensor.h"
+#include "ops/require.h"
 
 namespace petl {
 
@@ -30,19 +31,18 @@ struct Argument {
   const Tensor& tensor;
 
   void has_shape(const std::vector<int64_t>& expected) const {
-    STD_TORCH_CHECK(shape_of(tensor) == expected, op, ": ", name, " must have shape ", shape_text(expected), ", got ",
-                    shape_text(shape_of(tensor)));
+    PETL_REQUIRE(shape_of(tensor) == expected, op, ": ", name, " must have shape ", shape_text(expected), ", got ",
+                 shape_text(shape_of(tensor)));
   }
 
   void is_matrix(const char* axes) const {
-    STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) > 0 && tensor.size(1) > 0, op, ": ", name, " must have shape ",
-                    axes, " with no empty axis, got ", shape_text(shape_of(tensor)));
+    PETL_REQUIRE(tensor.dim() == 2 && tensor.size(0) > 0 && tensor.size(1) > 0, op, ": ", name, " must have shape ",
+                 axes, " with no empty axis, got ", shape_text(shape_of(tensor)));
   }
 
   void is_as_forward_returned(ScalarType expected) const {
-    STD_TORCH_CHECK(tensor.scalar_type() == expected && tensor.is_contiguous(), op, ": ", name,
-                    " must be contiguous and ", torch::headeronly::toString(expected),
-                    ", as the forward op returned it");
+    PETL_REQUIRE(tensor.scalar_type() == expected && tensor.is_contiguous(), op, ": ", name, " must be contiguous and ",
+                 torch::headeronly::toString(expected), ", as the forward op returned it");
   }
 
   DType dtype() const {
@@ -54,8 +54,8 @@ struct Argument {
       case ScalarType::Half:
         return DType::float16;
       default:
-        STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16 or float16, got ",
-                        torch::headeronly::toString(tensor.scalar_type()));
+        PETL_REQUIRE(false, op, ": ", name, " must be float32, bfloat16 or float16, got ",
+                     torch::headeronly::toString(tensor.scalar_type()));
     }
     return DType::float32;
   }

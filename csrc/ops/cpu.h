@@ -12,9 +12,9 @@ namespace petl {
 
 inline const cpu::Kernels& cpu_kernels() {
   const cpu::Kernels* kernels = cpu::kernels();
-  STD_TORCH_CHECK(kernels,
-                  "petl_ext: the environment variable PETL_CPU_PATH must be auto or one of: ", cpu::available_paths(),
-                  ", got ", std::getenv("PETL_CPU_PATH"));
+  PETL_REQUIRE(kernels,
+               "petl_ext: the environment variable PETL_CPU_PATH must be auto or one of: ", cpu::available_paths(),
+               ", got ", std::getenv("PETL_CPU_PATH"));
   return *kernels;
 }
 
@@ -31,8 +31,8 @@ class Cpu {
   explicit Cpu(const Tensor&) {}
 
   void holds(const Argument& argument) const {
-    STD_TORCH_CHECK(argument.tensor.is_cpu(), argument.op, ": ", argument.name,
-                    " must be on the CPU, as the other arguments are");
+    PETL_REQUIRE(argument.tensor.is_cpu(), argument.op, ": ", argument.name,
+                 " must be on the CPU, as the other arguments are");
   }
 
   void supports(const char*, int64_t, const char*, int64_t, int64_t = 0) const {}

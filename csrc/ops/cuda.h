@@ -33,9 +33,9 @@ class Cuda {
   bool is_here(const Tensor& tensor) const { return tensor.is_cpu(); }
 #else
   explicit Cuda(const Tensor& like) : guard_(index_of(like)), queue_{index_of(like), nullptr} {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "petl_ext: this torch has no CUDA support");
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(queue_.device, &queue_.stream) == 0,
-                    "petl_ext: torch gave no current stream for cuda:", queue_.device);
+    PETL_REQUIRE(aoti_torch_get_current_cuda_stream, "petl_ext: this torch has no CUDA support");
+    PETL_REQUIRE(aoti_torch_get_current_cuda_stream(queue_.device, &queue_.stream) == 0,
+                 "petl_ext: torch gave no current stream for cuda:", queue_.device);
   }
   bool is_here(const Tensor& tensor) const { return tensor.is_cuda() && tensor.get_device_index() == queue_.device; }
 #endif
@@ -43,28 +43,28 @@ class Cuda {
   const cuda::Queue& queue() const { return queue_; }
 
   void holds(const Argument& argument) const {
-    STD_TORCH_CHECK(is_here(argument.tensor), argument.op, ": ", argument.name, " must be on cuda:", queue_.device,
-                    ", as x is");
+    PETL_REQUIRE(is_here(argument.tensor), argument.op, ": ", argument.name, " must be on cuda:", queue_.device,
+                 ", as x is");
   }
 
   // D, the width, and the inner size under its name.
   void supports(const char* op, int64_t D, const char* inner_name, int64_t inner,
                 int64_t max_inner = cuda::kMaxInner) const {
-    STD_TORCH_CHECK(D % cuda::kVectorWidth == 0 && D <= cuda::kMaxWidth, op,
-                    ": on CUDA the width D must be a multiple of ", cuda::kVectorWidth, " up to ", cuda::kMaxWidth,
-                    ", got ", D);
-    STD_TORCH_CHECK(inner <= max_inner, op, ": on CUDA ", inner_name, " must be at most ", max_inner, ", got ", inner);
+    PETL_REQUIRE(D % cuda::kVectorWidth == 0 && D <= cuda::kMaxWidth, op,
+                 ": on CUDA the width D must be a multiple of ", cuda::kVectorWidth, " up to ", cuda::kMaxWidth,
+                 ", got ", D);
+    PETL_REQUIRE(inner <= max_inner, op, ": on CUDA ", inner_name, " must be at most ", max_inner, ", got ", inner);
   }
 
   void check(const char* op, int error) const {
-    STD_TORCH_CHECK(error == 0, op,
-                    ": the CUDA kernel could not be launched, or one before it failed: ", cuda::error_text(error));
+    PETL_REQUIRE(error == 0, op,
+                 ": the CUDA kernel could not be launched, or one before it failed: ", cuda::error_text(error));
   }
 
  private:
 #ifndef PETL_EMULATED
   static int index_of(const Tensor& x) {
-    STD_TORCH_CHECK(x.is_cuda(), "petl_ext: x must be on CUDA, as other arguments are");
+    PETL_REQUIRE(x.is_cuda(), "petl_ext: x must be on CUDA, as other arguments are");
     return x.get_device_index();
   }
 

@@ -13,8 +13,8 @@ namespace petl {
 namespace {
 
 std::string cpu_path(std::string choice) {
-  STD_TORCH_CHECK(choice.empty() || cpu::choose_path(choice.c_str()),
-                  "cpu_path: must be auto or one of: ", cpu::available_paths(), ", got ", choice);
+  PETL_REQUIRE(choice.empty() || cpu::choose_path(choice.c_str()),
+               "cpu_path: must be auto or one of: ", cpu::available_paths(), ", got ", choice);
   return cpu_kernels().path;
 }
 

@@ -5,7 +5,7 @@
 // The raw scores of one row become relu(scores) or softmax(scores), in place; returns their maximum.
 inline float activate(Activation activation, float* scores, int64_t P) {
   float best = scores[0];
-  for (int64_t p = 1; p < P; ++p) best = best < scores[p] ? scores[p] : best;
+  for (int64_t p = 1; p < P; ++p) best = scores[p] > best || scores[p] != scores[p] ? scores[p] : best;  // a NaN wins
   if (activation == Activation::relu) {
     // Written so that a NaN stays one.
     for (int64_t p = 0; p < P; ++p) scores[p] = scores[p] < 0 ? 0 : scores[p];
