@@ -10,7 +10,7 @@ from example_scripts import load_example
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from PIL import ExifTags, Image
-from refusals import needs_add_adapter
+from refusals import needs_add_adapter, needs_auto_image_processor
 from safetensors.torch import load_file
 from transformers import CLIPModel, Trainer, TrainingArguments
 
@@ -382,6 +382,7 @@ def test_a_pretrained_folder_loads(tmp_path):
     assert CLIPModel.from_pretrained(tmp_path / "clip").logit_scale < 4.7
 
 
+@needs_auto_image_processor
 def test_the_example_measures_every_protocol(folder, tmp_path, capsys):
     example, fast = load_example("clip_few_shot"), ["--steps", "2", "--num-prompts", "4", "--seeds", "1"]
     example.main(
@@ -406,6 +407,7 @@ def test_the_example_measures_every_protocol(folder, tmp_path, capsys):
     assert "--test-images is the folder of --images" in capsys.readouterr().err
 
 
+@needs_auto_image_processor
 def test_the_example_trains_a_checkpoint_of_half_precision_in_float32(folder, tmp_path):
     clip = tmp_path / "clip"
     pretrain(clip, schedule=Schedule(steps=2, batch=8), progress=False)

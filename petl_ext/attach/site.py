@@ -128,6 +128,9 @@ def become(module, its_class, others):
     """
     other = next(other for other in others if isinstance(module, other))
     module.__class__ = _replaced(type(module), other, its_class)
+    # Code that torch 2.10 has compiled looks at a module again only where its attributes were touched.
+    vars(module)["petl_touched"] = True
+    del vars(module)["petl_touched"]
     if has_device_hook(module):
         # It calls what forward was when the hook came.
         module._old_forward = types.MethodType(type(module).forward, module)
