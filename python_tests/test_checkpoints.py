@@ -437,7 +437,11 @@ STORED_OTHERWISE = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*nested tensors.*:UserWarning", "ignore:.*CSR tensor.*:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*nested tensors.*:UserWarning",
+    "ignore:.*CSR tensor.*:UserWarning",
+    "ignore:Validating sparse tensor invariants:UserWarning",
+)
 @pytest.mark.parametrize("kind", STORED_OTHERWISE)
 def test_tensors_that_are_not_dense_are_refused_by_name(save, kind):
     model = tiny_vilt.make_model()
