@@ -1,6 +1,7 @@
 """Compiles petl_ext/_C.abi3.so: which sources, which flags. Everything else is in pyproject.toml."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "build_backend"))
 import cuda_kernels
+import petl_build
 
 ROOT = cuda_kernels.ROOT
 
@@ -21,6 +23,8 @@ COMPILE_FLAGS = [
     "-ffp-contract=fast",
     "-fvisibility=hidden",
     "-g0",
+    # Whatever the environment's flags say: a NaN stays one, and sums are added in the order that is written.
+    "-fno-fast-math",
     # The LibTorch stable ABI of torch 2.10: one file for all later versions.
     "-DTORCH_TARGET_VERSION=0x020a000000000000ULL",
 ]
@@ -37,6 +41,23 @@ def require_compiler():
         )
 
 
+# What of the user's flags would change results, in the compiler's or, as a start-up file, in the linker's command.
+CHANGES_RESULTS = re.compile(
+    r"(?<!\S)(-Ofast|-f(fast|associative|reciprocal|finite)-math(-only)?|-funsafe-math-optimizations|-fno-signed-zeros"
+    r"|-ffp-model=\w+|-fp-model[= ]\w+)(?!\S)"
+)
+
+
+def leave_out_flags_that_change_results():
+    for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS"):
+        given = os.environ.get(name, "")
+        kept = CHANGES_RESULTS.sub("", given).strip()
+        if kept != given.strip():
+            left_out = ", ".join(match[0] for match in CHANGES_RESULTS.finditer(given))
+            print(f"petl_ext: {left_out} of {name} is left out, since it changes what the kernels compute", flush=True)
+            os.environ[name] = kept
+
+
 def cuda_link_flags(compilation):
     # libtorch.so brings libtorch_cuda.so, where there is one, for the weak symbols; the linker saw no need of it.
     torch = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
@@ -44,7 +65,9 @@ def cuda_link_flags(compilation):
 
 
 def extension_arguments():
+    petl_build.require_setuptools()
     require_compiler()
+    leave_out_flags_that_change_results()
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 

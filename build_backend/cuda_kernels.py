@@ -104,12 +104,24 @@ def choose_host_compiler(toolkit):
     )
 
 
+def refuse_flags_that_change_results():
+    for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"):
+        wrong = re.findall(r"--?(?:use_fast_math|ftz=true|prec-(?:div|sqrt)=false)", os.environ.get(name, ""))
+        if wrong:
+            raise SystemExit(
+                f"\n*** {name} holds {' '.join(wrong)}, which changes what the kernels compute.\n"
+                "*** Take it out for this build, as in\n"
+                f"*** {name}= pip install .\n"
+            )
+
+
 def plan(gpus):
     """How the CUDA kernels are compiled, None without them; prints which, and why."""
     decision = cuda_toolkit.decide()
     if not decision.with_cuda:
         print(f"petl_ext: no CUDA kernels, since {decision.reason}", flush=True)
         return None
+    refuse_flags_that_change_results()
     toolkit = cuda_toolkit.require(decision)
     architectures, why_these = choose_architectures(toolkit, gpus)
     compilation = Compilation(toolkit, choose_host_compiler(toolkit), architectures)

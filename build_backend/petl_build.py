@@ -56,6 +56,27 @@ def _has_new_setuptools():
     return _release("setuptools") >= MIN_SETUPTOOLS
 
 
+def require_setuptools():
+    """pip has brought one where the build is isolated."""
+    if not _has_new_setuptools():
+        raise SystemExit(
+            f"\n*** petl_ext is built by setuptools {'.'.join(map(str, MIN_SETUPTOOLS))} or later, found "
+            f"{'.'.join(map(str, _release('setuptools')))}.\n"
+            "*** Upgrade it (pip install --upgrade setuptools), or leave --no-build-isolation out:\n"
+            "*** then pip brings one for the build alone.\n"
+        )
+
+
+def _check_writable():
+    source = os.getcwd()
+    if not os.access(source, os.W_OK):
+        raise SystemExit(
+            f"\n*** petl_ext is built in its source folder, and {source} cannot be written to.\n"
+            "*** Copy it to where it can, and install the copy:\n"
+            f"*** cp -r {source} petl_ext-copy && pip install ./petl_ext-copy\n"
+        )
+
+
 def _check_torch():
     wanted = "{}.{}".format(*MIN_TORCH)
     remedy = (
@@ -81,6 +102,7 @@ def _hook(name):
     def call(*arguments, **named_arguments):
         from setuptools import build_meta
 
+        _check_writable()
         return getattr(build_meta, name)(*arguments, **named_arguments)
 
     return call

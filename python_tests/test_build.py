@@ -150,3 +150,63 @@ def test_without_compiler(tmp_path):
     assert result.returncode == 1
     assert "no C++ compiler was found" in result.stderr and "apt-get install g++" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def run_setup(code, **env):
+    """Python that has read setup.py without building anything."""
+    begin = "import sys; sys.argv = ['setup.py', 'egg_info']; import setuptools; "
+    begin += "setuptools.setup = lambda **_: None; import runpy; names = runpy.run_path('setup.py'); "
+    return run(sys.executable, "-c", begin + code, env=env)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "kept"),
+    [
+        ("CXXFLAGS", "-O3 -ffast-math -g", "-O3  -g"),
+        ("CFLAGS", "-Ofast", ""),
+        ("CXX", "ccache g++ -funsafe-math-optimizations", "ccache g++"),
+        ("LDFLAGS", "-ffast-math -Wl,-O1", "-Wl,-O1"),
+        ("CFLAGS", "-ffinite-math-only -fassociative-math -freciprocal-math", ""),
+    ],
+)
+def test_flags_that_change_results_are_left_out(name, given, kept):
+    code = f"names['leave_out_flags_that_change_results'](); import os; print('kept:' + os.environ[{name!r}])"
+    result = run_setup(code, **{name: given})
+    assert result.returncode == 0, result.stderr
+    assert f"of {name} is left out" in result.stdout
+    assert result.stdout.strip().splitlines()[-1] == f"kept:{kept}"
+
+
+def test_other_flags_stay():
+    code = "names['leave_out_flags_that_change_results'](); import os; print(os.environ['CXXFLAGS'])"
+    assert run_setup(code, CXXFLAGS="-O2 -march=native -fno-fast-math").stdout == "-O2 -march=native -fno-fast-math\n"
+
+
+def three_lines(result):
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 3 and all(line.startswith("*** ") for line in lines), result.stderr
+    return result.stderr
+
+
+def ask(code, **env):
+    return run(sys.executable, "-c", f"import sys; sys.path.insert(0, 'build_backend'); {code}", env=env)
+
+
+def test_an_old_setuptools_without_isolation():
+    said = three_lines(
+        ask("import petl_build; petl_build._release = lambda package: (65, 5); petl_build.require_setuptools()")
+    )
+    assert "setuptools 70.1 or later, found 65.5" in said and "--no-build-isolation" in said
+
+
+def test_a_source_folder_that_cannot_be_written_to():
+    said = three_lines(ask("import os, petl_build; os.access = lambda *_: False; petl_build.build_wheel('wheels')"))
+    assert "cannot be written to" in said and "cp -r" in said
+
+
+@pytest.mark.parametrize("flags", ["--use_fast_math", "-lineinfo -use_fast_math", "-ftz=true", "--prec-div=false"])
+def test_flags_of_nvcc_that_change_results_are_refused(flags):
+    code = "import cuda_kernels; cuda_kernels.refuse_flags_that_change_results()"
+    assert flags.split()[-1] in three_lines(ask(code, NVCC_APPEND_FLAGS=flags))
+    assert ask(code, NVCC_APPEND_FLAGS="-lineinfo").returncode == 0

@@ -73,18 +73,21 @@ class SkippableLayer(AdapterSite):
         return hidden_states
 
     @staticmethod
-    def rewire(stack, numbered):
-        """Called with all layers of one stack, and the `numbered_modules` of each, after the set of skipped ones has
-        changed.
+    def rewire(stack, numbered, kinds):
+        """Called with all layers of one stack, the `numbered_modules` of each and its `layer_kinds`, after the set of
+        skipped ones has changed.
 
         A key-value cache takes its length from layer 0, so a decoder whose first layer is skipped would believe the
-        cache to be empty and give every token the position 0: the layers that run are numbered anew.
+        cache to be empty and give every token the position 0: the layers that run are numbered anew, each with the next
+        slot of its own kind.
         """
-        layers = zip(stack, numbered, strict=True)
-        running = (modules for layer, modules in layers if not getattr(layer, "skipped", False))
-        for index, modules in enumerate(running):
+        slots = {kind: iter([slot for slot, its in enumerate(kinds) if its == kind]) for kind in kinds}
+        for layer, modules, kind in zip(stack, numbered, kinds, strict=True):
+            if getattr(layer, "skipped", False):
+                continue
+            slot = next(slots[kind])
             for module in modules:
-                module.layer_idx = index
+                module.layer_idx = slot
 
 
 class DeclaredTensorLayer(SkippableLayer):
@@ -142,8 +145,8 @@ class SkippableT5Block(SkippableLayer):
         return hidden_states, position_bias, encoder_decoder_position_bias
 
     @staticmethod
-    def rewire(stack, numbered):
-        SkippableLayer.rewire(stack, numbered)
+    def rewire(stack, numbered, kinds):
+        SkippableLayer.rewire(stack, numbered, kinds)
         owner, *others = (block.layer[0].SelfAttention for block in stack)
         for attention in others:
             attention.has_relative_attention_bias = False
@@ -158,6 +161,15 @@ class SkippableT5Block(SkippableLayer):
 def numbered_modules(layer):
     """The modules of a layer that know its number in the stack."""
     return [module for module in layer.modules() if vars(module).get("layer_idx") is not None]
+
+
+def layer_kinds(stack):
+    """For each layer of a stack the kind of slot that it has in the model's cache, such as "sliding_attention"; None
+    for all where the configuration names no kinds."""
+    configs = (vars(module).get("config") for layer in stack for module in layer.modules())
+    named = (getattr(config, "layer_types", None) for config in configs)
+    kinds = next(filter(None, named), ())
+    return tuple(kinds) if len(kinds) == len(stack) else (None,) * len(stack)
 
 
 def strip(layer):

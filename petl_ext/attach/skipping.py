@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from petl_ext.attach.attachment import Attachment
 from petl_ext.attach.report import LayerCosts
-from petl_ext.attach.skippable import SkippableLayer, numbered_modules, strip
+from petl_ext.attach.skippable import SkippableLayer, layer_kinds, numbered_modules, strip
 from petl_ext.cost import count_macs
 
 
@@ -48,19 +48,23 @@ class SkippingAttachment(Attachment):
         """Indices of the layers that are skipped, inside `disable` those that will be again, ascending."""
         return self._chosen
 
-    def skip(self, layers):
+    def skip(self, layers, decodes=True):
         """Skips these layers from the next forward on, and no others.
 
         Args:
             layers: indices into `layers`, or names from it, in any order.
+            decodes: whether the model may decode with a cache until the next call.
 
         Raises:
-            ValueError: not a layer that can be skipped.
+            ValueError: not a layer that can be skipped; or the model's layers are of several kinds, all of one would be
+                skipped, and with decodes a cache would then count no tokens.
             RuntimeError: the model is disabled, or skipped layers have been removed.
         """
         self._check_attached()
         self._check_switchable("skip")
         chosen = self._indices_of(layers)
+        if decodes:
+            self._check_decodes(chosen)
         self._switch(chosen)
         self._chosen = chosen
 
@@ -196,17 +200,33 @@ class SkippingAttachment(Attachment):
                 if isinstance(layer, SkippableLayer) and layer.skipped != is_skipped:
                     layer.skipped = is_skipped
             layers = tuple(stack.values())
-            self._rewire(layers, self._numbered_in(name, layers))
+            self._rewire(layers, *self._numbers_and_kinds(name, layers))
 
-    def _numbered_in(self, name, layers):
-        """For each layer of a stack its modules that know the layer's number.
+    def _numbers_and_kinds(self, name, layers):
+        """For each layer of a stack its modules that know the layer's number, and its kind.
 
         Looked for only when the stack has other layers than before: a search switches at every step, and the walk over
         all modules takes longer than the rest of it.
         """
         if self._stacks[name] is None or self._stacks[name][0] != layers:
-            self._stacks[name] = layers, [numbered_modules(layer) for layer in layers]
-        return self._stacks[name][1]
+            self._stacks[name] = layers, [numbered_modules(layer) for layer in layers], layer_kinds(layers)
+        return self._stacks[name][1:]
+
+    def _check_decodes(self, skipped):
+        """Raises a ValueError if a cache of several kinds of slots would have none left of one."""
+        skipped = {self.layers[index] for index in skipped}
+        for name in self._stacks:
+            stack = dict(self.model.get_submodule(name).named_children())
+            numbered, kinds = self._numbers_and_kinds(name, tuple(stack.values()))
+            running = {
+                kind for child, kind in zip(stack, kinds, strict=True) if f"{name}.{child}".lstrip(".") not in skipped
+            }
+            lacking = sorted(map(str, set(kinds) - running))
+            if lacking and len(set(kinds)) > 1 and any(numbered):
+                raise ValueError(
+                    f"skip: no layer of {name} that is {lacking[0]} would run, from which the model's cache takes its "
+                    "length; keep one of them"
+                )
 
     def _check_switchable(self, method):
         self._check_whole(method)

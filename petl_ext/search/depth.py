@@ -211,11 +211,13 @@ class DepthSearch(Search):
 
         Raises:
             RuntimeError: permanent, and no update has been made, so that nothing is known of the layers.
+            ValueError: the model could not decode without these layers, see `SkippingAttachment.skip`.
         """
         if permanent and not self.history:
             raise RuntimeError("DepthSearch: before the first update nothing says which layers to delete")
         with self._or_as_before():
             selection = super().apply()
+            self.attachment.skip(selection)
             if permanent:
                 self.attachment.remove_skipped()
         return selection
@@ -302,7 +304,7 @@ class DepthSearch(Search):
         return tuple(self.attachment.skipped)
 
     def _choose(self, choice):
-        self.attachment.skip(choice)
+        self.attachment.skip(choice, decodes=False)
 
     def _is_choice(self, stored):
         known = isinstance(stored, list) and all(map(self._is_layer, stored))
