@@ -81,7 +81,10 @@ def info():
 
 
 def _run_info(_):
-    print(info())
+    try:
+        print(info())
+    except RuntimeError as error:  # PETL_CPU_PATH names what this processor or this build lacks
+        _exit(2, error)
 
 
 def _run_demo(options):

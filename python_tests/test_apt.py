@@ -470,6 +470,12 @@ def test_unknown_cpu_path():
             text=True,
         )
         assert result.returncode and "PETL_CPU_PATH must be auto or one of" in result.stderr
+    environment = {**os.environ, "PETL_CPU_PATH": "sse9"}
+    assert subprocess.run([sys.executable, "-c", "import petl_ext"], env=environment).returncode == 0
+    command = [sys.executable, "-m", "petl_ext", "info"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "PETL_CPU_PATH must be auto or one of" in result.stderr
 
 
 def test_cpu_path_from_the_environment():

@@ -3,6 +3,7 @@
 from torch import nn
 
 from petl_ext.attach.site import become, composed
+from petl_ext.patch.dispatch import adjust_floors
 from petl_ext.patch.recognise import KINDS, recognise
 from petl_ext.patch.report import PatchReport, left_alone_row, patched_row
 
@@ -91,6 +92,7 @@ def kind_of(module):
 def take_in(module, recognised):
     """Patches one module, unless it must be left alone."""
     if not recognised.reason:
+        adjust_floors()
         become(module, composed(type(module), (recognised.found.patched,)), (type(module),))
         vars(module)["petl_settings"] = recognised.settings
 
