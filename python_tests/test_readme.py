@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from refusals import needs_auto_image_processor
 from transformers import BertConfig, BertModel, BertTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from petl_ext.tasks.digits import BACKBONE, write_digits
@@ -32,6 +33,7 @@ def write_models():
     CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=16)).save_pretrained("clip")
 
 
+@needs_auto_image_processor
 def test_example(tmp_path, monkeypatch, capsys):
     files = write_digits(tmp_path / "digits", {"train": 60}, progress=False)["train"]
     _, example, handle, search, dvp = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
