@@ -1,7 +1,6 @@
 """The layer of approximated prompt tuning."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from petl_ext.nn.frozen import Frozen
@@ -12,10 +11,13 @@ INITIAL_STD = 0.02
 
 def apt_keys(prompts, down, up):
     """prompts + (prompts down^T) up^T, [P, D], in float32 or wider: rounded keys flip the ReLU's mask."""
-    with torch.autocast(prompts.device.type, enabled=False):
-        wide = torch.promote_types(prompts.dtype, torch.float32)
-        prompts, down, up = (t.to(wide) for t in (prompts, down, up))
-        return prompts + F.linear(F.linear(prompts, down), up)
+    device = prompts.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return apt_keys(prompts, down, up)
+    wide = torch.promote_types(prompts.dtype, torch.float32)
+    prompts, down, up = (t.to(wide) for t in (prompts, down, up))
+    return torch.addmm(prompts, prompts @ down.mT, up.mT)
 
 
 def apt_output(x, y, prompts, keys, log_scale, activation, dropout):
