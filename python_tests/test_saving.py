@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -244,10 +243,8 @@ def test_a_regular_expression_that_never_ends(pattern, tmp_path, monkeypatch):
     content = json.loads(path.read_text())
     content["config"]["sites"] = [pattern]
     path.write_text(json.dumps(content))
-    began = time.monotonic()
     with pytest.raises(ValueError, match="takes more than 1 seconds"):
         load("apt", tmp_path)
-    assert time.monotonic() - began < 30
 
 
 def test_a_saved_regular_expression_with_repetitions_is_matched(tmp_path):
