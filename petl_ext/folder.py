@@ -7,6 +7,7 @@ is refused.
 import json
 import logging
 import os
+import platform
 import secrets
 import shutil
 import tempfile
@@ -30,12 +31,38 @@ HARMLESS_SIZE = 1024
 def written_whole(path):
     """A path to write to, which takes the place of `path` when the block ends, and is gone if it raises."""
     path = Path(path)
-    unfinished = path.with_name(f".unfinished-{path.name}")  # the end stays: it may name the format
+    _clear_leftovers(path.parent, ".unfinished-", f"-{path.name}")
+    unfinished = path.with_name(f".unfinished-{_writer()}-{path.name}")  # the end stays: it may name the format
     try:
         yield unfinished
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _writer():
+    return f"{platform.node()}-{os.getpid()}"
+
+
+def _clear_leftovers(place, prefix, end=""):
+    """Removes what processes of this machine that no longer run have left unfinished; another may be at work."""
+    of_this_machine = f"{prefix}{platform.node()}-"
+    for path in place.iterdir() if place.is_dir() else ():
+        process = path.name.removeprefix(of_this_machine).partition("-")[0]
+        if path.name.startswith(of_this_machine) and path.name.endswith(end) and not _runs(process):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _runs(process):
+    if os.name == "nt" or not process.isdecimal():  # on Windows the question would end it
+        return True
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def write_files(folder, description, tensors):
@@ -70,9 +97,8 @@ def _write(folder, description, tensors):
     folder.parent.mkdir(parents=True, exist_ok=True)
     place = folder if folder.is_dir() else folder.parent
     prefix = f".petl-{folder.name}-"
-    for left_over in place.glob(f"{prefix}*"):  # by a process that was killed
-        shutil.rmtree(left_over, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=place) as scratch:
+    _clear_leftovers(place, prefix)
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}{_writer()}-", dir=place) as scratch:
         complete = Path(scratch) / "complete"
         complete.mkdir()
         weights = complete / WEIGHTS_FILE

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import platform
 import signal
 import stat
 import subprocess
@@ -128,6 +129,16 @@ def test_what_a_kill_has_left_is_cleared_by_the_next_save_and_nothing_else_is(tm
     assert len(contents(tmp_path)) == 2
     write_files(tmp_path / "saved", {"value": 2}, tensors(2))
     assert contents(tmp_path) == [".petl-other-1", "saved"]
+
+
+def test_a_file_is_written_beside_another_process_and_after_a_killed_one(tmp_path):
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    names = {pid: f".unfinished-{platform.node()}-{pid}-a.json" for pid in (ended.stdout.strip(), str(os.getppid()))}
+    for name in names.values():
+        (tmp_path / name).touch()
+    with written_whole(tmp_path / "a.json") as unfinished:
+        unfinished.write_text("1")
+    assert contents(tmp_path) == [names[str(os.getppid())], "a.json"]
 
 
 def test_files_of_before_and_weights_of_others_name_no_save(tmp_path):
