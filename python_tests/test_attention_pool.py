@@ -175,6 +175,24 @@ def test_one_token_that_has_all_the_weight(place, dtype):
     assert_equal(results, {"pooled": pooled, "dvisual": dvisual, "dquery": torch.zeros_like(pooled)})
 
 
+@DTYPES
+@pytest.mark.parametrize(
+    ("score", "least", "greatest"), [(4, 0.2, 0.5), (7, 0.8, 0.9), (10, 0.99, 0.995), (16, 0.9999, 1)]
+)
+def test_one_token_that_has_most_of_the_weight(place, dtype, score, least, greatest):
+    """What the scores' gradients depend on is then the difference of two numbers that are nearly equal."""
+    problem = make_problem(3, 150, 256, 4, dtype, masked=0.2)
+    problem.mask[:, :4] = True
+    own = problem.visual[:, :4].float()
+    problem = replace(problem, query=(score / problem.scale * own / own.square().sum(-1, keepdim=True)).to(dtype))
+    weights = (problem.query.float() @ problem.visual.float().mT * problem.scale).masked_fill(
+        ~problem.mask[:, None], float("-inf")
+    )
+    weights = weights.softmax(-1).amax(-1)
+    assert least < weights.min() and weights.max() < greatest, weights
+    check(place, problem)
+
+
 @ON_CPU
 @DTYPES
 def test_scores_of_hundreds_over_many_draws(place, dtype):

@@ -4,12 +4,14 @@
 // ReLU's mask, and where one is rounded the gradients are ten times less accurate.
 // No include guard: each path includes it once, inside its own namespace (see path.h).
 
-// The weights' rows in float32, in whole vectors; those of the norm are null where there is none.
+// The weights' rows in float32, in whole vectors; those of the norm are null where there is none. LayerNorm's bias
+// gives every row the same hidden units, down norm_bias, which down_bias holds already: so what the products say of x
+// is not lost where that bias is far greater than the weight.
 struct AdapterRows {
   const float *down_bias, *up_bias, *norm_weight, *norm_bias;
 };
 
-// The first product, norm(x) down^T, for the rows of one tile.
+// The first product, (norm(x) - norm_bias) down^T, for the rows of one tile.
 template <class Projection>
 struct AdapterProjection {
   const AdapterInputs& args;
@@ -36,16 +38,14 @@ struct AdapterProjection {
   }
 
  private:
-  // norm(x) of one row, with zeros up to padded_width.
+  // norm(x) - norm_bias of one row, with zeros up to padded_width.
   template <class X>
   void widen(X elements, const char* x, RowStatistics& statistics, float* target) const {
     const int64_t D = args.size.D;
     if (weights.norm_weight) statistics = statistics_of(elements, x, D, args.epsilon);
     for (int64_t d = 0; d < D; d += kLanes) {
       Vec value = elements.load_part(x + d * elements.kBytes, D - d);
-      if (weights.norm_weight) {
-        value = statistics.normalised(value) * load(weights.norm_weight + d) + load(weights.norm_bias + d);
-      }
+      if (weights.norm_weight) value = statistics.normalised(value) * load(weights.norm_weight + d);
       store(target + d, value);
     }
     std::fill(target + D, target + padded_width<Projection>(D), 0.0f);
@@ -122,6 +122,19 @@ inline float adapter_factor(const AdapterInputs& args) {
   return args.gain.data ? args.scale * read_scalar(args.gain) : args.scale;
 }
 
+// sums [B] += down row, for a row of D floats in whole vectors.
+inline void add_products_with_down(const AdapterInputs& args, const float* row, float* sums) {
+  const auto [R, D, B] = args.size;
+  for (int64_t b = 0; b < B; ++b) {
+    Vec products[kChains] = {};
+    with_elements(args.down.dtype, [&](auto elements) {
+      for_each_vector(elements, row_of(args.down, b), args.size.D,
+                      [&](int chain, int64_t d, Vec value) { products[chain] += value * load(row + d); });
+    });
+    sums[b] = static_cast<float>(sums[b] + sum_chains(products));
+  }
+}
+
 // `memory` holds two rows of B and D in whole vectors, and two more of D where x is normalised.
 inline AdapterRows adapter_rows(const AdapterInputs& args, float* memory) {
   const auto [R, D, B] = args.size;
@@ -133,6 +146,7 @@ inline AdapterRows adapter_rows(const AdapterInputs& args, float* memory) {
   float *norm_weight = up_bias + width, *norm_bias = norm_weight + width;
   widen_row(args.norm_weight, D, norm_weight);
   widen_row(args.norm_bias, D, norm_bias);
+  add_products_with_down(args, norm_bias, down_bias);
   return {down_bias, up_bias, norm_weight, norm_bias};
 }
 
@@ -165,13 +179,8 @@ struct AdapterSlab {
 
 // The sums over a row that LayerNorm's backward needs are known before the product dhidden down: with n = norm(x),
 //   sum_d(dn * norm_weight)              = sum_b(dhidden[b] * weight_sums[b])
-//   sum_d(dn * norm_weight * normalised) = sum_b(dhidden[b] * (products[b] - bias_sums[b])).
-struct AdapterNormSums {
-  const float* weight_sums;  // [B] sum_d(down[b, d] * norm_weight[d]); null: x is not normalised
-  const float* bias_sums;    // [B] sum_d(down[b, d] * norm_bias[d])
-};
-
-// The same two sums of one row, divided by D.
+//   sum_d(dn * norm_weight * normalised) = sum_b(dhidden[b] * products[b])
+// where weight_sums[b] = sum_d(down[b, d] * norm_weight[d]). These are the two sums of one row, divided by D.
 struct RowGradient {
   float mean, slope;
 };
@@ -225,7 +234,7 @@ struct AdapterBackwardTile {
   AdapterProjection<Projection> project;
   const float* packed_up;    // up
   const float* packed_down;  // down
-  AdapterNormSums norm_sums;
+  const float* weight_sums;  // [B]; null: x is not normalised
   float factor;
   AdapterSlab slab;
 
@@ -273,9 +282,9 @@ struct AdapterBackwardTile {
       const Vec value = activation.value(raw), dvalue = load(dhidden + b);
       const Vec draw = factor * activation.gradient(raw, dvalue);
       shares += value * dvalue;
-      if (norm_sums.weight_sums) {
-        means += draw * load(norm_sums.weight_sums + b);
-        slopes += draw * (product - load(norm_sums.bias_sums + b));
+      if (weight_sums) {
+        means += draw * load(weight_sums + b);
+        slopes += draw * product;
       }
       store(hidden + b, value);
       store(dhidden + b, draw);
@@ -322,25 +331,6 @@ struct AdapterBackwardTile {
     });
   }
 };
-
-inline void adapter_norm_sums(const AdapterInputs& args, const AdapterRows& weights, float* weight_sums,
-                              float* bias_sums) {
-  const auto [R, D, B] = args.size;
-  for (float* sums : {weight_sums, bias_sums}) std::fill_n(sums, round_up(B, kLanes), 0.0f);
-  for (int64_t b = 0; b < B; ++b) {
-    Vec by_weight = {}, by_bias = {};
-    with_elements(args.down.dtype, [&](auto elements) {
-      const char* down = row_of(args.down, b);
-      for (int64_t d = 0; d < args.size.D; d += kLanes) {
-        const Vec value = elements.load_part(down + d * elements.kBytes, args.size.D - d);
-        by_weight += value * load(weights.norm_weight + d);
-        by_bias += value * load(weights.norm_bias + d);
-      }
-    });
-    weight_sums[b] = static_cast<float>(sum_lanes(by_weight));
-    bias_sums[b] = static_cast<float>(sum_lanes(by_bias));
-  }
-}
 
 // target [columns] += each of `count` rows of `sums`, in order.
 inline void add_rows(const float* sums, int64_t count, int64_t stride, int64_t columns, float* target) {
@@ -399,17 +389,21 @@ inline void adapter_backward_by(const AdapterBackward& args, ParallelFor paralle
   const int64_t slab_rows = round_up(std::min(R, kRowsPerSlab), Arithmetic::kPerWord);
   const int64_t slab_tiles = round_up(slab_rows, kRowsPerTile) / kRowsPerTile;
   const int64_t gathered = has_weights ? words<Arithmetic>(slab_rows) * stride : 0;
-  const auto [project_down, packed_up, packed_down, rows, weight_sums, bias_sums, dhidden, hidden, dhidden_sums,
-              dout_sums, dup, statistics, dgains] =
-      parts_of<13>(call_scratch(),
+  const auto [project_down, packed_up, packed_down, rows, norm_sums, dhidden, hidden, dhidden_sums, dout_sums, dup,
+              statistics, dgains] =
+      parts_of<12>(call_scratch(),
                    {words<Projection>(D) * stride, words<Arithmetic>(D) * stride, words<Arithmetic>(B) * width,
-                    stride + 3 * width, stride, stride, gathered, gathered, slab_tiles * stride, slab_tiles * width,
+                    stride + 3 * width, stride, gathered, gathered, slab_tiles * stride, slab_tiles * width,
                     has_weights ? B * D : 0, 3 * slab_rows, 2 * slab_rows});
   pack_transposed<Projection>(inputs.down, D, B, project_down);
   pack<Arithmetic>(inputs.up, D, B, packed_up);
   pack<Arithmetic>(inputs.down, B, D, packed_down);
   const AdapterRows weights = adapter_rows(inputs, rows);
-  if (has_norm) adapter_norm_sums(inputs, weights, weight_sums, bias_sums);
+  float* const weight_sums = has_norm ? norm_sums : nullptr;
+  if (has_norm) {
+    std::fill_n(weight_sums, stride, 0.0f);
+    add_products_with_down(inputs, weights.norm_weight, weight_sums);
+  }
   const float factor = adapter_factor(inputs);
   if (has_weights) {
     std::fill_n(args.ddown_bias, B, 0.0f);
@@ -417,7 +411,6 @@ inline void adapter_backward_by(const AdapterBackward& args, ParallelFor paralle
     if (R == 0) std::fill_n(args.ddown, B * D, 0.0f);
     if (R == 0) std::fill_n(dup, B * D, 0.0f);
   }
-  const AdapterNormSums norm_sums{has_norm ? weight_sums : nullptr, bias_sums};
   AdapterSlab slab{0,
                    reinterpret_cast<RowStatistics*>(statistics),
                    dhidden,
@@ -429,7 +422,7 @@ inline void adapter_backward_by(const AdapterBackward& args, ParallelFor paralle
   for (; slab.begin < R; slab.begin += kRowsPerSlab) {
     const int64_t slab_end = std::min(R, slab.begin + kRowsPerSlab), count = slab_end - slab.begin;
     const AdapterBackwardTile<Arithmetic, Projection> tile{
-        args, {inputs, project_down, weights}, packed_up, packed_down, norm_sums, factor, slab};
+        args, {inputs, project_down, weights}, packed_up, packed_down, weight_sums, factor, slab};
     for_each_tile(slab.begin, slab_end, kRowsPerTile * (2 * stride + padded_width<Arithmetic>(D)), parallel_for, tile);
     dgain = std::accumulate(slab.dgain, slab.dgain + count, dgain);
     if (!has_weights) continue;

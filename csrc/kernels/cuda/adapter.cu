@@ -1,4 +1,4 @@
-// The bottleneck adapter on CUDA. Forward is one launch. Backward computes the hidden units anew, as forward did, and
+// The bottleneck adapter on CUDA. Forward is one launch. Backward computes the first product anew, and
 // then the rows' gradients, slabs of the weights' gradients, and from their sums the gradients of the parameters.
 #include "kernels/adapter.h"
 #include "kernels/cuda/activation.h"
@@ -67,8 +67,8 @@ __device__ __forceinline__ void find_statistics(const T* first, int64_t stride, 
   }
 }
 
-// out = residual + scale (act(norm(x) down^T + down_bias) up^T + up_bias); or, where out is null, the hidden units
-// before the activation and the rows' statistics, for backward.
+// out = residual + scale (act(norm(x) down^T + down_bias) up^T + up_bias); or, where out is null, the products
+// norm(x) down^T, which are to come without the norm's bias, and the rows' statistics, for backward.
 template <class T>
 struct AdapterForwardOp {
   using Element = T;
@@ -89,7 +89,7 @@ struct AdapterForwardOp {
   const T* residual;  // null: none
   int64_t residual_stride;
   T* out;
-  float* hidden_units;        // [R, kept], before the activation
+  float* hidden_products;     // [R, kept]
   RowStatistics* statistics;  // [R]
   int kept;
 
@@ -139,15 +139,15 @@ struct AdapterForwardOp {
   template <class Block, class SumsOfThread>
   __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Tile<T> hidden) const {
     block.for_each(sums, inner, [&](int line, int column, float (&values)[8]) {
+      if (hidden_products && column < kept && block.row(line) < R) {
+        store(hidden_products + block.row(line) * kept + column, pack<float>(values));
+      }
       float bias[8];
       load_row(down_bias, column, bias);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) values[i] += bias[i];
-      if (hidden_units && column < kept && block.row(line) < R) {
-        store(hidden_units + block.row(line) * kept + column, pack<float>(values));
+      for (int i = 0; i < 8; ++i) {
+        values[i] = column + i < inner ? cuda::activate(activation, values[i] + bias[i]).value : 0;
       }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) values[i] = column + i < inner ? cuda::activate(activation, values[i]).value : 0;
       store(hidden.data + block.local_row(line) * hidden.stride + column, pack<T>(values));
     });
     return {scale.value()};
@@ -171,7 +171,7 @@ struct AdapterForwardOp {
 // What the normalisation's backward needs of the weights alone, for each hidden unit b.
 struct NormTerms {
   float* mean_weight;  // [B], mean over d of norm_weight[d] down[b, d]
-  float* offset;  // [B], the hidden unit of a row that is zero after normalisation: what the biases alone make of it
+  float* bias;         // [B], what both biases give the hidden unit: norm_bias down[b]^T + down_bias[b]
 };
 
 // From dout to dx, the left operands of the weights' gradients, and a share of dgain per block of rows:
@@ -179,8 +179,8 @@ struct NormTerms {
 //     dhidden = scale (dout up) act'(hidden)    dnormed = dhidden down    dx = what LayerNorm makes of it (+ dout)
 //
 // LayerNorm's backward needs two sums over a row of dnormed, mean(w dnormed) and mean(w dnormed normed). Both follow
-// from dhidden before the second product: sum_b dhidden[b] mean_weight[b], and sum_b dhidden[b] (hidden[b] - offset[b])
-// / D.
+// from dhidden before the second product: sum_b dhidden[b] mean_weight[b], and sum_b dhidden[b] products[b] / D. The
+// products are kept without the biases, which may be far greater.
 template <class T>
 struct AdapterBackwardOp {
   using Element = T;
@@ -196,7 +196,7 @@ struct AdapterBackwardOp {
   int D, inner;
   AdapterActivation activation;
   Norm norm;
-  NormTerms norm_terms;
+  const float* mean_weight;  // see NormTerms
   Weights up_bias;
   Scale scale;
   const T* x;
@@ -204,9 +204,10 @@ struct AdapterBackwardOp {
   const RowStatistics* statistics;  // [R]
   bool residual_is_input;
   T* dx;
-  const float* hidden_units;  // [R, kept], before the activation
-  T* hidden;                  // [R, kept], after it; null: no weight has a gradient
-  T* dhidden;                 // [R, kept], likewise
+  const float* hidden_products;  // [R, kept], of normalised x with down
+  Weights hidden_bias;           // [1, B], which makes the hidden units of them
+  T* hidden;                     // [R, kept], after the activation; null: no weight has a gradient
+  T* dhidden;                    // [R, kept], likewise
   int kept;
   double* shares;  // of dgain, one per block of rows; null: not wanted
 
@@ -229,28 +230,29 @@ struct AdapterBackwardOp {
   __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Tile<T> tile) const {
     const float factor = scale.value();
     Terms terms = {};
-    block.for_each(sums, inner, [&](int line, int column, float (&products)[8]) {
+    block.for_each(sums, inner, [&](int line, int column, float (&gradients)[8]) {
       const bool valid = column < kept && block.row(line) < R;
       const int64_t place = block.row(line) * kept + column;
-      float units[8];
-      unpack(load_if(valid, hidden_units + place), units);
+      float units[8], bias[8];
+      unpack(load_if(valid, hidden_products + place), units);
+      load_row(hidden_bias, column, bias);
       float sum = 0, mean = 0, slope = 0;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const bool inside = column + i < inner;
-        const ActivationValue unit = cuda::activate(activation, units[i]);
-        sum += inside ? products[i] * unit.value : 0;
-        products[i] = inside ? factor * products[i] * unit.derivative : 0;
+        const ActivationValue unit = cuda::activate(activation, units[i] + bias[i]);
+        sum += inside ? gradients[i] * unit.value : 0;
+        gradients[i] = inside ? factor * gradients[i] * unit.derivative : 0;
         if (norm.exists() && inside) {
-          mean += products[i] * norm_terms.mean_weight[column + i];
-          slope += products[i] * (units[i] - norm_terms.offset[column + i]);
+          mean += gradients[i] * mean_weight[column + i];
+          slope += gradients[i] * units[i];
         }
         units[i] = unit.value;
       }
       terms.mean[line] += mean;
       terms.slope[line] += slope / static_cast<float>(D);
       terms.share += double{scale.factor} * sum;
-      const Packed<T> packed = pack<T>(products);
+      const Packed<T> packed = pack<T>(gradients);
       store(tile.data + block.local_row(line) * tile.stride + column, packed);
       if (!valid || !dhidden) return;
       store(dhidden + place, packed);
@@ -326,7 +328,7 @@ struct NormTermsTask {
 
 // One block per hidden unit.
 __global__ void __launch_bounds__(kThreads) adapter_norm_terms(const __grid_constant__ NormTermsTask task) {
-  double weighted = 0, offset = 0;
+  double weighted = 0, biased = 0;
   for (int column = 8 * threadIdx.x; column < task.down.columns; column += 8 * kThreads) {
     float down[8], weight[8], bias[8];
     unpack(task.down.load(blockIdx.x, column), task.down.dtype, down);
@@ -335,16 +337,16 @@ __global__ void __launch_bounds__(kThreads) adapter_norm_terms(const __grid_cons
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       weighted += double{down[i]} * weight[i];
-      offset += double{down[i]} * bias[i];
+      biased += double{down[i]} * bias[i];
     }
   }
   double* scratch = reinterpret_cast<double*>(shared_memory());
   weighted = sum_block(weighted, scratch);
-  offset = sum_block(offset, scratch);
+  biased = sum_block(biased, scratch);
   if (threadIdx.x > 0) return;
   task.terms.mean_weight[blockIdx.x] = static_cast<float>(weighted / task.down.columns);
-  task.terms.offset[blockIdx.x] =
-      static_cast<float>(offset + load_scalar(task.down_bias.data, task.down_bias.dtype, blockIdx.x));
+  task.terms.bias[blockIdx.x] =
+      static_cast<float>(biased + load_scalar(task.down_bias.data, task.down_bias.dtype, blockIdx.x));
 }
 
 struct AdapterSums {
@@ -476,7 +478,7 @@ struct AdapterWorkspace {
   int slabs;
   int64_t blocks;
   RowStatistics* statistics;
-  float* hidden_units;
+  float* hidden_products;
   NormTerms norm_terms;
   double* shares = nullptr;
   T* hidden = nullptr;
@@ -493,7 +495,7 @@ struct AdapterWorkspace {
     slabs = R > 0 ? slab_count(R, D, B, 2) : 0;
     blocks = blocks_of_rows<T>(R, B);
     statistics = partition.take<RowStatistics>(R);
-    hidden_units = partition.take<float>(R * kept);
+    hidden_products = partition.take<float>(R * kept);
     norm_terms = {partition.take<float>(B), partition.take<float>(B)};
     if (args.dgain) shares = partition.take<double>(blocks);
     if (args.ddown) {
@@ -509,15 +511,16 @@ struct AdapterWorkspace {
 };
 
 template <class T>
-int backward_hidden(const AdapterBackward& args, const AdapterWorkspace<T>& workspace, Queue queue) {
+int backward_products(const AdapterBackward& args, const AdapterWorkspace<T>& workspace, Queue queue) {
   AdapterForwardOp<T> op = forward_op<T>(args.inputs);
-  op.hidden_units = workspace.hidden_units;
+  op.hidden_products = workspace.hidden_products;
   op.statistics = workspace.statistics;
   if (op.norm.exists()) {
     const NormTermsTask task{workspace.norm_terms, op.first, op.down_bias, op.norm};
     const dim3 blocks(static_cast<unsigned>(op.inner));
     const int error = launch(queue, {blocks, kThreads, kThreads / 32 * sizeof(double)}, &adapter_norm_terms, task);
     if (error) return error;
+    op.norm.bias = {};  // of no elements: it is loaded as zeros
   }
   return launch_sandwich(queue, op);
 }
@@ -530,7 +533,7 @@ int backward_rows(const AdapterBackward& args, const AdapterWorkspace<T>& worksp
   set_operands(op, args.dout, weights_of(inputs.up, D, B), weights_of(inputs.down, B, D), R, D, B);
   op.activation = inputs.activation;
   op.norm = norm_of(inputs);
-  op.norm_terms = workspace.norm_terms;
+  op.mean_weight = workspace.norm_terms.mean_weight;
   op.up_bias = weights_of(inputs.up_bias, 1, D);
   op.scale = scale_of(inputs);
   op.x = static_cast<const T*>(inputs.x.data);
@@ -538,7 +541,9 @@ int backward_rows(const AdapterBackward& args, const AdapterWorkspace<T>& worksp
   op.statistics = workspace.statistics;
   op.residual_is_input = args.residual_is_input;
   op.dx = static_cast<T*>(args.dx.data);
-  op.hidden_units = workspace.hidden_units;
+  op.hidden_products = workspace.hidden_products;
+  const ConstRows both_biases{workspace.norm_terms.bias, B, DType::float32};
+  op.hidden_bias = weights_of(op.norm.exists() ? both_biases : inputs.down_bias, 1, B);
   op.hidden = workspace.hidden;
   op.dhidden = workspace.dhidden;
   op.kept = static_cast<int>(kept_width(inputs.size));
@@ -602,7 +607,7 @@ int backward(const AdapterBackward& args, void* memory, Queue queue) {
   const AdapterWorkspace<T> workspace(args, memory);
   int error = 0;
   if (args.inputs.size.R > 0) {
-    error = backward_hidden(args, workspace, queue);
+    error = backward_products(args, workspace, queue);
     if (!error) error = backward_rows(args, workspace, queue);
     if (!error && args.ddown) error = backward_weights(args, workspace, queue);
   }

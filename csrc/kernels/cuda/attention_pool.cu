@@ -40,11 +40,19 @@ struct PoolForwardTask {
 template <class T>
 struct PoolBackwardTask {
   PoolProblem<T> problem;
-  Weights dpooled;                   // [B * H, D]
-  const float *best, *total, *mean;  // [B * H]
-  T* dvisual;                        // [B, N, D]; null: not needed
-  float* sums;                       // [B, splits, H, D]; null: not needed
+  Weights dpooled;            // [B * H, D]
+  const float *best, *total;  // [B * H]
+  float* mean;                // [B * H], dpooled . pooled
+  float* rests;               // [B, splits, H], shares of what rounding left out of it; only of samples that
+                              // have a concentrated head
+  T* dvisual;                 // [B, N, D]; null: not needed
+  float* sums;                // [B, splits, H, D]; null: not needed
 };
+
+// Where one token has most of a head's weight, its product with dpooled is nearly the mean, and of their difference, on
+// which the gradients depend, rounding leaves little. Of such heads the mean is corrected, for which the sample's
+// tokens are read once more. The greatest weight is 1 / total, the sum of exp(score - best).
+__device__ __forceinline__ bool is_concentrated(float total) { return total < 2; }
 
 template <class T, int kGroups>
 class PoolBlock {
@@ -69,14 +77,14 @@ class PoolBlock {
   static constexpr int kForwardElements = kByHeadElements + 2 * kTileElements;
   static constexpr int kBackwardElements =
       kByHeadElements + kByTokenElements + larger(2 * kTileElements, 2 * HeadStage::kElements);
-  static constexpr int kMeansBytes = kScratchBytes + kFirstElements<1> * sizeof(T);
   static constexpr int kForwardBytes = kScratchBytes + larger(kFirstElements<1>, kForwardElements) * sizeof(T);
+  static constexpr int kMeansBytes = kScratchBytes + kFirstElements<2> * sizeof(T);
   static constexpr int kBackwardBytes = kScratchBytes + larger(kFirstElements<2>, kBackwardElements) * sizeof(T);
 
-  __device__ __forceinline__ explicit PoolBlock(const PoolProblem<T>& problem)
+  __device__ __forceinline__ PoolBlock(const PoolProblem<T>& problem, int64_t sample, int split)
       : problem_(problem),
-        sample_(blockIdx.x / problem.splits),
-        first_(static_cast<int>(blockIdx.x % problem.splits) * kTokens),
+        sample_(sample),
+        first_(split * kTokens),
         visual_(problem.visual + sample_ * problem.visual_sample),
         mask_(problem.mask ? problem.mask + sample_ * problem.N : nullptr),
         scratch_(reinterpret_cast<float*>(shared_memory())),
@@ -97,8 +105,8 @@ class PoolBlock {
   }
 
   // Of a problem whose tokens are the pooled rows, and whose queries the gradients dpooled: the products of each head
-  // with its own. They are summed as those of the tokens: where one token has all the weight, they are equal.
-  __device__ __forceinline__ void means(float* mean) {
+  // with its own become its mean.
+  __device__ __forceinline__ void find_means() {
     LongScores sums[1];
     const Weights operands[1] = {of_sample(problem_.query)};
     first_products(sums, operands);
@@ -109,16 +117,50 @@ class PoolBlock {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int head = head_of(group) + i;
-        if (present && head == token_of(line)) mean[sample_ * problem_.H + head] = values[i];
+        if (present && head == token_of(line)) of_head(HeadValue::mean, head) = values[i];
       }
     });
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void store_means(float* mean) const {
+    const int head = static_cast<int>(threadIdx.x);
+    if (head < problem_.H) mean[sample_ * problem_.H + head] = of_head(HeadValue::mean, head);
+  }
+
+  __device__ __forceinline__ bool has_concentrated_head(const float* total) const {
+    bool has = false;
+    for (int head = 0; head < problem_.H; ++head) has |= is_concentrated(total[sample_ * problem_.H + head]);
+    return has;
+  }
+
+  // The block's share of what rounding left out of the means, which find_means has left: the sum of all dscores is
+  // zero but for it.
+  __device__ __forceinline__ void find_rests(const PoolBackwardTask<T>& task) {
+    LongScores sums[2];
+    const Weights operands[2] = {of_sample(problem_.query), of_sample(task.dpooled)};
+    load_heads(task);
+    first_products(sums, operands);
+    const Scores &scores = sums[0].finish(), &dweights = sums[1].finish();
+    float rest[kGroups][8] = {};
+    for_each_product([&](int group, int line, bool present) {
+      float weight[8], dscore[8];
+      differentiate(scores, dweights, group, line, present, weight, dscore);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) rest[group][i] += dscore[i];
+    });
+    reduce_tokens(rest, Add());
+    for_own_heads(
+        [&](int group, int i, int head) { task.rests[int64_t{blockIdx.x} * problem_.H + head] = rest[group][i]; });
   }
 
   __device__ __forceinline__ void backward(const PoolBackwardTask<T>& task) {
     LongScores sums[2];
     const Weights operands[2] = {of_sample(problem_.query), of_sample(task.dpooled)};
+    load_heads(task);
+    load_means(task);
     first_products(sums, operands);
-    score_gradients(task, sums[0].finish(), sums[1].finish());
+    score_gradients(sums[0].finish(), sums[1].finish());
     __syncthreads();
     if (task.dvisual) token_gradients(task.dvisual + sample_ * problem_.N * problem_.D, operands);
     if (task.sums) sum_tokens(task.sums + int64_t{blockIdx.x} * problem_.H * problem_.D);
@@ -305,23 +347,62 @@ class PoolBlock {
     }
   }
 
+  // What backward knows of each head before it sees a token, in shared memory; `factor` is 1 / total.
+  enum class HeadValue { best, factor, mean, rest };
+  static_assert(kWarps >= 4, "the four values have the place of one per warp");
+
+  __device__ __forceinline__ float& of_head(HeadValue value, int head) const {
+    return scratch_[static_cast<int>(value) * kHeads + head];
+  }
+
+  // Thread h cares for head h. The first barrier after this is that of first_products.
+  __device__ __forceinline__ void load_heads(const PoolBackwardTask<T>& task) const {
+    const int head = static_cast<int>(threadIdx.x);
+    if (head >= problem_.H) return;
+    const int64_t row = sample_ * problem_.H + head;
+    of_head(HeadValue::best, head) = task.best[row];
+    of_head(HeadValue::factor, head) = 1 / task.total[row];
+    of_head(HeadValue::rest, head) = 0;
+  }
+
+  __device__ __forceinline__ void load_means(const PoolBackwardTask<T>& task) const {
+    const int head = static_cast<int>(threadIdx.x);
+    if (head >= problem_.H) return;
+    const int64_t row = sample_ * problem_.H + head;
+    of_head(HeadValue::mean, head) = task.mean[row];
+    if (!is_concentrated(task.total[row])) return;
+    float rest = 0;
+    for (int split = 0; split < problem_.splits; ++split) {
+      rest += task.rests[(sample_ * problem_.splits + split) * problem_.H + head];
+    }
+    of_head(HeadValue::rest, head) = rest;
+  }
+
+  // Of one token and eight heads: its weights, and the gradients of its scores but for their scale.
+  __device__ __forceinline__ void differentiate(const Scores& scores, const Scores& dweights, int group, int line,
+                                                bool present, float (&weight)[8], float (&dscore)[8]) const {
+    float score[8], dweight[8];
+    scores.get(group, line, score);
+    dweights.get(group, line, dweight);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int head = head_of(group) + i;
+      weight[i] = dscore[i] = 0;
+      if (!present || head >= problem_.H) continue;
+      weight[i] = expf(problem_.scale * score[i] - of_head(HeadValue::best, head)) * of_head(HeadValue::factor, head);
+      dscore[i] = weight[i] * ((dweight[i] - of_head(HeadValue::mean, head)) - of_head(HeadValue::rest, head));
+    }
+  }
+
   // dscores go to by_head() and to by_token(), where the weights follow them.
-  __device__ __forceinline__ void score_gradients(const PoolBackwardTask<T>& task, const Scores& scores,
-                                                  const Scores& dweights) const {
-    const int64_t row = sample_ * problem_.H;
+  __device__ __forceinline__ void score_gradients(const Scores& scores, const Scores& dweights) const {
     for_each_product([&](int group, int line, bool present) {
-      float score[8], dweight[8], dscore[8], weight[8];
-      scores.get(group, line, score);
-      dweights.get(group, line, dweight);
+      float weight[8], dscore[8];
+      differentiate(scores, dweights, group, line, present, weight, dscore);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int head = head_of(group) + i;
-        weight[i] = dscore[i] = 0;
-        if (present && head < problem_.H) {
-          weight[i] = expf(problem_.scale * score[i] - task.best[row + head]) / task.total[row + head];
-          dscore[i] = problem_.scale * weight[i] * (dweight[i] - task.mean[row + head]);
-        }
-        store_element(by_head() + head * kByHeadStride + token_of(line), dscore[i]);
+        dscore[i] *= problem_.scale;
+        store_element(by_head() + (head_of(group) + i) * kByHeadStride + token_of(line), dscore[i]);
       }
       T* target = by_token() + token_of(line) * kByTokenStride + head_of(group);
       store(target, pack<T>(dscore));
@@ -418,24 +499,35 @@ class PoolBlock {
 template <class T, int kGroups>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     pool_forward(const __grid_constant__ PoolForwardTask<T> task) {
-  PoolBlock<T, kGroups>(task.problem).forward(task);
+  const int splits = task.problem.splits;
+  PoolBlock<T, kGroups>(task.problem, blockIdx.x / splits, blockIdx.x % splits).forward(task);
 }
 
 template <class T>
 struct PoolMeansTask {
-  PoolProblem<T> problem;
-  float* mean;  // [B * H]
+  PoolProblem<T> pooled;  // as tokens
+  PoolBackwardTask<T> backward;
 };
 
+// The first block of each sample finds its means; all blocks of samples with a concentrated head find the rests, and
+// for that the means once more: so it is one launch.
 template <class T, int kGroups>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) pool_means(const __grid_constant__ PoolMeansTask<T> task) {
-  PoolBlock<T, kGroups>(task.problem).means(task.mean);
+  const int splits = task.backward.problem.splits, split = blockIdx.x % splits;
+  const int64_t sample = blockIdx.x / splits;
+  PoolBlock<T, kGroups> pooled(task.pooled, sample, 0);
+  const bool has_rests = pooled.has_concentrated_head(task.backward.total);
+  if (split > 0 && !has_rests) return;
+  pooled.find_means();
+  if (split == 0) pooled.store_means(task.backward.mean);
+  if (has_rests) PoolBlock<T, kGroups>(task.backward.problem, sample, split).find_rests(task.backward);
 }
 
 template <class T, int kGroups>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     pool_backward(const __grid_constant__ PoolBackwardTask<T> task) {
-  PoolBlock<T, kGroups>(task.problem).backward(task);
+  const int splits = task.problem.splits;
+  PoolBlock<T, kGroups>(task.problem, blockIdx.x / splits, blockIdx.x % splits).backward(task);
 }
 
 // The splits' sums of one head to its row: by their shares of the softmax in forward, as they are in backward.
@@ -534,14 +626,16 @@ struct PoolForwardWorkspace {
 };
 
 struct PoolBackwardWorkspace {
-  float *sums, *mean;
+  float *sums, *mean, *rests;
   int64_t bytes;
 
   PoolBackwardWorkspace(const AttentionPoolBackward& args, void* memory) {
     Partition partition(memory);
     const auto [B, N, D, H] = args.inputs.size;
-    sums = args.dquery ? partition.take<float>(B * divide_up(N, kTokens) * H * D) : nullptr;
+    const int64_t splits = divide_up(N, kTokens);
+    sums = args.dquery ? partition.take<float>(B * splits * H * D) : nullptr;
     mean = partition.take<float>(B * H);
+    rests = partition.take<float>(B * splits * H);
     bytes = partition.bytes();
   }
 };
@@ -552,11 +646,11 @@ int launch_forward(Queue queue, const PoolForwardTask<T>& task, unsigned blocks)
 }
 
 template <class T, int kGroups>
-int launch_backward(Queue queue, const PoolMeansTask<T>& means, const PoolBackwardTask<T>& task, unsigned samples) {
+int launch_backward(Queue queue, const PoolMeansTask<T>& means, unsigned blocks) {
   using Block = PoolBlock<T, kGroups>;
-  const int error = launch(queue, {dim3(samples), kThreads, Block::kMeansBytes}, &pool_means<T, kGroups>, means);
-  const dim3 blocks(samples * task.problem.splits);
-  return error ? error : launch(queue, {blocks, kThreads, Block::kBackwardBytes}, &pool_backward<T, kGroups>, task);
+  const int error = launch(queue, {dim3(blocks), kThreads, Block::kMeansBytes}, &pool_means<T, kGroups>, means);
+  if (error) return error;
+  return launch(queue, {dim3(blocks), kThreads, Block::kBackwardBytes}, &pool_backward<T, kGroups>, means.backward);
 }
 
 template <class T>
@@ -580,20 +674,24 @@ int backward(const AttentionPoolBackward& args, void* memory, Queue queue) {
   const PoolBackwardWorkspace workspace(args, memory);
   const int64_t rows = B * H;
   const Weights dpooled = weights_of(args.dpooled, H, D);
-  PoolMeansTask<T> means{problem_of<T>(args.inputs), workspace.mean};
-  means.problem.visual = static_cast<const T*>(args.pooled.data);
-  means.problem.visual_sample = H * args.pooled.stride;
-  means.problem.visual_stride = args.pooled.stride;
-  means.problem.mask = nullptr;
-  means.problem.query = dpooled;
-  means.problem.N = static_cast<int>(H);
-  means.problem.splits = 1;
-  const PoolBackwardTask<T> task{
-      problem_of<T>(args.inputs),         dpooled,       args.statistics, args.statistics + rows, workspace.mean,
-      static_cast<T*>(args.dvisual.data), workspace.sums};
-  const unsigned samples = static_cast<unsigned>(B);
-  const int error =
-      H <= 32 ? launch_backward<T, 1>(queue, means, task, samples) : launch_backward<T, 2>(queue, means, task, samples);
+  const PoolBackwardTask<T> task{problem_of<T>(args.inputs),
+                                 dpooled,
+                                 args.statistics,
+                                 args.statistics + rows,
+                                 workspace.mean,
+                                 workspace.rests,
+                                 static_cast<T*>(args.dvisual.data),
+                                 workspace.sums};
+  PoolMeansTask<T> means{task.problem, task};
+  means.pooled.visual = static_cast<const T*>(args.pooled.data);
+  means.pooled.visual_sample = H * args.pooled.stride;
+  means.pooled.visual_stride = args.pooled.stride;
+  means.pooled.mask = nullptr;
+  means.pooled.query = dpooled;
+  means.pooled.N = static_cast<int>(H);
+  means.pooled.splits = 1;
+  const unsigned blocks = static_cast<unsigned>(B * task.problem.splits);
+  const int error = H <= 32 ? launch_backward<T, 1>(queue, means, blocks) : launch_backward<T, 2>(queue, means, blocks);
   if (error || !args.dquery) return error;
   return launch_finish(queue, PoolFinish{workspace.sums,
                                          nullptr,
