@@ -38,10 +38,11 @@ class Compilation(NamedTuple):
 
     @property
     def flags(self):
-        codes = [(name, f"sm_{name}") for name in self.architectures]
+        codes = {name: [f"sm_{name}"] for name in self.architectures}
         newest = number_of(self.architectures[-1])  # without its letter: such code runs on no later card
-        codes.append((newest, f"compute_{newest}"))
-        return [*FLAGS, *(f"-gencode=arch=compute_{virtual},code={code}" for virtual, code in codes)]
+        # One option for both codes of an architecture, since the compiler proper runs once per option.
+        codes.setdefault(str(newest), []).append(f"compute_{newest}")
+        return [*FLAGS, *(f"-gencode=arch=compute_{name},code=[{','.join(codes[name])}]" for name in codes)]
 
 
 def number_of(architecture):
@@ -178,6 +179,6 @@ def compile_all(compilation):
     sources = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
     compilation.folder.mkdir(parents=True, exist_ok=True)
     # Rather all architectures of one file at a time than several files: these differ more in how long they take.
-    threads = min(jobs(), len(compilation.architectures) + 1)  # one more for the PTX
+    threads = min(jobs(), len(compilation.architectures))
     with ThreadPoolExecutor(jobs() // threads) as pool:
         return list(pool.map(lambda source: compile_one(source, compilation, threads), sources))

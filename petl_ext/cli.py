@@ -5,7 +5,6 @@ import importlib.util
 import json
 import platform
 import sys
-from functools import partial
 from importlib import metadata
 
 import torch
@@ -115,7 +114,7 @@ def _run_depth_search(options):
 
     given = {"num_skip": options.num_skip, "max_macs": options.max_macs}
     goal = {name: value for name, value in given.items() if value is not None} or {"num_skip": 1}
-    _run_search(options, DigitsDepthSearch, goal, Run.prepare, size_of)
+    _run_search(options, DigitsDepthSearch, goal, Run, size_of(options.quick, options.steps))
 
 
 def _run_placement_search(options):
@@ -123,14 +122,15 @@ def _run_placement_search(options):
     from petl_ext.demo.dvp import dvp_size_of
     from petl_ext.demo.dvp_training import DVPRun, PlacementDigitsSearch
 
-    _run_search(options, PlacementDigitsSearch, {}, partial(DVPRun.prepare, tasks=("VQA",)), dvp_size_of)
+    size = dvp_size_of(options.quick, options.steps)
+    _run_search(options, PlacementDigitsSearch, {}, DVPRun, size, tasks=("VQA",))
 
 
-def _run_search(options, search_class, goal, prepare, size_of):
-    size = size_of(options.quick, options.steps)
+def _run_search(options, search_class, goal, run_class, size, **of_run):
     try:
-        run = prepare(options.output, size, options.seed, not options.no_progress)
-        search = search_class.prepare(run, goal, options.resume)
+        checkpoint = search_class.check(run_class, options.output, size, options.seed, goal, options.resume)
+        run = run_class.prepare(options.output, size, options.seed, not options.no_progress, **of_run)
+        search = search_class.prepare(run, goal, checkpoint)
     except (ValueError, OSError) as error:
         _exit(2, error)
     if options.resume and search.checkpoint is None:

@@ -83,12 +83,16 @@ class DVPRun:
     @classmethod
     def prepare(cls, output, size, seed, progress, tasks=tuple(READERS)):
         """Writes the data below `output`, or reads what an earlier run wrote there."""
-        output = Path(output)
-        folder = output / f"digits-dvp-{size.scenes['train']}-seed{seed}"
+        output, folder = Path(output), cls.folder_of(output, size, seed)
         if not folder.exists():
             formats = ("vqa", "gqa", "snli_ve")
             write_digits(folder, size.scenes, size.questions_per_scene, seed, progress, formats)
         return cls(output, size, seed, progress, DVPData.read(folder, tasks))
+
+    @staticmethod
+    def folder_of(output, size, seed):
+        """Where the data lie."""
+        return Path(output) / f"digits-dvp-{size.scenes['train']}-seed{seed}"
 
     def make_model(self, method, task, **options):
         """A new model of a method, on CPU and in training mode."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from petl_ext import DASConfig
-from petl_ext.demo.training import BOTTLENECK, Method, one_quiet_thread
+from petl_ext import DASConfig, attach
+from petl_ext.demo.training import BOTTLENECK, Method, any_inputs, make_model, one_quiet_thread
 from petl_ext.hf import SearchCallback
 from petl_ext.search import DepthSearch, PlacementSearch
 
@@ -40,20 +40,38 @@ class ResumableSearch:
     interval: ClassVar[int]
 
     @classmethod
-    def prepare(cls, run, goal, resume):
-        """Args: `goal` are arguments of the search.
+    def check(cls, run_class, output, size, seed, goal, resume):
+        """Refuses what needs no data to be refused, for drawing them takes its time.
+
+        Args:
+            run_class: whose `folder_of` says where the data will lie.
+            goal: arguments of the search.
+
+        Returns:
+            The checkpoint of an interrupted search, or None.
 
         Raises:
-            ValueError: the goal cannot be reached, an interrupted search is in the way, or it is another one.
+            ValueError: too few steps, an interrupted search is in the way, or the goal cannot be reached.
         """
-        if run.size.search_steps < cls.interval:
-            raise ValueError(f"{run.size.search_steps} steps are too few: the first update comes after {cls.interval}")
-        checkpoint = _last_checkpoint(cls._checkpoints(run))
+        if size.search_steps < cls.interval:
+            raise ValueError(f"{size.search_steps} steps are too few: the first update comes after {cls.interval}")
+        checkpoint = _last_checkpoint(cls._checkpoints(run_class.folder_of(output, size, seed)))
         if checkpoint is not None and not resume:
             raise ValueError(
                 f"{checkpoint} is of an interrupted search: --resume goes on with it; delete {checkpoint.parent} to "
                 "begin anew"
             )
+        with one_quiet_thread():
+            cls._check_goal(size, goal)
+        return checkpoint
+
+    @classmethod
+    def prepare(cls, run, goal, checkpoint):
+        """Args: `goal` and `checkpoint` as `check` took and gave them.
+
+        Raises:
+            ValueError: the checkpoint is of another search.
+        """
         with one_quiet_thread():
             search = cls._new_search(run, goal)
         if checkpoint is not None:
@@ -63,7 +81,7 @@ class ResumableSearch:
 
     def train(self):
         """Trains to the end, writes search.json and a picture, and deletes the checkpoints."""
-        checkpoints = self._checkpoints(self.run)
+        checkpoints = self._checkpoints(self.run.data.folder)
         arguments = {
             "output_dir": str(checkpoints),
             "save_strategy": "steps",
@@ -80,8 +98,12 @@ class ResumableSearch:
         shutil.rmtree(checkpoints.rename(deleted))
 
     @classmethod
-    def _checkpoints(cls, run):
-        return run.output / f"{cls.name}-checkpoints-{run.data.folder.name}"
+    def _checkpoints(cls, folder):
+        return folder.with_name(f"{cls.name}-checkpoints-{folder.name}")
+
+    @staticmethod
+    def _check_goal(size, goal):
+        """Raises ValueError where no search could reach the goal."""
 
 
 class DigitsDepthSearch(ResumableSearch):
@@ -94,8 +116,13 @@ class DigitsDepthSearch(ResumableSearch):
         return {"skip": list(self.search.selection()), "macs": round(self.search.macs(), 4)}
 
     @staticmethod
+    def _check_goal(size, goal):
+        model = make_model(DAS, num_labels=2)
+        _new_depth_search(attach(model, DAS.config), size, goal, any_inputs(model.config))
+
+    @staticmethod
     def _new_search(run, goal):
-        return _new_depth_search(DAS, run, goal)
+        return _depth_search_of(run, DAS, goal)
 
     @staticmethod
     def _train(search, run, checkpoint, **arguments):
@@ -104,7 +131,7 @@ class DigitsDepthSearch(ResumableSearch):
 
 def find_layers(method, run):
     """The `DepthSearch` that has chosen `method.num_skip` layers, on a model of its own."""
-    search = _new_depth_search(method, run, {"num_skip": method.num_skip})
+    search = _depth_search_of(run, method, {"num_skip": method.num_skip})
     _train(search, method, run)
     return search
 
@@ -120,13 +147,17 @@ def for_search(run, **size):
     return replace(run, size=replace(run.size, steps=run.size.search_steps, **size))
 
 
-def _new_depth_search(method, run, goal):
-    steps = run.size.search_steps
+def _depth_search_of(run, method, goal):
+    return _new_depth_search(run.attach(method), run.size, goal, run.data.inputs("val", run.size.batch), run.seed)
+
+
+def _new_depth_search(attachment, size, goal, inputs, seed=0):
+    steps = size.search_steps
     return DepthSearch(
-        run.attach(method).model,
+        attachment.model,
         **goal,
-        inputs=run.data.inputs("val", run.size.batch),
-        seed=run.seed,
+        inputs=inputs,
+        seed=seed,
         warmup_steps=steps // WARMUP_SHARE,
         search_steps=steps,
         interval=INTERVAL,

@@ -112,16 +112,20 @@ class Run:
     @classmethod
     def prepare(cls, output, size, seed, progress):
         """Writes the data below `output`, or reads what an earlier run wrote there."""
-        output = Path(output)
-        folder = output / f"digits-{size.scenes['train']}-seed{seed}"
+        output, folder = Path(output), cls.folder_of(output, size, seed)
         if not folder.exists():
             write_digits(folder, size.scenes, seed=seed, progress=progress)
         return cls(output, size, seed, progress, Data.read(folder))
 
+    @staticmethod
+    def folder_of(output, size, seed):
+        """Where the data lie."""
+        return Path(output) / f"digits-{size.scenes['train']}-seed{seed}"
+
     def attach(self, method):
         """A new model with the method's layers and head: the attachment."""
         set_seed(self.seed)
-        return attach(_make_model(method, len(self.data.vocabulary)), method.config, keep=HEAD)
+        return attach(make_model(method, len(self.data.vocabulary)), method.config, keep=HEAD)
 
     def trainer(self, attachment, method, **arguments):
         """A Trainer that prints nothing, with the demo's `TrainingArguments` but for those given."""
@@ -187,10 +191,18 @@ def one_quiet_thread():
         transformers_logging.enable_progress_bar()
 
 
-def _make_model(method, num_labels):
+def make_model(method, num_labels):
+    """The backbone of a method, with a head for so many answers."""
     if method.pretrained:
         return ViltForQuestionAnswering.from_pretrained(BACKBONE, num_labels=num_labels)
     return ViltForQuestionAnswering(ViltConfig.from_pretrained(BACKBONE, num_labels=num_labels))
+
+
+def any_inputs(config):
+    """What a ViLT of this configuration takes, with the longest text and the largest image, as zeros."""
+    text = torch.zeros(1, config.max_position_embeddings, dtype=torch.long)
+    image = torch.zeros(1, config.num_channels, config.image_size, config.image_size)
+    return {"input_ids": text, "attention_mask": torch.ones_like(text), "pixel_values": image}
 
 
 def _groups(attachment, method):
