@@ -8,48 +8,34 @@ from petl_ext.attach.config import ClassTokenConfig
 from petl_ext.attach.selection import select_places
 
 
-def attachment_in(model):
-    """The one `Attachment` of the model or of a model inside it; None where there is none.
-
-    Raises:
-        ValueError: there are several.
-    """
-    found = [vars(module)[HANDLE] for module in model.modules() if HANDLE in vars(module)]
-    if len(found) > 1:
-        raise ValueError(f"{type(model).__name__} holds {len(found)} models to which something is attached")
-    return found[0] if found else None
+def attachments_in(model):
+    """The `Attachment`s of the model and of models inside it."""
+    return [vars(module)[HANDLE] for module in model.modules() if HANDLE in vars(module)]
 
 
 def add_class_token(model):
-    """A class token beside what is attached to the model or to one inside it, or alone; all else trains as before.
-
-    Returns:
-        The `Attachment`, whose configuration says so.
+    """A class token beside what is attached to the model or to a model inside it, or alone; all else trains as before.
 
     Raises:
-        ValueError: as `attach`.
+        ValueError: as `attach`, or something is attached to several models inside.
     """
-    attachment = attachment_in(model)
-    if attachment is None:
-        required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        attachment = attach(model, ClassTokenConfig())
-        for parameter, required in required_grad:
-            parameter.requires_grad_(required)
-        return attachment
-    config = dataclasses.replace(attachment.config, class_token=True)
-    places = select_places(attachment.model, ClassTokenConfig())
-    attachment._extend(config, new_layers(attachment.model, config, places))
-    return attachment
+    attachments = attachments_in(model)
+    if len(attachments) > 1:
+        raise ValueError(f"{type(model).__name__} holds {len(attachments)} models to which something is attached")
+    if attachments:
+        (attachment,) = attachments
+        config = dataclasses.replace(attachment.config, class_token=True)
+        places = select_places(attachment.model, ClassTokenConfig())
+        attachment._extend(config, new_layers(attachment.model, config, places))
+        return
+    required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    attach(model, ClassTokenConfig())
+    for parameter, required in required_grad:
+        parameter.requires_grad_(required)
 
 
 def freeze_scales(model):
-    """`train_scale=False` for the APT layers attached to the model or to one inside it.
-
-    Returns:
-        The `Attachment` that has changed, or None where no attached APT layer trains its scale.
-    """
-    attachment = attachment_in(model)
-    if not getattr(getattr(attachment, "config", None), "train_scale", False):
-        return None
-    attachment._freeze_scales()
-    return attachment
+    """`train_scale=False` for the APT layers attached to the model or to models inside it."""
+    for attachment in attachments_in(model):
+        if getattr(attachment.config, "train_scale", False):
+            attachment._freeze_scales()
