@@ -74,7 +74,7 @@ def test_python_imports_go_down(path):
         ("attach/config.py", "from ..search import bandit", ["search"]),
         ("attach/config.py", "from .. import search", ["search"]),
         ("attach/config.py", "from . import report", []),
-        ("models/meter.py", "from petl_ext.search import bandit", ["search"]),
+        ("models/meter/model.py", "from petl_ext.search import bandit", ["search"]),
         ("attach/config.py", "from petl_ext.models import MeterModel", ["models"]),
         ("tasks/vqa.py", "from petl_ext import APTLayer", [""]),
         ("tasks/vqa.py", "from petl_ext import ops\nimport petl_ext.attach", []),

@@ -169,7 +169,7 @@ def _set_epsilons(model, epsilons):
     settings = {}
     for name, module in model.named_modules():
         wanted = lookup(epsilons, name)
-        if wanted is not None and module.eps != wanted:
+        if wanted is not None and getattr(module, "eps", wanted) != wanted:
             settings[f"{name}.eps"] = f"{wanted}, was {module.eps}"
             module.eps = wanted
     return settings
