@@ -156,12 +156,12 @@ def read_files(folder, parse):
             f"{folder}: {WEIGHTS_FILE} is not the file that {CONFIG_FILE} was written with; a save was interrupted"
             + "".join(f", and its configuration is {path}" for path in folder.glob(f".petl-*/complete/{CONFIG_FILE}"))
         )
-    return parsed, _read_tensors(folder / WEIGHTS_FILE)
+    return parsed, read_tensors(folder / WEIGHTS_FILE)
 
 
-def check_keys(description, expected):
-    """Raises a ValueError unless the description has exactly these keys."""
-    if sorted(description) != sorted(expected):
+def check_keys(description, expected, optional=()):
+    """Raises a ValueError unless the description has these keys, perhaps without optional ones, and no others."""
+    if not set(expected) - set(optional) <= set(description) <= set(expected):
         raise ValueError(f"expected the keys {sorted(expected)}, found {sorted(description)}")
 
 
@@ -244,7 +244,12 @@ def _without_format(description):
     return {key: value for key, value in description.items() if key != "format"}
 
 
-def _read_tensors(path):
+def read_tensors(path):
+    """{name: tensor} of a safetensors file.
+
+    Raises:
+        ValueError: it is broken.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -39,6 +39,14 @@ class Original(dict):
             self[f"{key}.{theirs}"] = getattr(layer, ours).detach().clone()
 
 
+def with_original_norms(model):
+    """A ViLT whose norms add to the variance what timm's do, and those of the text what BERT's do."""
+    for name, module in model.named_modules():
+        if name.endswith(("layernorm_before", "layernorm_after")) or name in ("layernorm", "vilt.layernorm"):
+            module.eps = 1e-6
+    return model
+
+
 def vilt_checkpoint(model, head=None, method=None):
     """Args: head: the original's name of the model's head; method: "apt", "sequential", "parallel" or "das"."""
     state, vilt = Original(), getattr(model, "vilt", model)

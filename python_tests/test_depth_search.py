@@ -677,7 +677,7 @@ def test_a_model_without_skippable_layers_is_told_what_to_attach():
         DepthSearch(Stack(), 2)
     model = Stack()
     petl_ext.attach(model, petl_ext.ClassifierOnlyConfig(), keep=["head"])
-    with pytest.raises(ValueError, match=r"attached is ClassifierOnlyConfig\(\); write"):
+    with pytest.raises(ValueError, match=r"attached is ClassifierOnlyConfig\(.*\); write"):
         DepthSearch(model, 2)
 
 

@@ -45,6 +45,7 @@ from transformers import (
 )
 from transformers_names import CHECKPOINTING_ARGUMENT, disable_checkpointing, enable_checkpointing
 
+from petl_ext import AdapterLayer
 from petl_ext.cost import count_macs
 from petl_ext.models import DVPT5, DVPBert, DVPLlama
 
@@ -480,6 +481,57 @@ def test_files(family, use_adapters, tmp_path):
     again = type(model).from_folder(tmp_path / "saved", make_language_model(family).double())
     assert again.insert_layer == 2 and again.options == model.options
     assert torch.equal(logits(again, inputs), logits(model, inputs))
+
+
+@every_family
+@torch.no_grad()
+def test_adapters_of_any_width(family, tmp_path):
+    model = make_model(family, use_adapters=True, adapter_bottleneck=5)
+    inputs = make_inputs(model)
+    adapters = [module for module in model.modules() if isinstance(module, AdapterLayer)]
+    assert {layer.down.shape for layer in adapters} == {(5, DIM)}
+    assert_same(logits(model, inputs), restated(model, **inputs))
+    model.save(tmp_path / "saved")
+    again = type(model).from_folder(tmp_path / "saved", make_language_model(family).double())
+    assert again.options["adapter_bottleneck"] == 5
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.train().resize_adapters(3)
+    renewed = [module for module in model.modules() if isinstance(module, AdapterLayer)]
+    assert len(renewed) == len(adapters) and {layer.down.shape for layer in renewed} == {(3, DIM)}
+    assert all(layer.training and layer.down.dtype is torch.float64 for layer in renewed)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    model.eval()
+    assert_same(logits(model, inputs), restated(model, **inputs))
+
+
+def test_widths_that_are_none():
+    model = make_model("bert", use_adapters=True)
+    assert model.options["adapter_bottleneck"] == DIM // 8 and make_model("bert").options["adapter_bottleneck"] is None
+    for width in (0, 2.0, True):
+        with pytest.raises(ValueError, match=f"DVPBert: adapter_bottleneck must be a positive integer, got {width}"):
+            make_model("bert", use_adapters=True, adapter_bottleneck=width)
+        with pytest.raises(ValueError, match="must be a positive integer"):
+            model.resize_adapters(width)
+    assert model.options["adapter_bottleneck"] == DIM // 8
+    with pytest.raises(ValueError, match="DVPBert: adapter_bottleneck needs use_adapters=True, got 4 without"):
+        make_model("bert", adapter_bottleneck=4)
+    for width in (4, None):
+        with pytest.raises(ValueError, match="DVPBert: "):
+            make_model("bert").resize_adapters(width)
+
+
+@pytest.mark.parametrize("use_adapters", [False, True])
+def test_a_folder_of_before_knows_no_width(use_adapters, tmp_path):
+    model = make_model("bert", use_adapters=use_adapters)
+    model.save(tmp_path / "saved")
+    options = json.loads((tmp_path / "saved" / "petl_config.json").read_text())["options"]
+    edit_description(tmp_path / "saved", options={k: v for k, v in options.items() if k != "adapter_bottleneck"})
+    again = DVPBert.from_folder(tmp_path / "saved", make_language_model("bert").double())
+    assert again.options == model.options
+    edit_description(tmp_path / "saved", options={k: v for k, v in options.items() if k != "num_heads"})
+    with pytest.raises(ValueError, match=r"expected the keys .*num_heads.* found"):
+        DVPBert.from_folder(tmp_path / "saved", make_language_model("bert").double())
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 """Checkpoints of DVP's authors: what fills a model on BERT, T5 and LLaMA, what that computes, what is refused."""
 
 import original_checkpoints as originals
+import original_models
 import pytest
 import tiny_dvp
+import tiny_vilt
 import torch
 import torch.nn.functional as F
 from test_checkpoints import assert_equal, assert_refused, outcome_of, save
-from tiny_dvp import CLASSES, DIM, LABELS, LAYERS, SIZES, VISUAL_DIM
+from tiny_dvp import CLASSES, DIM, LABELS, LAYERS, SIZES, VISUAL_DIM, restated
 from tiny_families import FAMILIES
 from transformers import BertForMaskedLM, BertForPreTraining, T5Model
 
@@ -40,7 +42,10 @@ def test_every_tensor_and_output_is_the_originals(save, family, kind):
     head = {name for name, _ in fresh.named_parameters(remove_duplicate=False) if ".lm_head." in name}
     theirs = trained.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in fresh.state_dict().items() if name not in head)
-    fresh.insert_layer = trained.insert_layer = 1
+    if kind == "search":
+        trained.insert_layer = state["layer_alphas"].argmax().item()
+    else:
+        fresh.insert_layer = trained.insert_layer = 1
     inputs = make_inputs(trained)
     assert torch.equal(fresh(**inputs).logits, trained(**inputs).logits)
     assert [outcome.key for outcome in report.keys] == list(state)
@@ -55,34 +60,9 @@ def test_every_tensor_and_output_is_the_originals(save, family, kind):
     assert ("layer_alphas" in left_out) == (kind == "search")
 
 
-def visual_features(state, pixels, heads=4):
-    """OpenAI's vision transformer up to its last block, by the names in the file."""
-
-    def norm(name, x):
-        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
-
-    def linear(name, x):
-        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
-
-    v = "visumodel"
-    kernel = state[f"{v}.conv1.weight"]
-    patches = F.conv2d(pixels, kernel, stride=kernel.shape[-1]).flatten(2).mT
-    x = torch.cat([state[f"{v}.class_embedding"].expand(len(pixels), 1, -1), patches], 1)
-    x = norm(f"{v}.ln_pre", x + state[f"{v}.positional_embedding"])
-    block = 0
-    while f"{v}.transformer.resblocks.{block}.ln_1.weight" in state:
-        name = f"{v}.transformer.resblocks.{block}"
-        fused = F.linear(
-            norm(f"{name}.ln_1", x), state[f"{name}.attn.in_proj_weight"], state[f"{name}.attn.in_proj_bias"]
-        )
-        q, k, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in fused.chunk(3, -1))
-        weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
-        x = x + linear(f"{name}.attn.out_proj", (weights @ value).transpose(1, 2).flatten(2))
-        hidden = linear(f"{name}.mlp.c_fc", norm(f"{name}.ln_2", x))
-        x = x + linear(f"{name}.mlp.c_proj", hidden * (1.702 * hidden).sigmoid())
-        block += 1
-    assert block == 2
-    return x
+def assert_same(found, expected):
+    """Up to what transformers' norms of T5 and LLaMA round, which work in float32 whatever they are given."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def prompt(state, key, features, query):
@@ -109,7 +89,7 @@ def test_the_vision_model_and_the_prompt_are_computed_as_the_file_names_them(sav
         state |= {key: state[key.replace(copy, f"bert_model.{part}", 1)] for key in state if key.startswith(f"{copy}.")}
     load_dvp_checkpoint(fresh, save(state))
     pixels, query = make_inputs(fresh)["pixel_values"], torch.randn(3, DIM, generator=generator)
-    features = visual_features(state, pixels)
+    features = original_models.visual(state, "visumodel", pixels)
     torch.testing.assert_close(fresh.vision_model(pixels).last_hidden_state, features, rtol=1e-4, atol=1e-4)
     for layer in range(LAYERS):
         expected = prompt(state, f"cross_attn_options.{layer}", features, query)
@@ -225,6 +205,59 @@ def test_a_model_of_another_kind_than_the_file(save):
     report = load_dvp_checkpoint(with_adapters, save(files["plain"]))
     place = "language_model.encoder.layer.0.output.dropout.adapter.up"
     assert report.unfilled[place] == "stays as it is: the file holds no such layers"
+
+
+@every_family
+@torch.no_grad()
+def test_a_search_says_where_the_prompt_enters(save, family):
+    """The original evaluates with the layer that the search prefers."""
+    trained, fresh = (make_model(family, seed=seed, candidates="all", insert_layer=1) for seed in (1, 0))
+    state = originals.dvp_checkpoint(trained) | {"layer_alphas": torch.tensor([-0.5, 0.1, 0.7])}
+    report = load_dvp_checkpoint(fresh, save(state))
+    assert fresh.insert_layer == 2
+    assert report.settings == {"insert_layer": "2, was 1"}
+    assert "insert_layer: 2, was 1" in str(report)
+    trained.double(), fresh.double()
+    inputs = tiny_dvp.make_inputs(trained)
+    trained.insert_layer = 2
+    assert_same(fresh(**inputs).logits, restated(trained, **inputs))
+    trained.insert_layer = 1
+    assert not torch.allclose(fresh(**inputs).logits, restated(trained, **inputs), rtol=1e-2)
+    ignored = make_model(family, candidates="all", insert_layer=1)
+    assert load_dvp_checkpoint(ignored, save(state), ["layer_alphas"]).settings == {}
+    assert ignored.insert_layer == 1
+
+
+@pytest.mark.parametrize("alphas", [torch.zeros(LAYERS + 1), torch.zeros(1, LAYERS), torch.tensor([0.0, torch.nan, 0])])
+def test_preferences_that_are_none(save, alphas):
+    model = make_model("bert", candidates="all", insert_layer=1)
+    state = originals.dvp_checkpoint(make_model("bert", seed=1, candidates="all")) | {"layer_alphas": alphas}
+    message = rf"layer_alphas must be a finite number for each of the 3 layers of DVPBert, got \[.*{alphas.size(-1)}\]"
+    assert_refused(load_dvp_checkpoint, model, save(state), message)
+    assert model.insert_layer == 1
+
+
+@every_family
+@torch.no_grad()
+def test_adapters_are_as_wide_as_the_files(save, family):
+    trained = make_model(family, seed=1, use_adapters=True, adapter_bottleneck=7)
+    fresh, state = make_model(family, use_adapters=True), originals.dvp_checkpoint(trained)
+    before = fresh.options["adapter_bottleneck"]
+    report = load_dvp_checkpoint(fresh, state)
+    assert report.settings == {"adapter_bottleneck": f"7, was {before}"}
+    assert fresh.options == trained.options
+    parameters = [dict(model.named_parameters()) for model in (fresh, trained)]
+    assert all(
+        parameter.requires_grad == parameters[1][name].requires_grad for name, parameter in parameters[0].items()
+    )
+    fresh.double(), trained.double()
+    inputs = tiny_dvp.make_inputs(trained)
+    assert_same(fresh(**inputs).logits, restated(trained, **inputs))
+    narrow = make_model(family, use_adapters=True)
+    place = before, narrow.insert_layer, tiny_vilt.snapshot(narrow)
+    key = next(key for key in state if key.endswith("1.down_sampler.weight"))
+    assert_refused(load_dvp_checkpoint, narrow, state | {key: torch.ones(8, DIM)}, rf"{key} \[8, {DIM}\] for")
+    assert (narrow.options["adapter_bottleneck"], narrow.insert_layer, tiny_vilt.snapshot(narrow)) == place
 
 
 DAMAGE = [

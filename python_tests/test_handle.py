@@ -192,6 +192,8 @@ def test_save_writes_new_layers_and_kept_modules_only(tmp_path):
             "activation": "relu",
             "dropout": 0.0,
             "sites": None,
+            "train_scale": True,
+            "class_token": False,
         },
     }
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["saved"]

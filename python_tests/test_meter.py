@@ -558,6 +558,96 @@ def test_new_token_types_are_copies_of_the_last(tmp_path):
             model.resize_token_types(wrong)
 
 
+def embedded(model, inputs):
+    """The same text and image as what the two encoders make of them first."""
+    meter = model.base_model
+    images = inputs["pixel_values"]
+    seen = meter.vit_model(images.flatten(0, -4)).last_hidden_state
+    return {
+        "inputs_embeds": meter.text_transformer.embeddings.word_embeddings(inputs["input_ids"]),
+        "image_embeds": seen.unflatten(0, images.shape[:-3]),
+        "attention_mask": inputs["attention_mask"],
+    }
+
+
+@every_model
+@torch.no_grad()
+def test_embeddings_of_text_and_image_can_be_given(model_class):
+    model = make_model(model_class).double()
+    inputs = make_inputs(model)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    expected, given = run(model, inputs), embedded(model, inputs)
+    torch.testing.assert_close(run(model, given), expected)
+    mixed = {"input_ids": inputs["input_ids"], "image_embeds": given["image_embeds"]}
+    torch.testing.assert_close(run(model, mixed | {"attention_mask": inputs["attention_mask"]}), expected)
+    mixed = {"inputs_embeds": given["inputs_embeds"], "pixel_values": inputs["pixel_values"]}
+    torch.testing.assert_close(run(model, mixed | {"attention_mask": inputs["attention_mask"]}), expected)
+    fewer = given | {"image_embeds": given["image_embeds"][..., :4, :]}
+    assert not torch.allclose(run(model, fewer), expected, rtol=1e-3)
+    for name in ("inputs_embeds", "image_embeds"):
+        changed = given | {name: given[name] + torch.randn(given[name].shape[-1])}
+        assert not torch.allclose(run(model, changed), expected, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_embeddings_of_many_texts():
+    model = make_model(MeterForImageAndTextRetrieval).double()
+    inputs = [make_inputs(model, seed=seed) for seed in range(3)]
+    pixels = inputs[0]["pixel_values"].double()
+    given = [embedded(model, entry | {"pixel_values": pixels}) for entry in inputs]
+    texts = {name: torch.stack([entry[name] for entry in given], 1) for name in ("inputs_embeds", "attention_mask")}
+    output = model(**texts, image_embeds=given[0]["image_embeds"], labels=torch.tensor([0, 2]))
+    each = [model(**entry | {"pixel_values": pixels}).logits for entry in inputs]
+    torch.testing.assert_close(output.logits, torch.cat(each, dim=1))
+    torch.testing.assert_close(output.loss, cross_entropy_by_hand(torch.cat(each, dim=1), [0, 2]))
+
+
+def test_gradients_reach_given_embeddings():
+    model = make_model()
+    given = {
+        name: t.detach().requires_grad_(name != "attention_mask")
+        for name, t in embedded(model, make_inputs(model)).items()
+    }
+    run(model, given).square().sum().backward()
+    assert given["inputs_embeds"].grad.any() and given["image_embeds"].grad.any()
+
+
+@every_model
+def test_text_and_image_are_given_once(model_class):
+    model = make_model(model_class)
+    inputs = make_inputs(model)
+    given = embedded(model, inputs)
+    for name, pair in (
+        ("inputs_embeds", "input_ids or inputs_embeds"),
+        ("image_embeds", "pixel_values or image_embeds"),
+    ):
+        refused(model, f"give either {pair}, got both", **{name: given[name]})
+        other = pair.partition(" ")[0]
+        refused(model, f"give either {pair}, got neither", **{other: None})
+
+
+def test_embeddings_of_a_wrong_shape_are_refused():
+    model = make_model(MeterModel)
+    given = embedded(model, make_inputs(model)) | {"input_ids": None, "pixel_values": None}
+    words, seen = given["inputs_embeds"], given["image_embeds"]
+    size = r"inputs_embeds must be \[B, T, 24\] with at most 10 tokens"
+    refused(model, rf"{size}, got \[2, 6, 23\]", **given | {"inputs_embeds": words[..., :-1]})
+    refused(model, rf"{size}, got \[2, 6\]", **given | {"inputs_embeds": words[..., 0]})
+    refused(model, rf"{size}, got \[2, 12, 24\]", **given | {"inputs_embeds": words.repeat(1, 2, 1)})
+    refused(model, r"image_embeds must be \[B, N, 40\], got \[2, 10, 39\]", **given | {"image_embeds": seen[..., :-1]})
+    refused(model, r"image_embeds must be \[B, N, 40\], got \[2, 40\]", **given | {"image_embeds": seen[:, 0]})
+    refused(
+        model,
+        r"inputs_embeds and image_embeds must hold the same number of samples, got \[2, 6, 24\] and \[1, 10, 40\]",
+        **given | {"image_embeds": seen[:1]},
+    )
+    refused(model, r"shape of inputs_embeds, \[2, 6\], got \[2, 7\]", **given | {"attention_mask": torch.ones(2, 7)})
+    pairs = make_model(MeterForImagesAndTextClassification)
+    given = embedded(pairs, make_inputs(pairs)) | {"input_ids": None, "pixel_values": None}
+    given["image_embeds"] = given["image_embeds"][:, :1]
+    refused(pairs, r"image_embeds must be \[B, 2, N, D\], 2 images to a text, got \[2, 1, 10, 40\]", **given)
+
+
 def refused(model, message, **changes):
     with pytest.raises(ValueError, match=message):
         model(**make_inputs(model) | changes)

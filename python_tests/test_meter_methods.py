@@ -1,12 +1,14 @@
 """The methods on METER: APT at its 24 places, files, and what skipping saves at published size."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny_meter import DIM, LAYERS, MODELS, make_config, make_inputs, make_model, run
 from tiny_vilt import randomise, snapshot
 
 import petl_ext
-from petl_ext import AdapterConfig, APTConfig, DASConfig
+from petl_ext import AdapterConfig, APTConfig, ClassTokenConfig, DASConfig
 from petl_ext.cost import count_macs
 from petl_ext.models import MeterConfig, MeterForImagesAndTextClassification, MeterModel
 from petl_ext.ops import apt_reference
@@ -16,6 +18,7 @@ CONFIGS = [
     AdapterConfig(bottleneck=6),
     AdapterConfig(kind="parallel", bottleneck=6),
     DASConfig(bottleneck=6, skip=[1, 5]),
+    ClassTokenConfig(),
 ]
 every_method = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.placement)
 every_model = pytest.mark.parametrize("model_class", MODELS, ids=lambda model_class: model_class.__name__)
@@ -53,6 +56,22 @@ def test_only_the_fusion_layers_get_layers_and_train(config):
     }
     if config.placement != "bypass":
         assert graded == trained
+
+
+@every_method
+@torch.no_grad()
+def test_given_embeddings_pass_the_new_layers(config):
+    model = make_model()
+    if config.placement != "class_token":
+        config = dataclasses.replace(config, class_token=True)
+    randomise(petl_ext.attach(model, config))
+    inputs = make_inputs(model)
+    given = {
+        "inputs_embeds": model.meter.text_transformer.embeddings.word_embeddings(inputs["input_ids"]),
+        "image_embeds": model.meter.vit_model(inputs["pixel_values"]).last_hidden_state,
+        "attention_mask": inputs["attention_mask"],
+    }
+    torch.testing.assert_close(run(model, given), run(model, inputs))
 
 
 def test_apt_scores_the_prompts_with_its_own_stream():

@@ -13,6 +13,7 @@ from petl_ext import (
     AdapterConfig,
     APTConfig,
     ClassifierOnlyConfig,
+    ClassTokenConfig,
     DASConfig,
     DeepPromptConfig,
     FullTuningConfig,
@@ -36,6 +37,9 @@ CONFIGS = [
     DASConfig(bottleneck=6, skip=[0]),
     ClassifierOnlyConfig(),
     FullTuningConfig(),
+    ClassTokenConfig(),
+    APTConfig(num_prompts=5, rank=2, train_scale=False, class_token=True),
+    DASConfig(bottleneck=6, skip=[0], class_token=True),
 ]
 _ADAPTER = ["down", "down_bias", "up", "up_bias"]
 _NORMED = [*_ADAPTER, "norm_weight", "norm_bias"]
@@ -47,6 +51,14 @@ NEW_KEYS = {
     "parallel_adapter": [f"attention.output.adapter.{name}" for name in _NORMED],
     "bypass": [f"{layer}.{name}" for layer in ("bypass", "adapter", "output.adapter") for name in _NORMED],
 }
+CLASS_TOKEN = "embeddings.text_embeddings.class_token.vector"
+
+
+def new_keys(config):
+    """How the names of the tensors end that the method adds."""
+    of_layers = [f"layer.{i}.{key}" for i in range(LAYERS) for key in NEW_KEYS.get(config.placement, [])]
+    has_token = config.class_token or config.placement == "class_token"
+    return [*of_layers, CLASS_TOKEN] if has_token else of_layers
 
 
 def make_model(model_class=ViltForQuestionAnswering, seed=0, **changes):

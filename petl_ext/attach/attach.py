@@ -28,8 +28,8 @@ def attach(model, config, keep=()):
 
     Args:
         model: any nn.Module. One of a family of the table in families.py, unless `config.sites` says where.
-        config: an `APTConfig`, `AdapterConfig`, `DASConfig`, `DeepPromptConfig`, `ClassifierOnlyConfig` or
-            `FullTuningConfig`.
+        config: an `APTConfig`, `AdapterConfig`, `DASConfig`, `DeepPromptConfig`, `ClassTokenConfig`,
+            `ClassifierOnlyConfig` or `FullTuningConfig`.
         keep: names of the model's own modules or parameters that stay trainable, or parts of such names between
             dots: ["classifier", "vilt.pooler"].
 
@@ -54,9 +54,7 @@ def attach(model, config, keep=()):
     kept = select_kept(model, config, keep)
     if not places and not kept:
         raise ValueError(f"attach: {config} adds nothing and keep is empty, so nothing would train")
-    # Parameters made in inference mode could never train.
-    with torch.inference_mode(False):
-        layers = {place: place.site_class.new_layer(config, model, place) for place in places}
+    layers = new_layers(model, config, places)
     kind = SkippingAttachment if isinstance(config, DASConfig) else Attachment
     with unchanged_on_error(model):
         return kind(model, config, keep, kept, layers)
@@ -91,9 +89,21 @@ def load(model, folder):
     return attachment
 
 
+def new_layers(model, config, places):
+    """{place: the layer that `config` puts there}."""
+    # Parameters made in inference mode could never train.
+    with torch.inference_mode(False):
+        return {place: place.site_class.new_layer(config, model, place) for place in places}
+
+
 @contextmanager
 def unchanged_on_error(model):
-    """Puts back all modules' classes, attributes and children, and requires_grad. What tensors hold is not kept."""
+    """Puts back all modules' classes, attributes and children, requires_grad and what is attached.
+
+    What tensors hold is not kept.
+    """
+    handles = [vars(module)[HANDLE] for module in model.modules() if HANDLE in vars(module)]
+    attached = [(handle, dict(vars(handle))) for handle in handles]
     modules = [
         (module, type(module), dict(vars(module)), [(v, dict(v)) for v in vars(module).values() if type(v) is dict])
         for module in model.modules()
@@ -102,6 +112,8 @@ def unchanged_on_error(model):
     try:
         yield
     except BaseException:
+        for handle, attributes in attached:
+            _refill(vars(handle), attributes)
         for module, its_class, attributes, tables in modules:
             module.__class__ = its_class
             _refill(vars(module), attributes)

@@ -5,6 +5,7 @@ So its place, its hooks and its state-dict keys stay, copies and pickles of the 
 giving it back its own class restores the backbone exactly.
 """
 
+import dataclasses
 from contextlib import contextmanager
 
 from petl_ext.attach.families import family_of
@@ -53,7 +54,7 @@ class Attachment:
         self._check_attached()
         seen = set()
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if self._owns(name) and id(parameter) not in seen:
+            if parameter.requires_grad and self._owns(name) and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield name, parameter
 
@@ -164,10 +165,33 @@ class Attachment:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if name in self._kept:
                 parameter.requires_grad_(True)
+        self._put_in(layers)
+        self._enter_sites()
+
+    def _put_in(self, layers):
         for place, layer in layers.items():
             module = self.model.get_submodule(place.name)
             module.add_module(place.site_class.child, layer.train(module.training))
-        self._enter_sites()
+
+    def _extend(self, config, layers):
+        """Adds the layers that `config` has beyond those that are attached."""
+        self._leave_sites()
+        self.config = config
+        self._places += tuple(layers)
+        new_sites = {place.name: type(self.model.get_submodule(place.name)) for place in layers}
+        self._backbone_classes = new_sites | self._backbone_classes
+        self._put_in(layers)
+        if not self._disabled:
+            self._enter_sites()
+        self._saved_names = tuple(self._tensors())
+
+    def _freeze_scales(self):
+        """Makes `train_scale` False in the configuration and in the layers."""
+        self.config = dataclasses.replace(self.config, train_scale=False)
+        for place in self._places:
+            layer = self.model.get_submodule(place.layer_name)
+            if hasattr(layer, "log_scale"):
+                layer.log_scale.requires_grad_(False)
 
     def _restore(self):
         self._leave_sites()
@@ -235,7 +259,7 @@ class Attachment:
         kernel, reason = ("none", idle) if idle else place.site_class.kernel(layer)
         if getattr(layer, "is_frozen", False):
             kernel = f"{kernel}, frozen"
-        size = sum(parameter.numel() for parameter in layer.parameters())
+        size = sum(parameter.numel() for parameter in layer.parameters() if parameter.requires_grad)
         return ReportRow(place.layer_name, type(layer).__name__, size, macs_of(place, layer), kernel, reason)
 
     def _count_backbone(self, inputs):

@@ -14,6 +14,8 @@ ADAPTER_KINDS = {
     "parallel": {"layer_norm": True, "scale": 4.0},
 }
 DEFAULT_BYPASS_BOTTLENECK = 192
+# Fields that folders saved before there were any do not have; they stand for the default.
+LATER_FIELDS = {"class_token", "train_scale"}
 
 
 class Config:
@@ -28,12 +30,15 @@ class Config:
             its start: "attention.output", r"layer\\.[0-5]\\.attention\\.output"; of CLIP's two towers only the one that
             sees, r"vision_model\\..*self_attn"; of a UNet only the cross-attentions, "attn2". So they also say where
             in a model that is in no family's table.
+        class_token: whether the method trains a class token too, which `ClassTokenConfig` explains, as the authors'
+            APT, its baselines and DAS's METER do; ViLT and METER only.
     """
 
     method: ClassVar[str]
     trains_all: ClassVar[bool] = False
     placement = None
     sites = None
+    class_token = False
 
     def to_dict(self):
         return {"method": self.method, **dataclasses.asdict(self)}
@@ -44,6 +49,9 @@ class APTConfig(Config):
     """Approximated prompt tuning: one `APTLayer` per attention, whose documentation explains the sizes.
 
     In cross-attention (METER, T5, diffusers) the prompts are scored by the stream that asks.
+
+    Attributes:
+        train_scale: whether `log_scale` trains. The authors' ViLT trains it; in their METER it stays frozen at 0.
     """
 
     method: ClassVar[str] = "apt"
@@ -53,13 +61,16 @@ class APTConfig(Config):
     activation: str = "relu"
     dropout: float = 0.0
     sites: tuple[str, ...] | None = None
+    train_scale: bool = True
+    class_token: bool = False
 
     def __post_init__(self):
         self.new_layer(1, device="meta")  # the layer knows which sizes are right
-        _check_sites(self)
+        _check_common(self)
 
     def new_layer(self, dim, **place):
-        return APTLayer(dim, self.num_prompts, self.rank, self.activation, self.dropout, **place)
+        sizes = (self.num_prompts, self.rank, self.activation, self.dropout, self.train_scale)
+        return APTLayer(dim, *sizes, **place)
 
 
 @dataclass(frozen=True)
@@ -70,10 +81,11 @@ class DeepPromptConfig(Config):
     placement: ClassVar[str] = "deep_prompts"
     num_prompts: int = 200
     sites: tuple[str, ...] | None = None
+    class_token: bool = False
 
     def __post_init__(self):
         self.new_layer(1, device="meta")
-        _check_sites(self)
+        _check_common(self)
 
     def new_layer(self, dim, **place):
         return DeepPrompts(dim, self.num_prompts, **place)
@@ -103,12 +115,13 @@ class AdapterConfig(Config):
     trainable_scale: bool = False
     zero_init: bool = False
     sites: tuple[str, ...] | None = None
+    class_token: bool = False
 
     def __post_init__(self):
         if self.kind not in ADAPTER_KINDS:
             raise ValueError(f'AdapterConfig: kind must be "sequential" or "parallel", got {self.kind!r}')
         self.new_layer(1, device="meta")
-        _check_sites(self)
+        _check_common(self)
 
     @property
     def placement(self):
@@ -150,6 +163,7 @@ class DASConfig(Config):
     skip: tuple[int, ...] = ()
     permanent: bool = False
     sites: tuple[str, ...] | None = None
+    class_token: bool = False
 
     def __post_init__(self):
         if type(self.bottleneck) is not int or self.bottleneck < 0:
@@ -163,7 +177,7 @@ class DASConfig(Config):
         if type(self.permanent) is not bool or (self.permanent and not self.skip):
             raise ValueError(f"DASConfig: permanent must be False, or True with layers in skip, got {self.permanent!r}")
         object.__setattr__(self, "skip", tuple(sorted(set(self.skip))))
-        _check_sites(self)
+        _check_common(self)
 
     def new_layer(self, dim, **place):
         return AdapterLayer(dim, **_adapter_options(self), **place)
@@ -180,21 +194,54 @@ class DASConfig(Config):
 
 
 @dataclass(frozen=True)
+class ClassTokenConfig(Config):
+    """A class token alone: a trained vector in place of the first text token of every sample.
+
+    It takes the place of the first row of what ViLT's text embeddings, METER's text transform or, by `sites`, other
+    text embeddings or linear layers give. Beside the layers of another method, `class_token=True` of that one's
+    configuration does the same.
+    """
+
+    method: ClassVar[str] = "class_token"
+    placement: ClassVar[str] = "class_token"
+    sites: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        _check_common(self)
+
+
+@dataclass(frozen=True)
 class ClassifierOnlyConfig(Config):
-    """Adds nothing: only what `keep` names trains."""
+    """Adds nothing, or a class token: only that and what `keep` names train."""
 
     method: ClassVar[str] = "classifier_only"
+    class_token: bool = False
+
+    def __post_init__(self):
+        _check_common(self)
 
 
 @dataclass(frozen=True)
 class FullTuningConfig(Config):
-    """Adds nothing: everything trains."""
+    """Adds nothing, or a class token: everything trains."""
 
     method: ClassVar[str] = "full_tuning"
     trains_all: ClassVar[bool] = True
+    class_token: bool = False
+
+    def __post_init__(self):
+        _check_common(self)
 
 
-_ALL = (APTConfig, DeepPromptConfig, AdapterConfig, DASConfig, ClassifierOnlyConfig, FullTuningConfig)
+_ALL = (
+    APTConfig,
+    DeepPromptConfig,
+    AdapterConfig,
+    DASConfig,
+    ClassTokenConfig,
+    ClassifierOnlyConfig,
+    FullTuningConfig,
+)
 CONFIGS = {config.method: config for config in _ALL}
 
 
@@ -211,7 +258,7 @@ def config_from_dict(data):
     if method not in CONFIGS:
         raise ValueError(f"unknown method {method!r}; this petl_ext knows {', '.join(CONFIGS)}")
     expected = {field.name for field in dataclasses.fields(CONFIGS[method])}
-    if fields.keys() != expected:
+    if not expected - LATER_FIELDS <= fields.keys() <= expected:
         raise ValueError(f"method {method!r}: expected the fields {sorted(expected)}, found {sorted(fields)}")
     return CONFIGS[method](**fields)
 
@@ -221,6 +268,12 @@ def _adapter_options(config):
     options = {name: getattr(config, name) for name in names}
     defaults = ADAPTER_KINDS.get(getattr(config, "kind", None), {})
     return options | {name: value for name, value in defaults.items() if options[name] is None}
+
+
+def _check_common(config):
+    if type(config.class_token) is not bool:
+        raise ValueError(f"{type(config).__name__}: class_token must be True or False, got {config.class_token!r}")
+    _check_sites(config)
 
 
 def _check_sites(config):

@@ -16,6 +16,7 @@ from petl_ext.attach.adapter import (
     StreamAdapterSelfOutput,
 )
 from petl_ext.attach.apt import APTAttention, APTSelfOutput
+from petl_ext.attach.class_token import EmbeddedClassToken, TransformedClassToken
 from petl_ext.attach.deep_prompts import DeepPromptSelfAttention
 from petl_ext.attach.skippable import (
     DeclaredTensorLayer,
@@ -29,6 +30,7 @@ from petl_ext.attach.skippable import (
 SITE_CLASSES = {
     "apt": (APTSelfOutput, APTAttention),
     "deep_prompts": (DeepPromptSelfAttention,),
+    "class_token": (EmbeddedClassToken, TransformedClassToken),
     "sequential_adapter": (SequentialAdapterSelfOutput, SequentialAdapterOutput, SequentialAdapterProjection),
     "parallel_adapter": (ParallelAdapterSelfOutput, ParallelAdapterOutput, ParallelAdapterProjection),
     "bypass": (DeclaredTensorLayer,),
@@ -61,10 +63,12 @@ FAMILIES = {
         "parallel_adapter": rf"{_LAYER}\.attention\.output",
         "bypass": _LAYER,
         "das_adapter": rf"{_LAYER}(\.output)?",
+        "class_token": r"embeddings\.text_embeddings",
     },
     "meter": {
         **{placement: pattern.replace(_LAYER, _FUSION) for placement, pattern in _BERT.items()},
         "bypass": (r"cross_modal_text_layers\.\d+", r"cross_modal_image_layers\.\d+"),
+        "class_token": "cross_modal_text_transform",
     },
     "bert": _BERT,
     "roberta": _BERT,

@@ -2,6 +2,7 @@
 
 import re
 
+from petl_ext.attach.config import ClassTokenConfig
 from petl_ext.attach.families import FAMILIES, SITE_CLASSES, SKIPPABLE, family_of
 from petl_ext.attach.site import Place, has_device_hook
 
@@ -14,17 +15,8 @@ def select_places(model, config):
     Raises:
         ValueError: nothing, or nothing for one of the patterns, matches; or a site cannot take a layer.
     """
-    if config.placement is None:
-        return []
-    patterns = _patterns(model, config)
-    places = _matching(model, config, patterns)
-    if config.sites is None:
-        _check_all_fit(model, config, patterns, places)
-    if config.placement == "bypass":
-        places = _with_adapters(model, config, places)
-    for place in places:
-        _check_site(place, model.get_submodule(place.name))
-    return places
+    places = [] if config.placement is None else _own_places(model, config)
+    return [*places, *select_places(model, ClassTokenConfig())] if config.class_token else places
 
 
 def select_kept(model, config, keep):
@@ -53,6 +45,18 @@ def select_kept(model, config, keep):
 def is_part(entry, name):
     """Whether the dotted `entry` is a run of whole components of the dotted `name`."""
     return f".{entry}." in f".{name}."
+
+
+def _own_places(model, config):
+    patterns = _patterns(model, config)
+    places = _matching(model, config, patterns)
+    if config.sites is None:
+        _check_all_fit(model, config, patterns, places)
+    if config.placement == "bypass":
+        places = _with_adapters(model, config, places)
+    for place in places:
+        _check_site(place, model.get_submodule(place.name))
+    return places
 
 
 def _patterns(model, config):

@@ -56,12 +56,24 @@ class APTLayer(nn.Module):
         activation: "relu", or "softmax" over the prompts.
         dropout: on the scores, in training. Above 0 the training forward runs `ops.apt_reference`: the fused kernel
             has no dropout.
+        train_scale: whether `log_scale` requires gradients. The authors' ViLT trains it; in their METER it stays at 0.
 
     Raises:
-        ValueError: a size below 1, an unknown activation, or a dropout outside [0, 1).
+        ValueError: a size below 1, an unknown activation, a dropout outside [0, 1), or a train_scale that is neither
+            True nor False.
     """
 
-    def __init__(self, dim, num_prompts=200, rank=4, activation="relu", dropout=0.0, device=None, dtype=None):
+    def __init__(
+        self,
+        dim,
+        num_prompts=200,
+        rank=4,
+        activation="relu",
+        dropout=0.0,
+        train_scale=True,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         for name, value in (("dim", dim), ("num_prompts", num_prompts), ("rank", rank)):
             if type(value) is not int or value < 1:
@@ -70,13 +82,15 @@ class APTLayer(nn.Module):
             raise ValueError(f'APTLayer: activation must be "relu" or "softmax", got {activation!r}')
         if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise ValueError(f"APTLayer: dropout must lie in [0, 1), got {dropout!r}")
+        if type(train_scale) is not bool:
+            raise ValueError(f"APTLayer: train_scale must be True or False, got {train_scale!r}")
         self.activation = activation
         self.dropout = dropout
         place = {"device": device, "dtype": dtype}
         self.prompts = nn.Parameter(torch.empty(num_prompts, dim, **place))
         self.down = nn.Parameter(torch.empty(rank, dim, **place))
         self.up = nn.Parameter(torch.empty(dim, rank, **place))
-        self.log_scale = nn.Parameter(torch.empty(1, **place))
+        self.log_scale = nn.Parameter(torch.empty(1, **place), requires_grad=train_scale)
         self._frozen = None
         self.reset_parameters()
 
@@ -132,5 +146,5 @@ class APTLayer(nn.Module):
         num_prompts, dim = self.prompts.shape
         return (
             f"dim={dim}, num_prompts={num_prompts}, rank={self.down.size(0)}, "
-            f"activation={self.activation!r}, dropout={self.dropout}"
+            f"activation={self.activation!r}, dropout={self.dropout}, train_scale={self.log_scale.requires_grad}"
         )

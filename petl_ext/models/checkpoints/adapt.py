@@ -1,6 +1,6 @@
 """How tensors of a file are made to fit a model: (tensor, wanted shape) to (tensor, what was done or "")."""
 
-from petl_ext.models.meter import grid_side, resize_position_embeddings
+from petl_ext.models.meter.positions import grid_side, resize_position_embeddings
 
 
 def resized(tensor, shape):

@@ -2,11 +2,15 @@
 adapters have the names of the sequential ones.
 """
 
+import dataclasses
 from typing import NamedTuple
 
+from petl_ext.attach.amend import add_class_token, freeze_scales
+from petl_ext.attach.attach import unchanged_on_error
 from petl_ext.models.checkpoints.adapt import second_row
-from petl_ext.models.checkpoints.plan import Layout, attached_configs, fill, places_of
-from petl_ext.models.checkpoints.rules import LayerNames, Rule, rule
+from petl_ext.models.checkpoints.plan import Layout, attached_configs, fill, opened, places_of
+from petl_ext.models.checkpoints.report import listed
+from petl_ext.models.checkpoints.rules import LayerNames, Rule, lookup, rule
 
 APT = LayerNames(
     "APTConfig(num_prompts={num_prompts}, rank={rank})",
@@ -60,11 +64,10 @@ LEFT_OUT = {
     "das_gate": "DAS's search, not a weight",
     "skip_num": "DAS's search, not a weight",
 }
+CLASS_TOKEN = "token4classifier"
+BACKBONE = "{backbone}"  # in front of a name
+ATTACHED = "what is attached"  # in a report
 REFUSED = {
-    "token4classifier": (
-        "a trained vector in place of {class_token} in every sample; the models here have no such parameter and "
-        "compute something else than the model that was saved: name it in ignore to accept that"
-    ),
     "{rest}.APT.weight": (
         "an older name, either of what is .APT.scale now, if the code multiplies the layer's output by its exponential "
         "(rename it in the file), or of part of a gate, which the layers here do not have"
@@ -84,7 +87,10 @@ class Family(NamedTuple):
         layers: (place in the file, place in the backbone, LayerNames).
         heads: {model class: roots of the heads that fit it, the preferred first}.
         left_out: {key with placeholders: why it is left out}, of this architecture alone.
-        class_token: what the file's token4classifier replaces.
+        class_token: the module of the backbone that carries a class token.
+        epsilons: {norm, with placeholders: what the authors' adds to the variance}, where the model's configuration
+            does not say it.
+        trains_scale: whether the authors' code trains APT's scale.
     """
 
     title: str
@@ -96,14 +102,29 @@ class Family(NamedTuple):
     heads: dict
     left_out: dict
     class_token: str
+    epsilons: dict
+    trains_scale: bool
 
 
-def load_family(model, path, ignore, family):
+def load_family(model, source, ignore, family):
     """Fills a model of the family; the arguments, what it returns and raises are those of `load_vilt_checkpoint`."""
-    return fill(model, path, ignore, _layout(model, family))
+    prefix = _prefix(model, family)
+    checkpoint = opened(source, ignore, family.origin)
+    before = attached_configs(model)
+    with unchanged_on_error(model):
+        _attach_class_token(model, checkpoint, prefix + family.class_token)
+        report = fill(model, checkpoint, _layout(model, family, prefix))
+    if not family.trains_scale and any(name.endswith(".apt.log_scale") for key in report.keys for name in key.names):
+        freeze_scales(model)
+    settings = _set_epsilons(model, {line.replace(BACKBONE, prefix): value for line, value in family.epsilons.items()})
+    after = attached_configs(model)
+    if after != before:
+        settings[ATTACHED] = f"{listed(list(map(str, after)))}, was {listed(list(map(str, before)))}"
+    return dataclasses.replace(report, settings=settings)
 
 
-def _layout(model, family):
+def _prefix(model, family):
+    """How the names of the backbone's tensors begin."""
     places = places_of(model, family.title)
     prefix = f"{family.child}." if hasattr(model, family.child) else ""
     if prefix + family.landmark not in places:
@@ -111,19 +132,47 @@ def _layout(model, family):
             f"{type(model).__name__} is no {family.title} model: it has no {family.landmark}, neither of its own nor "
             f"in {family.child!r}"
         )
+    return prefix
+
+
+def _layout(model, family, prefix):
+    class_token = rule(CLASS_TOKEN, f"{family.class_token}.class_token.vector")
     return Layout(
-        origin=family.origin,
-        places=places,
+        places=places_of(model, family.title),
         rules=tuple(
             each._replace(names=tuple(prefix + name for name in each.names))
-            for each in (*_layer_rules(family), *family.backbone)
+            for each in (*_layer_rules(family), class_token, *family.backbone)
         ),
         needed=(prefix,),
         heads={root: HEADS[root] for root in _heads_for(model, family)},
         left_out=LEFT_OUT | family.left_out,
-        refused={key: reason.format(class_token=family.class_token) for key, reason in REFUSED.items()},
+        refused=REFUSED,
         attached=attached_configs(model),
     )
+
+
+def _attach_class_token(model, checkpoint, site):
+    """The model gets a class token where the checkpoint holds one."""
+    if checkpoint.wanted(CLASS_TOKEN) is None or hasattr(model.get_submodule(site), "class_token"):
+        return
+    try:
+        add_class_token(model)
+    except ValueError as error:
+        raise ValueError(
+            f"{checkpoint.name} holds {CLASS_TOKEN}, but no class token can be attached to {type(model).__name__}; "
+            f"name it in ignore to do without, which computes something else: {error}"
+        ) from error
+
+
+def _set_epsilons(model, epsilons):
+    """Gives the norms of these names what they add to the variance; returns what has changed."""
+    settings = {}
+    for name, module in model.named_modules():
+        wanted = lookup(epsilons, name)
+        if wanted is not None and getattr(module, "eps", wanted) != wanted:
+            settings[f"{name}.eps"] = f"{wanted}, was {module.eps}"
+            module.eps = wanted
+    return settings
 
 
 def _layer_rules(family):

@@ -1,11 +1,13 @@
 """DVP under the names of its authors' code base, on BERT, T5 and LLaMA."""
 
+import dataclasses
 from typing import NamedTuple
 
+from petl_ext.attach.attach import unchanged_on_error
 from petl_ext.models.checkpoints import origins
 from petl_ext.models.checkpoints.backbones import SEQUENTIAL_ADAPTER
 from petl_ext.models.checkpoints.clip import CLIP_PROJ, visual_rules
-from petl_ext.models.checkpoints.plan import Layout, attached_configs, fill, places_of
+from petl_ext.models.checkpoints.plan import Layout, attached_configs, fill, opened, places_of
 from petl_ext.models.checkpoints.rules import rule
 from petl_ext.models.dvp import DVPModel
 
@@ -69,17 +71,18 @@ LANGUAGE_MODELS = {
         (Adapters("adapter_modules", "layers", ("self_attn", "mlp")),),
     ),
 }
+ALPHAS = "layer_alphas"
 LEFT_OUT = {
     "{rest}.position_ids": "a buffer that the model makes itself",
     "{rest}.rotary_emb.inv_freq": "a buffer that the model makes itself",
-    "layer_alphas": "the preferences of the search; the index of the largest is the insert_layer that it found",
+    ALPHAS: "the preferences of the search, of which the largest says where the prompt enters: insert_layer",
     "visumodel.proj": CLIP_PROJ,
 }
 ONE_PROMPT = "the prompt layer of a model without a search: make the model with candidates=None"
 PROMPTS_OF_SEARCH = 'the prompt layers of a search: make the model with candidates="all"'
 
 
-def load_dvp_checkpoint(model, path, ignore=()):
+def load_dvp_checkpoint(model, checkpoint, ignore=()):
     """Fills a DVPBert, DVPT5 or DVPLlama with a checkpoint of the authors' DVP code base.
 
     Such a file holds all weights: language model, CLIP's vision transformer, prompt layer, type embeddings, head and,
@@ -89,35 +92,72 @@ def load_dvp_checkpoint(model, path, ignore=()):
 
     Make the model as the file's was: use_adapters=True for DVP_adp, candidates="all" for a file of a search. The head
     is the file's `vqa_classifier`, `gqa_classifier` or `snli_ve_classifier`; a file without one leaves the model's as
-    it is. What the file does not say stays as it was: insert_layer, num_heads and `original`, with which the model
-    computes what the weights were trained for.
+    it is. Adapters of another width than the model's give it new ones: make optimisers afterwards. insert_layer becomes
+    the one that the search of the file prefers, as the original evaluates it; a file without a search leaves it.
+    What the file does not say stays as it was: num_heads and `original`, with which the model computes what the weights
+    were trained for.
 
     Args:
         model: a DVPBert, DVPT5 or DVPLlama.
-        path, ignore: those of `load_vilt_checkpoint`.
+        checkpoint, ignore: those of `load_vilt_checkpoint`; with "layer_alphas" in ignore, insert_layer stays.
 
     Returns:
         A `CheckpointReport`.
 
     Raises:
-        TypeError: the model is no DVP, or ignore is no list of names.
+        TypeError: the model is no DVP, or as `load_vilt_checkpoint`.
         FileNotFoundError: there is no such file.
-        ValueError: as `load_vilt_checkpoint`, and where copies of one tensor differ. The model has not changed.
+        ValueError: as `load_vilt_checkpoint`, and where copies of one tensor differ, or the search's preferences are
+            not one finite number for each layer. The model has not changed.
     """
-    return fill(model, path, ignore, _layout(model))
+    places_of(model, "DVP")
+    if not isinstance(model, DVPModel):
+        raise TypeError(f"{type(model).__name__} is no DVP model: expected a DVPBert, DVPT5 or DVPLlama")
+    checkpoint = opened(checkpoint, ignore, origins.DVP[model.family])
+    before = _settings_of(model)
+    with unchanged_on_error(model):
+        _fit_adapters(model, checkpoint)
+        _set_insert_layer(model, checkpoint)
+        report = fill(model, checkpoint, _layout(model))
+    after = _settings_of(model)
+    changed = {name: f"{after[name]}, was {before[name]}" for name in after if after[name] != before[name]}
+    return dataclasses.replace(report, settings=changed)
+
+
+def _settings_of(model):
+    return {"insert_layer": model.insert_layer, "adapter_bottleneck": model.options["adapter_bottleneck"]}
+
+
+def _fit_adapters(model, checkpoint):
+    """Gives the model adapters as wide as the file's, where both have any."""
+    for adapters in LANGUAGE_MODELS[model.family].adapters:
+        down = checkpoint.wanted(f"{adapters.key}.0.down_sampler.weight")
+        if down is None or down.dim() != 2 or not model.options["use_adapters"]:
+            continue
+        if len(down) not in (0, model.options["adapter_bottleneck"]):
+            model.resize_adapters(len(down))
+
+
+def _set_insert_layer(model, checkpoint):
+    """Lets the prompt enter at the layer that the search of the file prefers."""
+    alphas = checkpoint.wanted(ALPHAS)
+    if alphas is None:
+        return
+    if list(alphas.shape) != [model.num_layers] or not alphas.isfinite().all():
+        raise ValueError(
+            f"{checkpoint.name}: {ALPHAS} must be a finite number for each of the {model.num_layers} layers of "
+            f"{type(model).__name__}, got {list(alphas.shape)}; name it in ignore to do without"
+        )
+    model.insert_layer = alphas.argmax().item()
 
 
 def _layout(model):
-    places = places_of(model, "DVP")
-    if not isinstance(model, DVPModel):
-        raise TypeError(f"{type(model).__name__} is no DVP model: expected a DVPBert, DVPT5 or DVPLlama")
     names = LANGUAGE_MODELS[model.family]
     base = next(name for name, module in model.named_modules() if module is model.language_model.base_model)
     searched = model.options["candidates"] is not None
     parts = [f"{base}.{part}." for part in (*model.parts, names.unused) if part]
     return Layout(
-        origin=origins.DVP[model.family],
-        places=places,
+        places=places_of(model, "DVP"),
         rules=(
             *_adapter_rules(model, names, base),
             *_language_rules(names, base),

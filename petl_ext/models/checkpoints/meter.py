@@ -14,6 +14,7 @@ from petl_ext.models.checkpoints.backbones import (
 from petl_ext.models.checkpoints.clip import CLIP_PROJ, CLIP_TEXT, visual_rules
 from petl_ext.models.checkpoints.rules import rule
 
+METER_APT = APT._replace(config="APTConfig(num_prompts={num_prompts}, rank={rank}, train_scale=False)")
 _FUSION = "cross_modal_{stream}_layers.{i}"
 
 METER = Family(
@@ -31,7 +32,7 @@ METER = Family(
         rule("cross_modal_{rest}", "cross_modal_{rest}"),
     ),
     layers=(
-        (f"{_FUSION}.{{attention}}.output.APT", f"{_FUSION}.{{attention}}.output.apt", APT),
+        (f"{_FUSION}.{{attention}}.output.APT", f"{_FUSION}.{{attention}}.output.apt", METER_APT),
         (f"{_FUSION}.{{attention}}.output.adapter", f"{_FUSION}.{{attention}}.output.adapter", SEQUENTIAL_ADAPTER),
         (f"{_FUSION}.output.adapter", f"{_FUSION}.output.adapter", SEQUENTIAL_ADAPTER),
         (f"{_FUSION}.{{attention}}.output.PA", f"{_FUSION}.{{attention}}.output.adapter", PARALLEL_ADAPTER),
@@ -51,22 +52,25 @@ METER = Family(
         "vit_model.{clip_text}": CLIP_TEXT,
         "vit_model.{clip_text}.{rest}": CLIP_TEXT,
     },
-    class_token="the text transform's output for <s>",
+    class_token="cross_modal_text_transform",
+    epsilons={},
+    trains_scale=False,
 )
 
 
-def load_meter_checkpoint(model, path, ignore=()):
+def load_meter_checkpoint(model, checkpoint, ignore=()):
     """Fills our METER with a checkpoint of the authors' METER code base (CLIP and RoBERTa), or of APT's or DAS's METER.
 
     As `load_vilt_checkpoint`. The head is `vqa_classifier` or `gqa_classifier` for MeterForQuestionAnswering,
     `snli_classifier` for MeterForVisualEntailment, `nlvr2_classifier` for MeterForImagesAndTextClassification,
     `rank_output` for MeterForImageAndTextRetrieval. Position embeddings [1 + g * g, D] are resized bicubically to the
     model's image size, as the original does. What the file holds of CLIP's text tower and of RoBERTa's pooler is left
-    out.
+    out. The scales of the file's APT layers do not train, as in the authors' METER: what is attached becomes an
+    `APTConfig(train_scale=False)`.
 
     Args:
         model: a MeterModel or a MeterFor... model.
-        path, ignore: those of `load_vilt_checkpoint`.
+        checkpoint, ignore: those of `load_vilt_checkpoint`.
 
     Returns:
         A `CheckpointReport`.
@@ -74,4 +78,4 @@ def load_meter_checkpoint(model, path, ignore=()):
     Raises:
         TypeError, FileNotFoundError, ValueError: as `load_vilt_checkpoint`.
     """
-    return load_family(model, path, ignore, METER)
+    return load_family(model, checkpoint, ignore, METER)

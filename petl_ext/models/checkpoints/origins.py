@@ -27,12 +27,13 @@ ORIGINS = (
 )
 
 
-def check_origin(path, tensors, origin):
+def check_origin(checkpoint, origin):
     """Raises ValueError where the file is not what is expected."""
+    name, tensors = checkpoint.name, checkpoint.tensors
     found = ((what, advice) for line, what, advice in ORIGINS if any(map(pattern(line).fullmatch, tensors)))
     what, advice = next(found, ("", ""))
     if what == origin:
         return
     if what:
-        raise ValueError(f"{path} seems to be {what}, not {origin}: {advice}")
-    raise ValueError(f"{path} is not {origin}; its keys are {listed(list(tensors))}")
+        raise ValueError(f"{name} seems to be {what}, not {origin}: {advice}")
+    raise ValueError(f"{name} is not {origin}; its keys are {listed(list(tensors))}")

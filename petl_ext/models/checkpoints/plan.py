@@ -1,12 +1,12 @@
 """Fills a model from a file: all is worked out, and may be refused, before anything in the model changes."""
 
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from petl_ext.attach.attachment import HANDLE
 from petl_ext.models.checkpoints.origins import check_origin
 from petl_ext.models.checkpoints.read import read
 from petl_ext.models.checkpoints.report import CheckpointReport, KeyOutcome, listed
@@ -14,17 +14,14 @@ from petl_ext.models.checkpoints.rules import lookup, pattern, rule_of
 
 UNKNOWN = "unknown keys"
 TIED = "two tensors in the file, one in the model; set config.tie_word_embeddings = False before it is made"
-# Where petl_ext.attach leaves its handle; models import nothing of it.
-HANDLE = "petl_attachment"
 # The children under which petl_ext.attach puts its layers into a model.
-LAYER_CHILDREN = ("apt", "adapter", "bypass", "deep_prompts")
+LAYER_CHILDREN = ("apt", "adapter", "bypass", "deep_prompts", "class_token")
 
 
 class Layout(NamedTuple):
     """What there is to know of a model before its file is read.
 
     Attributes:
-        origin: what its files are, as origins.py says.
         places: {name: tensor} of its parameters and buffers, as `places_of` gives them.
         rules: for the keys of its files, but those of heads.
         needed: how the names begin of what every file must fill; the rest are heads.
@@ -34,7 +31,6 @@ class Layout(NamedTuple):
         attached: what `attached_configs` gives.
     """
 
-    origin: str
     places: dict
     rules: tuple
     needed: tuple
@@ -65,23 +61,38 @@ def attached_configs(model):
     return tuple(vars(module)[HANDLE].config for module in model.modules() if HANDLE in vars(module))
 
 
-def fill(model, path, ignore, layout):
-    """The arguments, what it returns and raises are those of `load_vilt_checkpoint`."""
-    path = Path(path)
-    tensors = read(path)
-    check_origin(path, tensors, layout.origin)
-    plan = _Plan(model, layout, tensors, _ignored(path, tensors, ignore))
-    for key in tensors:
+def opened(source, ignore, origin):
+    """The `Checkpoint` of a path or a state dict, which must be what `origin` says, as origins.py has it.
+
+    Raises:
+        TypeError, FileNotFoundError, ValueError: as `load_vilt_checkpoint`, of what is no matter of the model.
+    """
+    checkpoint = read(source)
+    check_origin(checkpoint, origin)
+    return checkpoint._replace(ignored=_ignored(checkpoint, ignore))
+
+
+def fill(model, checkpoint, layout):
+    """Fills the model with a `Checkpoint`.
+
+    Returns:
+        A `CheckpointReport`.
+
+    Raises:
+        ValueError: it does not fit. Nothing has been copied.
+    """
+    name, plan = checkpoint.name, _Plan(model, layout, checkpoint)
+    for key in checkpoint.tensors:
         plan.take(key)
     unfilled = plan.unfilled()
     if plan.problems:
         lines = [f"  {title} ({len(entries)}): {listed(entries)}" for title, entries in plan.problems.items()]
-        raise ValueError("\n".join([f"{path} does not fit {type(model).__name__}, which has not changed:", *lines]))
+        raise ValueError("\n".join([f"{name} does not fit {type(model).__name__}, which has not changed:", *lines]))
     with torch.no_grad():
-        for name, tensor in plan.filled.items():
-            layout.places[name].copy_(tensor)
+        for place, tensor in plan.filled.items():
+            layout.places[place].copy_(tensor)
     outcomes, conversions = tuple(plan.outcomes), dict(plan.conversions)
-    return CheckpointReport(str(path), type(model).__name__, outcomes, unfilled, conversions, tuple(plan.not_finite))
+    return CheckpointReport(name, type(model).__name__, outcomes, unfilled, conversions, tuple(plan.not_finite))
 
 
 class _Plan:
@@ -95,11 +106,11 @@ class _Plan:
         problems: {title: a list of what is wrong}.
     """
 
-    def __init__(self, model, layout, tensors, ignored):
+    def __init__(self, model, layout, checkpoint):
         self.layout = layout
         self.places = layout.places
-        self.tensors = tensors
-        self.ignored = ignored
+        self.tensors = tensors = checkpoint.tensors
+        self.ignored = checkpoint.ignored
         self.buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
         self.head = next((root for root in layout.heads if any(key.startswith(f"{root}.") for key in tensors)), None)
         self.rules = (*layout.rules, *layout.heads.get(self.head, ()))
@@ -224,7 +235,7 @@ class _Plan:
     def _layer_problem(self, key, rule):
         """Why the key of an attached layer cannot fill these tensors, or an empty string."""
         layer, attached = rule.layer, self.layout.attached
-        placements = {config.placement for config in attached} - {None}
+        placements = {config.placement for config in attached} - {None, "class_token"}  # which stands beside any
         if placements and layer.placement not in placements:
             return (
                 f"layers of another method than is attached: the file's are those of {self._config(key, layer)}, "
@@ -260,17 +271,18 @@ class _Plan:
         self.problems.setdefault(title, []).append(entry)
 
 
-def _ignored(path, tensors, ignore):
+def _ignored(checkpoint, ignore):
     """The keys that are one of the names in `ignore`, or begin with one and a dot."""
     if not isinstance(ignore, list | tuple) or not all(isinstance(entry, str) for entry in ignore):
         raise TypeError(f"ignore must be a list of names, got {ignore!r}")
+    name, tensors = checkpoint.name, checkpoint.tensors
     ignored = set()
     for entry in ignore:
         matching = {key for key in tensors if key == entry or key.startswith(f"{entry.removesuffix('.')}.")}
         if not matching:
-            raise ValueError(f"ignore={entry!r} matches no key of {path}; it has {listed(list(tensors))}")
+            raise ValueError(f"ignore={entry!r} matches no key of {name}; it has {listed(list(tensors))}")
         ignored |= matching
-    return ignored
+    return frozenset(ignored)
 
 
 def _is_same(tensor, other):

@@ -1,9 +1,15 @@
 """Reads the tensors of a checkpoint without running anything that it holds."""
 
+import os
 import pickle
 import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+
+from petl_ext.folder import read_tensors
 
 # Older versions of Lightning use the class of a callback as the key of what the file holds of it. It is read as the
 # inert `LightningClass`.
@@ -14,52 +20,81 @@ class LightningClass:
     """Stands for a class of the framework that wrote a file. Does nothing."""
 
 
-def read(path):
-    """{key: tensor} of the file."""
+class Checkpoint(NamedTuple):
+    """What `read` returns.
+
+    Attributes:
+        name: the file, or what stands for it in messages.
+        tensors: by their keys.
+        ignored: the keys that the user does not want.
+    """
+
+    name: str
+    tensors: dict
+    ignored: frozenset = frozenset()
+
+    def wanted(self, key):
+        """The tensor of that key; None where there is none or it is ignored."""
+        return None if key in self.ignored else self.tensors.get(key)
+
+
+def read(source):
+    """The `Checkpoint` of a file, or of a state dict that is there already.
+
+    Raises:
+        TypeError: source is neither a path nor a mapping.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is broken or holds more than data, or something in it is no tensor with a name.
+    """
+    if isinstance(source, Mapping):
+        return _checkpoint("the state dict", source)
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"checkpoint must be a path or a state dict, got {type(source).__name__}")
+    path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
-    inert = torch.serialization.safe_globals([(LightningClass, name) for name in LIGHTNING_CLASSES])
-    with path.open("rb") as file, inert:
-        content = _unpickled(path, file)
-    tensors = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(tensors, dict):
+    return _checkpoint(str(path), _content(path))
+
+
+def _checkpoint(name, content):
+    tensors = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if not isinstance(tensors, Mapping):
         raise ValueError(
-            f"{path}: expected a state dict, by itself or under 'state_dict', got {type(tensors).__name__}"
+            f"{name}: expected a state dict, by itself or under 'state_dict', got {type(tensors).__name__}"
         )
     for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise ValueError(
-                f"{path}: expected a Lightning checkpoint with 'state_dict', or tensors by name; {key!r} holds "
+                f"{name}: expected a Lightning checkpoint with 'state_dict', or tensors by name; {key!r} holds "
                 f"{type(value).__name__}"
             )
-    return tensors
+    return Checkpoint(name, {key: tensor.detach() for key, tensor in tensors.items()})
+
+
+def _content(path):
+    """What safetensors or torch.save has written; which of the two is told by the file's first bytes."""
+    with path.open("rb") as file:
+        start = file.read(9)
+        file.seek(0)
+        if not start:
+            raise ValueError(f"{path} is an empty file")
+        if start[8:] == b"{":  # behind the length of the header, which is JSON
+            return read_tensors(path)
+        if not start.startswith((b"PK", b"\x80")):  # a zip archive, or a pickle as older versions of torch wrote it
+            raise ValueError(f"{path} is neither of torch.save nor of safetensors: it begins with {start!r}")
+        return _unpickled(path, file)
 
 
 def _unpickled(path, file):
-    _check_format(path, file)
+    inert = torch.serialization.safe_globals([(LightningClass, name) for name in LIGHTNING_CLASSES])
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with inert:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(_refusal(path, error)) from error
     except Exception as error:  # there is no telling what a broken file raises
         detail = f"{type(error).__name__}: {_first_line(error)}"
         raise ValueError(f"{path} is no checkpoint, or not a whole one ({detail})") from error
-
-
-def _check_format(path, file):
-    """By the file's first bytes; afterwards it stands at its start again."""
-    start = file.read(9)
-    file.seek(0)
-    if not start:
-        raise ValueError(f"{path} is an empty file")
-    # The length of the header, which is JSON.
-    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
-        raise ValueError(
-            f"{path} is a safetensors file, not one of torch.save: use from_pretrained for a Hugging Face model; if "
-            "its tensors have the original names, torch.save(safetensors.torch.load_file(path), new_path) converts it"
-        )
-    if not start.startswith((b"PK", b"\x80")):  # a zip archive, or a pickle as older versions of torch wrote it
-        raise ValueError(f"{path} is no file of torch.save: it begins with {start!r}")
 
 
 def _refusal(path, error):

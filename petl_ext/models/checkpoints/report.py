@@ -1,6 +1,6 @@
 """What a checkpoint did to a model, key by key."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 LISTED = 8
@@ -31,26 +31,29 @@ class CheckpointReport:
     """What a checkpoint did to a model. Prints as a text.
 
     Attributes:
-        path: the file.
+        source: the file, or "the state dict".
         model: the name of the model's class.
         keys: a `KeyOutcome` for every key, in the file's order.
         unfilled: {name: why that is all right} of the model's tensors that the file has not filled.
         conversions: {(dtype in the file, dtype in the model): how many keys}, where the two differ.
         not_finite: the keys that fill the model and hold NaN or infinity in the file.
+        settings: {what of the model the file has set beside its tensors: what it is now, and was}.
     """
 
-    path: str
+    source: str
     model: str
     keys: tuple
     unfilled: dict
     conversions: dict
     not_finite: tuple = ()
+    settings: dict = field(default_factory=dict)
 
     def __str__(self):
-        lines = [f"{self.path} -> {self.model}"]
+        lines = [f"{self.source} -> {self.model}"]
         lines += [f"{count} keys converted from {old} to {new}" for (old, new), count in self.conversions.items()]
         if self.not_finite:
             lines.append(f"NaN or infinity in {len(self.not_finite)} keys of the file: {', '.join(self.not_finite)}")
+        lines += _section("set beside tensors", [f"{name}: {value}" for name, value in self.settings.items()])
         for action in ("loaded", "split", "adapted", "left out", "ignored"):
             lines += _section(action, [str(outcome) for outcome in self.keys if outcome.action == action])
         lines += _section("not in the file", [f"{name}: {why}" for name, why in self.unfilled.items()])

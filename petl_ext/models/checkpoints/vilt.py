@@ -54,11 +54,20 @@ VILT = Family(
         "ViltForMaskedLM": ("mlm_score",),
     },
     left_out={},
-    class_token="the embedding of [CLS]",
+    class_token="embeddings.text_embeddings",
+    # transformers' configuration has one number for all.
+    epsilons={
+        "{backbone}embeddings.text_embeddings.LayerNorm": 1e-12,
+        "{backbone}encoder.layer.{i}.layernorm_before": 1e-6,
+        "{backbone}encoder.layer.{i}.layernorm_after": 1e-6,
+        "{backbone}layernorm": 1e-6,
+        "mlm_score.transform.LayerNorm": 1e-12,
+    },
+    trains_scale=True,
 )
 
 
-def load_vilt_checkpoint(model, path, ignore=()):
+def load_vilt_checkpoint(model, checkpoint, ignore=()):
     """Fills a Hugging Face ViLT model with a checkpoint of the authors' ViLT code base, or of APT's or DAS's ViLT.
 
     The head is picked by the model's class: `vqa_classifier`, `gqa_classifier` or `snli_classifier` for
@@ -72,22 +81,32 @@ def load_vilt_checkpoint(model, path, ignore=()):
     activations, and the scale of adapters (4 in APT's parallel ones, 1 in DAS's). Load before layers are removed for
     good.
 
+    Where the file holds a class token (`token4classifier`), without which it computes something else, the model gets
+    one too, unless it has it or `ignore` names it: as `class_token=True` of what is attached or, where nothing is, as
+    an attached `ClassTokenConfig`, which then freezes nothing.
+
+    The original's norms add 1e-6 to the variance in the blocks and behind them, and 1e-12 in the text embeddings;
+    transformers' configuration has one number for all. So the model's norms are set, and the report says so. Of this
+    `save_pretrained` keeps nothing: set `eps` again after `from_pretrained`.
+
     NaN and infinity in the file are loaded, and the report says so. Finite values that the model's dtype cannot hold
     are refused.
 
     Args:
         model: a ViltModel or a ViltFor... model.
-        path: a Lightning checkpoint, or its state dict alone, as written by torch.save. Nothing in it is executed.
+        checkpoint: the path of a Lightning checkpoint, or of its state dict alone, as written by torch.save or by
+            safetensors, in which nothing is executed; or one of the two as a mapping.
         ignore: names of the file's keys, or parts that end at a dot: ["token4classifier", "vqa_classifier."].
 
     Returns:
-        A `CheckpointReport`: what became of every key, and which of the model's tensors the file has not filled.
+        A `CheckpointReport`: what became of every key, which of the model's tensors the file has not filled, and what
+        else has been set.
 
     Raises:
-        TypeError: the model is no ViLT, or ignore is no list of names.
+        TypeError: the model is no ViLT, the checkpoint neither a path nor a mapping, or ignore no list of names.
         FileNotFoundError: there is no such file.
         ValueError: the file is broken, holds more than data, is of another architecture, or does not fit the model:
             unknown keys, other shapes, layers of another method than is attached, tensors of the backbone that it
             lacks. The model has not changed.
     """
-    return load_family(model, path, ignore, VILT)
+    return load_family(model, checkpoint, ignore, VILT)

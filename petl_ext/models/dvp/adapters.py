@@ -16,7 +16,7 @@ class AdapterPlan(NamedTuple):
 
     Attributes:
         places: regular expression over the dotted names of modules, whose output, or its first part, is adapted.
-        reduction: how many times narrower than the model they are.
+        reduction: how many times narrower than the model they are in the authors' code.
         activation: the `AdapterLayer`'s.
         initialise: what fills `down` and `up`.
     """
@@ -26,8 +26,11 @@ class AdapterPlan(NamedTuple):
     activation: str
     initialise: object
 
-    def new_layer(self, dim, **place):
-        layer = AdapterLayer(dim, max(1, dim // self.reduction), self.activation, **place)
+    def default_bottleneck(self, dim):
+        return max(1, dim // self.reduction)
+
+    def new_layer(self, dim, bottleneck, **place):
+        layer = AdapterLayer(dim, bottleneck, self.activation, **place)
         for weight in (layer.down, layer.up):
             self.initialise(weight)
         return layer
@@ -53,12 +56,24 @@ def add_adapters(modules, new_layer):
         module.register_forward_hook(_adapted)
 
 
+def replace_adapters(model, new_layer):
+    """Other adapters in place of all that `add_adapters` has put into the model."""
+    for module in list(model.modules()):
+        if _hooks_of(module):
+            setattr(module, CHILD, new_layer().train(module.training))
+
+
 def remove_adapters(model):
     """Takes out all that `add_adapters` has put into the model."""
     for module in list(model.modules()):
-        for key in [key for key, hook in module._forward_hooks.items() if hook is _adapted]:
+        for key in _hooks_of(module):
             del module._forward_hooks[key]
             delattr(module, CHILD)
+
+
+def _hooks_of(module):
+    """The keys of the hooks by which the module has an adapter."""
+    return [key for key, hook in module._forward_hooks.items() if hook is _adapted]
 
 
 def _adapted(module, arguments, output):

@@ -1,6 +1,5 @@
 """What DVP's models have in common: their parts, what trains, the prompt, files."""
 
-from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -8,11 +7,13 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from petl_ext.folder import check_keys, check_sizes, fill, read_files, write_files
-from petl_ext.models.dvp.adapters import AdapterPlan, adapter_places, add_adapters, remove_adapters
+from petl_ext.models.dvp.adapters import AdapterPlan, adapter_places, add_adapters, remove_adapters, replace_adapters
 from petl_ext.models.heads import checked_class_loss, checked_soft_target_loss, mlp_head
 from petl_ext.nn import VisualPromptLayer
 
 HEAD_STD = 0.02
+# What folders saved before there were any do not have; they stand for the default.
+LATER_OPTIONS = ("adapter_bottleneck",)
 
 
 class Visual(NamedTuple):
@@ -44,6 +45,8 @@ class DVPModel(nn.Module):
         original: computes what the authors' code does where that seems to be a mistake; each class says what it is.
         use_adapters: DVP_adp, which freezes the language model but for its norms and trains adapters in it. Without,
             all of the language model that runs is trained.
+        adapter_bottleneck: the width of these adapters; None is the authors' choice, D / 8 for BERT and T5, D / 64 for
+            LLaMA.
 
     Attributes:
         options: the arguments but insert_layer, as they were understood.
@@ -77,6 +80,7 @@ class DVPModel(nn.Module):
         candidates=None,
         original=False,
         use_adapters=False,
+        adapter_bottleneck=None,
     ):
         super().__init__()
         self._check_language_model(language_model)
@@ -91,13 +95,17 @@ class DVPModel(nn.Module):
             "candidates": candidates,
             "original": original,
             "use_adapters": use_adapters,
+            "adapter_bottleneck": None,
         }
         self._check_switches()
+        if adapter_bottleneck is None and use_adapters:
+            adapter_bottleneck = self.adapters.default_bottleneck(self._place()["dim"])
+        if adapter_bottleneck is not None:
+            self.options["adapter_bottleneck"] = self._checked_bottleneck(adapter_bottleneck)
         self.insert_layer = insert_layer
         self._add_layers()
         if use_adapters:
-            places = adapter_places(self._base, self.adapters)
-            add_adapters(places.values(), partial(self.adapters.new_layer, **self._place()))
+            add_adapters(adapter_places(self._base, self.adapters).values(), self._new_adapter)
         self._freeze()
         self.train(language_model.training)
         self.register_state_dict_post_hook(_leave_out_twins)
@@ -130,6 +138,15 @@ class DVPModel(nn.Module):
     def gradient_checkpointing_enable(self, **options):
         """The same under the name that transformers gave it before 5.23."""
         self.language_model.gradient_checkpointing_enable(**options)
+
+    def resize_adapters(self, bottleneck):
+        """New adapters of another width in place of those that the model has. Make optimisers afterwards.
+
+        Raises:
+            ValueError: the model has no adapters, or bottleneck is no positive integer.
+        """
+        self.options["adapter_bottleneck"] = self._checked_bottleneck(bottleneck)
+        replace_adapters(self._base, self._new_adapter)
 
     def save(self, folder):
         """Writes what trains, parameters that require gradients, and how the model was made.
@@ -172,7 +189,7 @@ class DVPModel(nn.Module):
         check_keys(description, ["model", "options"])
         if description["model"] != cls.__name__:
             raise ValueError(f"saved from a {description['model']}, not a {cls.__name__}")
-        check_keys(description["options"], cls.__init__.__kwdefaults__)
+        check_keys(description["options"], cls.__init__.__kwdefaults__, LATER_OPTIONS)
         return description["options"]
 
     def _trained(self):
@@ -181,6 +198,9 @@ class DVPModel(nn.Module):
     def _place(self):
         weight = self.language_model.get_input_embeddings().weight
         return {"dim": weight.size(1), "device": weight.device, "dtype": weight.dtype}
+
+    def _new_adapter(self):
+        return self.adapters.new_layer(bottleneck=self.options["adapter_bottleneck"], **self._place())
 
     def _add_layers(self):
         place, options = self._place(), self.options
@@ -293,6 +313,13 @@ class DVPModel(nn.Module):
         if width is not None and visual_dim not in (None, width):
             raise self._wrong(f"visual_dim must be the vision_model's hidden_size, {width}, got {visual_dim!r}")
         return width if visual_dim is None else visual_dim
+
+    def _checked_bottleneck(self, bottleneck):
+        if type(bottleneck) is not int or bottleneck < 1:
+            raise self._wrong(f"adapter_bottleneck must be a positive integer, got {bottleneck!r}")
+        if not self.options["use_adapters"]:
+            raise self._wrong(f"adapter_bottleneck needs use_adapters=True, got {bottleneck!r} without")
+        return bottleneck
 
     def _check_switches(self):
         if self.options["candidates"] not in (None, "all"):
