@@ -202,9 +202,7 @@ def test_search_das_refuses(search, capsys, options, complaint):
     assert refused.value.code == 2 and complaint in printed.err and not printed.out
 
 
-@pytest.mark.parametrize(
-    "options", [("das", "--num-skip", "5"), ("das", "--max-macs", "0.01"), ("placement", "--steps", "3")]
-)
+@pytest.mark.parametrize("options", ["das --num-skip 5", "das --max-macs 0.01", "placement --steps 3"])
 def test_search_refuses_before_it_draws_data(tmp_path, options):
     with pytest.raises(SystemExit, match="2"):
         main(["search", *options.split(), "--output", str(tmp_path / "new")])
