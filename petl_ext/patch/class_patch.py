@@ -7,8 +7,9 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 
+from petl_ext.patch.kind import own_forward
 from petl_ext.patch.patch import kind_of, known, release, take_in
-from petl_ext.patch.recognise import KINDS, Recognised, own_forward, recognise, takes_as
+from petl_ext.patch.recognise import KINDS, Recognised, recognise, takes_as
 from petl_ext.patch.report import PatchReport, left_alone_row, patched_row
 
 logger = logging.getLogger("petl_ext")
@@ -27,6 +28,7 @@ class ClassPatch:
         self._inherited = "forward" not in vars(cls)
         self._original = cls.forward
         self._patched = WeakSet()
+        self._probed = {}
         self._left_alone = WeakKeyDictionary()
         cls.forward = self._dispatcher()
 
@@ -61,7 +63,7 @@ class ClassPatch:
         # One that was patched and comes here again has been unpatched.
         if module in self._left_alone or module in self._patched:
             return False
-        recognised = recognise(module) or Recognised("unknown", None, None, f"none of: {known()}")
+        recognised = recognise(module, self._probed) or Recognised("unknown", None, None, f"none of: {known()}")
         if not recognised.reason:
             take_in(module, recognised)
             self._patched.add(module)

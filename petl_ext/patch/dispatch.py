@@ -49,6 +49,8 @@ def own_forward_because(kind, module, x):
     """
     if _too_few_rows(kind.op, x):
         return "too few rows"
+    if x.dim() not in module.petl_settings.axes:
+        return f"inputs of {x.dim()} axes"
     return own_forward_for_now(kind, module, x.device.type, x.dtype)
 
 
@@ -62,7 +64,8 @@ def own_forward_for_now(kind, module, device, dtype):
     if tuple(map(type, modules[1:])) != settings.parts:
         return "a part was replaced"
     for index, name, value in settings.attributes:
-        if getattr(modules[index], name, None) != value:
+        now = getattr(modules[index], name, None)
+        if now is not value and now != value:  # NaN is not equal to itself
             return f"{name} was changed"
     if any(map(is_hooked, modules[1:])):
         return "a part carries a hook"

@@ -17,12 +17,14 @@ class Settings(NamedTuple):
         adds_residual: whether a bottleneck adds its residual.
         parts: the classes of the modules inside it.
         attributes: of it and of its parts, what `plain_attributes` gives: its forward may go by them.
+        axes: how many its inputs may have for the op to give what its forward gives.
     """
 
     activation: str = ""
     adds_residual: bool = True
     parts: tuple = ()
     attributes: tuple = ()
+    axes: tuple = (3,)
 
 
 class Kind:
@@ -59,9 +61,9 @@ class Kind:
         raise NotImplementedError
 
     @staticmethod
-    def examples(module, draw):
-        """Arguments for its forward that together tell the kind's formula from any other; `draw` makes a random tensor
-        of a shape."""
+    def examples(module, draw, *size):
+        """[arguments for its forward, ...] that together tell the kind's formula from any other, of `size` rows; none
+        where it knows no inputs of so many axes. `draw` makes a random tensor of a shape."""
         raise NotImplementedError
 
     @staticmethod
@@ -96,6 +98,11 @@ def plain_attributes(module):
         for name, value in vars(part).items()
         if type(part) not in _WEIGHTS_ALONE and name not in _OF_EVERY_MODULE and isinstance(value, _PLAIN)
     )
+
+
+def own_forward(cls):
+    """A class's forward as it is without `patch_class`."""
+    return getattr(cls.forward, "petl_original", cls.forward)
 
 
 def names_in(module):

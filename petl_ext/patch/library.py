@@ -67,9 +67,9 @@ class LibraryAdapter(Kind):
         return [Settings(activation, adds_residual) for adds_residual in (True, False)]
 
     @staticmethod
-    def examples(module, draw):
+    def examples(module, draw, *size):
         width = module.adapter_up.out_features
-        return [(draw(2, 3, width), draw(2, 3, width))]
+        return [(draw(*size, width), draw(*size, width))]
 
     @staticmethod
     def compute(module, x, residual_input, output_gating=False):

@@ -67,9 +67,9 @@ class PromptDiffusion(Kind):
         return [Settings(activation_of(module.activation))]
 
     @staticmethod
-    def examples(module, draw):
+    def examples(module, draw, *size):
         width = module.mm_tokens.size(1)
-        return [(draw(2, 3, width), draw(2, 3, width))]
+        return [(draw(*size, width), draw(*size, width))]
 
     @staticmethod
     def compute(module, x, res):
@@ -125,8 +125,8 @@ class Bottleneck(Kind):
         return [Settings(name) for name in (ACTIVATIONS if activation is None else [activation_of(activation)])]
 
     @staticmethod
-    def examples(module, draw):
-        return [(draw(2, 3, Bottleneck.sizes(module)[0]),)]
+    def examples(module, draw, *size):
+        return [(draw(*size, Bottleneck.sizes(module)[0]),)]
 
     @staticmethod
     def compute(module, x):
@@ -184,8 +184,8 @@ class ParallelAdapter(Kind):
         return [Settings(activation_of(module.non_linear_func))]
 
     @staticmethod
-    def examples(module, draw):
-        x, residual = (draw(2, 3, module.down_proj.in_features) for _ in range(2))
+    def examples(module, draw, *size):
+        x, residual = (draw(*size, module.down_proj.in_features) for _ in range(2))
         return [(x,), (x, False), (x, True, residual), (x, False, residual)]
 
     @staticmethod
@@ -264,10 +264,14 @@ class CrossAttention(Kind):
         return [Settings()]
 
     @staticmethod
-    def examples(module, draw):
-        visual, query = draw(3, 5, module.linear_v.in_features), draw(3, 1, module.linear_q.in_features)
-        hidden = torch.zeros(3, 1, 1, 5, dtype=torch.bool, device="cpu")
-        hidden[1, ..., 3:], hidden[2] = True, True
+    def examples(module, draw, *size):
+        if len(size) != 2:
+            return []
+        batch, tokens = size
+        visual, query = draw(*size, module.linear_v.in_features), draw(batch, 1, module.linear_q.in_features)
+        hidden = torch.zeros(batch, 1, 1, tokens, dtype=torch.bool, device="cpu")
+        # The last tokens of one sample, all of the next.
+        hidden[0, ..., (tokens + 1) // 2 :], hidden[1:2] = True, True
         return [(visual, visual, query, None), (visual, visual, query, hidden)]
 
     @staticmethod

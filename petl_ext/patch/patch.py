@@ -56,10 +56,11 @@ def patch(model):
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
+    probed = {}
     found = [
         (name, module, recognised)
         for name, module in model.named_modules()
-        if not kind_of(module) and (recognised := recognise(module))
+        if not kind_of(module) and (recognised := recognise(module, probed))
     ]
     if not any(kind_of(module) for module in model.modules()):
         _check_some(model, [(name, recognised) for name, _, recognised in found])
@@ -121,10 +122,10 @@ def _check_some(model, found):
 
 
 def _rows(model):
-    rows = []
+    rows, probed = [], {}
     for name, module in model.named_modules():
         if kind := kind_of(module):
             rows.append(patched_row(name, module, kind))
-        elif recognised := recognise(module):
+        elif recognised := recognise(module, probed):
             rows.append(left_alone_row(name, module, recognised))
     return rows
