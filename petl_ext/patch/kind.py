@@ -6,8 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from petl_ext.ops.adapter import ACTIVATIONS
-
 
 class Settings(NamedTuple):
     """What was found out about a module when it was recognised; the module keeps it as `petl_settings`.
@@ -133,7 +131,7 @@ def refuse_bottleneck(down, up, norm=None):
     if norm is None:
         return ""
     if type(norm) is not nn.LayerNorm or norm.normalized_shape != (width,) or norm.bias is None:
-        return f"its norm is {described(norm)}, not nn.LayerNorm({width})"
+        return f"its norm is {described(norm)}, not nn.LayerNorm({width}) with a weight and a bias"
     return ""
 
 
@@ -143,31 +141,22 @@ def refuse_scale(scale):
     return "" if type(scale) in (int, float) else f"its scale is {described(scale)}"
 
 
-def refuse_activation(function, known=tuple(ACTIVATIONS)):
-    found = activation_of(function)
-    return "" if found in known else f"its activation is {described(function)}, not {' or '.join(known)}"
-
-
 def refuse_dropout(part):
     return "" if type(part) is nn.Dropout else f"its dropout is {described(part)}, not nn.Dropout"
 
 
 def described(part):
-    if isinstance(part, nn.Module):
-        return type(part).__name__ if part._modules else repr(part)
-    return getattr(part, "__name__", None) or repr(part)
-
-
-def activation_of(function):
-    """What the ops call that which `function` computes, "softmax" over the last axis included; None: nothing."""
-    if type(function) is nn.Softmax:
-        return "softmax" if function.dim == -1 else None
-    x = torch.linspace(-4, 4, 33, dtype=torch.float64, device="cpu")
-    try:
-        y = function(x.clone())
-        return next((name for name, known in ACTIVATIONS.items() if torch.allclose(y, known(x), 1e-12, 1e-12)), None)
-    except Exception:  # It is other people's and may do anything; then it is none of ours.
-        return None
+    """What it is, in a few words."""
+    if isinstance(part, nn.Sequential):
+        return f"Sequential({', '.join(type(layer).__name__ for layer in part)})"
+    if isinstance(part, torch.Tensor):
+        return f"a tensor of the shape {list(part.shape)}"
+    if not isinstance(part, nn.Module):
+        return getattr(part, "__name__", None) or repr(part)
+    its_class = type(part)
+    if getattr(nn, its_class.__name__, its_class) is not its_class:
+        return f"{its_class.__module__}.{its_class.__name__}"  # It has the name of one of PyTorch's.
+    return its_class.__name__ if part._modules else repr(part)
 
 
 def dropout_of(part):

@@ -7,16 +7,15 @@ from petl_ext.attach.site import Composable
 from petl_ext.ops.adapter import ACTIVATIONS, adapter
 from petl_ext.ops.apt import apt
 from petl_ext.ops.attention_pool import attention_pool
+from petl_ext.patch.activation import activation_of, refuse_activation
 from petl_ext.patch.dispatch import own_forward_because
 from petl_ext.patch.kind import (
     Kind,
     Settings,
-    activation_of,
     described,
     dropout_of,
     names_in,
     promoted,
-    refuse_activation,
     refuse_bottleneck,
     refuse_dropout,
     refuse_linear,
@@ -53,6 +52,8 @@ class PromptDiffusion(Kind):
             return f"mm is {described(pair)}, not a Sequential of two Linear"
         if any(part.bias is not None for part in pair):
             return "mm has a bias"
+        if not isinstance(prompts, torch.Tensor):
+            return f"mm_tokens is {described(prompts)}, not a parameter"
         if prompts.dim() != 2 or not prompts.size(1) == pair[0].in_features == pair[1].out_features:
             sizes = f"{pair[0].in_features} to {pair[1].out_features}"
             return f"mm_tokens has the shape {list(prompts.shape)}, but mm goes from {sizes}"
@@ -256,7 +257,9 @@ class CrossAttention(Kind):
         if type(heads) is not int or heads < 1 or inner % heads:
             return f"num_heads is {heads!r}, for a width of {inner}"
         if value.in_features != key.in_features or {value.out_features, key.out_features, merge.in_features} != {inner}:
-            return "its projections do not fit together"
+            parts = {"linear_v": value, "linear_k": key, "linear_q": query, "linear_merge": merge}
+            sizes = [f"{name} goes from {part.in_features} to {part.out_features}" for name, part in parts.items()]
+            return f"its projections do not fit together: {', '.join(sizes)}"
         return ""
 
     @staticmethod
