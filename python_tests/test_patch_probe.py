@@ -286,3 +286,23 @@ def test_patching_within_inference_mode():
     with torch.inference_mode():
         model = nn.Sequential(Adapter(DIM))
         assert petl_ext.patch(model).report().fused == 1
+
+
+def test_probing_compiles_nothing():
+    """For whose forward is compiled there is a limit of how often."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    class Compiled(Adapter):
+        @torch.compile(backend=backend)
+        def forward(self, x):
+            return x + self.up_sampler(self.activation(self.down_sampler(x)))
+
+    model, x = nn.Sequential(Compiled(DIM)), torch.randn(2, 3, DIM)
+    assert petl_ext.patch(model).report().fused == 1 and not compiled
+    petl_ext.unpatch(model)
+    model(x)
+    assert len(compiled) == 1

@@ -67,8 +67,8 @@ def own_forward_for_now(kind, module, device, dtype):
         now = getattr(modules[index], name, None)
         if now is not value and now != value:  # NaN is not equal to itself
             return f"{name} was changed"
-    if any(map(is_hooked, modules[1:])):
-        return "a part carries a hook"
+    if beside := next(filter(None, map(beside_its_class, modules[1:])), ""):
+        return beside
     if device == "cuda":
         width, inner = kind.sizes(module)
         if width % 8 or width > 8192 or inner > _CUDA_LIMITS[kind.op]:
@@ -86,10 +86,13 @@ def own_forward_below(op, device, dtype):
     return ", ".join(f"{name} gradients {size}" for name, size in sizes)
 
 
-def is_hooked(part):
-    """Whether its call does more than its class's forward: by hooks, or a forward of the instance."""
-    hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-    return bool(hooks) or ("forward" in vars(part) and not _only_moves_inputs(part))
+def beside_its_class(part):
+    """What its call does beside its class's forward; "" where it does nothing."""
+    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+        return "a part carries a hook"
+    if "forward" in vars(part) and not _only_moves_inputs(part):
+        return "a part has a forward of its own"
+    return ""
 
 
 def _only_moves_inputs(part):

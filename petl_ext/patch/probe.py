@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import sys
 
 import torch
 from torch import nn
@@ -45,7 +46,13 @@ def probe(kind, module):
 
 @contextlib.contextmanager
 def _undisturbed():
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+    """Without the modes of whoever patches, and without drawing from their random numbers or compiling for them."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        if "torch._dynamo" in sys.modules:  # Before it is imported, which takes long, nothing can have been compiled.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from petl_ext.attach.site import has_device_hook
-from petl_ext.patch.dispatch import is_hooked
+from petl_ext.patch.dispatch import beside_its_class
 from petl_ext.patch.held import structure
 from petl_ext.patch.kind import Settings, names_in, own_forward, plain_attributes, refuse_bottleneck
 from petl_ext.patch.library import LibraryAdapter
@@ -87,8 +87,8 @@ def _refusal(kind, module):
         return "the instance has a forward of its own"
     if reason := _autocast(module):
         return reason
-    if any(map(is_hooked, list(module.modules())[1:])):
-        return "a part carries a hook"
+    if beside := next(filter(None, map(beside_its_class, list(module.modules())[1:])), ""):
+        return beside
     if reason := kind.refusal(module):
         return reason
     forward = own_forward(type(module))
