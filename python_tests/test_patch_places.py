@@ -5,6 +5,8 @@ import torch
 from ops_called import OpsCalled
 from original_modules import Adapter
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import petl_ext
 from petl_ext.patch import dispatch
@@ -102,3 +104,52 @@ def test_layers_that_share_parts_compute_what_they_did():
     after = model(stream())
     after.sum().backward()
     assert torch.allclose(after, before, atol=1e-5) and layers[0].down_sampler is layers[1].down_sampler
+
+
+@pytest.fixture
+def adapter_class():
+    """A class of its own for each test, which is patched."""
+
+    class Copy(Adapter):
+        def forward(self, x):
+            return x + self.up_sampler(self.activation(self.down_sampler(x)))
+
+    petl_ext.patch_class(Copy)
+    yield Copy
+    petl_ext.unpatch_class(Copy)
+
+
+def in_fake_tensors(module):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module(torch.empty(2, 5, DIM))
+
+
+NO_PLACE_TO_PROBE = {
+    "vmap": lambda module: torch.vmap(module)(stream()),
+    "grad": lambda module: torch.func.grad(lambda x: module(x).sum())(stream()),
+    "trace": lambda module: torch.jit.trace(module, stream(), check_trace=False),
+    "fake tensors": in_fake_tensors,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("run", NO_PLACE_TO_PROBE.values(), ids=NO_PLACE_TO_PROBE)
+def test_instances_of_a_patched_class_wait_for_a_plain_call(run, adapter_class):
+    module = adapter_class(DIM)
+    run(module)
+    assert not kind_of(module)
+    module(stream())
+    assert kind_of(module)
+
+
+def test_instances_of_a_patched_class_are_probed_within_a_checkpoint(adapter_class):
+    """Whose hooks are not for the probe's tensors."""
+    module, packed = adapter_class(DIM), []
+    inputs = [stream().requires_grad_() for _ in range(2)]
+    checkpoint(module, inputs[0], use_reentrant=False).sum().backward()
+    assert kind_of(module)
+    module(inputs[1]).sum().backward()
+    assert torch.allclose(inputs[0].grad, inputs[1].grad, atol=1e-5)
+    with torch.autograd.graph.saved_tensors_hooks(packed.append, pytest.fail):
+        petl_ext.patch(nn.Sequential(Adapter(DIM)))
+    assert not packed

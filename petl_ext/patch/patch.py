@@ -34,13 +34,14 @@ def patch(model):
 
     Known are the prompt diffusion of APT's code, the bottleneck and parallel adapters of APT, DAS and DVP, the
     cross-attention of DVP, and the bottlenecks of the library `adapters`. A module is recognised by the names and
-    shapes of its parts, wherever its class comes from, and checked by what its own forward computes on random
-    parameters and inputs in float64. It becomes an instance of a subclass of its class; parameters, state-dict keys,
+    shapes of its parts, wherever its class comes from, and checked by what its own forward returns, passes back and
+    leaves behind: that of a copy runs on random parameters and inputs in float64, and whatever it does outside of the
+    module happens then. The module becomes an instance of a subclass of its class; parameters, state-dict keys,
     hooks and attributes stay, and so do copies and pickles of it.
 
     Its own forward still runs where there is no kernel for a call (dropout in training, float64, attention of several
-    queries, another device) and where it is faster, as for few rows: `report()` tells. What is left alone, and why, is
-    there too. A model that is patched already stays so; what is new in it is patched.
+    queries, inputs of unusual axes, another device) and where it is faster, as for few rows: `report()` tells. What is
+    left alone, and why, is there too. A model that is patched already stays so; what is new in it is patched.
 
     Patch after loading weights and moving to a device or before, as you like, but before torch.compile.
 

@@ -51,9 +51,14 @@ def _undisturbed():
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is))
         if "torch._dynamo" in sys.modules:  # Before it is imported, which takes long, nothing can have been compiled.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+def _as_it_is(tensor):
+    return tensor
 
 
 def _random_twin(module):
