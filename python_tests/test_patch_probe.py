@@ -232,6 +232,21 @@ def test_a_forward_with_other_gradients_is_left_alone(its_class):
     assert refusal(its_class(DIM)).startswith("its forward passes other gradients back than")
 
 
+class Same(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+
+class WithoutBackward(Adapter):
+    def forward(self, x):
+        return Same.apply(super().forward(x))
+
+
+def test_a_forward_without_a_backward_pass_is_left_alone():
+    assert refusal(WithoutBackward(DIM)).startswith("its backward pass raises NotImplementedError: ")
+
+
 class Silent(Adapter):
     """Its train, as that of some code bases, returns nothing."""
 
