@@ -94,6 +94,7 @@ SIDE_EFFECTS = {
         f"sets z for [1, 640, {DIM}]",
     ),
     "a mode": (lambda m, x, hidden: m.activation.train(False), "sets activation.training in training"),
+    "random numbers": (lambda m, x, hidden: m.training and torch.rand(1), "draws random numbers in training"),
     "the input": (lambda m, x, hidden: x.zero_(), "changes its input"),
 }
 

@@ -127,7 +127,7 @@ def _described(arguments, training):
 
 
 def _own_outputs(twin, arguments, where):
-    before, given = snapshot(twin), _each_once(torch.clone, arguments)
+    before, given, drawn = snapshot(twin), _each_once(torch.clone, arguments), torch.get_rng_state()
     try:
         outputs = own_forward(type(twin))(twin, *given)
     except Exception as error:  # It is other people's and may do anything.
@@ -136,6 +136,8 @@ def _own_outputs(twin, arguments, where):
         raise Difference(f"its forward sets {name}{where}")
     if not all(same_values(x, y) for x, y in zip(arguments, given, strict=True) if isinstance(x, torch.Tensor)):
         raise Difference(f"its forward changes its input{where}")
+    if not torch.equal(drawn, torch.get_rng_state()):
+        raise Difference(f"its forward draws random numbers{where}")
     return _as_tuple(outputs)
 
 
