@@ -6,9 +6,11 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
+from torch._guards import detect_fake_mode
 
+from petl_ext.patch.kind import own_forward
 from petl_ext.patch.patch import kind_of, known, release, take_in
-from petl_ext.patch.recognise import KINDS, Recognised, own_forward, recognise, takes_as
+from petl_ext.patch.recognise import KINDS, Recognised, recognise, takes_as
 from petl_ext.patch.report import PatchReport, left_alone_row, patched_row
 
 logger = logging.getLogger("petl_ext")
@@ -27,6 +29,7 @@ class ClassPatch:
         self._inherited = "forward" not in vars(cls)
         self._original = cls.forward
         self._patched = WeakSet()
+        self._probed = {}
         self._left_alone = WeakKeyDictionary()
         cls.forward = self._dispatcher()
 
@@ -50,7 +53,7 @@ class ClassPatch:
         @functools.wraps(original)
         def forward(module, *arguments, **named):
             # A subclass with a forward of its own, or a patched instance, comes here on its way to the original.
-            if type(module).forward is forward and not torch.compiler.is_compiling() and self._takes_in(module):
+            if type(module).forward is forward and not _is_transformed() and self._takes_in(module):
                 return module.forward(*arguments, **named)
             return original(module, *arguments, **named)
 
@@ -61,7 +64,7 @@ class ClassPatch:
         # One that was patched and comes here again has been unpatched.
         if module in self._left_alone or module in self._patched:
             return False
-        recognised = recognise(module) or Recognised("unknown", None, None, f"none of: {known()}")
+        recognised = recognise(module, self._probed) or Recognised("unknown", None, None, f"none of: {known()}")
         if not recognised.reason:
             take_in(module, recognised)
             self._patched.add(module)
@@ -81,12 +84,23 @@ class ClassPatch:
                 release(module)
 
 
+def _is_transformed():
+    """Whether a probe could not compute now."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or detect_fake_mode() is not None
+    )
+
+
 def patch_class(cls):
     """Patches every instance of `cls`, as `petl_ext.patch` does one model: those that exist and those made later.
 
     An instance is looked at when it runs for the first time, since only instances have parts. One that does not match
-    runs its own forward, which is reported and logged as a warning. Under torch.compile nothing is looked at: let a
-    model run once before it is compiled. Subclasses that inherit forward are taken in too.
+    runs its own forward, which is reported and logged as a warning. Under torch.compile, torch.jit.trace, the
+    transformations of torch.func and fake tensors nothing is looked at: let a model run once before. Subclasses that
+    inherit forward are taken in too.
 
     Args:
         cls: a class of modules, such as `approximate_prompt` of APT's code.

@@ -7,8 +7,9 @@ from petl_ext.ops.library import cpu_path
 
 # Rows below which the own forward is faster on one thread of a CPU, by (op, dtype): without gradients, and with them,
 # whose backward pass counts too. None: it is at every size. Measured with 50 and 200 prompts, bottlenecks of 48 to 192
-# and a width of 768; what they leave is in bench/results/amd-epyc/2026-11-21-9e7af3f.json. In float16 and on CUDA
-# nothing has been measured, and no row is too few.
+# and a width of 768, on modules cast to the dtype, not under autocast, where they hold less well (docs/patch.md); what
+# they leave is in bench/results/amd-epyc/2026-11-21-9e7af3f.json. In float16 and on CUDA nothing has been measured, and
+# no row is too few.
 FLOORS = {
     ("apt", torch.float32): (128, 200),
     ("apt", torch.bfloat16): (0, 512),
@@ -49,6 +50,8 @@ def own_forward_because(kind, module, x):
     """
     if _too_few_rows(kind.op, x):
         return "too few rows"
+    if x.dim() not in module.petl_settings.axes:
+        return f"inputs of {x.dim()} axes"
     return own_forward_for_now(kind, module, x.device.type, x.dtype)
 
 
@@ -62,10 +65,11 @@ def own_forward_for_now(kind, module, device, dtype):
     if tuple(map(type, modules[1:])) != settings.parts:
         return "a part was replaced"
     for index, name, value in settings.attributes:
-        if getattr(modules[index], name, None) != value:
+        now = getattr(modules[index], name, None)
+        if now is not value and now != value:  # NaN is not equal to itself
             return f"{name} was changed"
-    if any(map(is_hooked, modules[1:])):
-        return "a part carries a hook"
+    if beside := next(filter(None, map(beside_its_class, modules[1:])), ""):
+        return beside
     if device == "cuda":
         width, inner = kind.sizes(module)
         if width % 8 or width > 8192 or inner > _CUDA_LIMITS[kind.op]:
@@ -83,10 +87,13 @@ def own_forward_below(op, device, dtype):
     return ", ".join(f"{name} gradients {size}" for name, size in sizes)
 
 
-def is_hooked(part):
-    """Whether its call does more than its class's forward: by hooks, or a forward of the instance."""
-    hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-    return bool(hooks) or ("forward" in vars(part) and not _only_moves_inputs(part))
+def beside_its_class(part):
+    """What its call does beside its class's forward; "" where it does nothing."""
+    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+        return "a part carries a hook"
+    if "forward" in vars(part) and not _only_moves_inputs(part):
+        return "a part has a forward of its own"
+    return ""
 
 
 def _only_moves_inputs(part):

@@ -6,8 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from petl_ext.ops.adapter import ACTIVATIONS
-
 
 class Settings(NamedTuple):
     """What was found out about a module when it was recognised; the module keeps it as `petl_settings`.
@@ -17,12 +15,14 @@ class Settings(NamedTuple):
         adds_residual: whether a bottleneck adds its residual.
         parts: the classes of the modules inside it.
         attributes: of it and of its parts, what `plain_attributes` gives: its forward may go by them.
+        axes: how many its inputs may have for the op to give what its forward gives.
     """
 
     activation: str = ""
     adds_residual: bool = True
     parts: tuple = ()
     attributes: tuple = ()
+    axes: tuple = (3,)
 
 
 class Kind:
@@ -59,9 +59,9 @@ class Kind:
         raise NotImplementedError
 
     @staticmethod
-    def examples(module, draw):
-        """Arguments for its forward that together tell the kind's formula from any other; `draw` makes a random tensor
-        of a shape."""
+    def examples(module, draw, *size):
+        """[arguments for its forward, ...] that together tell the kind's formula from any other, of `size` rows; none
+        where it knows no inputs of so many axes. `draw` makes a random tensor of a shape."""
         raise NotImplementedError
 
     @staticmethod
@@ -98,6 +98,11 @@ def plain_attributes(module):
     )
 
 
+def own_forward(cls):
+    """A class's forward as it is without `patch_class`."""
+    return getattr(cls.forward, "petl_original", cls.forward)
+
+
 def names_in(module):
     """The names of what it holds: parts, parameters and buffers."""
     tables = (module._modules, module._parameters, module._buffers)
@@ -126,7 +131,7 @@ def refuse_bottleneck(down, up, norm=None):
     if norm is None:
         return ""
     if type(norm) is not nn.LayerNorm or norm.normalized_shape != (width,) or norm.bias is None:
-        return f"its norm is {described(norm)}, not nn.LayerNorm({width})"
+        return f"its norm is {described(norm)}, not nn.LayerNorm({width}) with a weight and a bias"
     return ""
 
 
@@ -136,31 +141,22 @@ def refuse_scale(scale):
     return "" if type(scale) in (int, float) else f"its scale is {described(scale)}"
 
 
-def refuse_activation(function, known=tuple(ACTIVATIONS)):
-    found = activation_of(function)
-    return "" if found in known else f"its activation is {described(function)}, not {' or '.join(known)}"
-
-
 def refuse_dropout(part):
     return "" if type(part) is nn.Dropout else f"its dropout is {described(part)}, not nn.Dropout"
 
 
 def described(part):
-    if isinstance(part, nn.Module):
-        return type(part).__name__ if part._modules else repr(part)
-    return getattr(part, "__name__", None) or repr(part)
-
-
-def activation_of(function):
-    """What the ops call that which `function` computes, "softmax" over the last axis included; None: nothing."""
-    if type(function) is nn.Softmax:
-        return "softmax" if function.dim == -1 else None
-    x = torch.linspace(-4, 4, 33, dtype=torch.float64, device="cpu")
-    try:
-        y = function(x.clone())
-        return next((name for name, known in ACTIVATIONS.items() if torch.allclose(y, known(x), 1e-12, 1e-12)), None)
-    except Exception:  # It is other people's and may do anything; then it is none of ours.
-        return None
+    """What it is, in a few words."""
+    if isinstance(part, nn.Sequential):
+        return f"Sequential({', '.join(type(layer).__name__ for layer in part)})"
+    if isinstance(part, torch.Tensor):
+        return f"a tensor of the shape {list(part.shape)}"
+    if not isinstance(part, nn.Module):
+        return getattr(part, "__name__", None) or repr(part)
+    its_class = type(part)
+    if getattr(nn, its_class.__name__, its_class) is not its_class:
+        return f"{its_class.__module__}.{its_class.__name__}"  # It has the name of one of PyTorch's.
+    return its_class.__name__ if part._modules else repr(part)
 
 
 def dropout_of(part):

@@ -4,16 +4,15 @@ from torch import nn
 
 from petl_ext.attach.site import Composable
 from petl_ext.ops.adapter import adapter
+from petl_ext.patch.activation import activation_of, refuse_activation
 from petl_ext.patch.dispatch import own_forward_because
 from petl_ext.patch.kind import (
     Kind,
     Settings,
-    activation_of,
     described,
     dropout_of,
     names_in,
     promoted,
-    refuse_activation,
     refuse_bottleneck,
     refuse_dropout,
     refuse_names,
@@ -42,10 +41,10 @@ class LibraryAdapter(Kind):
 
     @staticmethod
     def refusal(module):
-        if getattr(module, "use_gating", False):
+        if "gate" in names_in(module):
             return "it has a gate"
-        if getattr(module, "add_layer_norm_after", False):
-            return "it ends in a LayerNorm"
+        if "adapter_norm_after" in names_in(module):
+            return f"it ends in {described(module.adapter_norm_after)}"
         norm = ("adapter_norm_before",) if getattr(module, "add_layer_norm_before", False) else ()
         names = ("adapter_down", "adapter_up", "non_linearity", "dropout", *norm)
         if reason := refuse_names(module, names, ("scaling",)):
@@ -67,9 +66,9 @@ class LibraryAdapter(Kind):
         return [Settings(activation, adds_residual) for adds_residual in (True, False)]
 
     @staticmethod
-    def examples(module, draw):
+    def examples(module, draw, *size):
         width = module.adapter_up.out_features
-        return [(draw(2, 3, width), draw(2, 3, width))]
+        return [(draw(*size, width), draw(*size, width))]
 
     @staticmethod
     def compute(module, x, residual_input, output_gating=False):

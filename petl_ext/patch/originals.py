@@ -7,16 +7,15 @@ from petl_ext.attach.site import Composable
 from petl_ext.ops.adapter import ACTIVATIONS, adapter
 from petl_ext.ops.apt import apt
 from petl_ext.ops.attention_pool import attention_pool
+from petl_ext.patch.activation import activation_of, refuse_activation
 from petl_ext.patch.dispatch import own_forward_because
 from petl_ext.patch.kind import (
     Kind,
     Settings,
-    activation_of,
     described,
     dropout_of,
     names_in,
     promoted,
-    refuse_activation,
     refuse_bottleneck,
     refuse_dropout,
     refuse_linear,
@@ -53,6 +52,8 @@ class PromptDiffusion(Kind):
             return f"mm is {described(pair)}, not a Sequential of two Linear"
         if any(part.bias is not None for part in pair):
             return "mm has a bias"
+        if not isinstance(prompts, torch.Tensor):
+            return f"mm_tokens is {described(prompts)}, not a parameter"
         if prompts.dim() != 2 or not prompts.size(1) == pair[0].in_features == pair[1].out_features:
             sizes = f"{pair[0].in_features} to {pair[1].out_features}"
             return f"mm_tokens has the shape {list(prompts.shape)}, but mm goes from {sizes}"
@@ -67,9 +68,9 @@ class PromptDiffusion(Kind):
         return [Settings(activation_of(module.activation))]
 
     @staticmethod
-    def examples(module, draw):
+    def examples(module, draw, *size):
         width = module.mm_tokens.size(1)
-        return [(draw(2, 3, width), draw(2, 3, width))]
+        return [(draw(*size, width), draw(*size, width))]
 
     @staticmethod
     def compute(module, x, res):
@@ -125,8 +126,8 @@ class Bottleneck(Kind):
         return [Settings(name) for name in (ACTIVATIONS if activation is None else [activation_of(activation)])]
 
     @staticmethod
-    def examples(module, draw):
-        return [(draw(2, 3, Bottleneck.sizes(module)[0]),)]
+    def examples(module, draw, *size):
+        return [(draw(*size, Bottleneck.sizes(module)[0]),)]
 
     @staticmethod
     def compute(module, x):
@@ -184,8 +185,8 @@ class ParallelAdapter(Kind):
         return [Settings(activation_of(module.non_linear_func))]
 
     @staticmethod
-    def examples(module, draw):
-        x, residual = (draw(2, 3, module.down_proj.in_features) for _ in range(2))
+    def examples(module, draw, *size):
+        x, residual = (draw(*size, module.down_proj.in_features) for _ in range(2))
         return [(x,), (x, False), (x, True, residual), (x, False, residual)]
 
     @staticmethod
@@ -256,7 +257,9 @@ class CrossAttention(Kind):
         if type(heads) is not int or heads < 1 or inner % heads:
             return f"num_heads is {heads!r}, for a width of {inner}"
         if value.in_features != key.in_features or {value.out_features, key.out_features, merge.in_features} != {inner}:
-            return "its projections do not fit together"
+            parts = {"linear_v": value, "linear_k": key, "linear_q": query, "linear_merge": merge}
+            sizes = [f"{name} goes from {part.in_features} to {part.out_features}" for name, part in parts.items()]
+            return f"its projections do not fit together: {', '.join(sizes)}"
         return ""
 
     @staticmethod
@@ -264,10 +267,14 @@ class CrossAttention(Kind):
         return [Settings()]
 
     @staticmethod
-    def examples(module, draw):
-        visual, query = draw(3, 5, module.linear_v.in_features), draw(3, 1, module.linear_q.in_features)
-        hidden = torch.zeros(3, 1, 1, 5, dtype=torch.bool, device="cpu")
-        hidden[1, ..., 3:], hidden[2] = True, True
+    def examples(module, draw, *size):
+        if len(size) != 2:
+            return []
+        batch, tokens = size
+        visual, query = draw(*size, module.linear_v.in_features), draw(batch, 1, module.linear_q.in_features)
+        hidden = torch.zeros(batch, 1, 1, tokens, dtype=torch.bool, device="cpu")
+        # The last tokens of one sample, all of the next.
+        hidden[0, ..., (tokens + 1) // 2 :], hidden[1:2] = True, True
         return [(visual, visual, query, None), (visual, visual, query, hidden)]
 
     @staticmethod

@@ -34,13 +34,14 @@ def patch(model):
 
     Known are the prompt diffusion of APT's code, the bottleneck and parallel adapters of APT, DAS and DVP, the
     cross-attention of DVP, and the bottlenecks of the library `adapters`. A module is recognised by the names and
-    shapes of its parts, wherever its class comes from, and checked by what its own forward computes on random
-    parameters and inputs in float64. It becomes an instance of a subclass of its class; parameters, state-dict keys,
+    shapes of its parts, wherever its class comes from, and checked by what its own forward returns, passes back and
+    leaves behind: that of a copy runs on random parameters and inputs in float64, and whatever it does outside of the
+    module happens then. The module becomes an instance of a subclass of its class; parameters, state-dict keys,
     hooks and attributes stay, and so do copies and pickles of it.
 
     Its own forward still runs where there is no kernel for a call (dropout in training, float64, attention of several
-    queries, another device) and where it is faster, as for few rows: `report()` tells. What is left alone, and why, is
-    there too. A model that is patched already stays so; what is new in it is patched.
+    queries, inputs of unusual axes, another device) and where it is faster, as for few rows: `report()` tells. What is
+    left alone, and why, is there too. A model that is patched already stays so; what is new in it is patched.
 
     Patch after loading weights and moving to a device or before, as you like, but before torch.compile.
 
@@ -56,10 +57,11 @@ def patch(model):
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
+    probed = {}
     found = [
         (name, module, recognised)
         for name, module in model.named_modules()
-        if not kind_of(module) and (recognised := recognise(module))
+        if not kind_of(module) and (recognised := recognise(module, probed))
     ]
     if not any(kind_of(module) for module in model.modules()):
         _check_some(model, [(name, recognised) for name, _, recognised in found])
@@ -121,10 +123,10 @@ def _check_some(model, found):
 
 
 def _rows(model):
-    rows = []
+    rows, probed = [], {}
     for name, module in model.named_modules():
         if kind := kind_of(module):
             rows.append(patched_row(name, module, kind))
-        elif recognised := recognise(module):
+        elif recognised := recognise(module, probed):
             rows.append(left_alone_row(name, module, recognised))
     return rows
