@@ -3,10 +3,7 @@
 import importlib
 
 from petl_ext import ops
-
-# The functions take the names of the packages petl_ext.attach and petl_ext.patch, from which everything can still be
-# imported.
-from petl_ext.attach import (
+from petl_ext.attaching import (
     AdapterConfig,
     APTConfig,
     Attachment,
@@ -20,7 +17,7 @@ from petl_ext.attach import (
     load,
 )
 from petl_ext.nn import AdapterLayer, APTLayer, VisualPromptLayer
-from petl_ext.patch import patch, patch_class, unpatch, unpatch_class
+from petl_ext.patching import patch, patch_class, unpatch, unpatch_class
 from petl_ext.search import DepthSearch, PlacementSearch
 
 __version__ = "0.1.0"

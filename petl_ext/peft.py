@@ -28,9 +28,9 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, register_peft_method
 from torch import nn
 
-from petl_ext.attach.attach import unchanged_on_error
-from petl_ext.attach.families import FAMILIES, SITE_CLASSES, family_of
-from petl_ext.attach.site import Site, composed, has_device_hook, location_beside, width_of
+from petl_ext.attaching.families import FAMILIES, SITE_CLASSES, family_of
+from petl_ext.attaching.sites.site import Site, location_beside, width_of
+from petl_ext.composing import composed, has_device_hook, unchanged_on_error
 from petl_ext.nn.apt import APTLayer, apt_output, current_keys, frozen_keys
 
 METHOD = "petl_apt"

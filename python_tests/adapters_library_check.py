@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel
 
 import petl_ext
-from petl_ext.patch import dispatch
+from petl_ext.patching import dispatch
 
 FUSED = {
     "sequential": adapters.SeqBnConfig(),

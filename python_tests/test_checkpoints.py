@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import petl_ext
-from petl_ext.attach import AdapterConfig, APTConfig, DASConfig, DeepPromptConfig
+from petl_ext.attaching import AdapterConfig, APTConfig, DASConfig, DeepPromptConfig
 from petl_ext.models import (
     MeterForImageAndTextRetrieval,
     MeterForImagesAndTextClassification,
@@ -473,8 +473,8 @@ DAMAGE = [
     (lambda s: s.update({"transformer.extra": torch.ones(1)}), r"unknown keys \(1\): transformer.extra$"),
     (lambda s: s.update({"vqa_classifier.7.bias": torch.ones(1)}), r"unknown keys \(1\): vqa_classifier.7.bias$"),
     (
-        lambda s: s.update({f"transformer.blocks.{i}.norm1.weight": torch.ones(32) for i in range(2, 12)}),
-        r"unknown keys \(10\): transformer.blocks.2.norm1.weight, .*blocks.9.norm1.weight and 2 more$",
+        lambda s: s.update({f"transformer.blocks.{i}.norm1.weight": torch.ones(32) for i in range(2, 16)}),
+        r"unknown keys \(14\): transformer.blocks.2.norm1.weight, .*blocks.13.norm1.weight and 2 more$",
     ),
     (
         lambda s: s.update({f"transformer.blocks.{i}.norm1.weight": torch.ones(32) for i in range(2, 10)}),

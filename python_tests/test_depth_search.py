@@ -15,7 +15,7 @@ from two_processes import in_two_processes, refusal_of_other_draws
 
 import petl_ext
 from petl_ext import DepthSearch
-from petl_ext.attach import LayerCosts
+from petl_ext.attaching import LayerCosts
 from petl_ext.search.goal import MacBudget
 
 DIM, LAYERS = 8, 8

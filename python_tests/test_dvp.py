@@ -46,7 +46,7 @@ from transformers import (
 from transformers_names import CHECKPOINTING_ARGUMENT, disable_checkpointing, enable_checkpointing
 
 from petl_ext import AdapterLayer
-from petl_ext.cost import count_macs
+from petl_ext.counting import count_macs
 from petl_ext.models import DVPT5, DVPBert, DVPLlama
 
 every_family = pytest.mark.parametrize("family", CLASSES)

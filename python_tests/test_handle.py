@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, ViltModel
 import petl_ext
 from petl_ext import APTConfig, ClassifierOnlyConfig, DeepPromptConfig, FullTuningConfig
 from petl_ext import folder as folder_module
-from petl_ext.cost import count_macs
+from petl_ext.counting import count_macs
 from petl_ext.ops import cpu_path
 
 KEPT = 2565

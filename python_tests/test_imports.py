@@ -14,11 +14,13 @@ PACKAGE = ROOT / "petl_ext"
 # From the bottom up; a module imports from its own entry and from lower lines. "" is petl_ext/__init__.py.
 LEVELS = [
     {"_C"},
+    {"printing", "checks", "composing", "losses"},
+    {"saving", "counting"},
     {"ops"},
-    {"nn", "cost", "folder", "losses"},
-    {"attach"},
+    {"nn", "patching"},
+    {"attaching"},
     {"models"},
-    {"tasks", "search", "patch"},
+    {"tasks", "search"},
     {""},
     {"hf", "peft"},
     {"demo"},
@@ -29,7 +31,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 
 def entry_of(path):
-    """The top-level entry of petl_ext that a file belongs to: "attach" for petl_ext/attach/report.py."""
+    """The top-level entry of petl_ext that a file belongs to: "attaching" for petl_ext/attaching/report.py."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return "" if parts == ("__init__",) else parts[0]
 
@@ -68,16 +70,16 @@ def test_python_imports_go_down(path):
     ("file", "source", "wrong"),
     [
         ("ops/apt.py", "from petl_ext.nn import APTLayer", ["nn"]),
-        ("nn/apt.py", "import petl_ext.attach.report", ["attach"]),
-        ("attach/config.py", "def late():\n    from petl_ext.tasks.vqa import loss", ["tasks"]),
-        ("attach/config.py", "from petl_ext import attach, APTLayer", [""]),
-        ("attach/config.py", "from ..search import bandit", ["search"]),
-        ("attach/config.py", "from .. import search", ["search"]),
-        ("attach/config.py", "from . import report", []),
+        ("nn/apt.py", "import petl_ext.attaching.report", ["attaching"]),
+        ("attaching/report.py", "def late():\n    from petl_ext.tasks.vqa import loss", ["tasks"]),
+        ("attaching/report.py", "from petl_ext import attach, APTLayer", [""]),
+        ("attaching/report.py", "from ..search import bandit", ["search"]),
+        ("attaching/report.py", "from .. import search", ["search"]),
+        ("attaching/report.py", "from . import report", []),
         ("models/meter/model.py", "from petl_ext.search import bandit", ["search"]),
-        ("attach/config.py", "from petl_ext.models import MeterModel", ["models"]),
+        ("attaching/report.py", "from petl_ext.models import MeterModel", ["models"]),
         ("tasks/vqa.py", "from petl_ext import APTLayer", [""]),
-        ("tasks/vqa.py", "from petl_ext import ops\nimport petl_ext.attach", []),
+        ("tasks/vqa.py", "from petl_ext import ops\nimport petl_ext.attaching", []),
         ("hf.py", "from petl_ext import APTLayer\nfrom petl_ext.search import bandit", []),
     ],
 )
@@ -124,7 +126,7 @@ def test_parts_that_need_more_than_torch_are_there_on_demand():
 import sys
 import petl_ext
 assert "transformers" not in sys.modules
-assert petl_ext.hf.SearchCallback and petl_ext.models.MeterModel and petl_ext.cost.count_macs
+assert petl_ext.hf.SearchCallback and petl_ext.models.MeterModel and petl_ext.counting.count_macs
 assert not hasattr(petl_ext, "nothing")
 """
     subprocess.run([sys.executable, "-c", script], check=True)

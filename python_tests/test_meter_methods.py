@@ -9,7 +9,7 @@ from tiny_vilt import randomise, snapshot
 
 import petl_ext
 from petl_ext import AdapterConfig, APTConfig, ClassTokenConfig, DASConfig
-from petl_ext.cost import count_macs
+from petl_ext.counting import count_macs
 from petl_ext.models import MeterConfig, MeterForImagesAndTextClassification, MeterModel
 from petl_ext.ops import apt_reference
 

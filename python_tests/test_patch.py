@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import petl_ext
-from petl_ext.patch import dispatch
-from petl_ext.patch.patch import kind_of
+from petl_ext.patching import dispatch
+from petl_ext.patching.patch import kind_of
 
 DIM = 64
 DRAWS = 4  # Which of two errors is smaller in one draw of few numbers, each rounded several times, is luck.

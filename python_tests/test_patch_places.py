@@ -9,8 +9,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import petl_ext
-from petl_ext.patch import dispatch
-from petl_ext.patch.patch import kind_of
+from petl_ext.patching import dispatch
+from petl_ext.patching.patch import kind_of
 
 DIM = 32
 

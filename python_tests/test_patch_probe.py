@@ -9,8 +9,8 @@ from original_modules import Adapter, Cross_Attention, ParallelAdapter, approxim
 from torch import nn
 
 import petl_ext
-from petl_ext.patch import dispatch, probe, recognise
-from petl_ext.patch.patch import kind_of
+from petl_ext.patching import dispatch, probe, recognise
+from petl_ext.patching.patch import kind_of
 
 DIM = 32
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import petl_ext
 from petl_ext import AdapterConfig, APTConfig, DASConfig
-from petl_ext.attach.families import FAMILIES
+from petl_ext.attaching.families import FAMILIES
 from petl_ext.ops import apt_reference
 
 DIM = 8

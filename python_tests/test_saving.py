@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
 import petl_ext
-from petl_ext.attach import folder as attach_folder
-from petl_ext.folder import CONFIG_FILE, WEIGHTS_FILE, read_files, write_files, written_whole
+from petl_ext.attaching import folder as attach_folder
 from petl_ext.models import DVPBert
+from petl_ext.saving import CONFIG_FILE, WEIGHTS_FILE, read_files, write_files, written_whole
 from petl_ext.search import DepthSearch
 
 SIZES = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
@@ -89,7 +89,7 @@ def test_modes_are_what_the_umask_says(umask, tmp_path):
 
 SAVE_AND_DIE = """
 import os, signal, sys, torch
-from petl_ext.folder import write_files
+from petl_ext.saving import write_files
 
 folder, renames, done = sys.argv[1], int(sys.argv[2]), []
 
@@ -154,7 +154,7 @@ def test_a_full_disk_is_an_os_error(tmp_path):
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     code = (
-        "import resource, torch; from petl_ext.folder import write_files;"
+        "import resource, torch; from petl_ext.saving import write_files;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         f"write_files({str(tmp_path / 'saved')!r}, {{}}, {{'weight': torch.zeros(10000)}})"

@@ -18,7 +18,7 @@ from transformers_names import CACHE, enable_checkpointing
 
 import petl_ext
 from petl_ext import APTConfig, DASConfig
-from petl_ext.cost import count_macs
+from petl_ext.counting import count_macs
 from petl_ext.ops import adapter_reference
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

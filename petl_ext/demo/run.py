@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from petl_ext import AdapterConfig, APTConfig, ClassifierOnlyConfig, DeepPromptConfig, FullTuningConfig
-from petl_ext.attach.attachment import Attachment
-from petl_ext.cost import count_macs
+from petl_ext.attaching.handle import Attachment
+from petl_ext.counting import count_macs
 from petl_ext.demo.report import Measured, write_report
 from petl_ext.demo.search import DAS, find_layers
 from petl_ext.demo.training import BOTTLENECK, BarOnly, Method, Run, one_quiet_thread, size_of

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from petl_ext.checks import check_choice, check_positive_integer, check_probability, check_switch
 from petl_ext.ops.adapter import ACTIVATIONS, adapter, adapter_reference
 
 INITIAL_STD = 0.02
@@ -58,10 +59,8 @@ class AdapterLayer(nn.Module):
     ):
         super().__init__()
         for name, value in (("dim", dim), ("bottleneck", bottleneck)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"AdapterLayer: {name} must be a positive integer, got {value!r}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f'AdapterLayer: activation must be "relu", "gelu" or "silu", got {activation!r}')
+            check_positive_integer(f"AdapterLayer: {name}", value)
+        check_choice("AdapterLayer: activation", activation, ACTIVATIONS)
         switches = {
             "layer_norm": layer_norm,
             "residual": residual,
@@ -69,12 +68,10 @@ class AdapterLayer(nn.Module):
             "zero_init": zero_init,
         }
         for name, value in switches.items():
-            if type(value) is not bool:
-                raise ValueError(f"AdapterLayer: {name} must be True or False, got {value!r}")
+            check_switch(f"AdapterLayer: {name}", value)
         if type(scale) not in (int, float) or not math.isfinite(scale):
             raise ValueError(f"AdapterLayer: scale must be a finite number, got {scale!r}")
-        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-            raise ValueError(f"AdapterLayer: dropout must lie in [0, 1), got {dropout!r}")
+        check_probability("AdapterLayer: dropout", dropout)
         self.activation = activation
         self.scale = scale
         self.residual = residual

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from petl_ext.checks import check_choice, check_positive_integer, check_probability, check_switch
 from petl_ext.nn.frozen import Frozen
 from petl_ext.ops.apt import apt, apt_reference
 
@@ -76,14 +77,10 @@ class APTLayer(nn.Module):
     ):
         super().__init__()
         for name, value in (("dim", dim), ("num_prompts", num_prompts), ("rank", rank)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"APTLayer: {name} must be a positive integer, got {value!r}")
-        if activation not in ("relu", "softmax"):
-            raise ValueError(f'APTLayer: activation must be "relu" or "softmax", got {activation!r}')
-        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-            raise ValueError(f"APTLayer: dropout must lie in [0, 1), got {dropout!r}")
-        if type(train_scale) is not bool:
-            raise ValueError(f"APTLayer: train_scale must be True or False, got {train_scale!r}")
+            check_positive_integer(f"APTLayer: {name}", value)
+        check_choice("APTLayer: activation", activation, ("relu", "softmax"))
+        check_probability("APTLayer: dropout", dropout)
+        check_switch("APTLayer: train_scale", train_scale)
         self.activation = activation
         self.dropout = dropout
         place = {"device": device, "dtype": dtype}

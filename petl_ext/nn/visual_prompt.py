@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from petl_ext.checks import check_positive_integer, check_probability
 from petl_ext.ops.attention_pool import attention_pool, attention_pool_reference
 
 
@@ -38,14 +39,12 @@ class VisualPromptLayer(nn.Module):
         inner_dim = dim if inner_dim is None else inner_dim
         sizes = {"dim": dim, "num_heads": num_heads, "visual_dim": visual_dim, "inner_dim": inner_dim}
         for name, value in sizes.items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"VisualPromptLayer: {name} must be a positive integer, got {value!r}")
+            check_positive_integer(f"VisualPromptLayer: {name}", value)
         if inner_dim % num_heads:
             raise ValueError(
                 f"VisualPromptLayer: inner_dim must be a multiple of num_heads {num_heads}, got {inner_dim}"
             )
-        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-            raise ValueError(f"VisualPromptLayer: dropout must lie in [0, 1), got {dropout!r}")
+        check_probability("VisualPromptLayer: dropout", dropout)
         self.num_heads = num_heads
         self.dropout = dropout
         place = {"device": device, "dtype": dtype}

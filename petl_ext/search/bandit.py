@@ -4,6 +4,8 @@ import math
 import random
 import sys
 
+from petl_ext.checks import check_choice, check_positive_integer, check_positive_number, check_switch
+
 REDRAWS = 100
 
 
@@ -45,17 +47,13 @@ class Bandit:
     """
 
     def __init__(self, num_arms, seed=0, step_size=1.0, probability="sigmoid", temperature=1.0, baseline=True):
-        if type(num_arms) is not int or num_arms < 1:
-            raise ValueError(f"Bandit: num_arms must be a positive integer, got {num_arms!r}")
+        check_positive_integer("Bandit: num_arms", num_arms)
         if type(seed) is not int:
             raise ValueError(f"Bandit: seed must be an integer, got {seed!r}")
         for name, value in (("step_size", step_size), ("temperature", temperature)):
-            if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise ValueError(f"Bandit: {name} must be a positive number, got {value!r}")
-        if not isinstance(probability, str) or probability not in LOG_PROBABILITIES:
-            raise ValueError(f'Bandit: probability must be "sigmoid" or "softmax", got {probability!r}')
-        if type(baseline) is not bool:
-            raise ValueError(f"Bandit: baseline must be True or False, got {baseline!r}")
+            check_positive_number(f"Bandit: {name}", value)
+        check_choice("Bandit: probability", probability, LOG_PROBABILITIES)
+        check_switch("Bandit: baseline", baseline)
         self.seed = seed
         self.step_size = step_size
         self.probability = probability
@@ -91,8 +89,7 @@ class Bandit:
         Raises:
             ValueError: size is no positive integer or, without replacement, more than there are arms.
         """
-        if type(size) is not int or size < 1:
-            raise ValueError(f"Bandit: size must be a positive integer, got {size!r}")
+        check_positive_integer("Bandit: size", size)
         if not replacement and size > self.num_arms:
             raise ValueError(f"Bandit: {size} different arms asked for, there are {self.num_arms}")
         generator = self._generator()

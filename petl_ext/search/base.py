@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from petl_ext.folder import written_whole
+from petl_ext.saving import written_whole
 from petl_ext.search.bandit import Bandit, are_numbers
 
 logger = logging.getLogger("petl_ext")

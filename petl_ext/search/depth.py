@@ -9,7 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from petl_ext.attach import LayerCosts
+from petl_ext.attaching import LayerCosts
+from petl_ext.composing import HANDLE
 from petl_ext.search.base import Constants, Search, check_callable, number_of, unwrapped
 from petl_ext.search.goal import NumberOfLayers, new_goal
 
@@ -81,8 +82,8 @@ class DepthSearch(Search):
         model: with a `petl_ext.DASConfig` attached; DistributedDataParallel around it may be there or not.
         num_skip: how many layers to skip.
         max_macs: in its place, the greatest share of the bare backbone's multiply-accumulates that may remain.
-        inputs: what `petl_ext.cost.count_macs` takes, for max_macs and `macs`; or the `LayerCosts` counted before, of
-            the same layers in any order.
+        inputs: what `petl_ext.counting.count_macs` takes, for max_macs and `macs`; or the `LayerCosts` counted before,
+            of the same layers in any order.
         seed: an integer.
         reward: from a loss, averaged over processes, to a number that is larger for a better subset.
         process_group: the torch.distributed group to average over; None: all processes.
@@ -331,7 +332,7 @@ class DepthSearch(Search):
 
 
 def _skippable(model):
-    attachment = getattr(model, "petl_attachment", None)
+    attachment = getattr(model, HANDLE, None)
     if not getattr(attachment, "layers", ()):
         found = "nothing is attached" if attachment is None else f"attached is {attachment.config}"
         raise ValueError(

@@ -6,7 +6,7 @@ None where these layers cannot reach the goal. No subset that it makes contains 
 
 from dataclasses import dataclass
 
-from petl_ext.attach import LayerCosts
+from petl_ext.attaching import LayerCosts
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from petl_ext.folder import written_whole
+from petl_ext.saving import written_whole
 
 KEPT = "0.75"
 DRAWN, SELECTED = "#c6d4e6", "#1f3b63"

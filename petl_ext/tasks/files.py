@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from petl_ext.folder import written_whole
+from petl_ext.saving import written_whole
 
 
 def read_json(path: str | Path, object_pairs_hook: Callable[[list], Any] | None = None) -> Any:

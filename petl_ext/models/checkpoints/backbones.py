@@ -5,12 +5,12 @@ adapters have the names of the sequential ones.
 import dataclasses
 from typing import NamedTuple
 
-from petl_ext.attach.amend import add_class_token, freeze_scales
-from petl_ext.attach.attach import unchanged_on_error
+from petl_ext.attaching.amend import add_class_token, freeze_scales
+from petl_ext.composing import unchanged_on_error
 from petl_ext.models.checkpoints.adapt import second_row
 from petl_ext.models.checkpoints.plan import Layout, attached_configs, fill, opened, places_of
-from petl_ext.models.checkpoints.report import listed
 from petl_ext.models.checkpoints.rules import LayerNames, Rule, lookup, rule
+from petl_ext.printing import listed
 
 APT = LayerNames(
     "APTConfig(num_prompts={num_prompts}, rank={rank})",

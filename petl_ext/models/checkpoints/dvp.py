@@ -3,7 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
-from petl_ext.attach.attach import unchanged_on_error
+from petl_ext.composing import unchanged_on_error
 from petl_ext.models.checkpoints import origins
 from petl_ext.models.checkpoints.backbones import SEQUENTIAL_ADAPTER
 from petl_ext.models.checkpoints.clip import CLIP_PROJ, visual_rules

@@ -1,7 +1,7 @@
 """Which code base a file is of, told by its keys."""
 
-from petl_ext.models.checkpoints.report import listed
 from petl_ext.models.checkpoints.rules import pattern
+from petl_ext.printing import listed
 
 VILT, METER = "an original ViLT checkpoint", "an original METER checkpoint"
 DVP = {

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from petl_ext.attach.attachment import HANDLE
+from petl_ext.composing import HANDLE
 from petl_ext.models.checkpoints.origins import check_origin
 from petl_ext.models.checkpoints.read import read
-from petl_ext.models.checkpoints.report import CheckpointReport, KeyOutcome, listed
+from petl_ext.models.checkpoints.report import CheckpointReport, KeyOutcome
 from petl_ext.models.checkpoints.rules import lookup, pattern, rule_of
+from petl_ext.printing import listed
 
 UNKNOWN = "unknown keys"
 TIED = "two tensors in the file, one in the model; set config.tie_word_embeddings = False before it is made"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from petl_ext.folder import read_tensors
+from petl_ext.saving import read_tensors
 
 # Older versions of Lightning use the class of a callback as the key of what the file holds of it. It is read as the
 # inert `LightningClass`.

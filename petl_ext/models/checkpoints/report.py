@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-LISTED = 8
-
 
 class KeyOutcome(NamedTuple):
     """What became of one key of the file.
@@ -58,11 +56,6 @@ class CheckpointReport:
             lines += _section(action, [str(outcome) for outcome in self.keys if outcome.action == action])
         lines += _section("not in the file", [f"{name}: {why}" for name, why in self.unfilled.items()])
         return "\n".join(lines)
-
-
-def listed(entries):
-    more = f" and {len(entries) - LISTED} more" if len(entries) > LISTED else ""
-    return (", ".join(entries[:LISTED]) or "none") + more
 
 
 def _section(title, entries):

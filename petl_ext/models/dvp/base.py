@@ -6,10 +6,11 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from petl_ext.folder import check_keys, check_sizes, fill, read_files, write_files
+from petl_ext.checks import check_positive_integer, check_switch
 from petl_ext.models.dvp.adapters import AdapterPlan, adapter_places, add_adapters, remove_adapters, replace_adapters
 from petl_ext.models.heads import checked_class_loss, checked_soft_target_loss, mlp_head
 from petl_ext.nn import VisualPromptLayer
+from petl_ext.saving import check_keys, check_sizes, fill, read_files, write_files
 
 HEAD_STD = 0.02
 # What folders saved before there were any do not have; they stand for the default.
@@ -302,8 +303,7 @@ class DVPModel(nn.Module):
             raise self._wrong(f"language_model must have {missing[0]!r}, which {type(model).__name__} lacks")
 
     def _checked_labels(self, num_labels):
-        if type(num_labels) is not int or num_labels < 1:
-            raise self._wrong(f"num_labels must be a positive integer, got {num_labels!r}")
+        check_positive_integer(f"{type(self).__name__}: num_labels", num_labels)
         return num_labels
 
     def _checked_visual_dim(self, visual_dim):
@@ -315,8 +315,7 @@ class DVPModel(nn.Module):
         return width if visual_dim is None else visual_dim
 
     def _checked_bottleneck(self, bottleneck):
-        if type(bottleneck) is not int or bottleneck < 1:
-            raise self._wrong(f"adapter_bottleneck must be a positive integer, got {bottleneck!r}")
+        check_positive_integer(f"{type(self).__name__}: adapter_bottleneck", bottleneck)
         if not self.options["use_adapters"]:
             raise self._wrong(f"adapter_bottleneck needs use_adapters=True, got {bottleneck!r} without")
         return bottleneck
@@ -325,8 +324,7 @@ class DVPModel(nn.Module):
         if self.options["candidates"] not in (None, "all"):
             raise self._wrong(f'candidates must be None or "all", got {self.options["candidates"]!r}')
         for name in ("original", "use_adapters"):
-            if type(self.options[name]) is not bool:
-                raise self._wrong(f"{name} must be True or False, got {self.options[name]!r}")
+            check_switch(f"{type(self).__name__}: {name}", self.options[name])
 
     def _wrong(self, message):
         return ValueError(f"{type(self).__name__}: {message}")

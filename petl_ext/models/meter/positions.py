@@ -5,6 +5,8 @@ import math
 import torch
 from torch.nn import functional
 
+from petl_ext.checks import check_positive_integer
+
 
 def resize_position_embeddings(weight, grid):
     """CLIP's position embeddings for another number of patches, as METER resizes them when it loads a checkpoint.
@@ -21,8 +23,7 @@ def resize_position_embeddings(weight, grid):
     Raises:
         ValueError: weight has no such shape, or grid is no positive integer.
     """
-    if type(grid) is not int or grid < 1:
-        raise ValueError(f"resize_position_embeddings: grid must be a positive integer, got {grid!r}")
+    check_positive_integer("resize_position_embeddings: grid", grid)
     old = grid_side(weight.size(0)) if weight.dim() == 2 else 0
     if old == 0:
         raise ValueError(

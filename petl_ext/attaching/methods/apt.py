@@ -1,0 +1,48 @@
+"""APT between an attention's projection and the dropout behind it."""
+
+from petl_ext.attaching.sites.output_modules import AttentionOutputSite
+from petl_ext.attaching.sites.projections import ATTENTIONS, ProjectionSite
+from petl_ext.attaching.sites.site import Site, fused_kernel
+from petl_ext.counting import apt_macs
+
+
+class APTSite(Site):
+    """A module with a child `apt`, an `APTLayer`."""
+
+    child = "apt"
+
+    @staticmethod
+    def macs(layer, tokens):
+        num_prompts, dim = layer.prompts.shape
+        return apt_macs(tokens, dim, num_prompts, layer.down.size(0))
+
+    @staticmethod
+    def kernel(layer):
+        return fused_kernel("apt", layer)
+
+
+class APTSelfOutput(AttentionOutputSite, APTSite):
+    """What the output module `dense -> dropout -> (LayerNorm)` of an attention becomes: ViLT, BERT, RoBERTa, METER.
+
+    `forward(hidden_states, input_tensor)`: what the attention's heads say and what the attention was given, both
+    [..., D]; returns [..., D]. Where there is a LayerNorm, it takes the sum with the residual, as in BERT.
+    """
+
+    looked_for = "attention output modules (dense, dropout, perhaps LayerNorm) beside a self-attention"
+
+    def forward(self, hidden_states, input_tensor):
+        hidden_states = self.dropout(self.apt(input_tensor, self.dense(hidden_states)))
+        if hasattr(self, "LayerNorm"):
+            hidden_states = self.LayerNorm(hidden_states + input_tensor)
+        return hidden_states
+
+
+class APTAttention(ProjectionSite, APTSite):
+    """What an attention becomes that ends in its projection: CLIP, T5, LLaMA, diffusers. In cross-attention too the
+    prompts are scored by what asks, the hidden states, as in METER."""
+
+    looked_for = "attentions that end in their projection"
+    kinds = ATTENTIONS
+
+    def changed(self, x, y):
+        return self.apt(x, y)

@@ -1,0 +1,109 @@
+"""A place in a model that carries a new layer, and the class that its module becomes there."""
+
+from typing import NamedTuple
+
+import torch
+
+from petl_ext.composing import Composable
+from petl_ext.ops import cpu_path
+
+
+class Place(NamedTuple):
+    """Where one new layer goes.
+
+    Attributes:
+        name: the dotted name of the module that carries it.
+        site_class: the `Site` that the module becomes.
+        lost: how many adapters inside that module fall away where it is skipped.
+    """
+
+    name: str
+    site_class: type
+    lost: int = 0
+
+    @property
+    def layer_name(self):
+        return f"{self.name}.{self.site_class.child}".lstrip(".")
+
+
+class Site(Composable):
+    """What a module becomes that carries a new layer. Its methods but `forward` answer questions about the layer.
+
+    Attributes:
+        child: the new layer's name in the module.
+        looked_for: what `candidates` finds, for error messages.
+    """
+
+    child: str
+    looked_for: str
+
+    @staticmethod
+    def candidates(model):
+        """{dotted name: module} of all in `model` that can become such a site."""
+        raise NotImplementedError
+
+    @staticmethod
+    def neighbour(module):
+        """The linear layer or norm in `module` that is as wide as the new layer and lies where it must lie."""
+        return module.dense
+
+    @classmethod
+    def check(cls, module):
+        """Raises a ValueError that says why a candidate, which looked like such a site, is none."""
+
+    @classmethod
+    def new_layer(cls, config, model, place):
+        neighbour = cls.neighbour(model.get_submodule(place.name))
+        return config.new_layer(width_of(neighbour), **location_beside(neighbour, model))
+
+    @staticmethod
+    def macs(layer, tokens):
+        """Multiply-accumulates of the layer for one sequence of `tokens` rows."""
+        raise NotImplementedError
+
+    @staticmethod
+    def counted_macs(place, attached, backbone):
+        """The same from two `MacCount`s: of the model and of the bare backbone, which may be None."""
+        return attached.of(place.layer_name)
+
+    @staticmethod
+    def kernel(layer):
+        """(what computes the layer, why it is not a kernel)."""
+        raise NotImplementedError
+
+
+def width_of(layer):
+    """How many features a linear layer, quantised or not, or a norm gives."""
+    return layer.out_features if hasattr(layer, "out_features") else layer.weight.size(0)
+
+
+def location_beside(neighbour, model):
+    """The device and dtype of a layer that joins `neighbour` in `model`, as a dict.
+
+    A quantised weight is a tensor of bytes or of 8-bit floats, or none at all (torch.ao). Then the dtype is that of the
+    model's first floating-point parameter.
+    """
+    weight = neighbour.weight
+    if isinstance(weight, torch.Tensor) and _can_compute(weight):
+        return {"device": weight.device, "dtype": weight.dtype}
+    floating = next((parameter for parameter in model.parameters() if _can_compute(parameter)), torch.empty(0))
+    return {"device": getattr(weight, "device", floating.device), "dtype": floating.dtype}
+
+
+def _can_compute(tensor):
+    """Whether it is of a floating-point dtype that torch calculates in, which those of 8 bits and less are not."""
+    return tensor.is_floating_point() and tensor.element_size() > 1
+
+
+def fused_kernel(op, layer):
+    """`Site.kernel` of a layer that calls `petl_ext.ops.<op>` and has a `dropout`."""
+    weight = next(layer.parameters())
+    device = weight.device.type
+    if layer.training and layer.dropout > 0:
+        return "reference", f"dropout {layer.dropout} in training"
+    if weight.dtype is torch.float64:
+        return "reference", "float64"
+    key = torch._C._dispatch_key_for_device(device)
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"petl_ext::{op}_forward", key):
+        return "none", f"this build holds no kernel for {device}"
+    return f"{op} ({device}, {cpu_path()})" if device == "cpu" else f"{op} ({device})", ""

@@ -1,0 +1,245 @@
+"""The handle of a `DASConfig`: which layers are skipped, now and for good."""
+
+import dataclasses
+from collections.abc import Iterable
+from contextlib import contextmanager
+
+from petl_ext.attaching.handle import Attachment
+from petl_ext.attaching.report import LayerCosts
+from petl_ext.attaching.skippable import SkippableLayer, layer_kinds, numbered_modules, strip
+from petl_ext.counting import count_macs
+
+
+class SkippingAttachment(Attachment):
+    """What `attach` put into a model for a `DASConfig`.
+
+    A skipped layer's own adapters get no gradients, and neither do the bypasses of the layers that run:
+    DistributedDataParallel needs `find_unused_parameters=True`, and where the set changes from step to step not
+    `static_graph`. torch.compile compiles anew for every set.
+
+    Attributes:
+        layers: dotted names of the layers that can be skipped; their indices are those of `skip`.
+    """
+
+    def __init__(self, model, config, keep, kept, layers):
+        places = [place for place in layers if issubclass(place.site_class, SkippableLayer)]
+        self.layers = tuple(place.name for place in places)
+        self._rewire = places[0].site_class.rewire
+        self._stacks = dict.fromkeys(name.rpartition(".")[0] for name in self.layers)
+        self._chosen = ()
+        self._removed = False
+        super().__init__(model, config, keep, kept, layers)
+        self.skip(config.skip)
+        if config.permanent:
+            self.remove_skipped()
+
+    @property
+    def config(self):
+        """The `DASConfig`, with the layers that are skipped now."""
+        return dataclasses.replace(self._config, skip=self._chosen, permanent=self._removed)
+
+    @config.setter
+    def config(self, config):
+        # Made anew when it is asked for: its checks take longer than a change of layers, which every step may bring.
+        self._config = config
+
+    @property
+    def skipped(self):
+        """Indices of the layers that are skipped, inside `disable` those that will be again, ascending."""
+        return self._chosen
+
+    def skip(self, layers, decodes=True):
+        """Skips these layers from the next forward on, and no others.
+
+        Args:
+            layers: indices into `layers`, or names from it, in any order.
+            decodes: whether the model may decode with a cache until the next call.
+
+        Raises:
+            ValueError: not a layer that can be skipped; or the model's layers are of several kinds, all of one would be
+                skipped, and with decodes a cache would then count no tokens.
+            RuntimeError: the model is disabled, or skipped layers have been removed.
+        """
+        self._check_attached()
+        self._check_switchable("skip")
+        chosen = self._indices_of(layers)
+        if decodes:
+            self._check_decodes(chosen)
+        self._switch(chosen)
+        self._chosen = chosen
+
+    def remove_skipped(self):
+        """Deletes the weights of the skipped layers and the bypasses of all others, for good.
+
+        State dict, memory and saved folders shrink; `load` does the same to a fresh model. Call it before an optimiser
+        is made. After it the set is fixed, and `disable` and `detach` raise: the backbone is gone.
+
+        Raises:
+            RuntimeError: the model is disabled, or this has been done.
+            ValueError: no layer is skipped.
+        """
+        self._check_attached()
+        self._check_switchable("remove_skipped")
+        skipped = {self.layers[index] for index in self.skipped}
+        if not skipped:
+            raise ValueError(f"remove_skipped: none of the {len(self.layers)} layers is skipped; call skip first")
+        self._leave_sites()
+        remaining = [place for place in self._places if self._remains(place, skipped)]
+        for place in set(self._places) - set(remaining):
+            self.model.get_submodule(place.name)._modules.pop(place.site_class.child, None)
+        self._places = tuple(remaining)
+        self._enter_sites()
+        for name in skipped:
+            strip(self._layer(name))
+        self._stacks.clear()  # it holds parts of the layers
+        self._removed = True
+        self._saved_names = tuple(self._tensors())
+
+    def layer_costs(self, inputs):
+        """Multiply-accumulates of every layer, of its bypass and of the bare backbone.
+
+        Args:
+            inputs: what `petl_ext.counting.count_macs` takes.
+
+        Returns:
+            A `LayerCosts`.
+
+        Raises:
+            RuntimeError: the model is disabled, or skipped layers have been removed.
+            ValueError: the layers' savings do not add up, as where a layer contains another one.
+        """
+        self._check_attached()
+        self._check_switchable("layer_costs")
+        return self._count_layers(inputs, self._count_backbone(inputs))
+
+    @contextmanager
+    def disable(self):
+        self._check_attached()
+        self._check_whole("disable")
+        if not self._disabled:
+            self._switch(())
+        try:
+            with super().disable():
+                yield self
+        finally:
+            if self._is_attached() and not self._disabled:
+                self._switch(self._chosen)
+
+    def detach(self):
+        self._check_attached()
+        self._check_whole("detach")
+        self._switch(())
+        for name in self.layers:
+            vars(self._layer(name)).pop("skipped", None)
+        super().detach()
+
+    def _count_backbone(self, inputs):
+        return None if self._removed else super()._count_backbone(inputs)
+
+    def _count_layers(self, inputs, backbone):
+        if self._removed or self._disabled:
+            return None
+        try:
+            self._switch(())
+            whole = count_macs(self.model, inputs)
+            self._switch(range(len(self.layers)))
+            bypassed = count_macs(self.model, inputs)
+        finally:
+            self._switch(self._chosen)
+        costs = LayerCosts(
+            backbone.total, whole.total, {name: [whole.of(name), bypassed.of(name)] for name in self.layers}
+        )
+        if whole.total - sum(costs.savings) != bypassed.total:
+            raise ValueError("layer_costs: what the layers save does not add up; does a layer contain another one?")
+        return costs
+
+    def _remains(self, place, skipped):
+        inside = any(f"{place.name}.".startswith(f"{name}.") for name in skipped)
+        return inside == issubclass(place.site_class, SkippableLayer)
+
+    def _idle(self, place):
+        skipped = [self.layers[index] for index in self.skipped]
+        inside = any(f"{place.name}.".startswith(f"{name}.") for name in skipped)
+        if issubclass(place.site_class, SkippableLayer):
+            return "" if inside else "its layer is not skipped"
+        return "its layer is skipped" if inside else ""
+
+    def _take_over(self, saved, folder):
+        ours, theirs = self.config, saved.config
+        self._check_same(saved._replace(config=_with_skips_of(ours, theirs)), folder)
+        if ours.permanent:
+            self._fill(saved.tensors, folder)
+            return
+        self._check_switchable("load")
+        chosen = self._indices_of(theirs.skip)
+        self._fill(saved.tensors, folder)
+        self.skip(chosen)
+
+    def _layer(self, name):
+        return self.model.get_submodule(name)
+
+    def _indices_of(self, layers):
+        if isinstance(layers, str) or not isinstance(layers, Iterable):
+            raise ValueError(f"skip: expected a list of indices or names of layers, got {layers!r}")
+        return tuple(sorted({self._index_of(layer) for layer in layers}))
+
+    def _index_of(self, layer):
+        if type(layer) is int and 0 <= layer < len(self.layers):
+            return layer
+        if layer in self.layers:
+            return self.layers.index(layer)
+        raise ValueError(f"skip: expected indices below {len(self.layers)} or names of layers, got {layer!r}")
+
+    def _switch(self, skipped):
+        """Makes these layers, and no others, the ones that are skipped at this moment."""
+        skipped = {self.layers[index] for index in skipped}
+        for name in self._stacks:
+            stack = dict(self.model.get_submodule(name).named_children())
+            for child, layer in stack.items():
+                is_skipped = f"{name}.{child}".lstrip(".") in skipped
+                if isinstance(layer, SkippableLayer) and layer.skipped != is_skipped:
+                    layer.skipped = is_skipped
+            layers = tuple(stack.values())
+            self._rewire(layers, *self._numbers_and_kinds(name, layers))
+
+    def _numbers_and_kinds(self, name, layers):
+        """For each layer of a stack its modules that know the layer's number, and its kind.
+
+        Looked for only when the stack has other layers than before: a search switches at every step, and the walk over
+        all modules takes longer than the rest of it.
+        """
+        if self._stacks[name] is None or self._stacks[name][0] != layers:
+            self._stacks[name] = layers, [numbered_modules(layer) for layer in layers], layer_kinds(layers)
+        return self._stacks[name][1:]
+
+    def _check_decodes(self, skipped):
+        """Raises a ValueError if a cache of several kinds of slots would have none left of one."""
+        skipped = {self.layers[index] for index in skipped}
+        for name in self._stacks:
+            stack = dict(self.model.get_submodule(name).named_children())
+            numbered, kinds = self._numbers_and_kinds(name, tuple(stack.values()))
+            running = {
+                kind for child, kind in zip(stack, kinds, strict=True) if f"{name}.{child}".lstrip(".") not in skipped
+            }
+            lacking = sorted(map(str, set(kinds) - running))
+            if lacking and len(set(kinds)) > 1 and any(numbered):
+                raise ValueError(
+                    f"skip: no layer of {name} that is {lacking[0]} would run, from which the model's cache takes its "
+                    "length; keep one of them"
+                )
+
+    def _check_switchable(self, method):
+        self._check_whole(method)
+        if self._disabled:
+            raise RuntimeError(f"{method}: the attachment is disabled")
+
+    def _check_whole(self, method):
+        if self._removed:
+            raise RuntimeError(f"{method}: the layers {list(self.skipped)} have been removed for good")
+
+
+def _with_skips_of(ours, theirs):
+    """`theirs` with the skips of `ours`, which may differ between two configurations of which neither is permanent."""
+    if type(ours) is not type(theirs) or ours.permanent or theirs.permanent:
+        return theirs
+    return dataclasses.replace(theirs, skip=ours.skip)

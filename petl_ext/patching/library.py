@@ -1,0 +1,96 @@
+"""Bottlenecks of the library `adapters` (arXiv 2311.11077), 1.3.0: its Adapter and ParallelAdapter."""
+
+from torch import nn
+
+from petl_ext.composing import Composable
+from petl_ext.ops.adapter import adapter
+from petl_ext.patching.activation import activation_of, refuse_activation
+from petl_ext.patching.dispatch import own_forward_because
+from petl_ext.patching.kind import (
+    Kind,
+    Settings,
+    described,
+    dropout_of,
+    names_in,
+    promoted,
+    refuse_bottleneck,
+    refuse_dropout,
+    refuse_names,
+    refuse_scale,
+)
+
+
+class PatchedLibraryAdapter(Composable):
+    def forward(self, x, residual_input, output_gating=False):
+        if own_forward_because(LibraryAdapter, self, x):
+            return super().forward(x, residual_input, output_gating)
+        return LibraryAdapter.compute(self, x, residual_input, output_gating)
+
+
+class LibraryAdapter(Kind):
+    """up = scaling * adapter_up(adapter_down(x)), to which a sequential adapter adds the residual."""
+
+    name = "bottleneck of adapters"
+    op = "adapter"
+    published = "Adapter and ParallelAdapter of the library adapters (adapter_down, adapter_up, non_linearity, dropout)"
+    patched = PatchedLibraryAdapter
+
+    @staticmethod
+    def looks_like(module):
+        return {"adapter_down", "adapter_up", "non_linearity"} <= names_in(module)
+
+    @staticmethod
+    def refusal(module):
+        if "gate" in names_in(module):
+            return "it has a gate"
+        if "adapter_norm_after" in names_in(module):
+            return f"it ends in {described(module.adapter_norm_after)}"
+        norm = ("adapter_norm_before",) if getattr(module, "add_layer_norm_before", False) else ()
+        names = ("adapter_down", "adapter_up", "non_linearity", "dropout", *norm)
+        if reason := refuse_names(module, names, ("scaling",)):
+            return reason
+        layers = list(module.adapter_down) if type(module.adapter_down) is nn.Sequential else []
+        if len(layers) != 2 + len(norm) or layers[-1] is not module.non_linearity:
+            return f"adapter_down is {described(module.adapter_down)}, not Sequential([LayerNorm,] Linear, activation)"
+        return (
+            refuse_bottleneck(layers[-2], module.adapter_up, layers[0] if norm else None)
+            or refuse_activation(module.non_linearity)
+            or refuse_scale(getattr(module, "scaling", None))
+            or refuse_dropout(module.dropout)
+        )
+
+    @staticmethod
+    def candidates(module):
+        # Adapter and ParallelAdapter hold the same; only their forward tells whether the residual is added there.
+        activation = activation_of(module.non_linearity)
+        return [Settings(activation, adds_residual) for adds_residual in (True, False)]
+
+    @staticmethod
+    def examples(module, draw, *size):
+        width = module.adapter_up.out_features
+        return [(draw(*size, width), draw(*size, width))]
+
+    @staticmethod
+    def compute(module, x, residual_input, output_gating=False):
+        """(output, None, up): nothing in the library reads the hidden units, and up serves AdapterFusion."""
+        *norm, down, _ = module.adapter_down
+        up = adapter(
+            x,
+            down.weight,
+            down.bias,
+            module.adapter_up.weight,
+            module.adapter_up.bias,
+            module.scaling,
+            module.petl_settings.activation,
+            **({"norm_weight": norm[0].weight, "norm_bias": norm[0].bias, "eps": norm[0].eps} if norm else {}),
+        )
+        up = promoted(up, module.scaling)
+        return up + residual_input if module.petl_settings.adds_residual else up, None, up
+
+    @staticmethod
+    def dropout(module):
+        return dropout_of(module.dropout)
+
+    @staticmethod
+    def sizes(module):
+        return module.adapter_up.out_features, module.adapter_up.in_features

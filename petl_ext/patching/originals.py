@@ -1,0 +1,312 @@
+"""The modules of the code of APT (arXiv 2306.15706), DAS (arXiv 2309.01479) and DVP (arXiv 2306.00409)."""
+
+import torch
+from torch import nn
+
+from petl_ext.composing import Composable
+from petl_ext.ops.adapter import ACTIVATIONS, adapter
+from petl_ext.ops.apt import apt
+from petl_ext.ops.attention_pool import attention_pool
+from petl_ext.patching.activation import activation_of, refuse_activation
+from petl_ext.patching.dispatch import own_forward_because
+from petl_ext.patching.kind import (
+    Kind,
+    Settings,
+    described,
+    dropout_of,
+    names_in,
+    promoted,
+    refuse_bottleneck,
+    refuse_dropout,
+    refuse_linear,
+    refuse_names,
+    refuse_scale,
+)
+
+
+class PatchedPromptDiffusion(Composable):
+    def forward(self, x, res):
+        if x.shape != res.shape or own_forward_because(PromptDiffusion, self, res):
+            return super().forward(x, res)
+        return PromptDiffusion.compute(self, x, res)
+
+
+class PromptDiffusion(Kind):
+    """exp(scale) * (x + rowmax(a) * (a mm_tokens)), with a = act(res (mm_tokens + mm(mm_tokens))^T)."""
+
+    name = "prompt diffusion"
+    op = "apt"
+    published = "APT's approximate_prompt (mm, mm_tokens, activation, attn_drop, scale)"
+    patched = PatchedPromptDiffusion
+
+    @staticmethod
+    def looks_like(module):
+        return {"mm", "mm_tokens"} <= names_in(module)
+
+    @staticmethod
+    def refusal(module):
+        if reason := refuse_names(module, ("mm", "mm_tokens", "activation", "attn_drop", "scale")):
+            return reason
+        prompts, pair = module.mm_tokens, module.mm
+        if type(pair) is not nn.Sequential or [type(part) for part in pair] != [nn.Linear, nn.Linear]:
+            return f"mm is {described(pair)}, not a Sequential of two Linear"
+        if any(part.bias is not None for part in pair):
+            return "mm has a bias"
+        if not isinstance(prompts, torch.Tensor):
+            return f"mm_tokens is {described(prompts)}, not a parameter"
+        if prompts.dim() != 2 or not prompts.size(1) == pair[0].in_features == pair[1].out_features:
+            sizes = f"{pair[0].in_features} to {pair[1].out_features}"
+            return f"mm_tokens has the shape {list(prompts.shape)}, but mm goes from {sizes}"
+        return (
+            refuse_activation(module.activation, ("relu", "softmax"))
+            or refuse_scale(module.scale)
+            or refuse_dropout(module.attn_drop)
+        )
+
+    @staticmethod
+    def candidates(module):
+        return [Settings(activation_of(module.activation))]
+
+    @staticmethod
+    def examples(module, draw, *size):
+        width = module.mm_tokens.size(1)
+        return [(draw(*size, width), draw(*size, width))]
+
+    @staticmethod
+    def compute(module, x, res):
+        prompts = module.mm_tokens
+        keys = prompts + module.mm(prompts)
+        out = apt(res, x, prompts, keys, module.scale, module.petl_settings.activation)
+        return promoted(out, module.scale)
+
+    @staticmethod
+    def dropout(module):
+        return dropout_of(module.attn_drop)
+
+    @staticmethod
+    def sizes(module):
+        return module.mm_tokens.size(1), module.mm_tokens.size(0)
+
+
+class PatchedBottleneck(Composable):
+    def forward(self, x):
+        if own_forward_because(Bottleneck, self, x):
+            return super().forward(x)
+        return Bottleneck.compute(self, x)
+
+
+class Bottleneck(Kind):
+    """x + up(act(down(x)))."""
+
+    name = "bottleneck adapter"
+    op = "adapter"
+    published = "Adapter of APT, DAS and DVP (down_sampler, up_sampler, perhaps activation), or down, act and up"
+    patched = PatchedBottleneck
+
+    @staticmethod
+    def looks_like(module):
+        names = names_in(module)
+        if names == {"down", "act", "up"}:
+            return isinstance(module.down, nn.Linear) and isinstance(module.up, nn.Linear)
+        return {"down_sampler", "up_sampler"} <= names
+
+    @staticmethod
+    def refusal(module):
+        down, up, activation = _bottleneck_names(module)
+        if reason := refuse_names(module, (down, up), (activation,)):
+            return reason
+        if activation in module._modules and (reason := refuse_activation(getattr(module, activation))):
+            return reason
+        return refuse_bottleneck(getattr(module, down), getattr(module, up))
+
+    @staticmethod
+    def candidates(module):
+        # DVP's for LLaMA calls silu, of which no part tells.
+        activation = module._modules.get(_bottleneck_names(module)[2])
+        return [Settings(name) for name in (ACTIVATIONS if activation is None else [activation_of(activation)])]
+
+    @staticmethod
+    def examples(module, draw, *size):
+        return [(draw(*size, Bottleneck.sizes(module)[0]),)]
+
+    @staticmethod
+    def compute(module, x):
+        down, up = (getattr(module, name) for name in _bottleneck_names(module)[:2])
+        activation = module.petl_settings.activation
+        return adapter(x, down.weight, down.bias, up.weight, up.bias, activation=activation, residual=x)
+
+    @staticmethod
+    def sizes(module):
+        down = getattr(module, _bottleneck_names(module)[0])
+        return down.in_features, down.out_features
+
+
+def _bottleneck_names(module):
+    if "down_sampler" in module._modules:
+        return "down_sampler", "up_sampler", "activation"
+    return "down", "up", "act"
+
+
+class PatchedParallelAdapter(Composable):
+    def forward(self, x, add_residual=True, residual=None):
+        broadcast = residual is not None and residual.shape != x.shape
+        if broadcast or own_forward_because(ParallelAdapter, self, x):
+            return super().forward(x, add_residual, residual)
+        return ParallelAdapter.compute(self, x, add_residual, residual)
+
+
+class ParallelAdapter(Kind):
+    """residual + scale * up(act(down(LN(x)))), where the LayerNorm may come last, or be absent, as the residual."""
+
+    name = "parallel adapter"
+    op = "adapter"
+    published = "Adapter_Layer and ParallelAdapter of APT and DAS (down_proj, up_proj, non_linear_func, scale)"
+    patched = PatchedParallelAdapter
+
+    @staticmethod
+    def looks_like(module):
+        return {"down_proj", "up_proj", "non_linear_func"} <= names_in(module)
+
+    @staticmethod
+    def refusal(module):
+        norm = ("adapter_layer_norm_before",) if _norm_place(module) else ()
+        if reason := refuse_names(module, ("down_proj", "up_proj", "non_linear_func", *norm), ("scale",)):
+            return reason
+        if type(getattr(module, "dropout", None)) not in (int, float):
+            return f"its dropout is {described(getattr(module, 'dropout', None))}, not a number"
+        return (
+            refuse_bottleneck(module.down_proj, module.up_proj, module.adapter_layer_norm_before if norm else None)
+            or refuse_activation(module.non_linear_func)
+            or refuse_scale(getattr(module, "scale", None))
+        )
+
+    @staticmethod
+    def candidates(module):
+        return [Settings(activation_of(module.non_linear_func))]
+
+    @staticmethod
+    def examples(module, draw, *size):
+        x, residual = (draw(*size, module.down_proj.in_features) for _ in range(2))
+        return [(x,), (x, False), (x, True, residual), (x, False, residual)]
+
+    @staticmethod
+    def compute(module, x, add_residual=True, residual=None):
+        norm = module.adapter_layer_norm_before if _norm_place(module) else None
+        last = _norm_place(module) == "out"
+        first = None if last else norm
+        residual = (x if residual is None else residual) if add_residual else None
+        out = adapter(
+            x,
+            module.down_proj.weight,
+            module.down_proj.bias,
+            module.up_proj.weight,
+            module.up_proj.bias,
+            module.scale,
+            module.petl_settings.activation,
+            **({} if first is None else {"norm_weight": first.weight, "norm_bias": first.bias, "eps": first.eps}),
+            residual=None if last else residual,
+        )
+        out = promoted(out, module.scale)
+        if last:
+            out = norm(out)
+            return out if residual is None else out + residual
+        return out
+
+    @staticmethod
+    def dropout(module):
+        return module.dropout if module.training else 0.0
+
+    @staticmethod
+    def sizes(module):
+        return module.down_proj.in_features, module.down_proj.out_features
+
+
+def _norm_place(module):
+    option = getattr(module, "adapter_layernorm_option", None)
+    return option if option in ("in", "out") else None
+
+
+class PatchedCrossAttention(Composable):
+    def forward(self, v, k, q, mask):
+        if not _is_pooling(v, k, q, mask) or own_forward_because(CrossAttention, self, v):
+            return super().forward(v, k, q, mask)
+        return CrossAttention.compute(self, v, k, q, mask)
+
+
+class CrossAttention(Kind):
+    """Multi-head attention; by the op where one query per sample reads tokens that are both keys and values. Its mask
+    is True where a token is hidden."""
+
+    name = "cross-attention of one query"
+    op = "attention_pool"
+    published = "DVP's Cross_Attention (linear_v, linear_k, linear_q, linear_merge, dropout)"
+    patched = PatchedCrossAttention
+
+    @staticmethod
+    def looks_like(module):
+        return {"linear_v", "linear_k", "linear_q", "linear_merge"} <= names_in(module)
+
+    @staticmethod
+    def refusal(module):
+        if reason := refuse_names(module, ("linear_v", "linear_k", "linear_q", "linear_merge", "dropout")):
+            return reason
+        value, key, query, merge = module.linear_v, module.linear_k, module.linear_q, module.linear_merge
+        if reason := refuse_linear(value, key, query, merge) or refuse_dropout(module.dropout):
+            return reason
+        heads, inner = getattr(module, "num_heads", None), query.out_features
+        if type(heads) is not int or heads < 1 or inner % heads:
+            return f"num_heads is {heads!r}, for a width of {inner}"
+        if value.in_features != key.in_features or {value.out_features, key.out_features, merge.in_features} != {inner}:
+            parts = {"linear_v": value, "linear_k": key, "linear_q": query, "linear_merge": merge}
+            sizes = [f"{name} goes from {part.in_features} to {part.out_features}" for name, part in parts.items()]
+            return f"its projections do not fit together: {', '.join(sizes)}"
+        return ""
+
+    @staticmethod
+    def candidates(module):
+        return [Settings()]
+
+    @staticmethod
+    def examples(module, draw, *size):
+        if len(size) != 2:
+            return []
+        batch, tokens = size
+        visual, query = draw(*size, module.linear_v.in_features), draw(batch, 1, module.linear_q.in_features)
+        hidden = torch.zeros(batch, 1, 1, tokens, dtype=torch.bool, device="cpu")
+        # The last tokens of one sample, all of the next.
+        hidden[0, ..., (tokens + 1) // 2 :], hidden[1:2] = True, True
+        return [(visual, visual, query, None), (visual, visual, query, hidden)]
+
+    @staticmethod
+    def compute(module, v, k, q, mask):
+        """As `petl_ext.VisualPromptLayer`: the key projection is folded into the query, and the value projection comes
+        after pooling."""
+        heads = module.num_heads
+        query = module.linear_q(q[:, 0]).unflatten(1, (heads, -1))
+        key, value = (part.weight.unflatten(0, (heads, -1)) for part in (module.linear_k, module.linear_v))
+        folded, visible = torch.matmul(query.transpose(0, 1), key).transpose(0, 1), None
+        if mask is not None:
+            # Where all tokens of a sample are hidden, all of the original's scores are -1e9: its weights are equal.
+            hidden = mask[:, 0, 0].expand(v.shape[:2])
+            all_hidden = hidden.all(1, keepdim=True)
+            visible, folded = ~hidden | all_hidden, folded.masked_fill(all_hidden[..., None], 0)
+        pooled = attention_pool(v, folded, visible, query.size(-1) ** -0.5)
+        context = torch.matmul(pooled.transpose(0, 1), value.mT).transpose(0, 1).flatten(1) + module.linear_v.bias
+        # The key bias cancels in the softmax; DistributedDataParallel waits for a gradient of every parameter.
+        return (module.linear_merge(context) + 0 * module.linear_k.bias.sum())[:, None]
+
+    @staticmethod
+    def dropout(module):
+        return dropout_of(module.dropout)
+
+    @staticmethod
+    def sizes(module):
+        return module.linear_v.in_features, module.num_heads
+
+
+def _is_pooling(v, k, q, mask):
+    if k is not v or v.dim() != 3 or v.size(1) == 0 or q.dim() != 3 or q.shape[:2] != (v.size(0), 1):
+        return False
+    if mask is None:
+        return True
+    return mask.dtype is torch.bool and mask.dim() == 4 and mask.shape[1:] == (1, 1, v.size(1))

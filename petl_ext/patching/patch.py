@@ -1,0 +1,132 @@
+"""`patch` gives a model's modules our kernels, `unpatch` gives them back their own classes."""
+
+from torch import nn
+
+from petl_ext.composing import become, composed
+from petl_ext.patching.dispatch import adjust_floors
+from petl_ext.patching.recognise import KINDS, recognise
+from petl_ext.patching.report import PatchReport, left_alone_row, patched_row
+
+_KIND_OF = {kind.patched: kind for kind in KINDS}
+
+
+class Patch:
+    """What `patch` returns: a view of a model whose modules may have been patched.
+
+    Attributes:
+        model: the model.
+    """
+
+    def __init__(self, model):
+        self.model = model
+
+    def report(self):
+        """A `PatchReport` of the model as it is now: which modules run a kernel, and why the others do not."""
+        return PatchReport(f"petl_ext.patch of {type(self.model).__name__}", _rows(self.model))
+
+    def unpatch(self):
+        """As `petl_ext.unpatch(model)`."""
+        unpatch(self.model)
+
+
+def patch(model):
+    """Runs those modules of `model` by our kernels that compute what they compute, under the same parameters.
+
+    Known are the prompt diffusion of APT's code, the bottleneck and parallel adapters of APT, DAS and DVP, the
+    cross-attention of DVP, and the bottlenecks of the library `adapters`. A module is recognised by the names and
+    shapes of its parts, wherever its class comes from, and checked by what its own forward returns, passes back and
+    leaves behind: that of a copy runs on random parameters and inputs in float64, and whatever it does outside of the
+    module happens then. The module becomes an instance of a subclass of its class; parameters, state-dict keys,
+    hooks and attributes stay, and so do copies and pickles of it.
+
+    Its own forward still runs where there is no kernel for a call (dropout in training, float64, attention of several
+    queries, inputs of unusual axes, another device) and where it is faster, as for few rows: `report()` tells. What is
+    left alone, and why, is there too. A model that is patched already stays so; what is new in it is patched.
+
+    Patch after loading weights and moving to a device or before, as you like, but before torch.compile.
+
+    Args:
+        model: any nn.Module.
+
+    Returns:
+        A `Patch`.
+
+    Raises:
+        TypeError: model is no nn.Module.
+        ValueError: no module is recognised, or all that are must be left alone. The model has not changed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
+    probed = {}
+    found = [
+        (name, module, recognised)
+        for name, module in model.named_modules()
+        if not kind_of(module) and (recognised := recognise(module, probed))
+    ]
+    if not any(kind_of(module) for module in model.modules()):
+        _check_some(model, [(name, recognised) for name, _, recognised in found])
+    for _, module, recognised in found:
+        take_in(module, recognised)
+    return Patch(model)
+
+
+def unpatch(model):
+    """Gives every patched module of `model` back its own class: from then on it computes as before, bit for bit.
+
+    Raises:
+        TypeError: model is no nn.Module.
+        ValueError: nothing in it is patched.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unpatch: model must be a torch.nn.Module, got {type(model).__name__}")
+    patched = [module for module in model.modules() if kind_of(module)]
+    if not patched:
+        raise ValueError(f"unpatch: nothing in {type(model).__name__} is patched")
+    for module in patched:
+        release(module)
+
+
+def kind_of(module):
+    """The `Kind` as which a module has been patched, or None."""
+    return next((_KIND_OF[base] for base in type(module).__mro__ if base in _KIND_OF), None)
+
+
+def take_in(module, recognised):
+    """Patches one module, unless it must be left alone."""
+    if not recognised.reason:
+        adjust_floors()
+        become(module, composed(type(module), (recognised.found.patched,)), (type(module),))
+        vars(module)["petl_settings"] = recognised.settings
+
+
+def release(module):
+    """Takes one module's patch out again."""
+    kind = kind_of(module)
+    patched = next(base for base in type(module).__mro__ if kind.patched in base.__bases__)
+    *added, own = patched.__bases__
+    added.remove(kind.patched)
+    become(module, composed(own, tuple(added)) if added else own, (patched,))
+    del vars(module)["petl_settings"]
+
+
+def known():
+    """What is recognised, for error messages."""
+    return "; ".join(kind.published for kind in KINDS)
+
+
+def _check_some(model, found):
+    if not found:
+        raise ValueError(f"patch: {type(model).__name__} holds nothing that is known. Looked for: {known()}")
+    if all(recognised.reason for _, recognised in found):
+        rows = [f"  {name or '(the model)'}, {r.kind}: {r.reason}" for name, r in found]
+        raise ValueError("\n".join([f"patch: all known modules of {type(model).__name__} must be left alone:", *rows]))
+
+
+def _rows(model):
+    rows, probed = [], {}
+    for name, module in model.named_modules():
+        if kind := kind_of(module):
+            rows.append(patched_row(name, module, kind))
+        elif recognised := recognise(module, probed):
+            rows.append(left_alone_row(name, module, recognised))
+    return rows
