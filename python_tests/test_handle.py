@@ -10,8 +10,7 @@ from tiny_vilt import CONFIGS, LAYERS, TOKENS, make_inputs, make_model, randomis
 from transformers import BertConfig, BertModel, ViltModel
 
 import petl_ext
-from petl_ext import APTConfig, ClassifierOnlyConfig, DeepPromptConfig, FullTuningConfig
-from petl_ext import folder as folder_module
+from petl_ext import APTConfig, ClassifierOnlyConfig, DeepPromptConfig, FullTuningConfig, saving
 from petl_ext.counting import count_macs
 from petl_ext.ops import cpu_path
 
@@ -219,7 +218,7 @@ def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch, exists
     def run_out_of_space(*arguments, **_):
         raise OSError("no space left on device")
 
-    owner = safetensors.torch if step == "save_file" else folder_module.Path
+    owner = safetensors.torch if step == "save_file" else saving.Path
     monkeypatch.setattr(owner, step, run_out_of_space)
     with pytest.raises(OSError, match="no space"):
         attachment.save(target)
@@ -232,14 +231,14 @@ def test_a_save_that_fails_between_its_two_files_puts_the_first_back(tmp_path, m
     attachment.save(tmp_path / "saved")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     randomise(attachment)
-    replace = folder_module.os.replace
+    replace = saving.os.replace
 
     def fail_at_the_configuration(source, target):
         if "complete" in str(source) and str(target).endswith(".json"):
             raise OSError("the file server is gone")
         replace(source, target)
 
-    monkeypatch.setattr(folder_module.os, "replace", fail_at_the_configuration)
+    monkeypatch.setattr(saving.os, "replace", fail_at_the_configuration)
     with pytest.raises(OSError, match="file server"):
         attachment.save(tmp_path / "saved")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

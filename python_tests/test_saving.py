@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
 import petl_ext
-from petl_ext.attaching import folder as attach_folder
+import petl_ext.attaching.saved
 from petl_ext.models import DVPBert
 from petl_ext.saving import CONFIG_FILE, WEIGHTS_FILE, read_files, write_files, written_whole
 from petl_ext.search import DepthSearch
@@ -249,7 +249,7 @@ def test_a_folder_of_another_class_is_named_as_such(tmp_path):
 
 @pytest.mark.parametrize("pattern", [r"(([a-z0-9._]+)+)+!", r"(.*)*attention(.*)*x", r"(\w|\w\w|[a-z.])+\d*!"])
 def test_a_regular_expression_that_never_ends(pattern, tmp_path, monkeypatch):
-    monkeypatch.setattr(attach_folder, "PATIENCE", 1)
+    monkeypatch.setattr(petl_ext.attaching.saved, "PATIENCE", 1)
     path = saved("apt", tmp_path)
     content = json.loads(path.read_text())
     content["config"]["sites"] = [pattern]
