@@ -158,3 +158,28 @@ def test_dim_is_the_fusion_layers_own():
 
 def bypass_of(attachment):
     return lambda name: attachment.model.get_submodule(name).bypass
+
+
+@every_method
+@pytest.mark.parametrize("gradients", [False, True])
+def test_exported_with_a_batch_and_a_length_that_change(config, gradients):
+    model = make_model()
+    petl_ext.attach(model, config, keep=["classifier"])
+    inputs, larger = make_inputs(model), make_inputs(model, batch=4)
+    for name in ("input_ids", "attention_mask"):
+        larger[name] = torch.cat([larger[name], larger[name][:, :2]], dim=1)
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model.eval()
+
+        def forward(self, input_ids, attention_mask, pixel_values):
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values).logits
+
+    batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=9)
+    texts, images = {0: batch, 1: length}, {0: batch}
+    shapes = {"input_ids": texts, "attention_mask": texts, "pixel_values": images}
+    with torch.set_grad_enabled(gradients):
+        program = torch.export.export(Logits(), (), inputs, dynamic_shapes=shapes, strict=False).module()
+        torch.testing.assert_close(program(**larger), Logits()(**larger))

@@ -27,8 +27,9 @@ class ClassToken(nn.Module):
 
     def forward(self, states):
         """states [B, T, D] to the same with another row 0, in their dtype."""
-        vector = self.vector.to(states.dtype).expand(len(states), -1, -1)
-        return torch.cat([vector, states[:, 1:]], dim=1)
+        # Neither len(states) nor a row less: torch.export would make a constant of it, or a bound.
+        vector = self.vector.to(states.dtype).expand(states.size(0), -1, -1)
+        return states.slice_scatter(vector, dim=1, end=1)
 
     def extra_repr(self):
         return f"dim={self.vector.size(-1)}"
