@@ -200,11 +200,19 @@ def test_the_cache_gives_what_the_whole_sequence_gives(family, skip):
     torch.testing.assert_close(torch.cat(steps, 1), expected)
 
 
-SLIDING, FULL = "sliding_attention", "full_attention"
+SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 OF_SEVERAL_KINDS = {
     "Gemma2": {"head_dim": 8, "layer_types": [SLIDING, FULL] * 2},
     "Cohere2": {"layer_types": [SLIDING, SLIDING, SLIDING, FULL], "eos_token_id": 1, "bos_token_id": 2},
     "Qwen2": {"layer_types": [FULL, SLIDING, FULL, SLIDING], "use_sliding_window": True, "max_window_layers": 1},
+    "Qwen3_5": {
+        "layer_types": [LINEAR, FULL, LINEAR, FULL],
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
 }
 
 
@@ -220,7 +228,10 @@ def attached_with_kinds(name):
         "max_position_embeddings": 64,
         "sliding_window": 6,
     }
-    config = getattr(transformers, f"{name}Config")(**sizes | OF_SEVERAL_KINDS[name])
+    if not hasattr(transformers, f"{name}ForCausalLM"):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    config_class = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
+    config = config_class(**sizes | OF_SEVERAL_KINDS[name])
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -237,7 +248,9 @@ def test_each_running_layer_takes_a_slot_of_its_own_kind_in_the_cache(name, skip
     model, attachment = attached_with_kinds(name)
     kinds = OF_SEVERAL_KINDS[name]["layer_types"]
     if {kind for index, kind in enumerate(kinds) if index not in skip} < set(kinds):
-        with pytest.raises(ValueError, match=r"no layer of model\.layers that is (full|sliding)_attention would run"):
+        with pytest.raises(
+            ValueError, match=r"no layer of model\.layers that is (full|sliding|linear)_attention would run"
+        ):
             attachment.skip(skip)
         assert attachment.skipped == ()
         attachment.skip(skip, decodes=False)
