@@ -6,7 +6,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/
 
 LOCKS := $(wildcard locks/*.txt)
-BUILT_FROM := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+BUILT_FROM := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inl')
 # Another interpreter is another environment, in the same folder.
 INSTALLED := $(VENV)/installed-$(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])')
 UV := $(VENV)-lock/bin/uv
@@ -24,7 +24,7 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
-	$(RUN)clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.h')
+	$(RUN)clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.inl')
 
 bench: $(INSTALLED)
 	$(RUN)python -m pytest bench $(BENCH_OPTIONS)

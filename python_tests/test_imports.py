@@ -96,7 +96,7 @@ def wrong_includes(source, folder):
 
 
 def test_kernels_include_neither_torch_nor_ops():
-    sources = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    sources = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".inl", ".cpp", ".cu")]
     assert any(path.suffix == ".cpp" for path in sources)
     for path in sources:
         folder = path.relative_to(ROOT / "csrc").parts[0]

@@ -5,5 +5,5 @@
 // 12 of 16 registers accumulate; two hold a row of the panel, one the broadcast factor.
 #define PETL_TILE_ROWS 6
 #define PETL_PANEL_VECTORS 2
-#include "kernels/cpu/path.h"
+#include "kernels/cpu/path.inl"
 #endif

@@ -5,5 +5,5 @@
 // 24 of 32 registers accumulate; four hold a row of the panel, one the broadcast factor.
 #define PETL_TILE_ROWS 6
 #define PETL_PANEL_VECTORS 4
-#include "kernels/cpu/path.h"
+#include "kernels/cpu/path.inl"
 #endif

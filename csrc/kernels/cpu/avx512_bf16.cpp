@@ -6,5 +6,5 @@
 // As for avx512.
 #define PETL_TILE_ROWS 6
 #define PETL_PANEL_VECTORS 4
-#include "kernels/cpu/path.h"
+#include "kernels/cpu/path.inl"
 #endif

@@ -2,4 +2,4 @@
 #define PETL_VECTOR_BYTES 16
 #define PETL_TILE_ROWS 4
 #define PETL_PANEL_VECTORS 2
-#include "kernels/cpu/path.h"
+#include "kernels/cpu/path.inl"

@@ -19,6 +19,7 @@
 #endif
 
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/partition.h"
 #include "kernels/cpu/scratch.h"
 
 #define PETL_PRAGMA(text) _Pragma(#text)
@@ -38,23 +39,23 @@ PETL_BEGIN_TARGET(PETL_TARGET)
 
 namespace petl::cpu::PETL_PATH {
 namespace {
-#include "kernels/cpu/vector.h"
-// After it:
-#include "kernels/cpu/gemm.h"
-// After it:
-#include "kernels/cpu/pairs.h"
-// After it:
-#include "kernels/cpu/tiles.h"
-// After it:
-#include "kernels/cpu/activation.h"
-#include "kernels/cpu/layer_norm.h"
-// After it:
-#include "kernels/cpu/row_products.h"
-#include "kernels/cpu/weight_gradient.h"
-// After it:
-#include "kernels/cpu/adapter.h"
-#include "kernels/cpu/apt.h"
-#include "kernels/cpu/attention_pool.h"
+// The parts have no include guards, since each path includes them once, inside its own namespace. Each needs those
+// above it.
+// clang-format off
+#include "kernels/cpu/vector.inl"
+#include "kernels/cpu/gemm.inl"
+#include "kernels/cpu/pairs.inl"
+#include "kernels/cpu/tiles.inl"
+#include "kernels/cpu/activation.inl"
+#include "kernels/cpu/layer_norm.inl"
+#include "kernels/cpu/row_products.inl"
+#include "kernels/cpu/weight_gradient.inl"
+#include "kernels/cpu/adapter.inl"
+#include "kernels/cpu/adapter_backward.inl"
+#include "kernels/cpu/apt.inl"
+#include "kernels/cpu/attention_pool.inl"
+#include "kernels/cpu/attention_pool_backward.inl"
+// clang-format on
 }  // namespace
 
 extern const Kernels kernels;

@@ -1,169 +1,5 @@
-// The bottleneck adapter on the CPU. Whatever the tensors are, arithmetic is float32; only where the processor
-// multiplies bfloat16 itself, and x is bfloat16, the factors of products are bfloat16 and their sums float32. In
-// backward the products with down^T (Projection) are an exception, unless both factors come as bfloat16: they decide
-// ReLU's mask, and where one is rounded the gradients are ten times less accurate.
-// No include guard: each path includes it once, inside its own namespace (see path.h).
-
-// The weights' rows in float32, in whole vectors; those of the norm are null where there is none. LayerNorm's bias
-// gives every row the same hidden units, down norm_bias, which down_bias holds already: so what the products say of x
-// is not lost where that bias is far greater than the weight.
-struct AdapterRows {
-  const float *down_bias, *up_bias, *norm_weight, *norm_bias;
-};
-
-// The first product, (norm(x) - norm_bias) down^T, for the rows of one tile.
-template <class Projection>
-struct AdapterProjection {
-  const AdapterInputs& args;
-  const float* packed_down;  // down^T
-  AdapterRows weights;
-
-  // The norm's statistics are filled in. `wide` [rows, D in padded_width] is working memory.
-  void operator()(int64_t begin, int64_t rows, RowStatistics* statistics, float* wide,
-                  const StoreFloats& target) const {
-    const auto [R, D, B] = args.size;
-    const int64_t width = padded_width<Projection>(D);
-    Left left{wide, width, 1};
-    if (!weights.norm_weight && Projection::fits(args.x, D)) {
-      left = Projection::rows_as_left(args.x, begin, rows, D, wide);
-    } else {
-      with_elements(args.x.dtype, [&](auto elements) {
-        for (int64_t row = 0; row < rows; ++row) {
-          widen(elements, row_of(args.x, begin + row), statistics[row], wide + row * width);
-        }
-      });
-      left = Projection::values_as_left(wide, rows, width);
-    }
-    multiply<Projection>(rows, left, words<Projection>(D), packed_down, B, target);
-  }
-
- private:
-  // norm(x) - norm_bias of one row, with zeros up to padded_width.
-  template <class X>
-  void widen(X elements, const char* x, RowStatistics& statistics, float* target) const {
-    const int64_t D = args.size.D;
-    if (weights.norm_weight) statistics = statistics_of(elements, x, D, args.epsilon);
-    for (int64_t d = 0; d < D; d += kLanes) {
-      Vec value = elements.load_part(x + d * elements.kBytes, D - d);
-      if (weights.norm_weight) value = statistics.normalised(value) * load(weights.norm_weight + d);
-      store(target + d, value);
-    }
-    std::fill(target + D, target + padded_width<Projection>(D), 0.0f);
-  }
-};
-
-// Epilogue: out = residual + factor * (hidden up^T + up_bias), for the rows of one tile.
-template <class X>
-struct AdapterOutput {
-  const char* residual;  // null: none
-  char* out;
-  int64_t residual_stride, D;
-  const float* up_bias;
-  float factor;
-
-  AdapterOutput(const AdapterForward& args, int64_t begin, const float* up_bias, float factor)
-      : residual(args.residual.data ? row_of(args.residual, begin) : nullptr),
-        out(row_of(args.out, begin, args.inputs.size.D)),
-        residual_stride(args.residual.stride),
-        D(args.inputs.size.D),
-        up_bias(up_bias),
-        factor(factor) {}
-
-  void prefetch(int64_t row, int64_t column, int64_t columns) const {
-    if (residual) {
-      prefetch_lines<false>(residual + (row * residual_stride + column) * X::kBytes, columns * X::kBytes);
-    }
-    prefetch_lines<true>(out + (row * D + column) * X::kBytes, columns * X::kBytes);
-  }
-
-  void operator()(int64_t row, int64_t column, Vec value) const {
-    value = factor * (value + load(up_bias + column));
-    if (residual) value += X::load_part(residual + (row * residual_stride + column) * X::kBytes, D - column);
-    X::store_part(out + (row * D + column) * X::kBytes, value, D - column);
-  }
-};
-
-template <class Arithmetic>
-struct AdapterForwardTile {
-  const AdapterForward& args;
-  AdapterProjection<Arithmetic> project;
-  const float* packed_up;  // up^T
-  float factor;
-
-  void operator()(int64_t begin, int64_t rows, float* scratch) const {
-    const auto [R, D, B] = args.inputs.size;
-    const int64_t stride = padded_width<Arithmetic>(B);
-    float *hidden = scratch, *wide = hidden + kRowsPerTile * stride;
-    RowStatistics statistics[kRowsPerTile];
-    project(begin, rows, statistics, wide, StoreFloats{hidden, stride});
-    activate(rows, hidden);
-    const Left left = Arithmetic::values_as_left(hidden, rows, stride);
-    with_elements(args.out.dtype, [&](auto elements) {
-      const AdapterOutput<decltype(elements)> epilogue(args, begin, project.weights.up_bias, factor);
-      multiply<Arithmetic>(rows, left, words<Arithmetic>(args.inputs.size.B), packed_up, args.inputs.size.D, epilogue);
-    });
-  }
-
-  // hidden = act(hidden + down_bias)
-  void activate(int64_t rows, float* hidden) const {
-    const int64_t B = args.inputs.size.B, stride = padded_width<Arithmetic>(B);
-    with_activation(args.inputs.activation, [&](auto activation) {
-      for (int64_t row = 0; row < rows; ++row, hidden += stride) {
-        for (int64_t b = 0; b < B; b += kLanes) {
-          store(hidden + b, activation.value(load(hidden + b) + load(project.weights.down_bias + b)));
-        }
-        std::fill(hidden + B, hidden + stride, 0.0f);
-      }
-    });
-  }
-};
-
-inline float adapter_factor(const AdapterInputs& args) {
-  return args.gain.data ? args.scale * read_scalar(args.gain) : args.scale;
-}
-
-// sums [B] += down row, for a row of D floats in whole vectors.
-inline void add_products_with_down(const AdapterInputs& args, const float* row, float* sums) {
-  const auto [R, D, B] = args.size;
-  for (int64_t b = 0; b < B; ++b) {
-    Vec products[kChains] = {};
-    with_elements(args.down.dtype, [&](auto elements) {
-      for_each_vector(elements, row_of(args.down, b), args.size.D,
-                      [&](int chain, int64_t d, Vec value) { products[chain] += value * load(row + d); });
-    });
-    sums[b] = static_cast<float>(sums[b] + sum_chains(products));
-  }
-}
-
-// `memory` holds two rows of B and D in whole vectors, and two more of D where x is normalised.
-inline AdapterRows adapter_rows(const AdapterInputs& args, float* memory) {
-  const auto [R, D, B] = args.size;
-  const int64_t hidden_width = round_up(B, kLanes), width = round_up(D, kLanes);
-  float *down_bias = memory, *up_bias = down_bias + hidden_width;
-  widen_row(args.down_bias, B, down_bias);
-  widen_row(args.up_bias, D, up_bias);
-  if (!args.norm_weight.data) return {down_bias, up_bias, nullptr, nullptr};
-  float *norm_weight = up_bias + width, *norm_bias = norm_weight + width;
-  widen_row(args.norm_weight, D, norm_weight);
-  widen_row(args.norm_bias, D, norm_bias);
-  add_products_with_down(args, norm_bias, down_bias);
-  return {down_bias, up_bias, norm_weight, norm_bias};
-}
-
-template <class Arithmetic>
-inline void adapter_forward_by(const AdapterForward& args, ParallelFor parallel_for) {
-  const AdapterInputs& inputs = args.inputs;
-  const auto [R, D, B] = inputs.size;
-  const int64_t stride = padded_width<Arithmetic>(B), width = round_up(D, kLanes);
-  const auto [packed_down, packed_up, rows] =
-      parts_of<3>(call_scratch(), {words<Arithmetic>(D) * stride, words<Arithmetic>(B) * width, stride + 3 * width});
-  pack_transposed<Arithmetic>(inputs.down, D, B, packed_down);
-  pack_transposed<Arithmetic>(inputs.up, B, D, packed_up);
-  const AdapterForwardTile<Arithmetic> tile{
-      args, {inputs, packed_down, adapter_rows(inputs, rows)}, packed_up, adapter_factor(inputs)};
-  for_each_tile(0, R, kRowsPerTile * (stride + padded_width<Arithmetic>(D)), parallel_for, tile);
-  call_scratch().release_excess();
-}
+// Backward of the bottleneck adapter on the CPU.
+// A part of path.inl.
 
 // What backward keeps of one slab of rows until all its tiles are done. dhidden is the gradient of the hidden units
 // before their activation.
@@ -234,8 +70,8 @@ struct AdapterBackwardTile {
   AdapterProjection<Projection> project;
   const float* packed_up;    // up
   const float* packed_down;  // down
-  const float* weight_sums;  // [B]; null: x is not normalised
   float factor;
+  const float* weight_sums;  // [B]; null: x is not normalised
   AdapterSlab slab;
 
   void operator()(int64_t begin, int64_t rows, float* scratch) const {
@@ -381,70 +217,79 @@ inline void finish_norm_gradients(const AdapterBackward& args, const AdapterRows
 }
 
 template <class Arithmetic, class Projection>
+struct AdapterBackwardMemory {
+  float *project_down, *up, *down;  // packed, the first transposed
+  float* rows;                      // of adapter_rows
+  float* weight_sums;               // [B, padded]
+  float* dup;                       // [B, D]
+  AdapterSlab slab;
+
+  AdapterBackwardMemory(const AdapterBackward& args, Partition& partition) {
+    const auto [R, D, B] = args.inputs.size;
+    const int64_t stride = padded_width<Arithmetic>(B), width = round_up(D, kLanes);
+    const int64_t slab_rows = round_up(std::min(R, kRowsPerSlab), Arithmetic::kPerWord);
+    const int64_t slab_tiles = round_up(slab_rows, kRowsPerTile) / kRowsPerTile;
+    const int64_t gathered = args.ddown ? words<Arithmetic>(slab_rows) * stride : 0;
+    project_down = partition.take(words<Projection>(D) * stride);
+    up = partition.take(words<Arithmetic>(D) * stride);
+    down = partition.take(words<Arithmetic>(B) * width);
+    rows = partition.take(adapter_rows_floats(args.inputs.size));
+    weight_sums = partition.take(stride);
+    dup = partition.take(args.ddown ? B * D : 0);
+    slab.begin = 0;
+    slab.statistics = partition.take<RowStatistics>(slab_rows);
+    slab.dhidden = partition.take(gathered);
+    slab.hidden = partition.take(gathered);
+    slab.dhidden_sums = partition.take(slab_tiles * stride);
+    slab.dout_sums = partition.take(slab_tiles * width);
+    slab.dgain = partition.take<double>(slab_rows);
+  }
+};
+
+template <class Arithmetic, class Projection>
 inline void adapter_backward_by(const AdapterBackward& args, ParallelFor parallel_for) {
   const AdapterInputs& inputs = args.inputs;
   const auto [R, D, B] = inputs.size;
   const bool has_norm = inputs.norm_weight.data, has_weights = args.ddown;
   const int64_t stride = padded_width<Arithmetic>(B), width = round_up(D, kLanes);
-  const int64_t slab_rows = round_up(std::min(R, kRowsPerSlab), Arithmetic::kPerWord);
-  const int64_t slab_tiles = round_up(slab_rows, kRowsPerTile) / kRowsPerTile;
-  const int64_t gathered = has_weights ? words<Arithmetic>(slab_rows) * stride : 0;
-  const auto [project_down, packed_up, packed_down, rows, norm_sums, dhidden, hidden, dhidden_sums, dout_sums, dup,
-              statistics, dgains] =
-      parts_of<12>(call_scratch(),
-                   {words<Projection>(D) * stride, words<Arithmetic>(D) * stride, words<Arithmetic>(B) * width,
-                    stride + 3 * width, stride, gathered, gathered, slab_tiles * stride, slab_tiles * width,
-                    has_weights ? B * D : 0, 3 * slab_rows, 2 * slab_rows});
-  pack_transposed<Projection>(inputs.down, D, B, project_down);
-  pack<Arithmetic>(inputs.up, D, B, packed_up);
-  pack<Arithmetic>(inputs.down, B, D, packed_down);
-  const AdapterRows weights = adapter_rows(inputs, rows);
-  float* const weight_sums = has_norm ? norm_sums : nullptr;
+  const auto memory = parts_of<AdapterBackwardMemory<Arithmetic, Projection>>(call_scratch(), args);
+  pack_transposed<Projection>(inputs.down, D, B, memory.project_down);
+  pack<Arithmetic>(inputs.up, D, B, memory.up);
+  pack<Arithmetic>(inputs.down, B, D, memory.down);
+  const AdapterRows weights = adapter_rows(inputs, memory.rows);
   if (has_norm) {
-    std::fill_n(weight_sums, stride, 0.0f);
-    add_products_with_down(inputs, weights.norm_weight, weight_sums);
+    std::fill_n(memory.weight_sums, stride, 0.0f);
+    add_products_with_down(inputs, weights.norm_weight, memory.weight_sums);
   }
   const float factor = adapter_factor(inputs);
   if (has_weights) {
     std::fill_n(args.ddown_bias, B, 0.0f);
     std::fill_n(args.dup_bias, D, 0.0f);
     if (R == 0) std::fill_n(args.ddown, B * D, 0.0f);
-    if (R == 0) std::fill_n(dup, B * D, 0.0f);
+    if (R == 0) std::fill_n(memory.dup, B * D, 0.0f);
   }
-  AdapterSlab slab{0,
-                   reinterpret_cast<RowStatistics*>(statistics),
-                   dhidden,
-                   hidden,
-                   dhidden_sums,
-                   dout_sums,
-                   reinterpret_cast<double*>(dgains)};
+  AdapterSlab slab = memory.slab;
   double dgain = 0;
   for (; slab.begin < R; slab.begin += kRowsPerSlab) {
     const int64_t slab_end = std::min(R, slab.begin + kRowsPerSlab), count = slab_end - slab.begin;
     const AdapterBackwardTile<Arithmetic, Projection> tile{
-        args, {inputs, project_down, weights}, packed_up, packed_down, weight_sums, factor, slab};
+        args,   {inputs, memory.project_down, weights},  memory.up, memory.down,
+        factor, has_norm ? memory.weight_sums : nullptr, slab};
     for_each_tile(slab.begin, slab_end, kRowsPerTile * (2 * stride + padded_width<Arithmetic>(D)), parallel_for, tile);
     dgain = std::accumulate(slab.dgain, slab.dgain + count, dgain);
     if (!has_weights) continue;
     const int64_t tiles = round_up(count, kRowsPerTile) / kRowsPerTile;
-    add_rows(dhidden_sums, tiles, stride, B, args.ddown_bias);
-    add_rows(dout_sums, tiles, width, D, args.dup_bias);
+    add_rows(slab.dhidden_sums, tiles, stride, B, args.ddown_bias);
+    add_rows(slab.dout_sums, tiles, width, D, args.dup_bias);
     const std::vector<WeightGradient> tasks{
-        {args.ddown, B, dhidden, stride, inputs.x, has_norm ? slab.statistics : nullptr},
-        {dup, B, hidden, stride, args.dout, nullptr}};
+        {args.ddown, B, slab.dhidden, stride, inputs.x, has_norm ? slab.statistics : nullptr},
+        {memory.dup, B, slab.hidden, stride, args.dout, nullptr}};
     add_weight_gradients<Arithmetic>(tasks, D, slab.begin, count, parallel_for);
   }
-  if (has_weights) finish_up_gradient(args, factor, dup);
+  if (has_weights) finish_up_gradient(args, factor, memory.dup);
   if (has_weights && has_norm) finish_norm_gradients(args, weights);
   if (args.dgain) *args.dgain = static_cast<float>(inputs.scale * dgain);
   call_scratch().release_excess();
-}
-
-inline void adapter_forward(const AdapterForward& args, ParallelFor parallel_for) {
-#ifdef PETL_BFLOAT16_PRODUCTS
-  if (args.inputs.x.dtype == DType::bfloat16) return adapter_forward_by<PairArithmetic>(args, parallel_for);
-#endif
-  adapter_forward_by<FloatArithmetic>(args, parallel_for);
 }
 
 inline void adapter_backward(const AdapterBackward& args, ParallelFor parallel_for) {

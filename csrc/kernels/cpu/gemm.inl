@@ -1,5 +1,5 @@
 // Matrix products from one register-blocked microkernel, with the caller's arithmetic on each result.
-// No include guard: each path includes it once, inside its own namespace (see path.h).
+// A part of path.inl.
 
 // Columns of the right operand are packed into panels of at most kPanelVectors vectors, so that the microkernel reads
 // it in storage order; kTileRows x kPanelVectors accumulators fill the registers of the path.

@@ -1,5 +1,5 @@
 // Gradients of weights: sums over rows, by slabs of rows (see tiles.h) in a fixed order.
-// No include guard: each path includes it once, inside its own namespace (see path.h).
+// A part of path.inl.
 
 // Words of rows of a right operand that are packed at a time: a panel of 64 kB at most, which stays in the second-level
 // cache.

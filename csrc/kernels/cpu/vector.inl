@@ -1,5 +1,5 @@
 // One source for every instruction set: GCC's and Clang's vector types, sized by the file that includes this.
-// No include guard: each path includes it once, inside its own namespace (see path.h).
+// A part of path.inl.
 
 constexpr int kLanes = PETL_VECTOR_BYTES / 4;
 

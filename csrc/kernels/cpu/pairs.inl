@@ -1,5 +1,5 @@
 // Products of bfloat16 by the processor's own instruction: twice the rate of float32, and sums in float32.
-// No include guard: each path includes it once, inside its own namespace (see path.h).
+// A part of path.inl.
 
 // Two rows of bfloat16 as pairs: the lower half of each word from `first`, the upper from `second`.
 inline Vec interleave(HalfBitsVec first, HalfBitsVec second) {

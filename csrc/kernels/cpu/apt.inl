@@ -1,6 +1,6 @@
 // Prompt diffusion on the CPU. Whatever the tensors are, arithmetic is float32; only where the processor multiplies
 // bfloat16 itself, and x and y are bfloat16, the factors of products are bfloat16 and their sums float32.
-// No include guard: each path includes it once, inside its own namespace (see path.h).
+// A part of path.inl.
 
 // The raw scores of one row become relu(scores) or softmax(scores), in place; returns their maximum.
 inline float activate(Activation activation, float* scores, int64_t P) {
@@ -98,18 +98,27 @@ struct AptForwardTile {
 };
 
 template <class Arithmetic>
+struct AptForwardMemory {
+  float *keys, *prompts;  // packed, the keys transposed
+  float* of_exact;        // [P], of ExactScores
+
+  AptForwardMemory(const AptSizes& size, Partition& partition)
+      : keys(partition.take(words<Arithmetic>(size.D) * scores_stride<Arithmetic>(size.P))),
+        prompts(partition.take(words<Arithmetic>(size.P) * round_up(size.D, kLanes))),
+        of_exact(partition.take(size.P)) {}
+};
+
+template <class Arithmetic>
 inline void apt_forward_by(const AptForward& args, ParallelFor parallel_for) {
   const auto [R, D, P] = args.size;
   const int64_t stride = scores_stride<Arithmetic>(P), width = round_up(D, kLanes);
-  const int64_t keys_floats = words<Arithmetic>(D) * stride, prompts_floats = words<Arithmetic>(P) * width;
-  float* packed_keys = call_scratch().reserve(keys_floats + prompts_floats + P);
-  float* packed_prompts = packed_keys + keys_floats;
-  pack_transposed<Arithmetic>(args.keys, D, P, packed_keys);
-  pack<Arithmetic>(args.prompts, P, D, packed_prompts);
+  const auto memory = parts_of<AptForwardMemory<Arithmetic>>(call_scratch(), args.size);
+  pack_transposed<Arithmetic>(args.keys, D, P, memory.keys);
+  pack<Arithmetic>(args.prompts, P, D, memory.prompts);
   std::optional<ExactScores> exact;
   if (Arithmetic::rounds(args.keys.dtype) && args.activation == Activation::relu)
-    exact.emplace(args.keys, P, D, packed_prompts + prompts_floats);
-  const AptForwardTile<Arithmetic> tile{args, packed_keys, packed_prompts, exact ? &*exact : nullptr,
+    exact.emplace(args.keys, P, D, memory.of_exact);
+  const AptForwardTile<Arithmetic> tile{args, memory.keys, memory.prompts, exact ? &*exact : nullptr,
                                         std::exp(read_scalar(args.log_scale))};
   for_each_tile(0, R, kRowsPerTile * (stride + width), parallel_for, tile);
   call_scratch().release_excess();
@@ -226,43 +235,54 @@ struct AptBackwardTile {
 };
 
 template <class Arithmetic>
+struct AptBackwardMemory {
+  PackedParts prompts, keys;
+  AptSlab slab;
+
+  AptBackwardMemory(const AptBackward& args, Partition& partition) {
+    const auto [R, D, P] = args.size;
+    const int64_t stride = scores_stride<Arithmetic>(P);
+    const int64_t prompts_floats = words<Arithmetic>(D) * stride;
+    const int64_t keys_floats = words<Arithmetic>(P) * round_up(D, kLanes);
+    const int64_t slab_rows = round_up(std::min(R, kRowsPerSlab), Arithmetic::kPerWord);
+    // Where weights in float32 meet activations in bfloat16, the products see the weights whole, in two parts: the
+    // error of dx is then 12 times smaller than eager's, without them 9 times.
+    const bool in_parts = Arithmetic::rounds(args.prompts.dtype);
+    prompts.rounded = partition.take(prompts_floats);
+    prompts.rest = in_parts ? partition.take(prompts_floats) : nullptr;
+    keys.rounded = partition.take(keys_floats);
+    keys.rest = in_parts ? partition.take(keys_floats) : nullptr;
+    slab.begin = 0;
+    slab.dscores = partition.take(words<Arithmetic>(slab_rows) * stride);
+    slab.weighted = partition.take(words<Arithmetic>(slab_rows) * stride);
+    slab.dlog_scale = partition.take<double>(slab_rows);
+  }
+};
+
+template <class Arithmetic>
 inline void apt_backward_by(const AptBackward& args, ParallelFor parallel_for) {
   const auto [R, D, P] = args.size;
   const int64_t stride = scores_stride<Arithmetic>(P), width = round_up(D, kLanes);
-  const int64_t slab_rows = round_up(std::min(R, kRowsPerSlab), Arithmetic::kPerWord);
-  const int64_t prompts_floats = words<Arithmetic>(D) * stride, keys_floats = words<Arithmetic>(P) * width;
-  const int64_t slab_floats = words<Arithmetic>(slab_rows) * stride;
-  // Where weights in float32 meet activations in bfloat16, the products see the weights whole, in two parts: the error
-  // of dx is then 12 times smaller than eager's, without them 9 times.
-  const bool in_parts = Arithmetic::rounds(args.prompts.dtype);
-  const int64_t weights_floats = prompts_floats + keys_floats;
-  // What is read by vectors comes first, for its alignment.
-  float* packed = call_scratch().reserve((in_parts ? 2 : 1) * weights_floats + 2 * (slab_floats + slab_rows));
-  const PackedParts prompts{packed, in_parts ? packed + weights_floats : nullptr};
-  const PackedParts keys{packed + prompts_floats, in_parts ? packed + weights_floats + prompts_floats : nullptr};
-  float* dscores = packed + (in_parts ? 2 : 1) * weights_floats;
-  float* weighted = dscores + slab_floats;
-  double* shares = reinterpret_cast<double*>(weighted + slab_floats);
+  const auto memory = parts_of<AptBackwardMemory<Arithmetic>>(call_scratch(), args);
+  const PackedParts &prompts = memory.prompts, &keys = memory.keys;
   pack_transposed<Arithmetic>(args.prompts, D, P, prompts.rounded);
   pack<Arithmetic>(args.keys, P, D, keys.rounded);
-  if (in_parts) {
-    pack_transposed<Arithmetic, Part::rest>(args.prompts, D, P, prompts.rest);
-    pack<Arithmetic, Part::rest>(args.keys, P, D, keys.rest);
-  }
+  if (prompts.rest) pack_transposed<Arithmetic, Part::rest>(args.prompts, D, P, prompts.rest);
+  if (keys.rest) pack<Arithmetic, Part::rest>(args.keys, P, D, keys.rest);
   const float scale = std::exp(read_scalar(args.log_scale));
   if (R == 0 && args.dkeys) std::fill_n(args.dkeys, P * D, 0.0f);
   if (R == 0 && args.dprompts) std::fill_n(args.dprompts, P * D, 0.0f);
   double dlog_scale = 0;
-  for (int64_t begin = 0; begin < R; begin += kRowsPerSlab) {
-    const int64_t rows = std::min(kRowsPerSlab, R - begin);
-    const AptSlab slab{begin, dscores, weighted, shares};
+  AptSlab slab = memory.slab;
+  for (; slab.begin < R; slab.begin += kRowsPerSlab) {
+    const int64_t rows = std::min(kRowsPerSlab, R - slab.begin);
     const AptBackwardTile<Arithmetic> tile{args, prompts, keys, scale, slab};
-    for_each_tile(begin, begin + rows, kRowsPerTile * (2 * stride + width), parallel_for, tile);
-    dlog_scale = std::accumulate(shares, shares + rows, dlog_scale);
+    for_each_tile(slab.begin, slab.begin + rows, kRowsPerTile * (2 * stride + width), parallel_for, tile);
+    dlog_scale = std::accumulate(slab.dlog_scale, slab.dlog_scale + rows, dlog_scale);
     std::vector<WeightGradient> tasks;
-    if (args.dkeys) tasks.push_back({args.dkeys, P, dscores, stride, args.x, nullptr});
-    if (args.dprompts) tasks.push_back({args.dprompts, P, weighted, stride, args.dout, nullptr});
-    add_weight_gradients<Arithmetic>(tasks, D, begin, rows, parallel_for);
+    if (args.dkeys) tasks.push_back({args.dkeys, P, slab.dscores, stride, args.x, nullptr});
+    if (args.dprompts) tasks.push_back({args.dprompts, P, slab.weighted, stride, args.dout, nullptr});
+    add_weight_gradients<Arithmetic>(tasks, D, slab.begin, rows, parallel_for);
   }
   if (args.dlog_scale) *args.dlog_scale = static_cast<float>(dlog_scale);
   call_scratch().release_excess();

@@ -1,5 +1,5 @@
 // LayerNorm's statistics, and values normalised by them.
-// No include guard: each path includes it once, inside its own namespace (see path.h).
+// A part of path.inl.
 
 struct RowStatistics {
   // The mean is the sum of both: rounded to one float, it would shift a row whose mean is far greater than its

@@ -1,5 +1,5 @@
 // How an op shares out its rows among threads: in tiles, and in backward in slabs of tiles.
-// No include guard: each path includes it once, inside its own namespace (see path.h).
+// A part of path.inl.
 
 // Rows that one thread takes at a time: what is computed of them stays in its cache, and the packed weights are read
 // once for them.
@@ -42,18 +42,4 @@ inline void widen_row(const ConstRows& source, int64_t width, float* target) {
       store(target + i, elements.load_part(from + i * elements.kBytes, width - i));
     }
   });
-}
-
-// One buffer in parts of so many floats, each aligned to a cache line.
-template <size_t kParts>
-inline std::array<float*, kParts> parts_of(Scratch& scratch, const int64_t (&floats)[kParts]) {
-  std::array<float*, kParts> parts;
-  int64_t total = 0;
-  for (int64_t count : floats) total += round_up(count, 16);
-  float* next = scratch.reserve(total);
-  for (size_t i = 0; i < kParts; ++i) {
-    parts[i] = next;
-    next += round_up(floats[i], 16);
-  }
-  return parts;
 }

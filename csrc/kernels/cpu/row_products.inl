@@ -1,6 +1,6 @@
 // Matrix products of rows where they lie: nothing is packed, and a row may be anywhere. For operands of which each row
 // meets few others, packing would cost as much as the product.
-// No include guard: each path includes it once, inside its own namespace (see path.h).
+// A part of path.inl.
 
 // Rows of float32 in whole vectors lie so far apart: an odd number of cache lines, since rows of 1024 floats would all
 // want the same few places in the cache.
@@ -27,8 +27,8 @@ inline float sum_by_halves(const void* values) {
 // grow with its length, and more so where vectors are short.
 constexpr int64_t kVectorsPerSum = 32;
 
-// products[m * stride + n] = left[m] . right[n], for rows of so many words (see Arithmetic in gemm.h). Each product is
-// summed in the same order, whatever kLeft and kRight are.
+// products[m * stride + n] = left[m] . right[n], for rows of so many words (see Arithmetic in gemm.inl). Each product
+// is summed in the same order, whatever kLeft and kRight are.
 template <class Arithmetic, int kLeft, int kRight>
 __attribute__((noinline)) void dot_rows(const float* const* left, const float* const* right, int64_t words,
                                         float* products, int64_t stride) {
@@ -131,7 +131,7 @@ struct RowProduct {
   const float* const* rows;
 };
 
-// The sum of the products, [rows, columns], to an epilogue as those of gemm.h, but without its prefetch.
+// The sum of the products, [rows, columns], to an epilogue as those of gemm.inl, but without its prefetch.
 template <class Arithmetic, size_t kProducts, class Epilogue>
 inline void multiply_across_rows(int64_t rows, int64_t columns, const RowProduct (&products)[kProducts],
                                  const Epilogue& epilogue) {

@@ -1,5 +1,5 @@
 // The activations of the adapter's hidden units, on vectors: value(x), and gradient(x, dvalue).
-// No include guard: each path includes it once, inside its own namespace (see path.h).
+// A part of path.inl.
 
 inline Vec magnitude_of(Vec value) { return as_float(as_bits(value) & 0x7fffffff); }
 
