@@ -45,7 +45,7 @@ struct AdapterProjection {
     if (weights.norm_weight) statistics = statistics_of(elements, x, D, args.epsilon);
     for (int64_t d = 0; d < D; d += kLanes) {
       Vec value = elements.load_part(x + d * elements.kBytes, D - d);
-      if (weights.norm_weight) value = statistics.normalised(value) * load(weights.norm_weight + d);
+      if (weights.norm_weight) value = statistics.normalized(value) * load(weights.norm_weight + d);
       store(target + d, value);
     }
     std::fill(target + D, target + padded_width<Projection>(D), 0.0f);

@@ -54,8 +54,8 @@ struct AdapterInputGradient {
     const int64_t count = D - column;
     if (norm_weight) {
       const RowStatistics& of = statistics[row];
-      const Vec normalised = of.normalised(X::load_part(x + (row * x_stride + column) * X::kBytes, count));
-      value = value * load(norm_weight + column) - gradients[row].mean - normalised * gradients[row].slope;
+      const Vec normalized = of.normalized(X::load_part(x + (row * x_stride + column) * X::kBytes, count));
+      value = value * load(norm_weight + column) - gradients[row].mean - normalized * gradients[row].slope;
       value *= of.inverse;
     }
     if (dout) value += X::load_part(dout + (row * dout_stride + column) * X::kBytes, count);

@@ -7,7 +7,7 @@ struct RowStatistics {
   float mean, mean_rest;
   float inverse;  // of sqrt(variance + epsilon)
 
-  Vec normalised(Vec value) const { return ((value - mean) - mean_rest) * inverse; }
+  Vec normalized(Vec value) const { return ((value - mean) - mean_rest) * inverse; }
 };
 
 // Calls use(chain, d, value) for the vectors of a row of D elements, value beginning at element d; what lies beyond the

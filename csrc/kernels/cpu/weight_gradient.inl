@@ -33,7 +33,7 @@ struct AddToWeight {
 
 // One panel of `depth` rows, from first_row on, normalised. `statistics` are those of these rows.
 template <class Arithmetic>
-inline void pack_normalised_panel(const ConstRows& source, const RowStatistics* statistics, int64_t first_row,
+inline void pack_normalized_panel(const ConstRows& source, const RowStatistics* statistics, int64_t first_row,
                                   int64_t depth, int64_t columns, Panel panel, float* wide, float* packed) {
   const int64_t width = panel.vectors * kLanes;
   with_elements(source.dtype, [&](auto elements) {
@@ -43,7 +43,7 @@ inline void pack_normalised_panel(const ConstRows& source, const RowStatistics* 
       for (int64_t i = 0; i < width; i += kLanes) {
         const int64_t column = panel.column + i;
         const Vec value = elements.load_part(row + column * elements.kBytes, columns - column);
-        store(wide + k * width + i, statistics[k].normalised(value));
+        store(wide + k * width + i, statistics[k].normalized(value));
       }
     }
   });
@@ -58,7 +58,7 @@ inline void add_weight_gradient(const WeightGradient& task, int64_t D, int64_t s
   for (int64_t begin = 0; begin < rows; begin += rows_per_pack) {
     const int64_t depth = std::min(rows_per_pack, rows - begin);
     if (task.statistics) {
-      pack_normalised_panel<Arithmetic>(task.right, task.statistics + begin, slab_begin + begin, depth, D, panel, wide,
+      pack_normalized_panel<Arithmetic>(task.right, task.statistics + begin, slab_begin + begin, depth, D, panel, wide,
                                         packed);
     } else {
       Arithmetic::template pack_panel<Part::rounded>(task.right, slab_begin + begin, depth, D, panel, packed);

@@ -132,12 +132,4 @@ __device__ __forceinline__ float load_scalar(const void* data, DType dtype, int6
   return dtype == DType::bfloat16 ? __uint_as_float(bits << 16) : unpack_float16(bits).x;
 }
 
-// What LayerNorm does to a row: normed = (x - mean - rest) * inverse. The mean is in two parts, since float32 has not
-// the digits for it where the deviations are small beside it.
-struct RowStatistics {
-  float mean, rest, inverse;
-
-  __device__ __forceinline__ float normed(float x) const { return (x - mean - rest) * inverse; }
-};
-
 }  // namespace petl::cuda

@@ -179,4 +179,35 @@ __device__ __forceinline__ void multiply(Sums<kBlocks, kGroups>& sums, Tile<cons
   }
 }
 
+// Sums over a long depth: of floats, sums of sums, of which the short ones end at every multiple of kShortSum.
+template <class T, int kBlocks, int kGroups>
+struct LongSums;
+
+template <int kBlocks, int kGroups>
+struct LongSums<float, kBlocks, kGroups> {
+  Sums<kBlocks, kGroups> sums, total;
+
+  __device__ __forceinline__ void clear() {
+    sums.clear();
+    total.clear();
+  }
+  __device__ __forceinline__ void end_of(int depth) {
+    if (depth % kShortSum == 0) finish();
+  }
+  __device__ __forceinline__ Sums<kBlocks, kGroups>& finish() {
+    total.add(sums);
+    sums.clear();
+    return total;
+  }
+};
+
+template <class T, int kBlocks, int kGroups>
+struct LongSums {
+  Sums<kBlocks, kGroups> sums;
+
+  __device__ __forceinline__ void clear() { sums.clear(); }
+  __device__ __forceinline__ void end_of(int) {}
+  __device__ __forceinline__ Sums<kBlocks, kGroups>& finish() { return sums; }
+};
+
 }  // namespace petl::cuda

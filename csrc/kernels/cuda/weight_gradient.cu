@@ -23,7 +23,7 @@ struct GradientShape {
 // sums of blocks 0, 1, ... [16, 64] += left^T right over kChunk rows. Block i's columns of left [rows, ...] begin at
 // i * left_step; right [rows, 64] is loaded once for all blocks.
 template <int kChunk, class T, int kBlocks>
-__device__ __forceinline__ void multiply_transposed(float (&sums)[kBlocks][8][4], Tile<const T> left, int left_step,
+__device__ __forceinline__ void multiply_transposed(Sums<kBlocks, 2>& sums, Tile<const T> left, int left_step,
                                                     Tile<const T> right, int blocks) {
   const int lane = threadIdx.x % 32;
   const T* left_row = left.data + (lane % 8 + lane / 16 * 8) * left.stride + lane / 8 % 2 * 8;
@@ -41,15 +41,16 @@ __device__ __forceinline__ void multiply_transposed(float (&sums)[kBlocks][8][4]
       load_matrices_transposed(left_parts, left_row + k * left.stride + block * left_step);
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
-        multiply_step(sums[block][2 * pair], left_parts, {parts[pair][0], parts[pair][1]}, T{});
-        multiply_step(sums[block][2 * pair + 1], left_parts, {parts[pair][2], parts[pair][3]}, T{});
+        float (&pair_sums)[4][4] = sums.parts[block][pair / 2];
+        multiply_step(pair_sums[2 * (pair % 2)], left_parts, {parts[pair][0], parts[pair][1]}, T{});
+        multiply_step(pair_sums[2 * (pair % 2) + 1], left_parts, {parts[pair][2], parts[pair][3]}, T{});
       }
     }
   }
 }
 
 template <int kChunk, int kBlocks>
-__device__ __forceinline__ void multiply_transposed(float (&sums)[kBlocks][8][4], Tile<const float> left, int left_step,
+__device__ __forceinline__ void multiply_transposed(Sums<kBlocks, 2>& sums, Tile<const float> left, int left_step,
                                                     Tile<const float> right, int blocks) {
   const int g = threadIdx.x % 32 / 4;
 #pragma unroll
@@ -64,7 +65,7 @@ __device__ __forceinline__ void multiply_transposed(float (&sums)[kBlocks][8][4]
       for (int columns = 0; columns < 8; ++columns) {
         float parts[4][2];
         load_right<Order::depth>(parts, right.data + k * right.stride + 8 * columns, right.stride);
-        multiply_step(sums[block][columns], left_parts, parts);
+        multiply_step(sums.parts[block][columns / 4][columns % 4], left_parts, parts);
       }
     }
   }
@@ -103,17 +104,13 @@ class GradientBlock {
         add_columns(left_tile(chunk), Shape::kLeftStride, Shape::kInner, left_sums_);
       if (problem_.right_sums && blockIdx.y == 0)
         add_columns(right_tile(chunk), Shape::kRightStride, Shape::kColumns, right_sums_);
-      if constexpr (kTwoLevels) {
-        if ((chunk + 1) * Shape::kChunk % kShortSum == 0) fold();
-      }
+      sums_.end_of((chunk + 1) * Shape::kChunk);
     }
     wait_for_copies<0>();
-    if constexpr (kTwoLevels) fold();
-    write();
+    write(sums_.finish());
   }
 
  private:
-  static constexpr bool kTwoLevels = sizeof(T) == 4;
   static constexpr int kSumsPerThread =
       ((Shape::kInner > Shape::kColumns ? Shape::kInner : Shape::kColumns) + Shape::kThreads - 1) / Shape::kThreads;
 
@@ -167,7 +164,7 @@ class GradientBlock {
       float values[8];
       unpack(load(vector), values);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) values[i] = statistics.normed(values[i]);
+      for (int i = 0; i < 8; ++i) values[i] = statistics.normalized(values[i]);
       store(vector, pack<T>(values));
     });
   }
@@ -181,35 +178,13 @@ class GradientBlock {
     const int blocks = (task_.inner - first_inner_ - inner_of(0) + left_step - 1) / left_step;
     const Tile<const T> left{left_tile(chunk) + inner_of(0), Shape::kLeftStride};
     const Tile<const T> right{right_tile(chunk) + 64 * column_warp(), Shape::kRightStride};
-    multiply_transposed<Shape::kChunk>(sums_, left, left_step, right, blocks);
+    multiply_transposed<Shape::kChunk>(sums_.sums, left, left_step, right, blocks);
   }
 
   __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int block = 0; block < Shape::kBlocks; ++block) {
-#pragma unroll
-      for (int i = 0; i < 32; ++i) sums_[block][i / 4][i % 4] = 0;
-    }
+    sums_.clear();
 #pragma unroll
     for (int i = 0; i < kSumsPerThread; ++i) left_sums_[i] = right_sums_[i] = 0;
-    if constexpr (kTwoLevels) {
-#pragma unroll
-      for (int block = 0; block < Shape::kBlocks; ++block) {
-#pragma unroll
-        for (int i = 0; i < 32; ++i) totals_[block][i / 4][i % 4] = 0;
-      }
-    }
-  }
-
-  __device__ __forceinline__ void fold() {
-#pragma unroll
-    for (int block = 0; block < Shape::kBlocks; ++block) {
-#pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        totals_[block][i / 4][i % 4] += sums_[block][i / 4][i % 4];
-        sums_[block][i / 4][i % 4] = 0;
-      }
-    }
   }
 
   // Adds to sums[i] the chunk's sum of column i * kThreads + threadIdx.x.
@@ -225,12 +200,11 @@ class GradientBlock {
     }
   }
 
-  __device__ __forceinline__ void write() const {
+  __device__ __forceinline__ void write(const Sums<Shape::kBlocks, 2>& sums) const {
     float* target = problem_.sums + slab_ * task_.inner * task_.D;
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int block = 0; block < Shape::kBlocks; ++block) {
-      const float (&sums)[8][4] = kTwoLevels ? totals_[block % kTotals] : sums_[block];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int inner = first_inner_ + inner_of(block) + g + 8 * half;
@@ -238,8 +212,9 @@ class GradientBlock {
         for (int columns = 0; columns < 8; ++columns) {
           const int column = first_column_ + 64 * column_warp() + 8 * columns + 2 * t;
           if (inner >= task_.inner || column >= task_.D) continue;
-          *reinterpret_cast<float2*>(target + int64_t{inner} * task_.D + column) = {sums[columns][2 * half],
-                                                                                    sums[columns][2 * half + 1]};
+          const float (&parts)[4] = sums.parts[block][columns / 4][columns % 4];
+          *reinterpret_cast<float2*>(target + int64_t{inner} * task_.D + column) = {parts[2 * half],
+                                                                                    parts[2 * half + 1]};
         }
       }
     }
@@ -260,16 +235,13 @@ class GradientBlock {
     }
   }
 
-  static constexpr int kTotals = kTwoLevels ? Shape::kBlocks : 1;
-
   const GradientTask<T>& task_;
   const GradientProblem<T>& problem_;
   const int64_t slab_;
   const int64_t begin_, end_;
   const int first_inner_, first_column_;
   T* tiles_;
-  float sums_[Shape::kBlocks][8][4];
-  float totals_[kTotals][8][4];
+  LongSums<T, Shape::kBlocks, 2> sums_;
   float left_sums_[kSumsPerThread], right_sums_[kSumsPerThread];
 };
 

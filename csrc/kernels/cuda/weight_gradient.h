@@ -3,6 +3,7 @@
 // runs.
 #pragma once
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/layer_norm.h"
 
 namespace petl::cuda {
 

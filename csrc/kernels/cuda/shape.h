@@ -1,0 +1,135 @@
+// How a block of threads divides the work on its rows, and where each thread stands.
+#pragma once
+#include "kernels/cuda/layer_norm.h"
+#include "kernels/cuda/product.h"
+#include "kernels/cuda/reduce.h"
+
+namespace petl::cuda {
+
+constexpr int kMaxThreadRows = 4;
+
+// How a block of threads divides the work: kRowWarps x kColumnWarps warps; a warp has kRowBlocks blocks of 16 rows, and
+// of the inner columns every kColumnWarps-th group of 32, kGroups at most. With two row blocks, what a warp loads of
+// the weights from shared memory serves twice as many products.
+template <class T, int kRowBlocks_, int kGroups_, int kRowWarps_, int kColumnWarps_, int kChunk_, int kResidentBlocks_>
+struct Shape {
+  using Element = T;
+  static constexpr int kRowBlocks = kRowBlocks_, kGroups = kGroups_, kRowWarps = kRowWarps_,
+                       kColumnWarps = kColumnWarps_;
+  static constexpr int kThreads = 32 * kRowWarps * kColumnWarps;
+  // Blocks that a multiprocessor shall be able to run at once: a bound for the compiler's use of registers.
+  static constexpr int kResidentBlocks = kResidentBlocks_;
+  static constexpr int kRows = 16 * kRowBlocks * kRowWarps;
+  static constexpr int kInner = 32 * kGroups * kColumnWarps;
+  // Columns of left, rows of the first weights, that are multiplied between two barriers.
+  static constexpr int kChunk = kChunk_;
+  // Chunks of left that are on their way or in use. Three on their way are 6 or 12 kB per block.
+  static constexpr int kStages = 4;
+  // The second weights come in tiles of this size: one or two vectors of eight per thread.
+  static constexpr int kSecondColumns = kRowBlocks == 2 || kColumnWarps == 4 ? 128 : 64;
+  static constexpr int kSecondDepth = 32;
+  static constexpr int kSecondGroups = kSecondColumns / 32 / kColumnWarps;
+  // Depth of a step of a product.
+  static constexpr int kStep = sizeof(T) == 2 ? 16 : 4;
+  static constexpr int kPadding = 16 / sizeof(T);
+  static constexpr int kLeftStride = kChunk + kPadding;
+  static constexpr int kHiddenStride = kInner + kPadding;
+  static constexpr int kLeftElements = kRows * kLeftStride;
+};
+
+// Where a thread stands.
+template <class Shape>
+struct Block {
+  static constexpr int kRows = Shape::kRows;
+  // The lines of one thread are row(0), row(1), ...
+  static constexpr int kThreadRows = 2 * Shape::kRowBlocks;
+
+  float* row_scratch;             // [kRows, kColumnWarps]
+  double* block_scratch;          // one per warp
+  RowStatistics* row_statistics;  // [kRows]
+
+  __device__ __forceinline__ static int warp() { return threadIdx.x / 32; }
+  // Warps whose numbers differ by 4 share a part of the multiprocessor; those of the first columns, which may have a
+  // group more to multiply, are spread over all four.
+  __device__ __forceinline__ static int row_warp() { return warp() % Shape::kRowWarps; }
+  __device__ __forceinline__ static int column_warp() { return warp() / Shape::kRowWarps; }
+  __device__ __forceinline__ static int64_t first_row() { return int64_t{blockIdx.x} * Shape::kRows; }
+  __device__ __forceinline__ static int first_of_warp() { return 16 * Shape::kRowBlocks * row_warp(); }
+  __device__ __forceinline__ static int local_row(int line) {
+    return first_of_warp() + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * line;
+  }
+  __device__ __forceinline__ static int64_t row(int line) { return first_row() + local_row(line); }
+  // The first of the thread's eight columns in a group of 32.
+  __device__ __forceinline__ static int column(int group) {
+    return 32 * (column_warp() + group * Shape::kColumnWarps) + static_cast<int>(threadIdx.x) % 4 * 8;
+  }
+  // The warp's groups of 32 columns that hold any of `columns` columns.
+  __device__ __forceinline__ static Groups groups(int columns) {
+    const int all = (columns + 31) / 32;
+    return {column_warp(), Shape::kColumnWarps, (all - column_warp() + Shape::kColumnWarps - 1) / Shape::kColumnWarps};
+  }
+
+  // Calls visit(line, column, values) for the thread's sums by eights; what it changes is kept.
+  template <class Visit>
+  __device__ __forceinline__ static void for_each(Sums<Shape::kRowBlocks, Shape::kGroups>& sums, int columns,
+                                                  Visit visit) {
+    const Groups active = groups(columns);
+#pragma unroll
+    for (int group = 0; group < Shape::kGroups; ++group) {
+      if (group >= active.count) break;
+#pragma unroll
+      for (int line = 0; line < kThreadRows; ++line) {
+        float values[8];
+        sums.get(group, line, values);
+        visit(line, column(group), values);
+        sums.set(group, line, values);
+      }
+    }
+  }
+
+  // Combines what the threads of a row have; all threads of the block must call it.
+  template <int kSize, class Combine>
+  __device__ __forceinline__ void reduce_rows(float (&values)[kSize], Combine combine) const {
+    static_assert(kSize >= kThreadRows, "one value per line");
+#pragma unroll
+    for (int line = 0; line < kThreadRows; ++line) values[line] = reduce_quad(values[line], combine);
+    if constexpr (Shape::kColumnWarps > 1) {
+      __syncthreads();
+#pragma unroll
+      for (int line = 0; line < kThreadRows; ++line) {
+        if (threadIdx.x % 4 == 0) row_scratch[local_row(line) * Shape::kColumnWarps + column_warp()] = values[line];
+      }
+      __syncthreads();
+#pragma unroll
+      for (int line = 0; line < kThreadRows; ++line) {
+        const float* row_values = row_scratch + local_row(line) * Shape::kColumnWarps;
+        values[line] = row_values[0];
+#pragma unroll
+        for (int warp = 1; warp < Shape::kColumnWarps; ++warp) values[line] = combine(values[line], row_values[warp]);
+      }
+    }
+  }
+};
+
+// The shapes, by the number of inner columns. What bounds them is a thread's registers for the sums: 16 for every block
+// of 16 rows and group of 32 columns of its warp, twice that for float32, whose sums are in two levels.
+template <class T, int kInner>
+struct ShapeFor;
+template <class T>
+struct ShapeFor<T, 64> : Shape<T, 1, 2, 4, 1, 32, 3> {};
+template <class T>
+struct ShapeFor<T, 128> : Shape<T, 1, 4, 4, 1, 32, 3> {};
+template <class T>
+struct ShapeFor<T, 256> : Shape<T, 2, 4, 4, 2, 16, 1> {};
+template <class T>
+struct ShapeFor<T, 512> : Shape<T, 2, 4, 2, 4, 16, 1> {};
+template <>
+struct ShapeFor<float, 64> : Shape<float, 1, 1, 2, 2, 16, 3> {};
+template <>
+struct ShapeFor<float, 128> : Shape<float, 1, 2, 2, 2, 16, 3> {};
+template <>
+struct ShapeFor<float, 256> : Shape<float, 1, 4, 4, 2, 16, 1> {};
+template <>
+struct ShapeFor<float, 512> : Shape<float, 1, 4, 2, 4, 16, 1> {};
+
+}  // namespace petl::cuda
