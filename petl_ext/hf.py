@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from petl_ext.search.base import Search, check_callable
+from petl_ext.search import Search
+from petl_ext.search.comparing import check_callable
 from petl_ext.tasks.labels import label_accuracy
 from petl_ext.tasks.vqa import vqa_score
 
@@ -202,7 +203,7 @@ class SearchCallback(TrainerCallback, ExportableState):
         constants = self.search.constants
         warmup, end = constants.warmup_steps, constants.search_steps
         if warmup is None:
-            epochs = self.search.warmup_epochs if self.warmup_epochs is None else self.warmup_epochs
+            epochs = constants.default_warmup_epochs if self.warmup_epochs is None else self.warmup_epochs
             warmup = self._micro_batches(epochs, train_dataloader, "warmup")
         if self.search_epochs is not None:
             end = self._micro_batches(self.search_epochs, train_dataloader, "search")
@@ -257,7 +258,8 @@ class SearchCallback(TrainerCallback, ExportableState):
             data = self._trainer.get_eval_dataloader()
         if data is None:
             logger.warning(
-                "SearchCallback: no validation_dataset, so %s are compared on training data", self.search.drawn
+                "SearchCallback: no validation_dataset, so %s are compared on training data",
+                self.search.choice.options_key,
             )
             data = train_dataloader.dataset
             _check_data("the training data, in place of validation_dataset,", data)
@@ -280,11 +282,11 @@ class SearchCallback(TrainerCallback, ExportableState):
         if not self.search.is_due:
             return
         batch = send_to_device(self._batches.next(), args.device)
-        compute = {"loss": self._loss, "score": self._score}[self.search.measure]
+        compute = {"loss": self._loss, "score": self._score}[self.search.choice.measure_name]
         self.search.update(lambda: compute(model, batch))
         if self.patience is not None and self.search.is_stable(self.patience):
             self.search.finish()
-        found = {self.search.verb: self.search.history[-1]["selection"], "entropy": f"{self.search.entropy:.2f}"}
+        found = {self.search.choice.verb: self.search.history[-1]["selection"], "entropy": f"{self.search.entropy:.2f}"}
         self._bar.set_postfix(found)
 
     def _loss(self, model, batch):
@@ -309,19 +311,21 @@ class SearchCallback(TrainerCallback, ExportableState):
     def _checked(self, loss, batch):
         if loss is None:
             raise ValueError(
-                f"SearchCallback: the model gave no loss for {', '.join(batch)}; give compute_{self.search.measure}=..."
+                f"SearchCallback: the model gave no loss for {', '.join(batch)}; give "
+                f"compute_{self.search.choice.measure_name}=..."
             )
         return loss
 
     def _values(self):
         latest = self.search.history[-1]
-        measured = [value for value in latest[self.search.measures] if value is not None]
+        measured = [value for value in latest[self.search.choice.measures_key] if value is not None]
         values = {
             "search/reward": sum(latest["rewards"]) / len(latest["rewards"]),
             "search/entropy": self.search.entropy,
             **{f"search/preference/{layer}": value for layer, value in enumerate(latest["preferences"])},
         }
-        return values | ({f"search/{self.search.measure}": sum(measured) / len(measured)} if measured else {})
+        name = f"search/{self.search.choice.measure_name}"
+        return values | ({name: sum(measured) / len(measured)} if measured else {})
 
 
 class _Stored(TrainerCallback):
@@ -409,9 +413,10 @@ def _check_epochs(name, epochs, steps):
 def _check_compute(measure, compute, search):
     if compute is None:
         return
-    if measure != search.measure:
+    if measure != search.choice.measure_name:
         raise ValueError(
-            f"SearchCallback: compute_{measure} is given, but a {type(search).__name__} takes compute_{search.measure}"
+            f"SearchCallback: compute_{measure} is given, but a {type(search).__name__} takes "
+            f"compute_{search.choice.measure_name}"
         )
     check_callable("SearchCallback", f"compute_{measure}", compute)
 

@@ -532,7 +532,7 @@ def test_apply_skips_and_can_delete(caplog):
     assert search.apply(permanent=True) == selection
     assert sum(p.numel() for p in model.parameters()) < whole
     torch.testing.assert_close(model(x)["output"], output)
-    assert search.sample() == search.skip_selection() == selection
+    assert search.sample() == search.use_selection() == selection
     assert "means nothing" not in caplog.text
     make_search().apply()
     assert "applied before the first update: the selection means nothing" in caplog.text
@@ -541,7 +541,7 @@ def test_apply_skips_and_can_delete(caplog):
 def test_validation_between_steps_can_see_the_selection():
     search = make_search()
     run_search(search, 21, losses_of(search))
-    assert search.skip_selection() == search.attachment.skipped == search.selection()
+    assert search.use_selection() == search.attachment.skipped == search.selection()
     assert not search.finished
     future = search.sample()
     assert search.attachment.skipped == future
