@@ -80,7 +80,7 @@ def test_python_imports_go_down(path):
         ("attaching/report.py", "from petl_ext.models import MeterModel", ["models"]),
         ("tasks/vqa.py", "from petl_ext import APTLayer", [""]),
         ("tasks/vqa.py", "from petl_ext import ops\nimport petl_ext.attaching", []),
-        ("hf.py", "from petl_ext import APTLayer\nfrom petl_ext.search import bandit", []),
+        ("hf/callback.py", "from petl_ext import APTLayer\nfrom petl_ext.search import bandit", []),
     ],
 )
 def test_a_wrong_import_is_seen(file, source, wrong):

@@ -540,7 +540,7 @@ def test_the_default_score_is_the_percentage_that_is_right(trained, labels, adde
 @pytest.mark.parametrize("added", [False, True])
 def test_without_a_class_per_sample_the_score_is_of_the_loss(trained, added, monkeypatch):
     """As language models have it, whose labels are tokens."""
-    monkeypatch.setattr("petl_ext.hf._percent_right", lambda outputs, labels: None)
+    monkeypatch.setattr("petl_ext.hf.scores.percent_right", lambda outputs, labels: None)
     search, _ = trained(CLASSES, added=added)
     twin, _ = trained(
         CLASSES, {"compute_score": lambda model, batch: 100 * math.exp(-model(**batch).loss)}, added=added
@@ -550,14 +550,14 @@ def test_without_a_class_per_sample_the_score_is_of_the_loss(trained, added, mon
 
 
 def test_what_is_no_choice_per_sample_has_no_percentage():
-    from petl_ext.hf import _percent_right
+    from petl_ext.hf.scores import percent_right
 
     logits = torch.eye(3)
-    assert _percent_right({"logits": logits}, torch.tensor([0, 1, 0])) == pytest.approx(200 / 3)
-    assert _percent_right({"logits": logits}, torch.full((3, 3), 0.3)) == pytest.approx(30)
-    assert _percent_right({"logits": logits}, None) is _percent_right((logits,), torch.tensor([0, 1, 0])) is None
-    assert _percent_right({"logits": logits}, torch.rand(3)) is None
-    assert _percent_right({"logits": torch.zeros(3, 2, 4)}, torch.zeros(3, 2, dtype=torch.long)) is None
+    assert percent_right({"logits": logits}, torch.tensor([0, 1, 0])) == pytest.approx(200 / 3)
+    assert percent_right({"logits": logits}, torch.full((3, 3), 0.3)) == pytest.approx(30)
+    assert percent_right({"logits": logits}, None) is percent_right((logits,), torch.tensor([0, 1, 0])) is None
+    assert percent_right({"logits": logits}, torch.rand(3)) is None
+    assert percent_right({"logits": torch.zeros(3, 2, 4)}, torch.zeros(3, 2, dtype=torch.long)) is None
 
 
 def test_patience_ends_the_search_in_a_trainer(trained):
