@@ -87,6 +87,11 @@ def test_a_wrong_import_is_seen(file, source, wrong):
     assert wrong_imports(source, PACKAGE / file) == wrong
 
 
+def test_the_door_to_transformers_needs_no_task():
+    sources = [path.read_text(encoding="utf-8") for path in (PACKAGE / "hf").glob("*.py")]
+    assert sources and not any("tasks" in imported_entries(ast.parse(source), "petl_ext.hf") for source in sources)
+
+
 def wrong_includes(source, folder):
     """Includes that a file under csrc/<folder> must not have."""
     included = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', source, flags=re.MULTILINE)

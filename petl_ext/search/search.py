@@ -21,8 +21,8 @@ class Search(StoredSearch):
     """A choice that is drawn anew for every training step and learned by a bandit.
 
     Args:
-        choice: what is decided.
-        constants: when and how.
+        choice: what is decided; an attribute too.
+        constants: when and how; an attribute too.
         seed: an integer.
         process_group: the torch.distributed group to average over; None: all processes.
         reward: from a measure, averaged over processes, to a number that is larger for a better option.
