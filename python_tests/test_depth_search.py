@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from searched_models import DIM, LAYERS, Layer, Stack, attached, json_copy
 from torch import nn
 from two_processes import in_two_processes, refusal_of_other_draws
 
@@ -17,48 +18,6 @@ import petl_ext
 from petl_ext import DepthSearch
 from petl_ext.attaching import LayerCosts
 from petl_ext.search.goal import MacBudget
-
-DIM, LAYERS = 8, 8
-
-
-class Layer(nn.Module):
-    """A residual layer; with noise, one that only disturbs."""
-
-    def __init__(self, dim, hidden, noise=0.0):
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.noise = noise
-
-    def forward(self, hidden_states) -> torch.Tensor:
-        disturbance = self.noise * torch.randn_like(hidden_states)
-        return hidden_states + self.down(self.up(self.norm(hidden_states)).tanh()) + disturbance
-
-
-class Stack(nn.Module):
-    def __init__(self, seed=0, hidden=(DIM,) * LAYERS, noisy=(), dropout=0.0):
-        super().__init__()
-        torch.manual_seed(seed)
-        sizes = enumerate(hidden)
-        self.layers = nn.ModuleList(Layer(DIM, size, 2.0 if index in noisy else 0.0) for index, size in sizes)
-        for layer in self.layers:
-            nn.init.normal_(layer.down.weight, std=1.0)
-        for index in noisy:
-            nn.init.zeros_(self.layers[index].down.weight)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(DIM, DIM)
-
-    def forward(self, x, target=None):
-        for layer in self.layers:
-            x = layer(x)
-        x = self.head(self.dropout(x))
-        return {"output": x} if target is None else {"loss": nn.functional.mse_loss(x, target)}
-
-
-def attached(**arguments):
-    model = Stack(**arguments)
-    config = petl_ext.DASConfig(bottleneck=0, bypass_bottleneck=2, sites=[r"layers\.\d+"])
-    return model, petl_ext.attach(model, config, keep=["head"])
 
 
 def make_search(num_skip=2, model=None, **arguments):
@@ -185,33 +144,6 @@ def test_train_mode_compares_with_the_same_dropout():
     torch.manual_seed(torch.initial_seed() + 1)
     search.update(compute_loss)
     assert masks[3] == masks[4] != masks[0]
-
-
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-def test_an_exception_in_compute_loss_leaves_the_search_as_it_was(error):
-    search, twin = make_search(interval=2), make_search(interval=2)
-    search.model.train()
-    for each in (search, twin):
-        run_search(each, 21, losses_of(each))
-    before = search.state_dict()
-    calls = iter([1.0, error()])
-
-    def failing():
-        value = next(calls)
-        if isinstance(value, BaseException):
-            raise value
-        return value
-
-    drawn = search.sample()
-    twin.sample()
-    before = search.state_dict()
-    with pytest.raises(error):
-        search.update(failing)
-    assert search.state_dict() == before
-    assert search.attachment.skipped == drawn and all(module.training for module in search.model.modules())
-    for each in (search, twin):
-        run_search(each, 20, losses_of(each, seed=1))
-    assert search.state_dict() == twin.state_dict()
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
@@ -430,25 +362,6 @@ def test_the_search_finds_the_layers_that_are_not_needed():
     assert [planted_selection(seed) for seed in range(10)].count(PLANTED) >= 9
 
 
-def json_copy(state):
-    return json.loads(json.dumps(state, allow_nan=False))
-
-
-@pytest.mark.parametrize("steps", [7, 20, 23, 61])
-def test_a_loaded_state_has_the_same_future(steps, tmp_path):
-    arguments = {"seed": 3, "interval": 4, "warmup_steps": 5, "search_steps": 60}
-    search, resumed = make_search(**arguments), make_search(**arguments)
-    run_search(search, steps, losses_of(search))
-    resumed.load_state_dict(json_copy(search.state_dict()))
-    assert resumed.state_dict() == search.state_dict()
-    search.to_json(tmp_path / "search.json")
-    read = DepthSearch.from_json(tmp_path / "search.json", attached()[0])
-    futures = [run_search(each, 60, losses_of(each, seed=1)) for each in (search, resumed, read)]
-    assert futures[0] == futures[1] == futures[2]
-    assert search.state_dict() == resumed.state_dict() == read.state_dict()
-    assert search.finished
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -532,7 +445,7 @@ def test_apply_skips_and_can_delete(caplog):
     assert search.apply(permanent=True) == selection
     assert sum(p.numel() for p in model.parameters()) < whole
     torch.testing.assert_close(model(x)["output"], output)
-    assert search.sample() == search.skip_selection() == selection
+    assert search.sample() == search.use_selection() == selection
     assert "means nothing" not in caplog.text
     make_search().apply()
     assert "applied before the first update: the selection means nothing" in caplog.text
@@ -541,7 +454,7 @@ def test_apply_skips_and_can_delete(caplog):
 def test_validation_between_steps_can_see_the_selection():
     search = make_search()
     run_search(search, 21, losses_of(search))
-    assert search.skip_selection() == search.attachment.skipped == search.selection()
+    assert search.use_selection() == search.attachment.skipped == search.selection()
     assert not search.finished
     future = search.sample()
     assert search.attachment.skipped == future

@@ -80,11 +80,16 @@ def test_python_imports_go_down(path):
         ("attaching/report.py", "from petl_ext.models import MeterModel", ["models"]),
         ("tasks/vqa.py", "from petl_ext import APTLayer", [""]),
         ("tasks/vqa.py", "from petl_ext import ops\nimport petl_ext.attaching", []),
-        ("hf.py", "from petl_ext import APTLayer\nfrom petl_ext.search import bandit", []),
+        ("hf/callback.py", "from petl_ext import APTLayer\nfrom petl_ext.search import bandit", []),
     ],
 )
 def test_a_wrong_import_is_seen(file, source, wrong):
     assert wrong_imports(source, PACKAGE / file) == wrong
+
+
+def test_the_door_to_transformers_needs_no_task():
+    sources = [path.read_text(encoding="utf-8") for path in (PACKAGE / "hf").glob("*.py")]
+    assert sources and not any("tasks" in imported_entries(ast.parse(source), "petl_ext.hf") for source in sources)
 
 
 def wrong_includes(source, folder):

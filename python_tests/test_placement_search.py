@@ -9,30 +9,12 @@ import random
 
 import pytest
 import torch
+from searched_models import PLACES as LAYERS
+from searched_models import Placed, json_copy
 from torch import nn
 from two_processes import in_two_processes, refusal_of_other_draws
 
 from petl_ext import DepthSearch, PlacementSearch
-
-LAYERS = 6
-
-
-class Placed(nn.Module):
-    """A stack of `LAYERS` layers; entering at layer K, an image's vector goes through what is left of them."""
-
-    def __init__(self, best=0, seed=0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.insert_layer, self.num_layers, self.best = 0, LAYERS, best
-        self.candidates = nn.ModuleList(nn.Linear(4, 4) for _ in range(LAYERS))
-        self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, image):
-        # Only what enters at the best layer arrives; elsewhere all but a tenth of it is noise.
-        noise = 0.0 if self.insert_layer == self.best else 3.0
-        seen = self.candidates[self.insert_layer](image)
-        return self.head(self.dropout(seen) + noise * torch.randn_like(seen))
 
 
 def make_search(model=None, **arguments):
@@ -53,10 +35,6 @@ def run_search(search, steps, compute_score):
         if search.is_due:
             search.update(compute_score)
     return drawn
-
-
-def json_copy(state):
-    return json.loads(json.dumps(state, allow_nan=False))
 
 
 @pytest.mark.parametrize("constants", [{}, {"step_size": 0.5, "num_samples": 10, "temperature": 2.0}])
@@ -136,30 +114,6 @@ def test_an_update_leaves_no_trace_but_the_preferences(mode):
     assert search.bandit.preferences != [0.0] * LAYERS
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-def test_an_exception_in_compute_score_leaves_the_search_as_it_was(error):
-    search, twin = make_search(), make_search()
-    for each in (search, twin):
-        run_search(each, 9, scores_of(each))
-        each.sample()
-    before, drawn, calls = search.state_dict(), search.model.insert_layer, iter([50.0])
-
-    def failing():
-        score = next(calls, None)
-        if score is None:
-            raise error
-        return score
-
-    search.model.train()
-    with pytest.raises(error):
-        search.update(failing)
-    assert search.state_dict() == before and search.model.insert_layer == drawn
-    assert all(module.training for module in search.model.modules())
-    for each in (search, twin):
-        run_search(each, 9, scores_of(each, seed=1))
-    assert search.state_dict() == twin.state_dict()
-
-
 @pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("others", "lowest"), [((50.0, 40.0), 0.0), ((-3.0, -2.0), -3.0)])
 def test_a_score_that_is_no_number_is_the_lowest(score, others, lowest, caplog):
@@ -210,21 +164,6 @@ def planted_selection(seed):
 
 def test_the_search_finds_the_best_layer():
     assert [planted_selection(seed) for seed in range(10)].count(True) >= 9
-
-
-@pytest.mark.parametrize("steps", [7, 20, 23, 61])
-def test_a_loaded_state_has_the_same_future(steps, tmp_path):
-    arguments = {"seed": 3, "interval": 4, "warmup_steps": 5, "search_steps": 60}
-    search, resumed = make_search(**arguments), make_search(**arguments)
-    run_search(search, steps, scores_of(search))
-    resumed.load_state_dict(json_copy(search.state_dict()))
-    search.to_json(tmp_path / "search.json")
-    read = PlacementSearch.from_json(tmp_path / "search.json", Placed())
-    assert search.state_dict() == resumed.state_dict() == read.state_dict()
-    futures = [run_search(each, 60, scores_of(each, seed=1)) for each in (search, resumed, read)]
-    assert futures[0] == futures[1] == futures[2]
-    assert search.state_dict() == resumed.state_dict() == read.state_dict()
-    assert search.finished and futures[0][-7:] == [search.selection()] * 7
 
 
 def test_the_state_of_another_search_is_refused(tmp_path):
@@ -540,7 +479,7 @@ def test_the_default_score_is_the_percentage_that_is_right(trained, labels, adde
 @pytest.mark.parametrize("added", [False, True])
 def test_without_a_class_per_sample_the_score_is_of_the_loss(trained, added, monkeypatch):
     """As language models have it, whose labels are tokens."""
-    monkeypatch.setattr("petl_ext.hf._percent_right", lambda outputs, labels: None)
+    monkeypatch.setattr("petl_ext.hf.scores.percent_right", lambda outputs, labels: None)
     search, _ = trained(CLASSES, added=added)
     twin, _ = trained(
         CLASSES, {"compute_score": lambda model, batch: 100 * math.exp(-model(**batch).loss)}, added=added
@@ -550,14 +489,14 @@ def test_without_a_class_per_sample_the_score_is_of_the_loss(trained, added, mon
 
 
 def test_what_is_no_choice_per_sample_has_no_percentage():
-    from petl_ext.hf import _percent_right
+    from petl_ext.hf.scores import percent_right
 
     logits = torch.eye(3)
-    assert _percent_right({"logits": logits}, torch.tensor([0, 1, 0])) == pytest.approx(200 / 3)
-    assert _percent_right({"logits": logits}, torch.full((3, 3), 0.3)) == pytest.approx(30)
-    assert _percent_right({"logits": logits}, None) is _percent_right((logits,), torch.tensor([0, 1, 0])) is None
-    assert _percent_right({"logits": logits}, torch.rand(3)) is None
-    assert _percent_right({"logits": torch.zeros(3, 2, 4)}, torch.zeros(3, 2, dtype=torch.long)) is None
+    assert percent_right({"logits": logits}, torch.tensor([0, 1, 0])) == pytest.approx(200 / 3)
+    assert percent_right({"logits": logits}, torch.full((3, 3), 0.3)) == pytest.approx(30)
+    assert percent_right({"logits": logits}, None) is percent_right((logits,), torch.tensor([0, 1, 0])) is None
+    assert percent_right({"logits": logits}, torch.rand(3)) is None
+    assert percent_right({"logits": torch.zeros(3, 2, 4)}, torch.zeros(3, 2, dtype=torch.long)) is None
 
 
 def test_patience_ends_the_search_in_a_trainer(trained):

@@ -14,8 +14,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from two_processes import in_two_processes
 
 import petl_ext
-from petl_ext import hf
 from petl_ext.hf import SearchCallback
+from petl_ext.hf.batches import EndlessBatches
 from petl_ext.search import DepthSearch
 
 LAYERS = 5
@@ -404,7 +404,7 @@ class AugmentedStream(torch.utils.data.IterableDataset):
 def test_augmented_validation_batches_are_the_same_after_a_resume(kind, taken):
     def new_batches(position):
         data = AugmentedStream() if kind == "stream" else Augmented()
-        return hf._Batches(DataLoader(data, batch_size=3, shuffle=kind == "shuffled"), 5, position)
+        return EndlessBatches(DataLoader(data, batch_size=3, shuffle=kind == "shuffled"), 5, position)
 
     whole = new_batches({"passes": 0, "taken": 0})
     before = [whole.next() for _ in range(taken)]

@@ -3,16 +3,21 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from operator import attrgetter
+from typing import Any, ClassVar
 
-import torch
+from torch import nn
+from torch.distributed import ProcessGroup
 
 from petl_ext.attaching import LayerCosts
 from petl_ext.composing import HANDLE
-from petl_ext.search.base import Constants, Search, check_callable, number_of, unwrapped
+from petl_ext.search.choice import SeveralArms, unwrapped
+from petl_ext.search.constants import Constants
 from petl_ext.search.goal import NumberOfLayers, new_goal
+from petl_ext.search.plot import plot_depth
+from petl_ext.search.search import Search
 
 logger = logging.getLogger("petl_ext")
 
@@ -23,8 +28,8 @@ def exponential_reward(loss):
 
 
 @dataclass(frozen=True)
-class SearchConstants(Constants):
-    """The constants of a search. The defaults are DAS's for ViLT, but for `evaluation_mode`.
+class DepthConstants(Constants):
+    """The constants of a `DepthSearch`. The defaults are DAS's for ViLT, but for `evaluation_mode`.
 
     Steps are micro-batches: the calls of `DepthSearch.sample`, whatever the accumulation of gradients.
 
@@ -44,15 +49,99 @@ class SearchConstants(Constants):
 
     interval: int = 10
     num_subsets: int = 3
-    step_size: float = 1.0
-    evaluation_mode: str = "eval"
     ramp_steps: int = 0
     probability: str = "sigmoid"
-    temperature: float = 1.0
     baseline: bool = True
 
-    search: ClassVar[str] = "DepthSearch"
+    search_name: ClassVar[str] = "DepthSearch"
+    default_warmup_epochs: ClassVar[float] = 1.0  # DAS's
     least: ClassVar[dict] = {**Constants.least, "num_subsets": 2, "ramp_steps": 0}
+
+
+class SkippedLayers(SeveralArms):
+    """Which layers are skipped: an arm is a layer, in the order of the attachment's `layers`.
+
+    Args:
+        model: with a `petl_ext.DASConfig` attached.
+        num_skip, max_macs, inputs: as a `DepthSearch` has them.
+    """
+
+    verb, options_key, measure_name, measures_key = "skip", "subsets", "loss", "losses"
+
+    def __init__(self, model, num_skip, max_macs, inputs):
+        self.attachment = _skippable(model)
+        self.layers = tuple(self.attachment.layers)
+        super().__init__(model, len(self.layers))
+        self.num_skip = num_skip
+        self.max_macs = max_macs
+        self.costs = None if inputs is None else _costs_of(inputs, self.attachment)
+        self.goal = new_goal(len(self.layers), num_skip, max_macs, self.costs)
+
+    def check_reach(self, bandit, constants):
+        """Raises ValueError where the goal leaves too few subsets to compare, or no number of layers to grow to."""
+        if constants.ramp_steps and self.num_skip is None:
+            raise ValueError("DepthSearch: ramp_steps needs num_skip: a budget has no number of layers to grow")
+        found = len(bandit.best_distinct(constants.num_subsets, self.goal.take))
+        if found < constants.num_subsets:
+            raise ValueError(
+                f"DepthSearch: num_subsets={constants.num_subsets}, but {self.goal} leaves only {found} "
+                f"different subset{'s' * (found != 1)} of {len(self.layers)} layers to compare"
+            )
+
+    def take(self, order):
+        return self.goal.take(order)
+
+    def draw(self, bandit, constants, step):
+        if not step:
+            self._warn_of_frozen_bypasses()
+        return self._training_goal(constants, step).take(bandit.order())
+
+    def draw_to_compare(self, bandit, constants):
+        return bandit.draw_distinct(constants.num_subsets, self.goal.take)
+
+    def chosen(self):
+        return tuple(self.attachment.skipped)
+
+    def choose(self, option):
+        self.attachment.skip(option, decodes=False)
+
+    def settings(self):
+        return {
+            "layers": list(self.layers),
+            "num_skip": self.num_skip,
+            "max_macs": self.max_macs,
+            "costs": self.costs and dataclasses.asdict(self.costs),
+        }
+
+    def names_of(self, option):
+        return tuple(self.layers[layer] for layer in option)
+
+    def described(self, option):
+        return {"selected_layers": list(self.names_of(option))}
+
+    def summary(self, option, updates):
+        return f"skips layers {list(option)} after {updates} updates: {', '.join(self.names_of(option))}"
+
+    def plot(self, search, path):
+        plot_depth(search, path)
+
+    def __str__(self):
+        return f"{self.goal}, {len(self.layers)} layers"
+
+    def _training_goal(self, constants, step):
+        if step >= constants.ramp_steps:
+            return self.goal
+        return NumberOfLayers(self.num_skip * step // constants.ramp_steps + 1)
+
+    def _warn_of_frozen_bypasses(self):
+        """Before the first step and not earlier: what freezes the model may have come after the search."""
+        bypasses = [self.model.get_submodule(name).bypass for name in self.layers]
+        parameters = [parameter for bypass in bypasses for parameter in bypass.parameters()]
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            logger.warning(
+                "DepthSearch: no parameter of a bypass requires gradients, so they stay as they are while layers are "
+                "compared; peft.get_peft_model freezes them, for example"
+            )
 
 
 class DepthSearch(Search):
@@ -68,6 +157,8 @@ class DepthSearch(Search):
             if search.is_due:
                 search.update(lambda: model(**validation_batch).loss)
         search.apply()
+
+    `update` takes a function that returns the loss of one batch. Call it after the step's backward pass.
 
     With several processes give each the same seed: the draws are the same everywhere, and losses are averaged over the
     processes before they become rewards, so the preferences are equal bit for bit. DistributedDataParallel needs
@@ -87,11 +178,11 @@ class DepthSearch(Search):
         seed: an integer.
         reward: from a loss, averaged over processes, to a number that is larger for a better subset.
         process_group: the torch.distributed group to average over; None: all processes.
-        **constants: the fields of `SearchConstants`.
+        **constants: the fields of `DepthConstants`.
 
     Attributes:
         layers: dotted names of the layers that can be skipped.
-        constants: the `SearchConstants`.
+        constants: the `DepthConstants`.
         goal: how many layers are skipped.
         costs: the `LayerCosts`, or None without inputs.
         bandit: the `Bandit`, whose preferences are the layers'.
@@ -107,75 +198,36 @@ class DepthSearch(Search):
         TypeError: reward cannot be called.
     """
 
-    constants_class = SearchConstants
-    verb, drawn, measure, measures = "skip", "subsets", "loss", "losses"
-    warmup_epochs = 1.0  # DAS's
+    constants_class = DepthConstants
+
+    layers = property(attrgetter("choice.layers"))
+    attachment = property(attrgetter("choice.attachment"))
+    num_skip = property(attrgetter("choice.num_skip"))
+    max_macs = property(attrgetter("choice.max_macs"))
+    costs = property(attrgetter("choice.costs"))
+    goal = property(attrgetter("choice.goal"))
 
     def __init__(
         self,
-        model,
-        num_skip=None,
-        max_macs=None,
-        inputs=None,
-        seed=0,
-        reward=exponential_reward,
-        process_group=None,
+        model: nn.Module,
+        num_skip: int | None = None,
+        max_macs: float | None = None,
+        inputs: Any = None,
+        seed: int = 0,
+        reward: Callable[[float], float] = exponential_reward,
+        process_group: ProcessGroup | None = None,
         **constants,
     ):
-        check_callable("DepthSearch", "reward", reward)
-        model = unwrapped(model)
-        self.attachment = _skippable(model)
-        self.layers = tuple(self.attachment.layers)
-        super().__init__(model, len(self.layers), seed, process_group, SearchConstants(**constants))
-        self.num_skip = num_skip
-        self.max_macs = max_macs
-        self.reward = reward
-        self.costs = None if inputs is None else self._costs_of(inputs)
-        self.goal = new_goal(len(self.layers), num_skip, max_macs, self.costs)
-        self._check_goal()
+        constants = DepthConstants(**constants)
+        choice = SkippedLayers(unwrapped(model), num_skip, max_macs, inputs)
+        super().__init__(choice, constants, seed, process_group, reward)
+        choice.check_reach(self.bandit, constants)
 
-    @property
-    def entropy(self):
-        """How open the search is, in bits per layer: 0 when nothing is open.
-
-        At the start it is 1 with sigmoid; with softmax, where every layer then has p = 1 / layers, it is less.
-        """
-        probabilities = torch.tensor(self.bandit.probabilities, dtype=torch.float64)
-        return (torch.special.entr(probabilities) + torch.special.entr(1 - probabilities)).mean().item() / math.log(2)
-
-    def update(self, compute_loss):
-        """Compares num_subsets drawn subsets and moves the preferences. Call it after the step's backward pass.
-
-        Afterwards the same layers are skipped as before, and torch's generators and the modules' training flags are as
-        they were, after an exception too, which leaves the whole search as it was.
-
-        The reward of a loss that is not finite is 0, or the lowest of the others where that is below 0; a warning says
-        so.
-
-        Args:
-            compute_loss: returns the loss of one batch, the same each time; called once per subset, without gradients.
-
-        Raises:
-            RuntimeError: the selection is fixed, or the processes have drawn different subsets.
-            TypeError: compute_loss cannot be called, or it or the reward returns no number.
-            ValueError: a reward is not a finite number although the loss is.
-        """
-        super().update(compute_loss)
-
-    def selection(self):
-        """Indices of the layers with the largest preferences, ascending: the larger, the less the layer is needed."""
-        return super().selection()
-
-    def selected_layers(self):
+    def selected_layers(self) -> tuple[str, ...]:
         """The dotted names of the selection."""
-        return tuple(self.layers[layer] for layer in self.selection())
+        return self.choice.names_of(self.selection())
 
-    def summary(self):
-        """What was found, in words that go on after the search's name."""
-        names = ", ".join(self.selected_layers())
-        return f"skips layers {list(self.selection())} after {len(self.history)} updates: {names}"
-
-    def macs(self, selection=None):
+    def macs(self, selection: Iterable[int] | None = None) -> float:
         """The share of the bare backbone's multiply-accumulates that remains with these layers skipped.
 
         Args:
@@ -189,17 +241,13 @@ class DepthSearch(Search):
         if selection is None:
             return self.costs.ratio(self.selection())
         layers = list(selection) if isinstance(selection, Iterable) else [None]
-        if not all(map(self._is_layer, layers)) or len(set(layers)) < len(layers):
+        if not all(map(self.choice.is_arm, layers)) or len(set(layers)) < len(layers):
             raise ValueError(
                 f"DepthSearch: macs takes different indices from 0 to {len(self.layers) - 1}, got {selection!r}"
             )
         return self.costs.ratio(layers)
 
-    def skip_selection(self):
-        """Skips the present selection until the next `sample`: for validation between steps."""
-        return self.use_selection()
-
-    def apply(self, permanent=False):
+    def apply(self, permanent: bool = False) -> tuple[int, ...]:
         """Ends the search and skips the selection.
 
         DAS then trains once more from the pre-trained weights, with this selection and new adapters.
@@ -216,7 +264,7 @@ class DepthSearch(Search):
         """
         if permanent and not self.history:
             raise RuntimeError("DepthSearch: before the first update nothing says which layers to delete")
-        with self._or_as_before():
+        with self.unchanged_on_error():
             selection = super().apply()
             self.attachment.skip(selection)
             if permanent:
@@ -224,111 +272,9 @@ class DepthSearch(Search):
         return selection
 
     @classmethod
-    def from_json(cls, path, model, reward=exponential_reward, process_group=None):
-        """The search that `to_json` wrote, on a model with the same layers.
-
-        Raises:
-            ValueError: the file is none of `to_json`, or does not fit the model.
-        """
-        return cls._read(path, model, reward=reward, process_group=process_group)
-
-    def plot(self, path):
-        """Draws the layers' preferences and what was drawn and selected, over the steps, into an image file.
-
-        Raises:
-            ValueError: no update has been made.
-        """
-        from petl_ext.search.plot import plot_depth
-
-        plot_depth(self, path)
-
-    def __repr__(self):
-        return f"DepthSearch({self.goal}, {len(self.layers)} layers, step={self.step}, finished={self.finished})"
-
-    _to_json, _from_json, _layers_of = staticmethod(list), staticmethod(tuple), staticmethod(tuple)
-
-    @classmethod
-    def _stored_arguments(cls, state):
+    def arguments_of(cls, state):
         costs = None if state["costs"] is None else LayerCosts(**state["costs"])
         return {"num_skip": state["num_skip"], "max_macs": state["max_macs"], "inputs": costs}
-
-    def _settings(self):
-        return {
-            "layers": list(self.layers),
-            "num_skip": self.num_skip,
-            "max_macs": self.max_macs,
-            "costs": self.costs and dataclasses.asdict(self.costs),
-            "constants": dataclasses.asdict(self.constants),
-        }
-
-    def _found(self):
-        return {**super()._found(), "selected_layers": list(self.selected_layers())}
-
-    def _costs_of(self, inputs):
-        """`LayerCosts` in the order of the search's layers: files may have their keys sorted."""
-        if not isinstance(inputs, LayerCosts):
-            return self.attachment.layer_costs(inputs)
-        if not isinstance(inputs.layers, dict) or set(inputs.layers) != set(self.layers):
-            raise ValueError(f"DepthSearch: expected costs of the layers {list(self.layers)}, got {inputs.layers!r}")
-        counts = [(inputs.backbone, inputs.unskipped), *inputs.layers.values()]
-        if not all(_are_two_integers(pair) for pair in counts):
-            raise ValueError(f"DepthSearch: costs must be integers, two for each layer, got {inputs}")
-        return dataclasses.replace(inputs, layers={name: inputs.layers[name] for name in self.layers})
-
-    def _draw(self):
-        if not self.step:
-            self._warn_of_frozen_bypasses()
-        return self._training_goal().take(self.bandit.order())
-
-    def _training_goal(self):
-        if self.step >= self.constants.ramp_steps:
-            return self.goal
-        return NumberOfLayers(self.num_skip * self.step // self.constants.ramp_steps + 1)
-
-    def _warn_of_frozen_bypasses(self):
-        """Before the first step and not earlier: what freezes the model may have come after the search."""
-        bypasses = [self.model.get_submodule(name).bypass for name in self.layers]
-        parameters = [parameter for bypass in bypasses for parameter in bypass.parameters()]
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            logger.warning(
-                "DepthSearch: no parameter of a bypass requires gradients, so they stay as they are while layers are "
-                "compared; peft.get_peft_model freezes them, for example"
-            )
-
-    def _draw_to_compare(self):
-        return self.bandit.draw_distinct(self.constants.num_subsets, self.goal.take)
-
-    def _take(self, order):
-        return self.goal.take(order)
-
-    def _chosen(self):
-        return tuple(self.attachment.skipped)
-
-    def _choose(self, choice):
-        self.attachment.skip(choice, decodes=False)
-
-    def _is_choice(self, stored):
-        known = isinstance(stored, list) and all(map(self._is_layer, stored))
-        return known and stored == sorted(set(stored))
-
-    def _reward_of(self, loss):
-        try:
-            reward = number_of(self.reward(loss), "DepthSearch: reward")
-        except OverflowError:
-            reward = math.inf
-        if not math.isfinite(reward):
-            raise ValueError(f"DepthSearch: the reward of the loss {loss} is {reward}; give another reward=...")
-        return reward
-
-    def _check_goal(self):
-        if self.constants.ramp_steps and self.num_skip is None:
-            raise ValueError("DepthSearch: ramp_steps needs num_skip: a budget has no number of layers to grow")
-        found = len(self.bandit.best_distinct(self.constants.num_subsets, self.goal.take))
-        if found < self.constants.num_subsets:
-            raise ValueError(
-                f"DepthSearch: num_subsets={self.constants.num_subsets}, but {self.goal} leaves only {found} "
-                f"different subset{'s' * (found != 1)} of {len(self.layers)} layers to compare"
-            )
 
 
 def _skippable(model):
@@ -345,6 +291,18 @@ def _skippable(model):
             "choice left; search on a model whose DASConfig is not permanent"
         )
     return attachment
+
+
+def _costs_of(inputs, attachment):
+    """`LayerCosts` in the order of the attachment's layers: files may have their keys sorted."""
+    if not isinstance(inputs, LayerCosts):
+        return attachment.layer_costs(inputs)
+    if not isinstance(inputs.layers, dict) or set(inputs.layers) != set(attachment.layers):
+        raise ValueError(f"DepthSearch: expected costs of the layers {list(attachment.layers)}, got {inputs.layers!r}")
+    counts = [(inputs.backbone, inputs.unskipped), *inputs.layers.values()]
+    if not all(_are_two_integers(pair) for pair in counts):
+        raise ValueError(f"DepthSearch: costs must be integers, two for each layer, got {inputs}")
+    return dataclasses.replace(inputs, layers={name: inputs.layers[name] for name in attachment.layers})
 
 
 def _are_two_integers(values):

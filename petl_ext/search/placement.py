@@ -1,14 +1,16 @@
 """At which layer a visual prompt enters: the search of DVP (KAB-APP, arXiv 2306.00409)."""
 
-import dataclasses
-import math
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import ClassVar
 
-import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
-from petl_ext.search.base import Constants, Search, unwrapped
+from petl_ext.search.choice import OneArm, unwrapped
+from petl_ext.search.constants import Constants
+from petl_ext.search.plot import plot_placement
+from petl_ext.search.search import Search
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,49 @@ class PlacementConstants(Constants):
 
     num_samples: int = 5
     step_size: float = 0.005
-    evaluation_mode: str = "eval"
-    temperature: float = 1.0
 
-    search: ClassVar[str] = "PlacementSearch"
+    search_name: ClassVar[str] = "PlacementSearch"
     least: ClassVar[dict] = {**Constants.least, "num_samples": 2}
-    probability: ClassVar[str] = "softmax"
-    baseline: ClassVar[bool] = True
+
+
+class PromptLayer(OneArm):
+    """The layer at which the model's prompt enters: an arm is a layer.
+
+    Args:
+        model: with insert_layer and num_layers, as a `PlacementSearch` takes it.
+    """
+
+    verb, options_key, measure_name, measures_key = "insert", "layers", "score", "scores"
+
+    def __init__(self, model):
+        super().__init__(model, _checked_layers(model))
+
+    def take(self, order):
+        return order[0]
+
+    def draw(self, bandit, constants, step):
+        return self.take(bandit.order(uniform=True))
+
+    def draw_to_compare(self, bandit, constants):
+        return list(bandit.draw(constants.num_samples, replacement=True))
+
+    def chosen(self):
+        return self.model.insert_layer
+
+    def choose(self, option):
+        self.model.insert_layer = option
+
+    def settings(self):
+        return {"num_layers": self.num_arms}
+
+    def summary(self, option, updates):
+        return f"inserts the prompt at layer {option} after {updates} updates"
+
+    def plot(self, search, path):
+        plot_placement(search, path)
+
+    def __str__(self):
+        return f"{self.num_arms} layers"
 
 
 class PlacementSearch(Search):
@@ -66,6 +104,10 @@ class PlacementSearch(Search):
     processes before the update, so the preferences are equal bit for bit. DistributedDataParallel needs
     find_unused_parameters=True.
 
+    `update` takes a function that returns the score of one batch, larger for better. The authors' is in percent: the
+    accuracy; for VQA the mean target score of the likeliest answer; for ScienceQA 100 * exp(-loss). Call it after the
+    optimiser's step. A score that is not finite counts as 0, as if no answer were right.
+
     What differs from the authors' code: layers are compared in eval mode (there with dropout) and each from the same
     state of the random number generators, so that a layer that is drawn twice is scored once; draws are seeded, and the
     processes agree (there each has its own preferences); of equal preferences the lower index is selected. Score on
@@ -92,104 +134,16 @@ class PlacementSearch(Search):
     """
 
     constants_class = PlacementConstants
-    verb, drawn, measure, measures = "insert", "layers", "score", "scores"
-    warmup_epochs = 0.0
 
-    def __init__(self, model, seed=0, process_group=None, **constants):
-        model = unwrapped(model)
-        self.num_layers = _checked_layers(model)
-        super().__init__(model, self.num_layers, seed, process_group, PlacementConstants(**constants))
+    num_layers = property(attrgetter("choice.num_arms"))
+
+    def __init__(self, model: nn.Module, seed: int = 0, process_group: ProcessGroup | None = None, **constants):
+        super().__init__(PromptLayer(unwrapped(model)), PlacementConstants(**constants), seed, process_group)
 
     @property
-    def probabilities(self):
+    def probabilities(self) -> list[float]:
         """pi, one float per layer."""
         return self.bandit.probabilities
-
-    @property
-    def entropy(self):
-        """How open the search is, the entropy of pi as a share of the largest: 1 at the start, 0 in the end."""
-        probabilities = torch.tensor(self.probabilities, dtype=torch.float64)
-        return torch.special.entr(probabilities).sum().item() / math.log(self.num_layers)
-
-    def update(self, compute_score):
-        """Scores num_samples drawn layers and moves their preferences. Call it after the optimiser's step.
-
-        Afterwards insert_layer, torch's generators and the modules' training flags are as they were, after an exception
-        too, which leaves the whole search as it was.
-
-        A score that is not finite counts as 0, as if no answer were right, or as the lowest of the others where that
-        is below 0; a warning says so.
-
-        Args:
-            compute_score: returns the score of one batch, larger for better, the same batch each time; called once per
-                different layer, without gradients. The authors' is in percent: the accuracy; for VQA the mean target
-                score of the likeliest answer; for ScienceQA 100 * exp(-loss).
-
-        Raises:
-            RuntimeError: the selection is fixed, or the processes have drawn different layers.
-            TypeError: compute_score cannot be called, or returns no number.
-        """
-        super().update(compute_score)
-
-    def selection(self):
-        """The index of the layer with the largest preference."""
-        return super().selection()
-
-    def summary(self):
-        """What was found, in words that go on after the search's name."""
-        return f"inserts the prompt at layer {self.selection()} after {len(self.history)} updates"
-
-    @classmethod
-    def from_json(cls, path, model, process_group=None):
-        """The search that `to_json` wrote, on a model with as many layers.
-
-        Raises:
-            ValueError: the file is none of `to_json`, or does not fit the model.
-        """
-        return cls._read(path, model, process_group=process_group)
-
-    def plot(self, path):
-        """Draws preferences and probabilities of the layers over the steps into an image file.
-
-        Raises:
-            ValueError: no update has been made.
-        """
-        from petl_ext.search.plot import plot_placement
-
-        plot_placement(self, path)
-
-    def __repr__(self):
-        return f"PlacementSearch({self.num_layers} layers, step={self.step}, finished={self.finished})"
-
-    _to_json, _from_json = staticmethod(int), staticmethod(int)
-
-    @classmethod
-    def _stored_arguments(cls, state):
-        return {}
-
-    def _settings(self):
-        return {"num_layers": self.num_layers, "constants": dataclasses.asdict(self.constants)}
-
-    def _draw(self):
-        return self._take(self.bandit.order(uniform=True))
-
-    def _draw_to_compare(self):
-        return list(self.bandit.draw(self.constants.num_samples, replacement=True))
-
-    def _take(self, order):
-        return order[0]
-
-    def _layers_of(self, choice):
-        return (choice,)
-
-    def _chosen(self):
-        return self.model.insert_layer
-
-    def _choose(self, choice):
-        self.model.insert_layer = choice
-
-    def _is_choice(self, stored):
-        return self._is_layer(stored)
 
 
 def _checked_layers(model):
