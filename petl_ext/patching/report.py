@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from petl_ext.ops.library import cpu_path
+from petl_ext.ops.kernels import kernel_for
 from petl_ext.patching.dispatch import own_forward_below, own_forward_for_now
 from petl_ext.printing import table
 
@@ -76,7 +76,7 @@ def patched_row(name, module, kind):
     device = weight.device.type
     if reason := own_forward_for_now(kind, module, device, weight.dtype):
         return PatchRow(name, type(module).__name__, kind.name, "its own forward", reason)
-    kernel = f"{kind.op} (cpu, {cpu_path()})" if device == "cpu" else f"{kind.op} ({device})"
+    kernel = kernel_for(kind.op, device, weight.dtype).name
     exception = own_forward_below(kind.op, device, weight.dtype)
     return PatchRow(name, type(module).__name__, kind.name, kernel, exception=exception)
 
