@@ -357,7 +357,7 @@ def test_devices_without_a_kernel_run_the_modules_own_forward(monkeypatch):
     assert patch.report().left_alone == {"this build holds no kernel for meta": 2}
     assert model[0](torch.empty(3, DIM, device="meta")).shape == (3, DIM)
     monkeypatch.setattr(kernels, "_HELD", {("native", "adapter", "cuda")})
-    reasons = [dispatch.own_forward_for_now(kind_of(part), part, "cuda", torch.float32) for part in model]
+    reasons = [dispatch.own_forward_for_now(part, "cuda", torch.float32) for part in model]
     assert reasons == ["", "the CUDA kernel does not take a width of 60 with 8"]
 
 

@@ -6,19 +6,19 @@ from petl_ext.composing import has_device_hook
 from petl_ext.ops.kernels import floors_of, no_kernel_because
 
 
-def own_forward_because(kind, module, x):
+def own_forward_because(module, x):
     """Why this call, on the rows of x, runs the module's own forward; "" where the kernel does.
 
     Rows come first: calls with few have the least time to lose.
     """
-    if _too_few_rows(kind.op, x):
+    if _too_few_rows(module.petl_op, x):
         return "too few rows"
     if x.dim() not in module.petl_settings.axes:
         return f"inputs of {x.dim()} axes"
-    return own_forward_for_now(kind, module, x.device.type, x.dtype)
+    return own_forward_for_now(module, x.device.type, x.dtype)
 
 
-def own_forward_for_now(kind, module, device, dtype):
+def own_forward_for_now(module, device, dtype):
     """The same of every call in the module's present state."""
     modules, settings = list(module.modules()), module.petl_settings
     if tuple(map(type, modules[1:])) != settings.parts:
@@ -29,7 +29,7 @@ def own_forward_for_now(kind, module, device, dtype):
             return f"{name} was changed"
     if beside := next(filter(None, map(beside_its_class, modules[1:])), ""):
         return beside
-    return no_kernel_because(kind.op, device, dtype, kind.dropout(module), kind.sizes(module))
+    return no_kernel_because(module.petl_op, device, dtype, module.petl_dropout(module), module.petl_sizes(module))
 
 
 def own_forward_below(op, device, dtype):

@@ -74,11 +74,11 @@ def patched_row(name, module, kind):
     """Of a module that has become one of a patched class."""
     weight = next(module.parameters())
     device = weight.device.type
-    if reason := own_forward_for_now(kind, module, device, weight.dtype):
-        return PatchRow(name, type(module).__name__, kind.name, "its own forward", reason)
-    kernel = kernel_for(kind.op, device, weight.dtype).name
-    exception = own_forward_below(kind.op, device, weight.dtype)
-    return PatchRow(name, type(module).__name__, kind.name, kernel, exception=exception)
+    if reason := own_forward_for_now(module, device, weight.dtype):
+        return PatchRow(name, type(module).__name__, kind.petl_name, "its own forward", reason)
+    kernel = kernel_for(kind.petl_op, device, weight.dtype).name
+    exception = own_forward_below(kind.petl_op, device, weight.dtype)
+    return PatchRow(name, type(module).__name__, kind.petl_name, kernel, exception=exception)
 
 
 def left_alone_row(name, module, recognised):
