@@ -29,7 +29,9 @@ def own_forward_for_now(module, device, dtype):
             return f"{name} was changed"
     if beside := next(filter(None, map(beside_its_class, modules[1:])), ""):
         return beside
-    return no_kernel_because(module.petl_op, device, dtype, module.petl_dropout(module), module.petl_sizes(module))
+    # To look at them takes longer than all else, and only CUDA bounds them.
+    sizes = module.petl_sizes(module) if device == "cuda" else None
+    return no_kernel_because(module.petl_op, device, dtype, module.petl_dropout(module), sizes)
 
 
 def own_forward_below(op, device, dtype):
