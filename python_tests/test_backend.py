@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -138,10 +139,23 @@ def test_a_choice_ends_with_an_error():
     assert ops.backend() == "auto"
 
 
-def test_one_context_may_be_entered_twice():
+def test_a_context_is_entered_once():
+    with ops.backend("reference") as nothing, ops.backend("native"), ops.backend("reference") as context:
+        assert nothing is context is None and ops.backend() == "reference"
     context = ops.backend("reference")
-    with context, ops.backend("native"), context:
-        assert ops.backend() == "reference"
+    with context, pytest.raises(RuntimeError, match="has been entered; make another"), context:
+        pass
+    assert ops.backend() == "auto"
+
+
+def test_many_threads_choose_at_once():
+    def choose(_):
+        for _ in range(200):
+            with ops.backend("reference"), ops.backend("native"):
+                assert ops.backend() in ("reference", "native")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(choose, range(8)))
     assert ops.backend() == "auto"
 
 
@@ -259,10 +273,11 @@ def test_an_added_backend_multiplies_as_much(toy):
 @pytest.mark.parametrize(
     ("name", "implementations", "message"),
     [
-        ("native", {}, "name must be a new one, got 'native'"),
-        ("auto", {}, "name must be a new one, got 'auto'"),
-        ("other", {"apt_forward": len}, "apt_backward is missing"),
-        ("other", {"conv_forward": len}, "conv_forward is unknown"),
+        ("native", {}, "name must be a new one, of letters and digits, got 'native'"),
+        ("auto", {}, "name must be a new one, of letters and digits, got 'auto'"),
+        ("my own", {}, "name must be a new one, of letters and digits, got 'my own'"),
+        ("other", {"apt_forward": len}, "implementations must be apt_forward and apt_backward, got apt_forward"),
+        ("other", {"conv_forward": len}, "implementations must be of adapter, apt, attention_pool, got conv_forward"),
     ],
 )
 def test_a_wrong_backend_is_refused(name, implementations, message):

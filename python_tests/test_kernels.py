@@ -93,7 +93,6 @@ def test_a_dropout_that_is_no_probability_is_refused(op, dropout):
 
 @pytest.mark.parametrize(("op", "known"), [("apt", APT_ACTIVATIONS), ("adapter", ADAPTER_ACTIVATIONS)])
 def test_the_kernels_know_the_same_activations(op, known):
-    assert tuple(known) == problems.OPS[op].activations
     for activation in known:
         with OpsCalled() as called:
             call(op, activation=activation)

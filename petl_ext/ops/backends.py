@@ -48,7 +48,8 @@ def chosen():
     Raises:
         ValueError: PETL_BACKEND names nothing that can be chosen.
     """
-    choice = _open[-1].choice if _open else _default
+    last = _open[-1:]  # in one step, since another thread may leave its context
+    choice = last[0].choice if last else _default
     if choice not in (AUTO, REFERENCE) and choice not in BACKENDS:
         raise ValueError(
             f"petl_ext: the environment variable {VARIABLE} must be one of: {', '.join(choices())}; got {choice!r}"
@@ -57,7 +58,7 @@ def chosen():
 
 
 class _Choice:
-    """The context of one choice."""
+    """The context of one choice, to be entered once."""
 
     # Of an instance that torch.compile makes, without a call of __init__.
     _entered = True
@@ -67,12 +68,13 @@ class _Choice:
         self._entered = False
 
     def __enter__(self):
+        if self._entered:
+            raise RuntimeError(f'petl_ext.ops.backend("{self.choice}"): this context has been entered; make another')
         self._entered = True
         _open.append(self)
 
     def __exit__(self, *error):
-        index = max(index for index, other in enumerate(_open) if other is self)
-        del _open[index]
+        _open.remove(self)
 
     def __del__(self):
         if not self._entered:

@@ -111,28 +111,35 @@ def add_backend(name, devices, implementations):
         implementations: {"apt_forward": a function of the raw op's arguments, ...}, of an op both directions.
 
     Raises:
-        ValueError: the name is taken, an implementation is of no op, or the other direction is missing.
+        ValueError: the name is taken or cannot be one, or the implementations are not as above.
     """
-    if name in (AUTO, REFERENCE, *BACKENDS):
-        raise ValueError(f"add_backend: name must be a new one, got {name!r}")
-    ops = [op for op in OPS.values() if op.flops.keys() & implementations.keys()]
-    expected = {raw for op in ops for raw in op.flops}
-    if wrong := sorted(expected ^ implementations.keys()):
-        raise ValueError(
-            f"add_backend: implementations must be of both raw ops of some of {', '.join(OPS)}; {', '.join(wrong)} "
-            f"is {'missing' if wrong[0] in expected else 'unknown'}"
-        )
+    _check_backend(name, implementations)
     added = Backend(name, tuple(devices), f"petl_{name}")
-    for op in ops:
+    for op in [op for op in OPS.values() if op.flops.keys() <= implementations.keys()]:
         for raw, formula in op.flops.items():
-            native = getattr(torch.ops.petl_ext, raw).default
-            schema = str(native._schema)
-            torch.library.define(f"{added.namespace}::{raw}", schema[schema.index("(") :])
-            torch.library.register_fake(f"{added.namespace}::{raw}", native)
-            torch.library.impl(f"{added.namespace}::{raw}", added.devices, implementations[raw])
+            _define_as_native(raw, added, implementations[raw])
             add_flop_formula(getattr(getattr(torch.ops, added.namespace), raw), formula)
         _note_kernels(added, op.name)
     BACKENDS[name] = added
+
+
+def _check_backend(name, implementations):
+    if not name.isidentifier() or name in (AUTO, REFERENCE, *BACKENDS):
+        raise ValueError(f"add_backend: name must be a new one, of letters and digits, got {name!r}")
+    if unknown := implementations.keys() - {raw for op in OPS.values() for raw in op.flops}:
+        raise ValueError(f"add_backend: implementations must be of {', '.join(OPS)}, got {', '.join(sorted(unknown))}")
+    for op in OPS.values():
+        given = op.flops.keys() & implementations.keys()
+        if given and given != op.flops.keys():
+            raise ValueError(f"add_backend: implementations must be {' and '.join(op.flops)}, got {', '.join(given)}")
+
+
+def _define_as_native(raw, backend, implementation):
+    native = getattr(torch.ops.petl_ext, raw).default
+    schema = str(native._schema)
+    torch.library.define(f"{backend.namespace}::{raw}", schema[schema.index("(") :])
+    torch.library.register_fake(f"{backend.namespace}::{raw}", native)
+    torch.library.impl(f"{backend.namespace}::{raw}", backend.devices, implementation)
 
 
 def _note_kernels(backend, op):
