@@ -58,7 +58,7 @@ def _version(package):
 def _kernels(op):
     """ "CPU, CUDA": the devices for which there are kernels of `op`, each with whose they are if not petl_ext._C's."""
     held = [(device.upper(), "" if backend == NATIVE else f" ({backend})") for backend, device in held_kernels(op)]
-    return ", ".join(device + whose for device, whose in held)
+    return ", ".join(device + whose for device, whose in held) or "no device"
 
 
 def _cuda_state():
