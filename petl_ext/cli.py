@@ -10,6 +10,8 @@ from importlib import metadata
 import torch
 
 import petl_ext
+from petl_ext.ops.backends import NATIVE, VARIABLE, choices
+from petl_ext.ops.kernels import OPS, held_kernels
 
 OPTIONAL_PACKAGES = ("transformers", "peft", "diffusers", "triton", "cupy")
 # Modules, and the packages that bring them.
@@ -53,14 +55,14 @@ def _version(package):
         return "not installed"
 
 
-def _kernel_devices(op):
-    """The devices for which petl_ext._C holds kernels of `op`."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return [device for device in ("CPU", "CUDA") if has_kernel(f"petl_ext::{op}_forward", device)]
+def _kernels(op):
+    """ "CPU, CUDA": the devices for which there are kernels of `op`, each with whose they are if not petl_ext._C's."""
+    held = [(device.upper(), "" if backend == NATIVE else f" ({backend})") for backend, device in held_kernels(op)]
+    return ", ".join(device + whose for device, whose in held) or "no device"
 
 
 def _cuda_state():
-    if "CUDA" not in _kernel_devices("apt"):
+    if not any((NATIVE, "cuda") in held_kernels(op) for op in OPS):
         return "none in this build (installed beside a CUDA build of torch, or with PETL_CUDA=1, it has them)"
     return "built" if torch.ops.petl_ext.has_cuda_stream() else "built, but this torch has no CUDA"
 
@@ -70,7 +72,8 @@ def info():
     lines = [
         f"petl_ext {petl_ext.__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         *(f"{package} {_version(package)}" for package in OPTIONAL_PACKAGES),
-        *(f"kernels: {op} on {', '.join(_kernel_devices(op))}" for op in ("apt", "adapter", "attention_pool")),
+        *(f"kernels: {op} on {_kernels(op)}" for op in OPS),
+        f"backend: {petl_ext.ops.backend()} of {' '.join(choices())} ({VARIABLE} chooses)",
         f"CUDA kernels: {_cuda_state()}",
         f"CPU path: {petl_ext.ops.cpu_path()} of {torch.ops.petl_ext.cpu_paths()} (PETL_CPU_PATH chooses), "
         f"{torch.get_num_threads()} threads",
@@ -82,7 +85,7 @@ def info():
 def _run_info(_):
     try:
         print(info())
-    except RuntimeError as error:  # PETL_CPU_PATH names what this processor or this build lacks
+    except (RuntimeError, ValueError) as error:  # PETL_CPU_PATH or PETL_BACKEND names what is not there
         _exit(2, error)
 
 

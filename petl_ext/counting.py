@@ -141,6 +141,18 @@ def count_macs(model, inputs):
     return MacCount({name: macs_inside(module) for name, module in model.named_modules(remove_duplicate=False)})
 
 
+_FORMULAS = {}
+
+
+def add_flop_formula(op, formula):
+    """Notes what the op of torch.ops computes, for `register_flop_formulas`.
+
+    Args:
+        formula: from the op's arguments, tensors as their shapes, its FLOPs.
+    """
+    _FORMULAS[op] = formula
+
+
 def register_flop_formulas():
     """Teaches torch.utils.flop_counter what petl_ext's kernels multiply; `count_macs` does it by itself.
 
@@ -150,56 +162,9 @@ def register_flop_formulas():
     # Not on import of petl_ext: it is torch's part that imports Triton.
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-    ops = torch.ops.petl_ext
-    formulas = {
-        ops.apt_forward: _apt_forward_flops,
-        ops.apt_backward: _apt_backward_flops,
-        ops.adapter_forward: _adapter_forward_flops,
-        ops.adapter_backward: _adapter_backward_flops,
-        ops.attention_pool_forward: _attention_pool_forward_flops,
-        ops.attention_pool_backward: _attention_pool_backward_flops,
-    }
-    for op, formula in formulas.items():
+    for op, formula in _FORMULAS.items():
         if op not in flop_registry:
             register_flop_formula(op)(formula)
-
-
-# The formulas are given the ops' arguments, tensors as their shapes.
-
-
-def _apt_forward_flops(x, y, prompts, *_, **__):
-    """x keys^T and scores prompts: R P D each."""
-    return 2 * 2 * prod(x[:-1]) * prod(prompts)
-
-
-def _apt_backward_flops(dout, x, y, prompts, *rest, **_):
-    """dout prompts^T always; dscores keys for dx, scores^T dout for dprompts, dscores^T x for dkeys: R P D each."""
-    needs_dx, _needs_dy, needs_dprompts, needs_dkeys = rest[-4:]
-    return 2 * (1 + needs_dx + needs_dprompts + needs_dkeys) * prod(x[:-1]) * prod(prompts)
-
-
-def _adapter_forward_flops(x, residual, norm_weight, norm_bias, down, *_, **__):
-    """norm(x) down^T and hidden up^T: R D B each."""
-    return 2 * 2 * prod(x[:-1]) * prod(down)
-
-
-def _adapter_backward_flops(dout, x, norm_weight, norm_bias, down, *rest, **_):
-    """norm(x) down^T, as hidden units are not kept, and dout up always; dhidden down for dx; two for the weights'
-    gradients, dhidden^T norm(x) and dout^T hidden: R D B each."""
-    needs_dx, needs_dweights, _needs_dgain = rest[-3:]
-    return 2 * (2 + needs_dx + 2 * needs_dweights) * prod(x[:-1]) * prod(down)
-
-
-def _attention_pool_forward_flops(visual, query, *_, **__):
-    """visual query^T and weights visual: B N H D each."""
-    return 2 * 2 * visual[1] * prod(query)
-
-
-def _attention_pool_backward_flops(dpooled, visual, query, *rest, **_):
-    """visual query^T, as weights are not kept, and visual dpooled^T always; dscores query and weights dpooled for
-    dvisual, dscores visual for dquery: B N H D each."""
-    needs_dvisual, needs_dquery = rest[-2:]
-    return 2 * (2 + 2 * needs_dvisual + needs_dquery) * visual[1] * prod(query)
 
 
 def _formulas_for_torch():

@@ -31,7 +31,8 @@ from torch import nn
 from petl_ext.attaching.families import FAMILIES, SITE_CLASSES, family_of
 from petl_ext.attaching.sites.site import Site, location_beside, width_of
 from petl_ext.composing import composed, has_device_hook, unchanged_on_error
-from petl_ext.nn.apt import APTLayer, apt_output, current_keys, frozen_keys
+from petl_ext.nn.apt import APTLayer, current_keys, frozen_keys
+from petl_ext.ops.apt import apt
 
 METHOD = "petl_apt"
 PEFT_TYPE = METHOD.upper()
@@ -212,7 +213,7 @@ class APTTunerLayer(nn.Module, BaseTunerLayer):
         log_scale = getattr(self, f"{PREFIX}log_scale")[adapter_name]
         activation, dropout = self.petl_apt_options[adapter_name]
         keys = current_keys(self.petl_apt_frozen.get(adapter_name), prompts, down, up)
-        return apt_output(x, y, prompts, keys, log_scale, activation, dropout if self.training else 0.0)
+        return apt(x, y, prompts, keys, log_scale, activation, dropout if self.training else 0.0)
 
     def _of_keys(self, adapter_name):
         """The parameters that keys are made from."""

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel
 
 import petl_ext
-from petl_ext.patching import dispatch
+from petl_ext.ops import kernels
 
 FUSED = {
     "sequential": adapters.SeqBnConfig(),
@@ -100,7 +100,7 @@ def check_left_alone(name, config, reason):
 
 def main():
     # Otherwise so few rows would go to the library's own forward.
-    dispatch.FLOORS.clear()
+    kernels.FLOORS.clear()
     for config in FUSED.values():
         check_fused(bert_with(config))
     check_fused(bert_with(adapters.SeqBnConfig(), adapters.SeqBnConfig(), fuse=True))

@@ -11,10 +11,10 @@ import emulated_build
 import torch
 
 from petl_ext import ops
+from petl_ext.ops.kernels import OPS
 
 CPU_PATHS = torch.ops.petl_ext.cpu_paths().split()
-OPS = ("apt", "adapter", "attention_pool")
-EMULATED_OPS = [f"{op}_{direction}" for op in OPS for direction in ("forward", "backward")]
+EMULATED_OPS = [raw_op for op in OPS.values() for raw_op in op.flops]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.vilt.modeling_vilt import ViltLayer
 
 import petl_ext
-from petl_ext import AdapterLayer, APTConfig, APTLayer, DeepPromptConfig, cost
+from petl_ext import AdapterLayer, APTConfig, APTLayer, DeepPromptConfig, counting
 from petl_ext.counting import count_macs
 from petl_ext.models import MeterForImageAndTextRetrieval
 from petl_ext.ops import (
@@ -45,23 +45,23 @@ ROWS, PROMPTS, BOTTLENECK, HEADS = 10, 7, 6, 3
 
 def test_published_parameters():
     """Of the APT and the DAS repository."""
-    assert 12 * cost.apt_parameters(dim=768, num_prompts=200, rank=4) == 1_916_940
-    assert 24 * cost.apt_parameters(dim=768, num_prompts=200, rank=4) == 3_833_880
-    assert 12 * cost.deep_prompt_parameters(dim=768, num_prompts=200) == 1_843_200
-    assert 24 * cost.adapter_parameters(dim=768, bottleneck=96) == 3_559_680
-    assert 36 * cost.adapter_parameters(dim=768, bottleneck=96) == 5_339_520
-    assert 12 * cost.adapter_parameters(dim=768, bottleneck=96, layer_norm=True) == 1_798_272
-    assert 24 * cost.adapter_parameters(dim=768, bottleneck=102, layer_norm=True) == 3_817_872
-    assert cost.adapter_parameters(dim=768, bottleneck=192, layer_norm=True) == 297_408
-    assert cost.adapter_parameters(dim=768, bottleneck=288, layer_norm=True) == 444_960
+    assert 12 * counting.apt_parameters(dim=768, num_prompts=200, rank=4) == 1_916_940
+    assert 24 * counting.apt_parameters(dim=768, num_prompts=200, rank=4) == 3_833_880
+    assert 12 * counting.deep_prompt_parameters(dim=768, num_prompts=200) == 1_843_200
+    assert 24 * counting.adapter_parameters(dim=768, bottleneck=96) == 3_559_680
+    assert 36 * counting.adapter_parameters(dim=768, bottleneck=96) == 5_339_520
+    assert 12 * counting.adapter_parameters(dim=768, bottleneck=96, layer_norm=True) == 1_798_272
+    assert 24 * counting.adapter_parameters(dim=768, bottleneck=102, layer_norm=True) == 3_817_872
+    assert counting.adapter_parameters(dim=768, bottleneck=192, layer_norm=True) == 297_408
+    assert counting.adapter_parameters(dim=768, bottleneck=288, layer_norm=True) == 444_960
 
 
 def apt_of_width_768(tokens):
-    return cost.apt_macs(tokens, dim=768, num_prompts=200, rank=4)
+    return counting.apt_macs(tokens, dim=768, num_prompts=200, rank=4)
 
 
 def adapter_of_width_96(tokens):
-    return cost.adapter_macs(tokens, dim=768, bottleneck=96)
+    return counting.adapter_macs(tokens, dim=768, bottleneck=96)
 
 
 def scaled_adapter_of_width_96(tokens):
@@ -78,7 +78,7 @@ def scaled_adapter_of_width_96(tokens):
         (adapter_of_width_96, 18, METER_TOKENS, 1.64),
         (scaled_adapter_of_width_96, 12, VILT_TOKENS, 0.44),
         (scaled_adapter_of_width_96, 12, METER_TOKENS, 1.12),
-        (lambda tokens: cost.deep_prompt_macs(tokens, 768, 200, projections=3), 12, VILT_TOKENS, 5.14),
+        (lambda tokens: counting.deep_prompt_macs(tokens, 768, 200, projections=3), 12, VILT_TOKENS, 5.14),
     ],
 )
 def test_published_macs(macs_of_site, sites, tokens, published):
@@ -96,7 +96,7 @@ def test_a_vilt_of_published_size_gets_them(config, parameters, macs):
 
 
 def counted_macs(compute):
-    cost.register_flop_formulas()
+    counting.register_flop_formulas()
     with FlopCounterMode(display=False) as counter:
         compute()
     return counter.get_total_flops() // 2
@@ -106,7 +106,7 @@ def test_apt_macs_are_what_torch_counts():
     layer = petl_ext.APTLayer(DIM, num_prompts=7, rank=3)
     x = torch.randn(1, TOKENS, DIM)
     counted = counted_macs(lambda: apt_reference(x, x, layer.prompts, layer.keys(), layer.log_scale))
-    assert counted == cost.apt_macs(TOKENS, DIM, num_prompts=7, rank=3)
+    assert counted == counting.apt_macs(TOKENS, DIM, num_prompts=7, rank=3)
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
@@ -115,8 +115,8 @@ def test_adapter_macs_and_parameters_are_what_torch_counts(layer_norm):
     x, weights = torch.randn(1, TOKENS, DIM), (layer.down, layer.down_bias, layer.up, layer.up_bias)
     norm = {"norm_weight": layer.norm_weight, "norm_bias": layer.norm_bias}
     counted = counted_macs(lambda: adapter_reference(x, *weights, **norm))
-    assert counted == cost.adapter_macs(TOKENS, DIM, BOTTLENECK)
-    assert cost.count_parameters(layer)[1] == cost.adapter_parameters(DIM, BOTTLENECK, layer_norm)
+    assert counted == counting.adapter_macs(TOKENS, DIM, BOTTLENECK)
+    assert counting.count_parameters(layer)[1] == counting.adapter_parameters(DIM, BOTTLENECK, layer_norm)
 
 
 def test_deep_prompt_macs_are_what_torch_counts():
@@ -126,14 +126,14 @@ def test_deep_prompt_macs_are_what_torch_counts():
     with attachment.disable():
         backbone = counted_macs(lambda: run(model, inputs))
     counted = counted_macs(lambda: run(model, inputs)) - backbone
-    assert counted == attachment.report(TOKENS).macs == LAYERS * cost.deep_prompt_macs(TOKENS, DIM, num_prompts=3)
+    assert counted == attachment.report(TOKENS).macs == LAYERS * counting.deep_prompt_macs(TOKENS, DIM, num_prompts=3)
 
 
 def test_shared_parameters_count_once():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(3, 2))
     model[1].weight = model[0].weight
     model[0].bias.requires_grad_(False)
-    assert cost.count_parameters(model) == (8, 10)
+    assert counting.count_parameters(model) == (8, 10)
 
 
 def backward_macs(function, inputs, trained):
@@ -225,8 +225,8 @@ def test_kernels_against_their_references():
 
 
 def test_registering_formulas_is_late_and_harmless():
-    cost.register_flop_formulas()
-    cost.register_flop_formulas()
+    counting.register_flop_formulas()
+    counting.register_flop_formulas()
     script = "import sys, petl_ext, petl_ext.counting; sys.exit('torch.utils.flop_counter' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
 

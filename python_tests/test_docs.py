@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from petl_ext.ops.kernels import OPS
+
 ROOT = Path(__file__).parent.parent
 WRITTEN = {"compatibility"}  # by make compat
 PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.stem not in WRITTEN)
@@ -33,3 +35,15 @@ def test_readme_names_every_page():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     linked = re.findall(r"\(docs/([\w-]+\.md)\)", readme)
     assert PAGES and set(linked) == {page.name for page in PAGES} | {f"{name}.md" for name in WRITTEN}
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "csrc/README.md"])
+def test_files_that_a_guide_names_are_there(page):
+    """`<op>` stands for each op."""
+    named = re.findall(r"`((?:\w+/)+[\w<>.]*)`", (ROOT / page).read_text(encoding="utf-8"))
+    named = [name for name in named if "<layer>" not in name and "<backend>" not in name]
+    assert len(named) > 10
+    for name in named:
+        for op in OPS if "<op>" in name else [""]:
+            file = name.replace("<op>", op)
+            assert any((folder / file).exists() for folder in ((ROOT / page).parent, ROOT)), file

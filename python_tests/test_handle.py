@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, ViltModel
 import petl_ext
 from petl_ext import APTConfig, ClassifierOnlyConfig, DeepPromptConfig, FullTuningConfig, saving
 from petl_ext.counting import count_macs
-from petl_ext.ops import cpu_path
+from petl_ext.ops import backend, cpu_path
 
 KEPT = 2565
 
@@ -82,6 +82,8 @@ def test_report_names_the_kernel_or_why_there_is_none():
     assert kernels(attachment) == {("reference", "float64")}
     model.to(torch.bfloat16)
     assert kernels(attachment) == {apt}
+    with backend("reference"):
+        assert kernels(attachment) == {("reference", "the backend reference was chosen")}
     with attachment.disable():
         assert kernels(attachment) == {("none", "disabled")}
     assert kernels(attached(DeepPromptConfig(3))[1]) == {("none", "deep prompts are plain PyTorch")}
@@ -89,7 +91,7 @@ def test_report_names_the_kernel_or_why_there_is_none():
 
 def test_report_names_a_device_without_kernels(monkeypatch):
     _, attachment = attached()
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: key != "CPU")
+    monkeypatch.setattr("petl_ext.ops.kernels._HELD", {("native", "apt", "cuda")})
     assert kernels(attachment) == {("none", "this build holds no kernel for cpu")}
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import petl_ext
+from petl_ext.ops import kernels
 from petl_ext.patching import dispatch
 from petl_ext.patching.patch import kind_of
 
@@ -31,7 +32,7 @@ DRAWS = 4  # Which of two errors is smaller in one draw of few numbers, each rou
 @pytest.fixture
 def no_floors(monkeypatch):
     """Otherwise so few rows would go to the modules' own forward."""
-    monkeypatch.setattr(dispatch, "FLOORS", {})
+    monkeypatch.setattr(kernels, "FLOORS", {})
 
 
 def rows(*shape, seed=0):
@@ -225,7 +226,7 @@ def test_every_parameter_gets_a_gradient_in_data_parallel(no_floors, tmp_path):
 
 
 def test_too_few_rows_run_the_modules_own_forward(monkeypatch):
-    monkeypatch.setattr(dispatch, "FLOORS", {("adapter", torch.float32): (10, None)})
+    monkeypatch.setattr(kernels, "FLOORS", {("adapter", torch.float32): (10, None)})
     model = made(lambda: Adapter(DIM))
     patch = petl_ext.patch(model)
     with OpsCalled() as called, torch.no_grad():
@@ -355,8 +356,8 @@ def test_devices_without_a_kernel_run_the_modules_own_forward(monkeypatch):
     patch = petl_ext.patch(model)
     assert patch.report().left_alone == {"this build holds no kernel for meta": 2}
     assert model[0](torch.empty(3, DIM, device="meta")).shape == (3, DIM)
-    monkeypatch.setattr(dispatch, "_KERNELS", {("adapter", "cuda")})
-    reasons = [dispatch.own_forward_for_now(kind_of(part), part, "cuda", torch.float32) for part in model]
+    monkeypatch.setattr(kernels, "_HELD", {("native", "adapter", "cuda")})
+    reasons = [dispatch.own_forward_for_now(part, "cuda", torch.float32) for part in model]
     assert reasons == ["", "the CUDA kernel does not take a width of 60 with 8"]
 
 

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import petl_ext
-from petl_ext.patching import dispatch
+from petl_ext.ops import kernels
 from petl_ext.patching.patch import kind_of
 
 DIM = 32
@@ -17,7 +17,7 @@ DIM = 32
 
 @pytest.fixture(autouse=True)
 def no_floors(monkeypatch):
-    monkeypatch.setattr(dispatch, "FLOORS", {})
+    monkeypatch.setattr(kernels, "FLOORS", {})
 
 
 def stream():

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from petl_ext import ops
+from petl_ext.ops.adapter import ACTIVATIONS as ADAPTER_ACTIVATIONS
+from petl_ext.ops.apt import ACTIVATIONS as APT_ACTIVATIONS
 
 TOKENS = 197  # of an image, as ViT-B/16 makes them at 224 pixels
 
@@ -95,7 +97,7 @@ APT = Op(
     inner="P",
     rows=("x", "y"),
     weights=("prompts", "keys", "log_scale"),
-    activations=("relu", "softmax"),
+    activations=APT_ACTIVATIONS,
     sizes=(50, 200),
     every_size=(50, 100, 200, 300),
     draw=_draw_apt,
@@ -106,7 +108,7 @@ ADAPTER = Op(
     inner="B",
     rows=("x",),
     weights=("down", "down_bias", "up", "up_bias", "norm_weight", "norm_bias"),
-    activations=("relu", "gelu", "silu"),
+    activations=tuple(ADAPTER_ACTIVATIONS),
     sizes=(96, 192),
     every_size=(50, 100, 200, 300),
     draw=_draw_adapter,

@@ -7,8 +7,6 @@ namespace petl {
 
 struct AttentionPoolSizes {
   int64_t B, N, D, H;  // samples, tokens, width, heads
-
-  static constexpr int64_t kMostHeadsOnCuda = 64;
 };
 
 // What forward and backward share.

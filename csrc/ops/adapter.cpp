@@ -1,4 +1,4 @@
-#include "kernels/adapter.h"
+#include "kernels/cuda/adapter.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -9,6 +9,7 @@
 #ifdef PETL_WITH_CUDA
 #include "ops/cuda.h"
 #endif
+#include "ops/limits.h"
 
 namespace petl {
 namespace {
@@ -112,7 +113,7 @@ class AdapterInputRows {
         gain_(device, "gain", tensors.gain),
         scale_(static_cast<float>(scale)),
         epsilon_(static_cast<float>(eps)) {
-    device.supports("adapter", size_.D, "the bottleneck B", size_.B);
+    device.supports("adapter", cuda::kAdapterLimits, size_.D, size_.B);
   }
 
   AdapterInputs view() const {
@@ -171,6 +172,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapt
 }  // namespace
 
 #ifndef PETL_EMULATED
+STABLE_TORCH_LIBRARY_FRAGMENT(petl_ext, m) { m.def("adapter_cuda_limits() -> (int, int, int)"); }
+
+STABLE_TORCH_LIBRARY_IMPL(petl_ext, CompositeExplicitAutograd, m) {
+  m.impl("adapter_cuda_limits", TORCH_BOX(&cuda_limits<cuda::kAdapterLimits>));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(petl_ext, CPU, m) {
   m.impl("adapter_forward", TORCH_BOX(&adapter_forward<Cpu>));
   m.impl("adapter_backward", TORCH_BOX(&adapter_backward<Cpu>));

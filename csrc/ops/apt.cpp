@@ -1,4 +1,4 @@
-#include "kernels/apt.h"
+#include "kernels/cuda/apt.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -9,6 +9,7 @@
 #ifdef PETL_WITH_CUDA
 #include "ops/cuda.h"
 #endif
+#include "ops/limits.h"
 
 namespace petl {
 namespace {
@@ -62,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> apt_forward(const Tensor& x, const Tensor& y,
                                 {"apt", "log_scale", log_scale}};
   const Device device(x);
   for (const Argument& argument : arguments) device.holds(argument);
-  device.supports("apt", size.D, "the number of prompts P", size.P);
+  device.supports("apt", cuda::kAptLimits, size.D, size.P);
   const bool widen = !Device::kMixesDtypes && arguments[0].dtype() != arguments[1].dtype();
   const ActivationRows<Device> x_rows(arguments[0], widen), y_rows(arguments[1], widen);
   const RowsOf prompts_rows(arguments[2]), keys_rows(arguments[3]), log_scale_rows(arguments[4]);
@@ -102,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward(const Tensor& do
   const Device device(x);
   for (const Argument& argument : arguments) device.holds(argument);
   for (const Argument& argument : kept) device.holds(argument);
-  device.supports("apt", size.D, "the number of prompts P", size.P);
+  device.supports("apt", cuda::kAptLimits, size.D, size.P);
   arguments[2].has_shape(shape_of(dout));
   PETL_REQUIRE(arguments[2].dtype() == arguments[0].dtype(), "apt: dout must have the dtype of y");
   const bool widen = !Device::kMixesDtypes && arguments[0].dtype() != arguments[1].dtype();
@@ -122,6 +123,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward(const Tensor& do
 }  // namespace
 
 #ifndef PETL_EMULATED
+STABLE_TORCH_LIBRARY_FRAGMENT(petl_ext, m) { m.def("apt_cuda_limits() -> (int, int, int)"); }
+
+STABLE_TORCH_LIBRARY_IMPL(petl_ext, CompositeExplicitAutograd, m) {
+  m.impl("apt_cuda_limits", TORCH_BOX(&cuda_limits<cuda::kAptLimits>));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(petl_ext, CPU, m) {
   m.impl("apt_forward", TORCH_BOX(&apt_forward<Cpu>));
   m.impl("apt_backward", TORCH_BOX(&apt_backward<Cpu>));

@@ -1,4 +1,4 @@
-#include "kernels/attention_pool.h"
+#include "kernels/cuda/attention_pool.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -10,6 +10,7 @@
 #ifdef PETL_WITH_CUDA
 #include "ops/cuda.h"
 #endif
+#include "ops/limits.h"
 
 namespace petl {
 namespace {
@@ -112,7 +113,7 @@ class AttentionPoolInputRows {
         visual_(held_by(device, "visual", tensors.visual), Device::kRowAlignment),
         query_(held_by(device, "query", tensors.query), Device::kRowAlignment),
         scale_(static_cast<float>(scale)) {
-    device.supports("attention_pool", size_.D, "the number of heads H", size_.H, size_.kMostHeadsOnCuda);
+    device.supports("attention_pool", cuda::kAttentionPoolLimits, size_.D, size_.H);
     if (tensors.mask) mask_ = torch::stable::contiguous(held_by(device, "mask", *tensors.mask).tensor);
   }
 
@@ -182,6 +183,12 @@ std::tuple<Tensor, Tensor> attention_pool_backward(const Tensor& dpooled, const 
 }  // namespace
 
 #ifndef PETL_EMULATED
+STABLE_TORCH_LIBRARY_FRAGMENT(petl_ext, m) { m.def("attention_pool_cuda_limits() -> (int, int, int)"); }
+
+STABLE_TORCH_LIBRARY_IMPL(petl_ext, CompositeExplicitAutograd, m) {
+  m.impl("attention_pool_cuda_limits", TORCH_BOX(&cuda_limits<cuda::kAttentionPoolLimits>));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(petl_ext, CPU, m) {
   m.impl("attention_pool_forward", TORCH_BOX(&attention_pool_forward<Cpu>));
   m.impl("attention_pool_backward", TORCH_BOX(&attention_pool_backward<Cpu>));

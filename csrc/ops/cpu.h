@@ -6,6 +6,7 @@
 #include <cstdlib>
 
 #include "kernels/cpu/kernels.h"
+#include "kernels/cuda/kernels.h"
 #include "ops/check.h"
 
 namespace petl {
@@ -35,7 +36,7 @@ class Cpu {
                  " must be on the CPU, as the other arguments are");
   }
 
-  void supports(const char*, int64_t, const char*, int64_t, int64_t = 0) const {}
+  void supports(const char*, const cuda::Limits&, int64_t, int64_t) const {}
 };
 
 }  // namespace petl

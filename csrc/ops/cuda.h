@@ -47,13 +47,13 @@ class Cuda {
                  ", as x is");
   }
 
-  // D, the width, and the inner size under its name.
-  void supports(const char* op, int64_t D, const char* inner_name, int64_t inner,
-                int64_t max_inner = cuda::kMaxInner) const {
+  // The width and the inner size.
+  void supports(const char* op, const cuda::Limits& limits, int64_t D, int64_t inner) const {
     PETL_REQUIRE(D % cuda::kVectorWidth == 0 && D <= cuda::kMaxWidth, op,
                  ": on CUDA the width D must be a multiple of ", cuda::kVectorWidth, " up to ", cuda::kMaxWidth,
                  ", got ", D);
-    PETL_REQUIRE(inner <= max_inner, op, ": on CUDA ", inner_name, " must be at most ", max_inner, ", got ", inner);
+    PETL_REQUIRE(inner <= limits.max_inner, op, ": on CUDA ", limits.inner, " must be at most ", limits.max_inner,
+                 ", got ", inner);
   }
 
   void check(const char* op, int error) const {

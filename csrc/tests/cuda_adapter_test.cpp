@@ -1,6 +1,7 @@
 // The CUDA kernels of the adapter, on the emulator.
 #include "adapter_problem.h"
 #include "emulated.h"
+#include "kernels/cuda/adapter.h"
 
 namespace {
 

@@ -1,6 +1,7 @@
 // The CUDA kernels of prompt diffusion, on the emulator.
 #include "apt_problem.h"
 #include "emulated.h"
+#include "kernels/cuda/apt.h"
 
 namespace {
 

@@ -3,6 +3,7 @@
 
 #include "attention_pool_problem.h"
 #include "emulated.h"
+#include "kernels/cuda/attention_pool.h"
 
 namespace {
 

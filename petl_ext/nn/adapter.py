@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from petl_ext.checks import check_choice, check_positive_integer, check_probability, check_switch
-from petl_ext.ops.adapter import ACTIVATIONS, adapter, adapter_reference
+from petl_ext.ops.adapter import ACTIVATIONS, adapter
 
 INITIAL_STD = 0.02
 
@@ -33,8 +33,8 @@ class AdapterLayer(nn.Module):
         layer_norm: whether LayerNorm over the last axis comes first.
         scale: a number; with trainable_scale the initial value of `gain`.
         residual: whether x is added where `forward` is given no residual.
-        dropout: on the hidden units, in training. Above 0 the training forward runs `ops.adapter_reference`: the fused
-            kernel has no dropout.
+        dropout: on the hidden units, in training. Above 0 plain PyTorch computes the training forward: no kernel has
+            dropout.
         trainable_scale: whether the scale is a parameter.
         zero_init: whether `up` starts at zero, so that the layer starts as its residual.
 
@@ -108,17 +108,19 @@ class AdapterLayer(nn.Module):
         place of x."""
         if residual is None and self.residual:
             residual = x
-        arguments = {
-            "scale": self.scale if self.gain is None else self.gain,
-            "activation": self.activation,
-            "norm_weight": self.norm_weight,
-            "norm_bias": self.norm_bias,
-            "residual": residual,
-        }
-        tensors = (x, self.down, self.down_bias, self.up, self.up_bias)
-        if self.training and self.dropout > 0:
-            return adapter_reference(*tensors, **arguments, dropout=self.dropout)
-        return adapter(*tensors, **arguments)
+        return adapter(
+            x,
+            self.down,
+            self.down_bias,
+            self.up,
+            self.up_bias,
+            scale=self.scale if self.gain is None else self.gain,
+            activation=self.activation,
+            norm_weight=self.norm_weight,
+            norm_bias=self.norm_bias,
+            residual=residual,
+            dropout=self.dropout if self.training else 0.0,
+        )
 
     def extra_repr(self):
         bottleneck, dim = self.down.shape

@@ -5,7 +5,7 @@ from torch import nn
 
 from petl_ext.checks import check_choice, check_positive_integer, check_probability, check_switch
 from petl_ext.nn.frozen import Frozen
-from petl_ext.ops.apt import apt, apt_reference
+from petl_ext.ops.apt import ACTIVATIONS, apt
 
 INITIAL_STD = 0.02
 
@@ -19,12 +19,6 @@ def apt_keys(prompts, down, up):
     wide = torch.promote_types(prompts.dtype, torch.float32)
     prompts, down, up = (t.to(wide) for t in (prompts, down, up))
     return torch.addmm(prompts, prompts @ down.mT, up.mT)
-
-
-def apt_output(x, y, prompts, keys, log_scale, activation, dropout):
-    """`ops.apt`, or with a dropout above 0 its reference: the fused kernel has no dropout."""
-    tensors = (x, y, prompts, keys, log_scale)
-    return apt_reference(*tensors, activation, dropout) if dropout > 0 else apt(*tensors, activation)
 
 
 def frozen_keys(prompts, down, up):
@@ -55,8 +49,8 @@ class APTLayer(nn.Module):
         num_prompts: P.
         rank: r of the map from prompts to keys.
         activation: "relu", or "softmax" over the prompts.
-        dropout: on the scores, in training. Above 0 the training forward runs `ops.apt_reference`: the fused kernel
-            has no dropout.
+        dropout: on the scores, in training. Above 0 plain PyTorch computes the training forward: no kernel has
+            dropout.
         train_scale: whether `log_scale` requires gradients. The authors' ViLT trains it; in their METER it stays at 0.
 
     Raises:
@@ -78,7 +72,7 @@ class APTLayer(nn.Module):
         super().__init__()
         for name, value in (("dim", dim), ("num_prompts", num_prompts), ("rank", rank)):
             check_positive_integer(f"APTLayer: {name}", value)
-        check_choice("APTLayer: activation", activation, ("relu", "softmax"))
+        check_choice("APTLayer: activation", activation, ACTIVATIONS)
         check_probability("APTLayer: dropout", dropout)
         check_switch("APTLayer: train_scale", train_scale)
         self.activation = activation
@@ -125,7 +119,7 @@ class APTLayer(nn.Module):
     def forward(self, x, y):
         """x [..., D], the attention's input, and y [..., D], its output, to the new output [..., D] in y's dtype."""
         dropout = self.dropout if self.training else 0.0
-        return apt_output(x, y, self.prompts, self.keys(), self.log_scale, self.activation, dropout)
+        return apt(x, y, self.prompts, self.keys(), self.log_scale, self.activation, dropout)
 
     def train(self, mode=True):
         if mode:

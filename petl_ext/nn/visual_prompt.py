@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from petl_ext.checks import check_positive_integer, check_probability
-from petl_ext.ops.attention_pool import attention_pool, attention_pool_reference
+from petl_ext.ops.attention_pool import attention_pool
 
 
 class VisualPromptLayer(nn.Module):
@@ -26,8 +26,8 @@ class VisualPromptLayer(nn.Module):
         num_heads: H.
         visual_dim: the width Dv of the image's tokens; None is D.
         inner_dim: the width I of all heads together; None is D. The authors take 512 with 16 heads for LLaMA.
-        dropout: on the attention weights, in training. Above 0 the training forward runs
-            `ops.attention_pool_reference`: the fused kernel has no dropout.
+        dropout: on the attention weights, in training. Above 0 plain PyTorch computes the training forward: no kernel
+            has dropout.
 
     Raises:
         ValueError: a size below 1, an inner_dim that num_heads do not divide, or a dropout outside [0, 1).
@@ -101,7 +101,7 @@ class VisualPromptLayer(nn.Module):
             return attention_pool(visual, folded, mask, scale), 1
         # Weights that dropout has left do not sum to 1. A column of ones beside the tokens is pooled to their sum.
         visual, folded = F.pad(visual, (0, 1), value=1.0), F.pad(folded, (0, 1))
-        pooled = attention_pool_reference(visual, folded, mask, scale, self.dropout)
+        pooled = attention_pool(visual, folded, mask, scale, self.dropout)
         return pooled[..., :-1], pooled[..., -1:]
 
     def _check(self, visual, query, mask):

@@ -3,7 +3,8 @@
 from petl_ext.ops.adapter import adapter, adapter_reference
 from petl_ext.ops.apt import apt, apt_reference
 from petl_ext.ops.attention_pool import attention_pool, attention_pool_reference
-from petl_ext.ops.library import cpu_path
+from petl_ext.ops.backends import backend
+from petl_ext.ops.kernels import cpu_path
 
 __all__ = [
     "adapter",
@@ -12,5 +13,6 @@ __all__ = [
     "apt_reference",
     "attention_pool",
     "attention_pool_reference",
+    "backend",
     "cpu_path",
 ]

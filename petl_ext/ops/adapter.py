@@ -7,10 +7,14 @@ adapter, whose residual is its input, is that of "Parameter-Efficient Transfer L
 scaled parallel one that of "Towards a Unified View of Parameter-Efficient Transfer Learning" (arXiv 2110.04366).
 """
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 
-from petl_ext.ops.library import as_autocast_wants, differentiable_gradients, needs_reference, raise_no_kernel
+from petl_ext.ops.autocast import as_autocast_wants
+from petl_ext.ops.derivatives import differentiable_gradients
+from petl_ext.ops.kernels import raw_ops_for, register
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
@@ -30,11 +34,13 @@ torch.library.define(
 
 
 def _check(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, activation):
-    """What the kernels check for themselves, for the paths that reach none."""
+    """The arguments' checks for float64, meta tensors and torch.compile, which never reach a kernel; the kernels repeat
+    them in C++."""
     if torch.jit.is_tracing():  # sizes are tensors, of which it warns
         return
     if activation not in ACTIVATIONS:
-        raise RuntimeError(f"adapter: activation must be relu, gelu or silu, got {activation}")
+        *others, last = ACTIVATIONS
+        raise RuntimeError(f"adapter: activation must be {', '.join(others)} or {last}, got {activation}")
     if x.dim() == 0 or x.size(-1) == 0:
         raise RuntimeError(f"adapter: x must have shape [..., D] with a width D above zero, got {list(x.shape)}")
     width = x.size(-1)
@@ -140,44 +146,49 @@ def _(
     return gradient(x, needs_dx), *(gradient(t, needs_dweights) for t in weights), gradient(gain, needs_dgain)
 
 
-@torch.library.impl("petl_ext::adapter_forward", "CompositeExplicitAutograd")
-def _(x, *_):
-    raise_no_kernel("adapter", x)
+def _forward_flops(x, residual, norm_weight, norm_bias, down, *_, **__):
+    """norm(x) down^T and hidden up^T: R D B each."""
+    return 2 * 2 * prod(x[:-1]) * prod(down)
 
 
-@torch.library.impl("petl_ext::adapter_backward", "CompositeExplicitAutograd")
-def _(dout, x, *_):
-    raise_no_kernel("adapter", dout, x)
+def _backward_flops(dout, x, norm_weight, norm_bias, down, *rest, **_):
+    """norm(x) down^T, as hidden units are not kept, and dout up always; dhidden down for dx; two for the weights'
+    gradients, dhidden^T norm(x) and dout^T hidden: R D B each."""
+    needs_dx, needs_dweights, _needs_dgain = rest[-3:]
+    return 2 * (2 + needs_dx + 2 * needs_dweights) * prod(x[:-1]) * prod(down)
+
+
+register("adapter", _forward_flops, _backward_flops)
 
 
 class _Adapter(torch.autograd.Function):
-    """Of a residual that is x itself, `residual_is_input` tells; `residual` is another tensor or None."""
+    """Of a residual that is x itself, `residual_is_input` tells; `residual` is another tensor or None. weights are
+    those of the raw op; rest is scale, eps and activation."""
 
     @staticmethod
-    def forward(ctx, x, residual, residual_is_input, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, *rest):
-        weights = (norm_weight, norm_bias, down, down_bias, up, up_bias, gain)
+    def forward(ctx, raw_ops, residual_is_input, rest, x, residual, *weights):
         ctx.save_for_backward(x, *weights)
-        ctx.residual_is_input = residual_is_input
-        ctx.rest = rest
-        return torch.ops.petl_ext.adapter_forward(x, x if residual_is_input else residual, *weights, *rest)
+        ctx.raw_ops, ctx.residual_is_input, ctx.rest = raw_ops, residual_is_input, rest
+        residual = x if residual_is_input else residual
+        return getattr(torch.ops, raw_ops).adapter_forward(x, residual, *weights, *rest)
 
     @staticmethod
     def backward(ctx, dout):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _Adapter.differentiable_backward(ctx, dout)
-        needs_dx, needs_dresidual, _, *needs_dweights = ctx.needs_input_grad[:10]
+            return None, None, None, *_Adapter.differentiable_backward(ctx, dout)
+        needs_dx, needs_dresidual, *needs_dweights = ctx.needs_input_grad[3:]
         needs = (needs_dx, any(needs_dweights[:-1]), needs_dweights[-1])
         dx, dresidual, dweights = None, dout if needs_dresidual else None, [None] * 7
         if any(needs):
-            dx, *dweights = torch.ops.petl_ext.adapter_backward(
+            dx, *dweights = getattr(torch.ops, ctx.raw_ops).adapter_backward(
                 dout, *ctx.saved_tensors, *ctx.rest, ctx.residual_is_input, *needs
             )
         dweights = [d if needed else None for d, needed in zip(dweights, needs_dweights, strict=True)]
-        return dx if needs_dx else None, dresidual, None, *dweights, *[None] * len(ctx.rest)
+        return None, None, None, dx if needs_dx else None, dresidual, *dweights
 
     @staticmethod
     def differentiable_backward(ctx, dout):
-        needs_dx, needs_dresidual, _, *needs_dweights = ctx.needs_input_grad[:10]
+        needs_dx, needs_dresidual, *needs_dweights = ctx.needs_input_grad[3:]
         number, eps, activation = ctx.rest
 
         def reference(x, norm_weight, norm_bias, down, down_bias, up, up_bias, gain):
@@ -189,7 +200,7 @@ class _Adapter(torch.autograd.Function):
 
         needed = (needs_dx, *needs_dweights)
         dx, *dweights = differentiable_gradients(reference, ctx.saved_tensors, needed, dout)
-        return dx, dout if needs_dresidual else None, None, *dweights, *[None] * len(ctx.rest)
+        return dx, dout if needs_dresidual else None, *dweights
 
 
 def adapter(
@@ -204,6 +215,7 @@ def adapter(
     norm_bias=None,
     eps=1e-5,
     residual=None,
+    dropout=0.0,
 ):
     """A bottleneck adapter in one pass over its input, keeping nothing for backward but its arguments.
 
@@ -220,13 +232,15 @@ def adapter(
         eps: LayerNorm's.
         residual: shaped as x, or None. `residual=x` makes the sequential adapter: its gradient joins that of x without
             another pass. In another dtype than x it is added outside of the kernel.
+        dropout: probability that a hidden unit is set to zero after its activation.
 
     Each tensor is float32, bfloat16 or float16, in any mixture; hidden units and sums are float32. Under autocast a
     float32 x is rounded to autocast's dtype, as for torch.matmul; a residual is not, so that a stream in float32 stays
     one.
 
-    The reference computes where a tensor is float64, for derivatives in forward mode and those of the gradients
-    (`create_graph=True`), inside transformations of torch.func and under torch.jit.trace.
+    The reference computes where a tensor is float64 or a dropout is above 0, for derivatives in forward mode and those
+    of the gradients (`create_graph=True`), inside transformations of torch.func and under torch.jit.trace, and where
+    `petl_ext.ops.backend` has chosen it.
 
     On CUDA, D is a multiple of 8 up to 8192 and B at most 512; x and the residual are copied where they are not
     contiguous in rows or not aligned to 16 bytes.
@@ -236,21 +250,25 @@ def adapter(
 
     Raises:
         RuntimeError: a shape, dtype, device or activation is not as above.
+        ValueError: dropout is no number in [0, 1).
         NotImplementedError: there is no kernel for the tensors' device.
     """
     is_input, x = residual is x, as_autocast_wants(x)
     if residual is not None and residual.dtype != x.dtype and residual.is_floating_point():
-        added = adapter(x, down, down_bias, up, up_bias, scale, activation, norm_weight, norm_bias, eps)
+        added = adapter(
+            x, down, down_bias, up, up_bias, scale, activation, norm_weight, norm_bias, eps, dropout=dropout
+        )
         if residual.shape != x.shape:
             raise RuntimeError(f"adapter: residual must have shape {list(x.shape)}, got {list(residual.shape)}")
         return residual + added
     gain, number = _split(scale)
     weights = (norm_weight, norm_bias, down, down_bias, up, up_bias, gain)
-    tensors = [tensor for tensor in (x, residual, *weights) if tensor is not None]
-    if needs_reference(*tensors):
+    tensors, rest = (x, residual, *weights), (number, eps, activation)
+    raw_ops = raw_ops_for("adapter", tensors, dropout)
+    if raw_ops is None:
         return adapter_reference(
-            x, down, down_bias, up, up_bias, scale, activation, norm_weight, norm_bias, eps, residual
+            x, down, down_bias, up, up_bias, scale, activation, norm_weight, norm_bias, eps, residual, dropout
         )
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _Adapter.apply(x, None if is_input else residual, is_input, *weights, number, eps, activation)
-    return torch.ops.petl_ext.adapter_forward(x, residual, *weights, number, eps, activation)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return _Adapter.apply(raw_ops, is_input, rest, x, None if is_input else residual, *weights)
+    return getattr(torch.ops, raw_ops).adapter_forward(*tensors, *rest)

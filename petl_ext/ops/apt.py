@@ -8,10 +8,16 @@ where act is ReLU, or the softmax over the prompts. Source: "Approximated Prompt
 Models" (arXiv 2306.15706), as the authors' code for ViLT and METER computes it.
 """
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 
-from petl_ext.ops.library import as_autocast_wants, differentiable_gradients, needs_reference, raise_no_kernel
+from petl_ext.ops.autocast import as_autocast_wants
+from petl_ext.ops.derivatives import differentiable_gradients
+from petl_ext.ops.kernels import raw_ops_for, register
+
+ACTIVATIONS = ("relu", "softmax")
 
 torch.library.define(
     "petl_ext::apt_forward",
@@ -28,11 +34,12 @@ torch.library.define(
 
 
 def _check(x, y, prompts, keys, log_scale, activation):
-    """What the kernels check for themselves, for the paths that reach none."""
+    """The arguments' checks for float64, meta tensors and torch.compile, which never reach a kernel; the kernels repeat
+    them in C++."""
     if torch.jit.is_tracing():  # sizes are tensors, of which it warns
         return
-    if activation not in ("relu", "softmax"):
-        raise RuntimeError(f"apt: activation must be relu or softmax, got {activation}")
+    if activation not in ACTIVATIONS:
+        raise RuntimeError(f"apt: activation must be {' or '.join(ACTIVATIONS)}, got {activation}")
     if prompts.dim() != 2 or x.dim() == 0 or x.size(-1) != prompts.size(-1):
         raise RuntimeError(
             f"apt: x and prompts must have shapes [..., D] and [P, D], got {x.shape} and {prompts.shape}"
@@ -90,32 +97,36 @@ def _(dout, x, y, prompts, keys, log_scale, gate, scores, activation, needs_dx, 
     )
 
 
-@torch.library.impl("petl_ext::apt_forward", "CompositeExplicitAutograd")
-def _(x, y, *_):
-    raise_no_kernel("apt", x, y)
+def _forward_flops(x, y, prompts, *_, **__):
+    """x keys^T and scores prompts: R P D each."""
+    return 2 * 2 * prod(x[:-1]) * prod(prompts)
 
 
-@torch.library.impl("petl_ext::apt_backward", "CompositeExplicitAutograd")
-def _(dout, x, *_):
-    raise_no_kernel("apt", dout, x)
+def _backward_flops(dout, x, y, prompts, *rest, **_):
+    """dout prompts^T always; dscores keys for dx, scores^T dout for dprompts, dscores^T x for dkeys: R P D each."""
+    needs_dx, _needs_dy, needs_dprompts, needs_dkeys = rest[-4:]
+    return 2 * (1 + needs_dx + needs_dprompts + needs_dkeys) * prod(x[:-1]) * prod(prompts)
+
+
+register("apt", _forward_flops, _backward_flops)
 
 
 class _APT(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, prompts, keys, log_scale, activation):
-        out, gate, scores = torch.ops.petl_ext.apt_forward(x, y, prompts, keys, log_scale, activation, True)
+    def forward(ctx, x, y, prompts, keys, log_scale, activation, raw_ops):
+        out, gate, scores = getattr(torch.ops, raw_ops).apt_forward(x, y, prompts, keys, log_scale, activation, True)
         # y serves dlog_scale alone.
         ctx.save_for_backward(x, y if ctx.needs_input_grad[4] else None, prompts, keys, log_scale, gate, scores)
-        ctx.activation = activation
+        ctx.activation, ctx.raw_ops = activation, raw_ops
         return out
 
     @staticmethod
     def backward(ctx, dout):
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:5]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_APT.differentiable_backward(ctx, dout), None
-        gradients = torch.ops.petl_ext.apt_backward(dout, *saved, ctx.activation, *needs[:4])
-        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None
+            return *_APT.differentiable_backward(ctx, dout), None, None
+        gradients = getattr(torch.ops, ctx.raw_ops).apt_backward(dout, *saved, ctx.activation, *needs[:4])
+        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None
 
     @staticmethod
     def differentiable_backward(ctx, dout):
@@ -130,7 +141,7 @@ class _APT(torch.autograd.Function):
         )
 
 
-def apt(x, y, prompts, keys, log_scale, activation="relu"):
+def apt(x, y, prompts, keys, log_scale, activation="relu", dropout=0.0):
     """Adds the approximated prompts' contribution to an attention's output.
 
     Args:
@@ -140,12 +151,14 @@ def apt(x, y, prompts, keys, log_scale, activation="relu"):
         keys: [P, D], what x is scored against: prompts + (prompts W0^T) W1^T, see `APTLayer`.
         log_scale: [1]; its exponential scales the whole sum, y included.
         activation: "relu" or "softmax".
+        dropout: probability that a score is set to zero, before the gate is taken (as in the paper's code).
 
     Each tensor is float32, bfloat16 or float16, in any mixture; scores, gate and sums are float32. Under autocast a
     float32 x is rounded to autocast's dtype, as for torch.matmul.
 
-    The reference computes where a tensor is float64, for derivatives in forward mode and those of the gradients
-    (`create_graph=True`), inside transformations of torch.func and under torch.jit.trace.
+    The reference computes where a tensor is float64 or a dropout is above 0, for derivatives in forward mode and those
+    of the gradients (`create_graph=True`), inside transformations of torch.func and under torch.jit.trace, and where
+    `petl_ext.ops.backend` has chosen it.
 
     On CUDA, D is a multiple of 8 up to 8192 and P at most 512; x and y that are not contiguous in rows or not aligned
     to 16 bytes are copied, and where their dtypes differ both are computed in float32.
@@ -155,12 +168,14 @@ def apt(x, y, prompts, keys, log_scale, activation="relu"):
 
     Raises:
         RuntimeError: a shape, dtype, device or activation is not as above.
+        ValueError: dropout is no number in [0, 1).
         NotImplementedError: there is no kernel for the tensors' device.
     """
     x = as_autocast_wants(x)
     tensors = (x, y, prompts, keys, log_scale)
-    if needs_reference(*tensors):
-        return apt_reference(*tensors, activation)
+    raw_ops = raw_ops_for("apt", tensors, dropout)
+    if raw_ops is None:
+        return apt_reference(*tensors, activation, dropout)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _APT.apply(*tensors, activation)
-    return torch.ops.petl_ext.apt_forward(*tensors, activation, False)[0]
+        return _APT.apply(*tensors, activation, raw_ops)
+    return getattr(torch.ops, raw_ops).apt_forward(*tensors, activation, False)[0]

@@ -7,9 +7,13 @@ value projection applied to what was pooled, the tokens need neither. Source: th
 Pre-trained Language Models to Vision-Language Tasks via Dynamic Visual Prompting" (arXiv 2306.00409).
 """
 
+from math import prod
+
 import torch
 
-from petl_ext.ops.library import as_autocast_wants, differentiable_gradients, needs_reference, raise_no_kernel
+from petl_ext.ops.autocast import as_autocast_wants
+from petl_ext.ops.derivatives import differentiable_gradients
+from petl_ext.ops.kernels import raw_ops_for, register
 
 # statistics [2, B, H] are for backward, in float32: the greatest of a head's scores, and the sum of
 # exp(score - greatest). Their logarithm's sum would do, but lose digits where scores are large.
@@ -26,7 +30,8 @@ torch.library.define(
 
 
 def _check(visual, query, mask):
-    """What the kernels check for themselves, for the paths that reach none."""
+    """The arguments' checks for float64, meta tensors and torch.compile, which never reach a kernel; the kernels repeat
+    them in C++."""
     if torch.jit.is_tracing():  # sizes are tensors, of which it warns
         return
     if visual.dim() != 3 or visual.size(1) == 0 or visual.size(2) == 0:
@@ -83,22 +88,27 @@ def _(dpooled, visual, query, mask, pooled, statistics, scale, needs_dvisual, ne
     return dvisual, query.new_empty(query.shape if needs_dquery else (0,))
 
 
-@torch.library.impl("petl_ext::attention_pool_forward", "CompositeExplicitAutograd")
-def _(visual, query, *_):
-    raise_no_kernel("attention_pool", visual, query)
+def _forward_flops(visual, query, *_, **__):
+    """visual query^T and weights visual: B N H D each."""
+    return 2 * 2 * visual[1] * prod(query)
 
 
-@torch.library.impl("petl_ext::attention_pool_backward", "CompositeExplicitAutograd")
-def _(dpooled, visual, *_):
-    raise_no_kernel("attention_pool", dpooled, visual)
+def _backward_flops(dpooled, visual, query, *rest, **_):
+    """visual query^T, as weights are not kept, and visual dpooled^T always; dscores query and weights dpooled for
+    dvisual, dscores visual for dquery: B N H D each."""
+    needs_dvisual, needs_dquery = rest[-2:]
+    return 2 * (2 + 2 * needs_dvisual + needs_dquery) * visual[1] * prod(query)
+
+
+register("attention_pool", _forward_flops, _backward_flops)
 
 
 class _AttentionPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, visual, query, mask, scale):
-        pooled, statistics = torch.ops.petl_ext.attention_pool_forward(visual, query, mask, scale)
+    def forward(ctx, visual, query, mask, scale, raw_ops):
+        pooled, statistics = getattr(torch.ops, raw_ops).attention_pool_forward(visual, query, mask, scale)
         ctx.save_for_backward(visual, query, mask, pooled, statistics)
-        ctx.scale = scale
+        ctx.scale, ctx.raw_ops = scale, raw_ops
         return pooled
 
     @staticmethod
@@ -112,12 +122,13 @@ class _AttentionPool(torch.autograd.Function):
                 needs,
                 dpooled,
             )
-            return *gradients, None, None
-        gradients = torch.ops.petl_ext.attention_pool_backward(dpooled, *ctx.saved_tensors, ctx.scale, *needs)
-        return *(d if needed else None for d, needed in zip(gradients, needs, strict=True)), None, None
+            return *gradients, None, None, None
+        raw_ops = getattr(torch.ops, ctx.raw_ops)
+        gradients = raw_ops.attention_pool_backward(dpooled, *ctx.saved_tensors, ctx.scale, *needs)
+        return *(d if needed else None for d, needed in zip(gradients, needs, strict=True)), None, None, None
 
 
-def attention_pool(visual, query, mask=None, scale=1.0):
+def attention_pool(visual, query, mask=None, scale=1.0, dropout=0.0):
     """Pools each sample's tokens by one softmax per head: `pooled = softmax(scale * query visual^T) visual`.
 
     The tokens are read once forward and once backward; no weights are kept for backward, where they are computed again.
@@ -129,30 +140,34 @@ def attention_pool(visual, query, mask=None, scale=1.0):
         mask: bool [B, N], True where a token takes part; None: all do. What the others hold is not read, and their
             gradient is zero. Of each sample at least one must take part.
         scale: a number, for multi-head attention 1 / sqrt(width of a head).
+        dropout: probability that a weight is set to zero.
 
     visual and query are float32, bfloat16 or float16, in any mixture; scores, softmax and sums are float32. Under
     autocast a float32 visual is rounded to autocast's dtype, as for torch.matmul. Where visual needs no gradient,
     backward computes that of query alone, and writes nothing of visual's size.
 
-    The reference computes where a tensor is float64, for derivatives in forward mode and those of the gradients
-    (`create_graph=True`), inside transformations of torch.func and under torch.jit.trace.
+    The reference computes where a tensor is float64 or a dropout is above 0, for derivatives in forward mode and those
+    of the gradients (`create_graph=True`), inside transformations of torch.func and under torch.jit.trace, and where
+    `petl_ext.ops.backend` has chosen it.
 
     On CUDA, D is a multiple of 8 up to 8192 and H at most 64; the query is rounded to the dtype of visual, and visual
     is copied where rows are not aligned to 16 bytes.
 
-    A sample of which no token takes part is an error on the CPU. Elsewhere, and in float64, its rows of the result are
-    NaN: to look would mean to wait for the device.
+    A sample of which no token takes part is an error of the CPU's kernels. Elsewhere, and where the reference computes,
+    its rows of the result are NaN: to look would mean to wait for the device.
 
     Returns:
         [B, H, D], in the dtype of visual (under autocast, in autocast's).
 
     Raises:
         RuntimeError: a shape, dtype or device is not as above, or no token of a sample takes part.
+        ValueError: dropout is no number in [0, 1).
         NotImplementedError: there is no kernel for the tensors' device.
     """
     visual, scale = as_autocast_wants(visual), float(scale)
-    if needs_reference(visual, query):
-        return attention_pool_reference(visual, query, mask, scale)
+    raw_ops = raw_ops_for("attention_pool", (visual, query), dropout)
+    if raw_ops is None:
+        return attention_pool_reference(visual, query, mask, scale, dropout)
     if torch.is_grad_enabled() and (visual.requires_grad or query.requires_grad):
-        return _AttentionPool.apply(visual, query, mask, scale)
-    return torch.ops.petl_ext.attention_pool_forward(visual, query, mask, scale)[0]
+        return _AttentionPool.apply(visual, query, mask, scale, raw_ops)
+    return getattr(torch.ops, raw_ops).attention_pool_forward(visual, query, mask, scale)[0]

@@ -9,8 +9,9 @@ from torch import nn
 from torch._guards import detect_fake_mode
 
 from petl_ext.patching.kind import own_forward
+from petl_ext.patching.kinds import KINDS
 from petl_ext.patching.patch import kind_of, known, release, take_in
-from petl_ext.patching.recognise import KINDS, Recognised, recognise, takes_as
+from petl_ext.patching.recognise import Recognised, recognise, takes_as
 from petl_ext.patching.report import PatchReport, left_alone_row, patched_row
 
 logger = logging.getLogger("petl_ext")

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from petl_ext.composing import Composable
+
 
 class Settings(NamedTuple):
     """What was found out about a module when it was recognised; the module keeps it as `petl_settings`.
@@ -25,57 +27,59 @@ class Settings(NamedTuple):
     axes: tuple = (3,)
 
 
-class Kind:
-    """A kind of module that `patch` knows, by its names and shapes, and the same formula by one of our ops.
+class Kind(Composable):
+    """A kind of module that `patch` knows: what such a module becomes, and the questions about one.
 
-    All methods take a module. Its attributes may be anything until `refusal` has said "".
+    A subclass has a `forward` that takes what the original's takes. It computes by one of our ops; the original's is
+    the next in line, and runs wherever the op does not compute the same.
+
+    The questions are asked of modules that have not become it, whose attributes may be anything until `petl_refusal`
+    has said "". All names begin with petl_: the others are those of other people's modules, and stay theirs.
 
     Attributes:
-        name: in reports.
-        op: of `petl_ext.ops`, which computes it.
-        published: whose code it is and what it is called there, for error messages.
-        patched: the class that its modules become. Its `forward` takes what the original's takes; the original is the
-            next in line, and runs wherever the op does not.
+        petl_name: in reports.
+        petl_op: of `petl_ext.ops`, which computes it.
+        petl_published: whose code it is and what it is called there, for error messages.
+        petl_settings: of a module, not of the class: its `Settings`.
     """
 
-    name: str
-    op: str
-    published: str
-    patched: type
+    petl_name: str
+    petl_op: str
+    petl_published: str
 
     @staticmethod
-    def looks_like(module):
+    def petl_looks_like(module):
         """Whether it has the names by which the kind is known."""
         raise NotImplementedError
 
     @staticmethod
-    def refusal(module):
+    def petl_refusal(module):
         """Why its parts are not the kind's, read after "left alone: "; "" if they are."""
         raise NotImplementedError
 
     @staticmethod
-    def candidates(module):
+    def petl_candidates(module):
         """The `Settings` that it may have: its parts do not tell all that its forward does."""
         raise NotImplementedError
 
     @staticmethod
-    def examples(module, draw, *size):
+    def petl_examples(module, draw, *size):
         """[arguments for its forward, ...] that together tell the kind's formula from any other, of `size` rows; none
         where it knows no inputs of so many axes. `draw` makes a random tensor of a shape."""
         raise NotImplementedError
 
     @staticmethod
-    def compute(module, *arguments):
-        """What its forward returns for these arguments, by the op."""
+    def petl_compute(module, *arguments):
+        """What its forward returns for these arguments, by the op. It has its `petl_settings`."""
         raise NotImplementedError
 
     @staticmethod
-    def dropout(module):
+    def petl_dropout(module):
         """The probability at which it drops out now."""
         return 0.0
 
     @staticmethod
-    def sizes(module):
+    def petl_sizes(module):
         """(width, inner size): prompts, bottleneck or heads. The CUDA kernels bound both."""
         raise NotImplementedError
 

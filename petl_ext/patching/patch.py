@@ -3,11 +3,10 @@
 from torch import nn
 
 from petl_ext.composing import become, composed
-from petl_ext.patching.dispatch import adjust_floors
-from petl_ext.patching.recognise import KINDS, recognise
+from petl_ext.ops.kernels import adjust_floors
+from petl_ext.patching.kinds import KINDS
+from petl_ext.patching.recognise import recognise
 from petl_ext.patching.report import PatchReport, left_alone_row, patched_row
-
-_KIND_OF = {kind.patched: kind for kind in KINDS}
 
 
 class Patch:
@@ -88,30 +87,30 @@ def unpatch(model):
 
 def kind_of(module):
     """The `Kind` as which a module has been patched, or None."""
-    return next((_KIND_OF[base] for base in type(module).__mro__ if base in _KIND_OF), None)
+    return next((base for base in type(module).__mro__ if base in KINDS), None)
 
 
 def take_in(module, recognised):
     """Patches one module, unless it must be left alone."""
     if not recognised.reason:
         adjust_floors()
-        become(module, composed(type(module), (recognised.found.patched,)), (type(module),))
+        become(module, composed(type(module), (recognised.found,)), (type(module),))
         vars(module)["petl_settings"] = recognised.settings
 
 
 def release(module):
     """Takes one module's patch out again."""
     kind = kind_of(module)
-    patched = next(base for base in type(module).__mro__ if kind.patched in base.__bases__)
+    patched = next(base for base in type(module).__mro__ if kind in base.__bases__)
     *added, own = patched.__bases__
-    added.remove(kind.patched)
+    added.remove(kind)
     become(module, composed(own, tuple(added)) if added else own, (patched,))
     del vars(module)["petl_settings"]
 
 
 def known():
     """What is recognised, for error messages."""
-    return "; ".join(kind.published for kind in KINDS)
+    return "; ".join(kind.petl_published for kind in KINDS)
 
 
 def _check_some(model, found):

@@ -31,14 +31,14 @@ def probe(kind, module):
     """
     with _undisturbed():
         twin, draw = _random_twin(module)
-        candidates = [settings for settings in kind.candidates(twin) if settings.activation is not None]
+        candidates = [settings for settings in kind.petl_candidates(twin) if settings.activation is not None]
         if not candidates:
             raise Difference("what its activation computes depends on its parameters or buffers")
         for size, scale in PROBES:
-            for arguments in kind.examples(twin, draw, *size):
+            for arguments in kind.petl_examples(twin, draw, *size):
                 candidates = _matching(candidates, kind, twin, _scaled(arguments, scale))
         vars(twin)["petl_settings"] = candidates[0]
-        for arguments in kind.examples(twin, draw, *PROBES[0][0]):
+        for arguments in kind.petl_examples(twin, draw, *PROBES[0][0]):
             _check_gradients(kind, twin, arguments)
         axes = [len(size) + 1 for size in OTHER_AXES if _takes(candidates, kind, twin, draw, size)]
         return candidates[0]._replace(axes=(3, *axes))
@@ -99,7 +99,7 @@ def _scaled(arguments, scale):
 
 def _takes(candidates, kind, twin, draw, size):
     """Whether the op stands for the forward with inputs of other axes too."""
-    examples = kind.examples(twin, draw, *size)
+    examples = kind.petl_examples(twin, draw, *size)
     try:
         return bool(examples) and all(_matching(candidates, kind, twin, arguments) for arguments in examples)
     except Difference:
@@ -115,7 +115,7 @@ def _matching(candidates, kind, twin, arguments):
             theirs = _own_outputs(twin, arguments, where)
             candidates = [settings for settings in candidates if _same(theirs, kind, twin, settings, arguments)]
         if not candidates:
-            raise Difference(f"its forward computes something else{where} than {kind.published}")
+            raise Difference(f"its forward computes something else{where} than {kind.petl_published}")
     return candidates
 
 
@@ -147,7 +147,7 @@ def _as_tuple(outputs):
 
 def _same(theirs, kind, twin, settings, arguments):
     vars(twin)["petl_settings"] = settings
-    ours = _as_tuple(kind.compute(twin, *arguments))
+    ours = _as_tuple(kind.petl_compute(twin, *arguments))
     return len(theirs) == len(ours) and all(
         # The library's hidden units, of which nothing is made.
         our is None or (isinstance(their, torch.Tensor) and _close(their, our))
@@ -168,7 +168,7 @@ def _check_gradients(kind, twin, arguments):
     inputs = {id(x): x.requires_grad_() for x in arguments if isinstance(x, torch.Tensor) and x.is_floating_point()}
     leaves = [*inputs.values(), *twin.parameters()]
     with torch.enable_grad():
-        ours = _as_tuple(kind.compute(twin, *arguments))
+        ours = _as_tuple(kind.petl_compute(twin, *arguments))
         used = [index for index, our in enumerate(ours) if our is not None]
         try:
             outputs = _as_tuple(own_forward(type(twin))(twin, *arguments))
@@ -176,7 +176,7 @@ def _check_gradients(kind, twin, arguments):
         except Exception as error:  # It is other people's and may do anything.
             raise Difference(f"its backward pass raises {type(error).__name__}: {error}") from error
     if not all(map(_close, theirs, _gradients([ours[index] for index in used], leaves))):
-        raise Difference(f"its forward passes other gradients back than {kind.published}")
+        raise Difference(f"its forward passes other gradients back than {kind.petl_published}")
 
 
 def _gradients(outputs, leaves):

@@ -9,11 +9,9 @@ from petl_ext.composing import has_device_hook
 from petl_ext.patching.dispatch import beside_its_class
 from petl_ext.patching.held import structure
 from petl_ext.patching.kind import Settings, names_in, own_forward, plain_attributes, refuse_bottleneck
-from petl_ext.patching.library import LibraryAdapter
-from petl_ext.patching.originals import Bottleneck, CrossAttention, ParallelAdapter, PromptDiffusion
+from petl_ext.patching.kinds import KINDS
 from petl_ext.patching.probe import Difference, probe
 
-KINDS = (PromptDiffusion, Bottleneck, ParallelAdapter, CrossAttention, LibraryAdapter)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -39,9 +37,9 @@ def recognise(module, probed):
             model holds many.
     """
     for kind in KINDS:
-        if kind.looks_like(module):
+        if kind.petl_looks_like(module):
             if reason := _refusal(kind, module):
-                return Recognised(kind.name, kind, None, reason)
+                return Recognised(kind.petl_name, kind, None, reason)
             return _probed_as(kind, module, probed)
     return _pair(module)
 
@@ -51,9 +49,9 @@ def _probed_as(kind, module, probed):
     found = probed.get(same) if same else None
     if found is None:
         try:
-            found = Recognised(kind.name, kind, probe(kind, module))
+            found = Recognised(kind.petl_name, kind, probe(kind, module))
         except Difference as difference:
-            found = Recognised(kind.name, kind, None, str(difference))
+            found = Recognised(kind.petl_name, kind, None, str(difference))
         if same:
             probed[same] = found
     if found.reason:
@@ -79,7 +77,7 @@ def _pair(module):
 
 def takes_as(forward, kind):
     """Whether `forward` takes what the forward of `kind` takes."""
-    return _arguments(forward) == _arguments(kind.patched.forward)
+    return _arguments(forward) == _arguments(kind.forward)
 
 
 def _refusal(kind, module):
@@ -89,11 +87,11 @@ def _refusal(kind, module):
         return reason
     if beside := next(filter(None, map(beside_its_class, list(module.modules())[1:])), ""):
         return beside
-    if reason := kind.refusal(module):
+    if reason := kind.petl_refusal(module):
         return reason
     forward = own_forward(type(module))
     if not takes_as(forward, kind):
-        taken, expected = (inspect.signature(f) for f in (forward, kind.patched.forward))
+        taken, expected = (inspect.signature(f) for f in (forward, kind.forward))
         return f"its forward takes {taken}, not {expected}"
     return ""
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from petl_ext.ops.library import cpu_path
+from petl_ext.ops.kernels import kernel_for
 from petl_ext.patching.dispatch import own_forward_below, own_forward_for_now
 from petl_ext.printing import table
 
@@ -74,11 +74,11 @@ def patched_row(name, module, kind):
     """Of a module that has become one of a patched class."""
     weight = next(module.parameters())
     device = weight.device.type
-    if reason := own_forward_for_now(kind, module, device, weight.dtype):
-        return PatchRow(name, type(module).__name__, kind.name, "its own forward", reason)
-    kernel = f"{kind.op} (cpu, {cpu_path()})" if device == "cpu" else f"{kind.op} ({device})"
-    exception = own_forward_below(kind.op, device, weight.dtype)
-    return PatchRow(name, type(module).__name__, kind.name, kernel, exception=exception)
+    if reason := own_forward_for_now(module, device, weight.dtype):
+        return PatchRow(name, type(module).__name__, kind.petl_name, "its own forward", reason)
+    kernel = kernel_for(kind.petl_op, device, weight.dtype).name
+    exception = own_forward_below(kind.petl_op, device, weight.dtype)
+    return PatchRow(name, type(module).__name__, kind.petl_name, kernel, exception=exception)
 
 
 def left_alone_row(name, module, recognised):

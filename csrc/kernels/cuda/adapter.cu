@@ -1,5 +1,6 @@
 // The bottleneck adapter on CUDA. Forward is one launch. Backward computes the first product anew, and
 // then the rows' gradients, slabs of the weights' gradients, and from their sums the gradients of the parameters.
+#include "kernels/cuda/adapter.h"
 #include "kernels/cuda/adapter_backward.h"
 #include "kernels/cuda/adapter_forward.h"
 #include "kernels/cuda/weight_gradient.h"

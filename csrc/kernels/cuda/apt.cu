@@ -1,5 +1,6 @@
 // Prompt diffusion on CUDA. Forward is one launch; backward is three: the rows' gradients, slabs of the weights'
 // gradients, and the sums of the slabs.
+#include "kernels/cuda/apt.h"
 #include "kernels/cuda/apt_backward.h"
 #include "kernels/cuda/apt_forward.h"
 #include "kernels/cuda/weight_gradient.h"

@@ -2,6 +2,7 @@
 // the part of the softmax that is theirs, and the tokens' sums by these weights, for which it reads them again while
 // they are in the second-level cache. Forward is two launches, the blocks and their combination in order; backward one
 // more before them, and the second only where the queries need a gradient.
+#include "kernels/cuda/attention_pool.h"
 #include "kernels/cuda/attention_pool_block.h"
 
 namespace petl::cuda {

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from petl_ext.composing import Composable
-from petl_ext.ops import cpu_path
+from petl_ext.ops.kernels import kernel_for
 
 
 class Place(NamedTuple):
@@ -98,12 +98,4 @@ def _can_compute(tensor):
 def fused_kernel(op, layer):
     """`Site.kernel` of a layer that calls `petl_ext.ops.<op>` and has a `dropout`."""
     weight = next(layer.parameters())
-    device = weight.device.type
-    if layer.training and layer.dropout > 0:
-        return "reference", f"dropout {layer.dropout} in training"
-    if weight.dtype is torch.float64:
-        return "reference", "float64"
-    key = torch._C._dispatch_key_for_device(device)
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"petl_ext::{op}_forward", key):
-        return "none", f"this build holds no kernel for {device}"
-    return f"{op} ({device}, {cpu_path()})" if device == "cpu" else f"{op} ({device})", ""
+    return kernel_for(op, weight.device, weight.dtype, layer.dropout if layer.training else 0.0)

@@ -2,7 +2,6 @@
 
 from torch import nn
 
-from petl_ext.composing import Composable
 from petl_ext.ops.adapter import adapter
 from petl_ext.patching.activation import activation_of, refuse_activation
 from petl_ext.patching.dispatch import own_forward_because
@@ -20,27 +19,26 @@ from petl_ext.patching.kind import (
 )
 
 
-class PatchedLibraryAdapter(Composable):
-    def forward(self, x, residual_input, output_gating=False):
-        if own_forward_because(LibraryAdapter, self, x):
-            return super().forward(x, residual_input, output_gating)
-        return LibraryAdapter.compute(self, x, residual_input, output_gating)
-
-
 class LibraryAdapter(Kind):
     """up = scaling * adapter_up(adapter_down(x)), to which a sequential adapter adds the residual."""
 
-    name = "bottleneck of adapters"
-    op = "adapter"
-    published = "Adapter and ParallelAdapter of the library adapters (adapter_down, adapter_up, non_linearity, dropout)"
-    patched = PatchedLibraryAdapter
+    petl_name = "bottleneck of adapters"
+    petl_op = "adapter"
+    petl_published = (
+        "Adapter and ParallelAdapter of the library adapters (adapter_down, adapter_up, non_linearity, dropout)"
+    )
+
+    def forward(self, x, residual_input, output_gating=False):
+        if own_forward_because(self, x):
+            return super().forward(x, residual_input, output_gating)
+        return self.petl_compute(self, x, residual_input, output_gating)
 
     @staticmethod
-    def looks_like(module):
+    def petl_looks_like(module):
         return {"adapter_down", "adapter_up", "non_linearity"} <= names_in(module)
 
     @staticmethod
-    def refusal(module):
+    def petl_refusal(module):
         if "gate" in names_in(module):
             return "it has a gate"
         if "adapter_norm_after" in names_in(module):
@@ -60,18 +58,18 @@ class LibraryAdapter(Kind):
         )
 
     @staticmethod
-    def candidates(module):
+    def petl_candidates(module):
         # Adapter and ParallelAdapter hold the same; only their forward tells whether the residual is added there.
         activation = activation_of(module.non_linearity)
         return [Settings(activation, adds_residual) for adds_residual in (True, False)]
 
     @staticmethod
-    def examples(module, draw, *size):
+    def petl_examples(module, draw, *size):
         width = module.adapter_up.out_features
         return [(draw(*size, width), draw(*size, width))]
 
     @staticmethod
-    def compute(module, x, residual_input, output_gating=False):
+    def petl_compute(module, x, residual_input, output_gating=False):
         """(output, None, up): nothing in the library reads the hidden units, and up serves AdapterFusion."""
         *norm, down, _ = module.adapter_down
         up = adapter(
@@ -88,9 +86,9 @@ class LibraryAdapter(Kind):
         return up + residual_input if module.petl_settings.adds_residual else up, None, up
 
     @staticmethod
-    def dropout(module):
+    def petl_dropout(module):
         return dropout_of(module.dropout)
 
     @staticmethod
-    def sizes(module):
+    def petl_sizes(module):
         return module.adapter_up.out_features, module.adapter_up.in_features

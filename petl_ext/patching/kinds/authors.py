@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from petl_ext.composing import Composable
 from petl_ext.ops.adapter import ACTIVATIONS, adapter
+from petl_ext.ops.apt import ACTIVATIONS as APT_ACTIVATIONS
 from petl_ext.ops.apt import apt
 from petl_ext.ops.attention_pool import attention_pool
 from petl_ext.patching.activation import activation_of, refuse_activation
@@ -24,27 +24,24 @@ from petl_ext.patching.kind import (
 )
 
 
-class PatchedPromptDiffusion(Composable):
-    def forward(self, x, res):
-        if x.shape != res.shape or own_forward_because(PromptDiffusion, self, res):
-            return super().forward(x, res)
-        return PromptDiffusion.compute(self, x, res)
-
-
 class PromptDiffusion(Kind):
     """exp(scale) * (x + rowmax(a) * (a mm_tokens)), with a = act(res (mm_tokens + mm(mm_tokens))^T)."""
 
-    name = "prompt diffusion"
-    op = "apt"
-    published = "APT's approximate_prompt (mm, mm_tokens, activation, attn_drop, scale)"
-    patched = PatchedPromptDiffusion
+    petl_name = "prompt diffusion"
+    petl_op = "apt"
+    petl_published = "APT's approximate_prompt (mm, mm_tokens, activation, attn_drop, scale)"
+
+    def forward(self, x, res):
+        if x.shape != res.shape or own_forward_because(self, res):
+            return super().forward(x, res)
+        return self.petl_compute(self, x, res)
 
     @staticmethod
-    def looks_like(module):
+    def petl_looks_like(module):
         return {"mm", "mm_tokens"} <= names_in(module)
 
     @staticmethod
-    def refusal(module):
+    def petl_refusal(module):
         if reason := refuse_names(module, ("mm", "mm_tokens", "activation", "attn_drop", "scale")):
             return reason
         prompts, pair = module.mm_tokens, module.mm
@@ -58,60 +55,57 @@ class PromptDiffusion(Kind):
             sizes = f"{pair[0].in_features} to {pair[1].out_features}"
             return f"mm_tokens has the shape {list(prompts.shape)}, but mm goes from {sizes}"
         return (
-            refuse_activation(module.activation, ("relu", "softmax"))
+            refuse_activation(module.activation, APT_ACTIVATIONS)
             or refuse_scale(module.scale)
             or refuse_dropout(module.attn_drop)
         )
 
     @staticmethod
-    def candidates(module):
+    def petl_candidates(module):
         return [Settings(activation_of(module.activation))]
 
     @staticmethod
-    def examples(module, draw, *size):
+    def petl_examples(module, draw, *size):
         width = module.mm_tokens.size(1)
         return [(draw(*size, width), draw(*size, width))]
 
     @staticmethod
-    def compute(module, x, res):
+    def petl_compute(module, x, res):
         prompts = module.mm_tokens
         keys = prompts + module.mm(prompts)
         out = apt(res, x, prompts, keys, module.scale, module.petl_settings.activation)
         return promoted(out, module.scale)
 
     @staticmethod
-    def dropout(module):
+    def petl_dropout(module):
         return dropout_of(module.attn_drop)
 
     @staticmethod
-    def sizes(module):
+    def petl_sizes(module):
         return module.mm_tokens.size(1), module.mm_tokens.size(0)
-
-
-class PatchedBottleneck(Composable):
-    def forward(self, x):
-        if own_forward_because(Bottleneck, self, x):
-            return super().forward(x)
-        return Bottleneck.compute(self, x)
 
 
 class Bottleneck(Kind):
     """x + up(act(down(x)))."""
 
-    name = "bottleneck adapter"
-    op = "adapter"
-    published = "Adapter of APT, DAS and DVP (down_sampler, up_sampler, perhaps activation), or down, act and up"
-    patched = PatchedBottleneck
+    petl_name = "bottleneck adapter"
+    petl_op = "adapter"
+    petl_published = "Adapter of APT, DAS and DVP (down_sampler, up_sampler, perhaps activation), or down, act and up"
+
+    def forward(self, x):
+        if own_forward_because(self, x):
+            return super().forward(x)
+        return self.petl_compute(self, x)
 
     @staticmethod
-    def looks_like(module):
+    def petl_looks_like(module):
         names = names_in(module)
         if names == {"down", "act", "up"}:
             return isinstance(module.down, nn.Linear) and isinstance(module.up, nn.Linear)
         return {"down_sampler", "up_sampler"} <= names
 
     @staticmethod
-    def refusal(module):
+    def petl_refusal(module):
         down, up, activation = _bottleneck_names(module)
         if reason := refuse_names(module, (down, up), (activation,)):
             return reason
@@ -120,23 +114,23 @@ class Bottleneck(Kind):
         return refuse_bottleneck(getattr(module, down), getattr(module, up))
 
     @staticmethod
-    def candidates(module):
+    def petl_candidates(module):
         # DVP's for LLaMA calls silu, of which no part tells.
         activation = module._modules.get(_bottleneck_names(module)[2])
         return [Settings(name) for name in (ACTIVATIONS if activation is None else [activation_of(activation)])]
 
     @staticmethod
-    def examples(module, draw, *size):
-        return [(draw(*size, Bottleneck.sizes(module)[0]),)]
+    def petl_examples(module, draw, *size):
+        return [(draw(*size, Bottleneck.petl_sizes(module)[0]),)]
 
     @staticmethod
-    def compute(module, x):
+    def petl_compute(module, x):
         down, up = (getattr(module, name) for name in _bottleneck_names(module)[:2])
         activation = module.petl_settings.activation
         return adapter(x, down.weight, down.bias, up.weight, up.bias, activation=activation, residual=x)
 
     @staticmethod
-    def sizes(module):
+    def petl_sizes(module):
         down = getattr(module, _bottleneck_names(module)[0])
         return down.in_features, down.out_features
 
@@ -147,28 +141,25 @@ def _bottleneck_names(module):
     return "down", "up", "act"
 
 
-class PatchedParallelAdapter(Composable):
-    def forward(self, x, add_residual=True, residual=None):
-        broadcast = residual is not None and residual.shape != x.shape
-        if broadcast or own_forward_because(ParallelAdapter, self, x):
-            return super().forward(x, add_residual, residual)
-        return ParallelAdapter.compute(self, x, add_residual, residual)
-
-
 class ParallelAdapter(Kind):
     """residual + scale * up(act(down(LN(x)))), where the LayerNorm may come last, or be absent, as the residual."""
 
-    name = "parallel adapter"
-    op = "adapter"
-    published = "Adapter_Layer and ParallelAdapter of APT and DAS (down_proj, up_proj, non_linear_func, scale)"
-    patched = PatchedParallelAdapter
+    petl_name = "parallel adapter"
+    petl_op = "adapter"
+    petl_published = "Adapter_Layer and ParallelAdapter of APT and DAS (down_proj, up_proj, non_linear_func, scale)"
+
+    def forward(self, x, add_residual=True, residual=None):
+        broadcast = residual is not None and residual.shape != x.shape
+        if broadcast or own_forward_because(self, x):
+            return super().forward(x, add_residual, residual)
+        return self.petl_compute(self, x, add_residual, residual)
 
     @staticmethod
-    def looks_like(module):
+    def petl_looks_like(module):
         return {"down_proj", "up_proj", "non_linear_func"} <= names_in(module)
 
     @staticmethod
-    def refusal(module):
+    def petl_refusal(module):
         norm = ("adapter_layer_norm_before",) if _norm_place(module) else ()
         if reason := refuse_names(module, ("down_proj", "up_proj", "non_linear_func", *norm), ("scale",)):
             return reason
@@ -181,16 +172,16 @@ class ParallelAdapter(Kind):
         )
 
     @staticmethod
-    def candidates(module):
+    def petl_candidates(module):
         return [Settings(activation_of(module.non_linear_func))]
 
     @staticmethod
-    def examples(module, draw, *size):
+    def petl_examples(module, draw, *size):
         x, residual = (draw(*size, module.down_proj.in_features) for _ in range(2))
         return [(x,), (x, False), (x, True, residual), (x, False, residual)]
 
     @staticmethod
-    def compute(module, x, add_residual=True, residual=None):
+    def petl_compute(module, x, add_residual=True, residual=None):
         norm = module.adapter_layer_norm_before if _norm_place(module) else None
         last = _norm_place(module) == "out"
         first = None if last else norm
@@ -213,11 +204,11 @@ class ParallelAdapter(Kind):
         return out
 
     @staticmethod
-    def dropout(module):
+    def petl_dropout(module):
         return module.dropout if module.training else 0.0
 
     @staticmethod
-    def sizes(module):
+    def petl_sizes(module):
         return module.down_proj.in_features, module.down_proj.out_features
 
 
@@ -226,28 +217,25 @@ def _norm_place(module):
     return option if option in ("in", "out") else None
 
 
-class PatchedCrossAttention(Composable):
-    def forward(self, v, k, q, mask):
-        if not _is_pooling(v, k, q, mask) or own_forward_because(CrossAttention, self, v):
-            return super().forward(v, k, q, mask)
-        return CrossAttention.compute(self, v, k, q, mask)
-
-
 class CrossAttention(Kind):
     """Multi-head attention; by the op where one query per sample reads tokens that are both keys and values. Its mask
     is True where a token is hidden."""
 
-    name = "cross-attention of one query"
-    op = "attention_pool"
-    published = "DVP's Cross_Attention (linear_v, linear_k, linear_q, linear_merge, dropout)"
-    patched = PatchedCrossAttention
+    petl_name = "cross-attention of one query"
+    petl_op = "attention_pool"
+    petl_published = "DVP's Cross_Attention (linear_v, linear_k, linear_q, linear_merge, dropout)"
+
+    def forward(self, v, k, q, mask):
+        if not _is_pooling(v, k, q, mask) or own_forward_because(self, v):
+            return super().forward(v, k, q, mask)
+        return self.petl_compute(self, v, k, q, mask)
 
     @staticmethod
-    def looks_like(module):
+    def petl_looks_like(module):
         return {"linear_v", "linear_k", "linear_q", "linear_merge"} <= names_in(module)
 
     @staticmethod
-    def refusal(module):
+    def petl_refusal(module):
         if reason := refuse_names(module, ("linear_v", "linear_k", "linear_q", "linear_merge", "dropout")):
             return reason
         value, key, query, merge = module.linear_v, module.linear_k, module.linear_q, module.linear_merge
@@ -263,11 +251,11 @@ class CrossAttention(Kind):
         return ""
 
     @staticmethod
-    def candidates(module):
+    def petl_candidates(module):
         return [Settings()]
 
     @staticmethod
-    def examples(module, draw, *size):
+    def petl_examples(module, draw, *size):
         if len(size) != 2:
             return []
         batch, tokens = size
@@ -278,7 +266,7 @@ class CrossAttention(Kind):
         return [(visual, visual, query, None), (visual, visual, query, hidden)]
 
     @staticmethod
-    def compute(module, v, k, q, mask):
+    def petl_compute(module, v, k, q, mask):
         """As `petl_ext.VisualPromptLayer`: the key projection is folded into the query, and the value projection comes
         after pooling."""
         heads = module.num_heads
@@ -296,11 +284,11 @@ class CrossAttention(Kind):
         return (module.linear_merge(context) + 0 * module.linear_k.bias.sum())[:, None]
 
     @staticmethod
-    def dropout(module):
+    def petl_dropout(module):
         return dropout_of(module.dropout)
 
     @staticmethod
-    def sizes(module):
+    def petl_sizes(module):
         return module.linear_v.in_features, module.num_heads
 
 

@@ -1,0 +1,14 @@
+// The CUDA kernels of the bottleneck adapter, as the host calls them.
+#pragma once
+#include "kernels/adapter.h"
+#include "kernels/cuda/kernels.h"
+
+namespace petl::cuda {
+
+inline constexpr Limits kAdapterLimits{"the bottleneck B", kMaxInner};
+
+int adapter_forward(const AdapterForward& args, Queue queue);
+int64_t adapter_backward_workspace(const AdapterBackward& args);
+int adapter_backward(const AdapterBackward& args, void* workspace, Queue queue);
+
+}  // namespace petl::cuda

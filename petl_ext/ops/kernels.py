@@ -1,0 +1,303 @@
+"""What is known about the kernels: which ops there are, who computes a call, within which limits, and how fast.
+
+Importing it loads petl_ext/_C, which registers the C++ kernels with torch's dispatcher.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from petl_ext.checks import check_choice, check_probability
+from petl_ext.counting import add_flop_formula
+from petl_ext.ops.backends import AUTO, BACKENDS, NATIVE, REFERENCE, Backend, chosen
+from petl_ext.ops.derivatives import are_transformed
+
+try:
+    from petl_ext import _C  # noqa: F401
+except ImportError as error:
+    folder = Path(__file__).parent.parent
+    found = "holds none" if not list(folder.glob("_C*")) else "holds one that does not load"
+    raise ImportError(
+        f"petl_ext needs its compiled part, petl_ext._C, but {folder} {found} ({error}). This is torch "
+        f"{torch.__version__}; 2.10 or later is needed. In a checkout, `pip install -e .` builds it in place; "
+        "after a plain `pip install .`, work outside the checkout, whose source folder hides the installed package."
+    ) from error
+
+
+class CudaLimits(NamedTuple):
+    """What the CUDA kernels of an op take, as C++ says it.
+
+    Attributes:
+        width_multiple: what the width D is a multiple of.
+        max_width: the greatest D.
+        max_inner: the greatest inner size: prompts P, bottleneck B or heads H.
+    """
+
+    width_multiple: int
+    max_width: int
+    max_inner: int
+
+    def allow(self, width, inner):
+        return width % self.width_multiple == 0 and width <= self.max_width and inner <= self.max_inner
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op of `petl_ext.ops`, which is made of two raw ops of torch.ops.
+
+    Attributes:
+        name: "apt".
+        flops: {a raw op's name: its FLOPs, computed from its arguments, tensors as their shapes}.
+        cuda_limits: a `CudaLimits`, or None where C++ names none.
+    """
+
+    name: str
+    flops: dict[str, Callable]
+    cuda_limits: CudaLimits | None
+
+
+class Kernel(NamedTuple):
+    """Who computes a call of an op.
+
+    Attributes:
+        name: "apt (cpu, avx512)", "apt (cuda)", "reference", or "none": the call raises.
+        reason: why it is not a kernel; "" where it is.
+    """
+
+    name: str
+    reason: str = ""
+
+
+OPS = {}  # {name: Op}. Each op's file enters its own.
+# (backend, op, device) of every kernel that there is. Looked up once, since torch.compile cannot look into the
+# dispatcher.
+_HELD = set()
+
+
+def register(name, forward_flops, backward_flops):
+    """Enters an op whose raw ops `petl_ext::<name>_forward` and `_backward` have been defined, with fake kernels.
+
+    Where no backend holds a kernel for the tensors' device, they raise from then on.
+
+    Args:
+        name: of the function in `petl_ext.ops`, beside which there is `<name>_reference`.
+        forward_flops, backward_flops: from the raw op's arguments, tensors as their shapes, the FLOPs of the matrix
+            products that the kernels compute: 2 per multiply-accumulate. What only refines a product's rounding is not
+            counted.
+    """
+    flops = {f"{name}_forward": forward_flops, f"{name}_backward": backward_flops}
+    limits = getattr(torch.ops.petl_ext, f"{name}_cuda_limits", None)
+    OPS[name] = Op(name, flops, CudaLimits(*limits()) if limits else None)
+
+    def refuse(*arguments):
+        devices = {str(argument.device) for argument in arguments if isinstance(argument, torch.Tensor)}
+        raise NotImplementedError(no_kernel_text(name, devices))
+
+    for raw, formula in flops.items():
+        torch.library.impl(f"petl_ext::{raw}", "CompositeExplicitAutograd", refuse)
+        add_flop_formula(getattr(torch.ops.petl_ext, raw), formula)
+    _note_kernels(BACKENDS[NATIVE], name)
+
+
+def add_backend(name, devices, implementations):
+    """Adds a backend behind those that there are. Its raw ops have the schemas and the fake kernels of petl_ext's own.
+
+    Args:
+        name: as `petl_ext.ops.backend` and PETL_BACKEND shall know it.
+        devices: the types of device, such as "cuda", that it is written for.
+        implementations: {"apt_forward": a function of the raw op's arguments, ...}, of an op both directions.
+
+    Raises:
+        ValueError: the name is taken or cannot be one, or the implementations are not as above.
+    """
+    _check_backend(name, implementations)
+    added = Backend(name, tuple(devices), f"petl_{name}")
+    for op in [op for op in OPS.values() if op.flops.keys() <= implementations.keys()]:
+        for raw, formula in op.flops.items():
+            _define_as_native(raw, added, implementations[raw])
+            add_flop_formula(getattr(getattr(torch.ops, added.namespace), raw), formula)
+        _note_kernels(added, op.name)
+    BACKENDS[name] = added
+
+
+def _check_backend(name, implementations):
+    if not name.isidentifier() or name in (AUTO, REFERENCE, *BACKENDS):
+        raise ValueError(f"add_backend: name must be a new one, of letters and digits, got {name!r}")
+    if unknown := implementations.keys() - {raw for op in OPS.values() for raw in op.flops}:
+        raise ValueError(f"add_backend: implementations must be of {', '.join(OPS)}, got {', '.join(sorted(unknown))}")
+    for op in OPS.values():
+        given = op.flops.keys() & implementations.keys()
+        if given and given != op.flops.keys():
+            raise ValueError(f"add_backend: implementations must be {' and '.join(op.flops)}, got {', '.join(given)}")
+
+
+def _define_as_native(raw, backend, implementation):
+    native = getattr(torch.ops.petl_ext, raw).default
+    schema = str(native._schema)
+    torch.library.define(f"{backend.namespace}::{raw}", schema[schema.index("(") :])
+    torch.library.register_fake(f"{backend.namespace}::{raw}", native)
+    torch.library.impl(f"{backend.namespace}::{raw}", backend.devices, implementation)
+
+
+def _note_kernels(backend, op):
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for device in backend.devices:
+        if has_kernel(f"{backend.namespace}::{op}_forward", torch._C._dispatch_key_for_device(device)):
+            _HELD.add((backend.name, op, device))
+
+
+def held_kernels(op):
+    """[(the backend's name, the type of device), ...] of the kernels of `op` that there are."""
+    return [(b.name, device) for b in BACKENDS.values() for device in b.devices if (b.name, op, device) in _HELD]
+
+
+def raw_ops_for(op, tensors, dropout=0.0):
+    """The namespace of torch.ops whose raw ops compute this call of `op`; None where the reference does.
+
+    Args:
+        tensors: all that are given to the op; some may be None. The first one's device is the call's.
+        dropout: a probability, of which no kernel knows.
+
+    Raises:
+        ValueError: dropout is no number in [0, 1), or PETL_BACKEND names no backend.
+        NotImplementedError: the chosen backend has no kernel for the device.
+    """
+    choice, given = chosen(), [tensor for tensor in tensors if tensor is not None]
+    if dropout != 0:
+        check_probability(f"{op}: dropout", dropout)
+    # No kernel knows float64.
+    is_wide = any(tensor.dtype is torch.float64 for tensor in given)
+    if choice == REFERENCE or dropout != 0 or is_wide or are_transformed(given):
+        return None
+    device = given[0].device
+    if backend := _backend_for(op, device.type):
+        return backend.namespace
+    # The raw ops give the shapes of tensors that have no contents, and refuse others.
+    if choice in (AUTO, NATIVE) or device.type == "meta":
+        return BACKENDS[NATIVE].namespace
+    raise NotImplementedError(no_kernel_text(op, {str(device)}))
+
+
+def kernel_for(op, device, dtype, dropout=0.0, sizes=None):
+    """Who computes such a call of an op, as the user has chosen, and why it is not a kernel where it is none.
+
+    Args:
+        op: its name.
+        device: a torch.device, or the type of one.
+        dtype: of the tensors.
+        dropout: the probability at which the call drops out.
+        sizes: (width, inner size), which the CUDA kernels bound; None: they are within the bounds.
+
+    Returns:
+        A `Kernel`.
+
+    Raises:
+        ValueError: there is no such op, or PETL_BACKEND names no backend.
+    """
+    check_choice("kernel_for: op", op, OPS)
+    device = torch.device(device).type
+    if reason := _reference_because(dtype, dropout):
+        return Kernel(REFERENCE, reason)
+    if reason := _none_because(op, device, sizes):
+        return Kernel("none", reason)
+    backend = _backend_for(op, device).name
+    details = [device]
+    if backend != NATIVE:
+        details.append(backend)
+    elif device == "cpu":
+        details.append(cpu_path())
+    return Kernel(f"{op} ({', '.join(details)})")
+
+
+def no_kernel_because(op, device, dtype, dropout=0.0, sizes=None):
+    """The reason of `kernel_for` alone, in compiled code too; device is the type of one."""
+    return _reference_because(dtype, dropout) or _none_because(op, device, sizes)
+
+
+def no_kernel_text(op, devices):
+    """What a call of `op` on tensors of these devices is refused with."""
+    remedy = ""
+    if chosen() in (AUTO, NATIVE) and any(device.startswith("cuda") for device in devices):
+        remedy = " Installed anew beside a CUDA build of torch, or with PETL_CUDA=1, petl_ext holds CUDA kernels."
+    return (
+        f"petl_ext.ops.{op}: {_nobody_for(', '.join(sorted(devices)))} (`python -m petl_ext info` lists what it "
+        f"holds); petl_ext.ops.{op}_reference runs on every device.{remedy}"
+    )
+
+
+def _reference_because(dtype, dropout):
+    if chosen() == REFERENCE:
+        return "the backend reference was chosen"
+    if dropout > 0:
+        return f"dropout {dropout} in training"
+    return "float64" if dtype is torch.float64 else ""
+
+
+def _none_because(op, device, sizes):
+    backend = _backend_for(op, device)
+    if backend is None:
+        return _nobody_for(device)
+    limits = OPS[op].cuda_limits
+    if backend.name == NATIVE and device == "cuda" and sizes and limits and not limits.allow(*sizes):
+        width, inner = sizes
+        return f"the CUDA kernel does not take a width of {width} with {inner}"
+    return ""
+
+
+def _nobody_for(devices):
+    whose = "this build" if chosen() in (AUTO, NATIVE) else f"the backend {chosen()}"
+    return f"{whose} holds no kernel for {devices}"
+
+
+def _backend_for(op, device):
+    """The first that may be used and holds a kernel, or None."""
+    choice = chosen()
+    for backend in BACKENDS.values():
+        if choice in (AUTO, backend.name) and (backend.name, op, device) in _HELD:
+            return backend
+    return None
+
+
+def cpu_path(choice=None):
+    """The instruction set that the CPU kernels use: "avx512_bf16", "avx512", "avx2" or "portable".
+
+    Args:
+        choice: selects one for the whole process; "auto" is the best that this CPU runs (the default, or what the
+            environment variable PETL_CPU_PATH names). None changes nothing.
+
+    Raises:
+        RuntimeError: this CPU, or this build, does not have the path.
+    """
+    return torch.ops.petl_ext.cpu_path(choice or "")
+
+
+# Rows below which plain PyTorch is faster on one thread of a CPU, by (op, dtype): without gradients, and with them,
+# whose backward pass counts too. None: it is at every size. Measured with 50 and 200 prompts, bottlenecks of 48 to 192
+# and a width of 768, on modules cast to the dtype, not under autocast, where they hold less well (docs/patch.md); what
+# they leave is in bench/results/amd-epyc/2026-11-21-9e7af3f.json. In float16 and on CUDA nothing has been measured, and
+# no row is too few.
+FLOORS = {
+    ("apt", torch.float32): (128, 200),
+    ("apt", torch.bfloat16): (0, 512),
+    ("adapter", torch.float32): (128, 4096),
+    ("adapter", torch.bfloat16): (128, None),
+    ("attention_pool", torch.float32): (0, 0),
+    ("attention_pool", torch.bfloat16): (0, 0),
+}
+
+
+def floors_of(op, device, dtype):
+    """(without gradients, with them): the entry of `FLOORS`, or None where there is none."""
+    return FLOORS.get((op, dtype)) if device == "cpu" else None
+
+
+def adjust_floors():
+    """Called before the floors are first asked for: at import a PETL_CPU_PATH that this processor lacks is no error
+    yet, and in a forward torch.compile could not look into it."""
+    # Without the processor's bfloat16 products they were 1.3 to 3.4 times as fast, with 200 prompts at 16 rows 1.0 to
+    # 1.1.
+    if cpu_path() != "avx512_bf16":
+        FLOORS.update({(op, torch.bfloat16): (0, 0) for op in ("apt", "adapter")})
