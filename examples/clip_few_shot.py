@@ -29,9 +29,9 @@ from transformers import (
 )
 
 import petl_ext
+from petl_ext.demo.digits.images import write_digit_images
+from petl_ext.demo.digits.pretrain_clip import Schedule, pretrain
 from petl_ext.tasks import image_classification as tasks
-from petl_ext.tasks.digits_images import write_digit_images
-from petl_ext.tasks.pretrain_digits_clip import Schedule, pretrain
 
 APT_SITES = {
     "vision": [r"vision_model\..*\.self_attn"],

@@ -91,7 +91,7 @@ def _run_demo(options):
     if options.method == "dvp":
         _run_dvp_demo(options, common)
         return
-    from petl_ext.demo import run_demo, tune
+    from petl_ext.demo.run import run_demo, tune
 
     print(tune(options.output, **common) if options.tune else run_demo(options.output, options.quick, **common))
 

@@ -15,10 +15,8 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, Trainer, TrainingArguments
 
 import petl_ext
-from petl_ext.tasks import image_classification as ic
-from petl_ext.tasks.digits_images import CLASSES, write_digit_images
-from petl_ext.tasks.inputs import read_image
-from petl_ext.tasks.pretrain_digits_clip import (
+from petl_ext.demo.digits.images import CLASSES, write_digit_images
+from petl_ext.demo.digits.pretrain_clip import (
     Schedule,
     clip_config,
     contrastive_loss,
@@ -26,6 +24,8 @@ from petl_ext.tasks.pretrain_digits_clip import (
     make_tokenizer,
     pretrain,
 )
+from petl_ext.tasks import image_classification as ic
+from petl_ext.tasks.inputs import read_image
 
 PROMPTS = ic.class_prompts(CLASSES)
 BASE, NEW = ic.base_and_new(CLASSES)

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from transformers import ViltProcessor
 
+from petl_ext.demo.digits import BACKBONE
+from petl_ext.demo.digits.gqa import GQADigitsFiles
+from petl_ext.demo.digits.snli_ve import SNLIVEDigitsFiles
+from petl_ext.demo.digits.vqa import DigitsFiles
 from petl_ext.demo.dvp_models import DigitsEncoder, read_tokenizer
 from petl_ext.demo.training import SPLITS
 from petl_ext.tasks import gqa, labels, snli_ve, vqa
-from petl_ext.tasks.digits import BACKBONE, DigitsFiles
-from petl_ext.tasks.digits_gqa import GQADigitsFiles
-from petl_ext.tasks.digits_snli_ve import SNLIVEDigitsFiles
 from petl_ext.tasks.inputs import TextAndImage
 
 READING = {"max_length": 16, "cache_images": True}  # tokens of a text: the authors' limit

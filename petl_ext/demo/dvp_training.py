@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
+from petl_ext.demo.digits.write import write_digits
 from petl_ext.demo.dvp_data import READERS, DVPData
 from petl_ext.demo.dvp_models import (
     MeanPromptLayer,
@@ -19,7 +20,6 @@ from petl_ext.demo.dvp_models import (
 from petl_ext.demo.search import ResumableSearch, for_search, train_with_search
 from petl_ext.demo.training import quiet_trainer
 from petl_ext.search import PlacementSearch
-from petl_ext.tasks.digits import write_digits
 
 LAYERS = 6  # of MiniLM
 # The authors' are 1, no steps and, for accuracies over thousands of updates, 0.005. Before, losses hardly differ.

@@ -18,7 +18,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from petl_ext import attach
-from petl_ext.tasks.digits import BACKBONE, DigitsFiles, write_digits
+from petl_ext.demo.digits import BACKBONE
+from petl_ext.demo.digits.vqa import DigitsFiles
+from petl_ext.demo.digits.write import write_digits
 from petl_ext.tasks.vqa import AnswerVocabulary, VQACollator, VQADataset, compute_metrics
 
 SPLITS = ("train", "val", "test")

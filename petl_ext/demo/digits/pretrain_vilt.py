@@ -1,4 +1,4 @@
-"""Pre-trains the small ViLT of the demo: `python -m petl_ext.tasks.pretrain_digits --output DIR --seed 0`.
+"""Pre-trains the small ViLT of the demo: `python -m petl_ext.demo.digits.pretrain_vilt --output DIR --seed 0`.
 
 The model looks at scenes of the training digits. First it learns to name the digit and the color in each image patch
 (object tags: direct supervision); then it also reads captions, restores their masked words, and tells whether a caption
@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from transformers import BertTokenizer, ViltConfig, ViltForMaskedLM, ViltImageProcessorPil, ViltProcessor
 from transformers.utils import ModelOutput
 
+from petl_ext.demo.digits.scenes import CELL, COLOR_NAMES, POSITIONS, DigitObject, SceneMaker, Scenes, caption
 from petl_ext.losses import IGNORED
-from petl_ext.tasks.digits import CELL, COLOR_NAMES, POSITIONS, DigitObject, SceneMaker, Scenes, caption
 
 logger = logging.getLogger("petl_ext")
 
@@ -277,7 +277,7 @@ def save(model: PretrainingModel, folder: Path) -> None:
 
 README = """# A small pre-trained ViLT for the demo
 
-Made by `python -m petl_ext.tasks.pretrain_digits --seed {seed}` in {minutes:.1f} minutes on one CPU thread.
+Made by `python -m petl_ext.demo.digits.pretrain_vilt --seed {seed}` in {minutes:.1f} minutes on one CPU thread.
 
 - {parameters:,} parameters, stored as float16; `from_pretrained` gives float32.
 - Data: scenes composed of 1197 of scikit-learn's 1797 handwritten digits, and captions of them. The other 600 digits,

@@ -1,6 +1,6 @@
-"""Pre-trains a small CLIP on digits: `python -m petl_ext.tasks.pretrain_digits_clip --output DIR --seed 0`.
+"""Pre-trains a small CLIP on digits: `python -m petl_ext.demo.digits.pretrain_clip --output DIR --seed 0`.
 
-It sees the training pictures in the domain "plain" (digits_images.py) with captions, "a photo of a red seven." or "a
+It sees the training pictures in the domain "plain" (images.py) with captions, "a photo of a red seven." or "a
 photo of a seven.", and learns which captions are true of which images: CLIP's contrastive loss, except that a caption
 may be true of several images of a batch. The folder loads with `CLIPModel`, `AutoTokenizer` and `AutoImageProcessor`.
 """
@@ -18,8 +18,8 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from petl_ext.tasks.digits import CELL, COLOR_NAMES
-from petl_ext.tasks.digits_images import CLASSES, DigitImageMaker, DigitImages
+from petl_ext.demo.digits.images import CLASSES, DigitImageMaker, DigitImages
+from petl_ext.demo.digits.scenes import CELL, COLOR_NAMES
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 VOCABULARY = (*SPECIAL, *CLASSES, *COLOR_NAMES, "a", "photo", "of", ".")
