@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from petl_ext.losses import IGNORED
 from petl_ext.tasks.files import pick, read_json, write_json
 from petl_ext.tasks.inputs import ImageFolder, ImageTextCollator, Inputs
 from petl_ext.tasks.labels import (
+    IGNORED,
     LabelVocabulary,
     TypeAccuracy,
     compute_metrics,

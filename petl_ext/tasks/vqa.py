@@ -1,6 +1,7 @@
-"""Visual question answering on the official VQAv2 files: dataset, answer vocabulary, loss, metric and results file.
+"""Visual question answering on the official VQAv2 files: dataset, answer vocabulary, metric and results file.
 
-Formats and evaluation: visualqa.org (download, evaluation). Targets, loss and score are those of ViLT and METER.
+Formats and evaluation: visualqa.org (download, evaluation). Targets and score are those of ViLT and METER,
+whose loss is `labels.soft_target_loss`.
 
     questions file    {"questions": [{"question_id", "image_id", "question"}]}
     annotations file  {"annotations": [{"question_id", "image_id", "question_type", "answer_type",
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from petl_ext.losses import soft_target_loss
 from petl_ext.tasks.files import pick, read_json, write_json
 from petl_ext.tasks.inputs import ImageFolder, ImageTextCollator, Inputs
 from petl_ext.tasks.labels import LabelVocabulary, TypeAccuracy, require_one_each
@@ -197,11 +197,6 @@ def _matching(questions: list[Question], questions_path: str | Path, path: str |
             f"{questions_path}, got {got.get(first, 'no annotation')}; {len(different)} question_ids do not match"
         )
     return [annotations[question.question_id] for question in questions]
-
-
-def vqa_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """`losses.soft_target_loss`: summed over the answers, mean of the batch; both [batch, answers]."""
-    return soft_target_loss(logits, targets)
 
 
 def vqa_score(logits: Tensor, targets: Tensor) -> float:

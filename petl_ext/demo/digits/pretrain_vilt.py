@@ -24,7 +24,7 @@ from transformers import BertTokenizer, ViltConfig, ViltForMaskedLM, ViltImagePr
 from transformers.utils import ModelOutput
 
 from petl_ext.demo.digits.scenes import CELL, COLOR_NAMES, POSITIONS, DigitObject, SceneMaker, Scenes, caption
-from petl_ext.losses import IGNORED
+from petl_ext.tasks.labels import IGNORED
 
 logger = logging.getLogger("petl_ext")
 
