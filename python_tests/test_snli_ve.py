@@ -147,7 +147,7 @@ def test_no_image_of_a_tsv_stays_in_memory(files, processor):
     data = tsv_dataset(files, processor)
     assert (files / "snli_ve_dev.tsv").stat().st_size > 10_000
     data[0]
-    assert len(pickle.dumps((data.pairs, data.images, data.inputs._cache))) < 1000
+    assert len(pickle.dumps((data.pairs, data.images, data._cache))) < 1000
     cached = tsv_dataset(files, processor, cache_images=True)
     assert cached[2]["pixel_values"] is cached[0]["pixel_values"]
 

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 from petl_ext.tasks.files import pick
-from petl_ext.tasks.inputs import ImageFolder, ImageTextCollator, Inputs
+from petl_ext.tasks.inputs import ImageFolder, ImageTextCollator, TextImageDataset
 from petl_ext.tasks.labels import LabelVocabulary, compute_metrics, label_loss, require_one_each, share_equal
 
 __all__ = [
@@ -55,6 +53,11 @@ class Pair:
     hypothesis: str
     label: str
     image: tuple[int, int] | None = None
+
+    @property
+    def text(self) -> str:
+        """What a model reads."""
+        return self.hypothesis
 
     @property
     def where(self) -> str:
@@ -165,7 +168,7 @@ class _ImageInTsv:
         return io.BytesIO(base64.b64decode(encoded, validate=True))
 
 
-class SNLIVEDataset(torch.utils.data.Dataset):
+class SNLIVEDataset(TextImageDataset):
     """Hypotheses about images; batch them with `SNLIVECollator`.
 
     Args:
@@ -195,21 +198,17 @@ class SNLIVEDataset(torch.utils.data.Dataset):
         path = Path(pairs)
         read = read_pairs(path)
         self.pairs, self.left_out = read.labelled, read.left_out
-        self.inputs = Inputs(processor, max_length, cache_images)
         inside = path.suffix == ".tsv"
         if inside != (images is None):
             expected = "None for a .tsv, which has its images inside" if inside else "the folder of the images"
             raise ValueError(f"images: expected {expected}, got {images}")
-        self.images = _ImagesInTsv(path) if inside else ImageFolder(Path(images), image_name)
+        source = _ImagesInTsv(path) if inside else ImageFolder(Path(images), image_name)
         if not inside:
-            self.images.require(self.pairs, "pairs")
+            source.require(self.pairs, "pairs")
+        super().__init__(self.pairs, source, processor, max_length, cache_images)
 
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        pair = self.pairs[index]
-        return self.inputs.item(pair.hypothesis, pair, self.images.of(pair)) | {"labels": LABELS.index[pair.label]}
+    def _labels(self, index: int) -> int:
+        return LABELS.index[self.pairs[index].label]
 
 
 def accuracy(predicted: Sequence[str], pairs: Sequence[Pair]) -> float:
