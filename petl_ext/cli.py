@@ -38,7 +38,7 @@ def _require(packages):
 
 
 def _require_language_model():
-    from petl_ext.demo.dvp_models import language_model_folder
+    from petl_ext.demo.dvp.models import language_model_folder
 
     try:
         language_model_folder()
@@ -91,7 +91,7 @@ def _run_demo(options):
     if options.method == "dvp":
         _run_dvp_demo(options, common)
         return
-    from petl_ext.demo.run import run_demo, tune
+    from petl_ext.demo.vilt.run import run_demo, tune
 
     print(tune(options.output, **common) if options.tune else run_demo(options.output, options.quick, **common))
 
@@ -100,7 +100,7 @@ def _run_dvp_demo(options, common):
     if options.tune:
         _exit(2, "demo dvp has no --tune")
     _require_language_model()
-    from petl_ext.demo.dvp import run_dvp_demo
+    from petl_ext.demo.dvp.run import run_dvp_demo
 
     try:
         print(run_dvp_demo(options.output, options.quick, **common))
@@ -109,8 +109,8 @@ def _run_dvp_demo(options, common):
 
 
 def _run_depth_search(options):
-    from petl_ext.demo.search import DigitsDepthSearch
-    from petl_ext.demo.training import Run, size_of
+    from petl_ext.demo.vilt.search import DigitsDepthSearch
+    from petl_ext.demo.vilt.training import Run, size_of
 
     given = {"num_skip": options.num_skip, "max_macs": options.max_macs}
     goal = {name: value for name, value in given.items() if value is not None} or {"num_skip": 1}
@@ -119,8 +119,8 @@ def _run_depth_search(options):
 
 def _run_placement_search(options):
     _require_language_model()
-    from petl_ext.demo.dvp import dvp_size_of
-    from petl_ext.demo.dvp_training import DVPRun, PlacementDigitsSearch
+    from petl_ext.demo.dvp.run import dvp_size_of
+    from petl_ext.demo.dvp.training import DVPRun, PlacementDigitsSearch
 
     size = dvp_size_of(options.quick, options.steps)
     _run_search(options, PlacementDigitsSearch, {}, DVPRun, size, tasks=("VQA",))

@@ -9,8 +9,8 @@ from PIL import Image
 
 import petl_ext
 from petl_ext.cli import main
-from petl_ext.demo import every_layer, run, training
-from petl_ext.demo.search import DAS
+from petl_ext.demo.vilt import every_layer, run, training
+from petl_ext.demo.vilt.search import DAS
 from petl_ext.search import DepthSearch
 
 DIM, LAYERS, BOTTLENECK = 128, 4, 16

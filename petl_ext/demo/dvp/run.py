@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from tqdm.auto import tqdm
 
 from petl_ext.counting import count_macs, count_parameters
-from petl_ext.demo.dvp_report import write_dvp_report
-from petl_ext.demo.dvp_training import DVP_QUICK, LAYERS, DVPMethod, DVPRun, DVPSize, find_insert_layer
-from petl_ext.demo.training import BarOnly, one_quiet_thread
+from petl_ext.demo.dvp.report import write_dvp_report
+from petl_ext.demo.dvp.training import DVP_QUICK, LAYERS, DVPMethod, DVPRun, DVPSize, find_insert_layer
+from petl_ext.demo.vilt.training import BarOnly, one_quiet_thread
 
 TEXT_ONLY = DVPMethod("text only", "text only")
 ALL_TOKENS = DVPMethod("all visual tokens as prompts", "all tokens", insert_layer=0)

@@ -102,7 +102,7 @@ def _search(trained):
     return f"""{trained.name}: in brackets the layer, counted from 0, that `DepthSearch` chose in {search.step} steps
 with {updates} updates; the preferences for skipping layers 0 to {last} are {preferences}. The search took
 {share:.0%} of the time of the training that followed, from the pre-trained weights and without the skipped layer. There
-are only {last + 1} layers to choose from: `python -m petl_ext.demo.every_layer` trains with each of them skipped.
+are only {last + 1} layers to choose from: `python -m petl_ext.demo.vilt.every_layer` trains with each of them skipped.
 
 ![preferences for skipping over training steps]({GATES})"""
 

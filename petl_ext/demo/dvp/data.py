@@ -11,8 +11,8 @@ from petl_ext.demo.digits import BACKBONE
 from petl_ext.demo.digits.gqa import GQADigitsFiles
 from petl_ext.demo.digits.snli_ve import SNLIVEDigitsFiles
 from petl_ext.demo.digits.vqa import DigitsFiles
-from petl_ext.demo.dvp_models import DigitsEncoder, read_tokenizer
-from petl_ext.demo.training import SPLITS
+from petl_ext.demo.dvp.models import DigitsEncoder, read_tokenizer
+from petl_ext.demo.vilt.training import SPLITS
 from petl_ext.tasks import gqa, labels, snli_ve, vqa
 from petl_ext.tasks.inputs import TextAndImage
 

@@ -4,7 +4,7 @@ import platform
 
 import torch
 
-from petl_ext.demo.report import markdown
+from petl_ext.demo.vilt.report import markdown
 
 COLUMNS = ("method", "trained parameters", "MACs", "accuracy", "training")
 LAYERS_CHART, TYPES_CHART, SEARCH_CHART = "dvp-layers.png", "dvp-types.png", "dvp-search.png"

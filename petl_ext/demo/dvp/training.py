@@ -8,8 +8,8 @@ import torch
 from transformers import set_seed
 
 from petl_ext.demo.digits.write import write_digits
-from petl_ext.demo.dvp_data import READERS, DVPData
-from petl_ext.demo.dvp_models import (
+from petl_ext.demo.dvp.data import READERS, DVPData
+from petl_ext.demo.dvp.models import (
     MeanPromptLayer,
     PromptedBert,
     freeze_below,
@@ -17,8 +17,8 @@ from petl_ext.demo.dvp_models import (
     read_language_model,
     share_prompt_layers,
 )
-from petl_ext.demo.search import ResumableSearch, for_search, train_with_search
-from petl_ext.demo.training import quiet_trainer
+from petl_ext.demo.vilt.search import ResumableSearch, for_search, train_with_search
+from petl_ext.demo.vilt.training import quiet_trainer
 from petl_ext.search import PlacementSearch
 
 LAYERS = 6  # of MiniLM

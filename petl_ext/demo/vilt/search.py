@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from petl_ext import DASConfig, attach
-from petl_ext.demo.training import BOTTLENECK, Method, any_inputs, make_model, one_quiet_thread
+from petl_ext.demo.vilt.training import BOTTLENECK, Method, any_inputs, make_model, one_quiet_thread
 from petl_ext.hf import SearchCallback
 from petl_ext.search import DepthSearch, PlacementSearch
 

@@ -15,9 +15,9 @@ from transformers import Trainer
 from petl_ext import AdapterConfig, APTConfig, ClassifierOnlyConfig, DeepPromptConfig, FullTuningConfig
 from petl_ext.attaching.handle import Attachment
 from petl_ext.counting import count_macs
-from petl_ext.demo.report import Measured, write_report
-from petl_ext.demo.search import DAS, find_layers
-from petl_ext.demo.training import BOTTLENECK, BarOnly, Method, Run, one_quiet_thread, size_of
+from petl_ext.demo.vilt.report import Measured, write_report
+from petl_ext.demo.vilt.search import DAS, find_layers
+from petl_ext.demo.vilt.training import BOTTLENECK, BarOnly, Method, Run, one_quiet_thread, size_of
 from petl_ext.search import DepthSearch
 from petl_ext.tasks.vqa import accuracy_by_type
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from tqdm.auto import tqdm
 
-from petl_ext.demo.report import markdown
-from petl_ext.demo.run import train
-from petl_ext.demo.search import DAS, find_layers
-from petl_ext.demo.training import Run, one_quiet_thread, size_of
+from petl_ext.demo.vilt.report import markdown
+from petl_ext.demo.vilt.run import train
+from petl_ext.demo.vilt.search import DAS, find_layers
+from petl_ext.demo.vilt.training import Run, one_quiet_thread, size_of
 
 
 def compare(run):
