@@ -110,26 +110,25 @@ def _run_dvp_demo(options, common):
 
 def _run_depth_search(options):
     from petl_ext.demo.vilt.search import DigitsDepthSearch
-    from petl_ext.demo.vilt.training import Run, size_of
 
     given = {"num_skip": options.num_skip, "max_macs": options.max_macs}
     goal = {name: value for name, value in given.items() if value is not None} or {"num_skip": 1}
-    _run_search(options, DigitsDepthSearch, goal, Run, size_of(options.quick, options.steps))
+    _run_search(options, DigitsDepthSearch, goal)
 
 
 def _run_placement_search(options):
     _require_language_model()
-    from petl_ext.demo.dvp.run import dvp_size_of
-    from petl_ext.demo.dvp.training import DVPRun, PlacementDigitsSearch
+    from petl_ext.demo.dvp.search import DigitsPlacementSearch
 
-    size = dvp_size_of(options.quick, options.steps)
-    _run_search(options, PlacementDigitsSearch, {}, DVPRun, size, tasks=("VQA",))
+    _run_search(options, DigitsPlacementSearch, {}, tasks=("VQA",))
 
 
-def _run_search(options, search_class, goal, run_class, size, **of_run):
+def _run_search(options, search_class, goal, **reading):
+    run_class = search_class.run_class
+    size = run_class.size_of(options.quick, options.steps)
     try:
-        checkpoint = search_class.check(run_class, options.output, size, options.seed, goal, options.resume)
-        run = run_class.prepare(options.output, size, options.seed, not options.no_progress, **of_run)
+        checkpoint = search_class.check(options.output, size, options.seed, goal, options.resume)
+        run = run_class.prepare(options.output, size, options.seed, not options.no_progress, **reading)
         search = search_class.prepare(run, goal, checkpoint)
     except (ValueError, OSError) as error:
         _exit(2, error)

@@ -9,8 +9,10 @@ from PIL import Image
 
 import petl_ext
 from petl_ext.cli import main
-from petl_ext.demo.vilt import every_layer, run, training
+from petl_ext.demo.training import Size
+from petl_ext.demo.vilt import every_layer, run
 from petl_ext.demo.vilt.search import DAS
+from petl_ext.demo.vilt.training import ViltRun, groups_of
 from petl_ext.search import DepthSearch
 
 DIM, LAYERS, BOTTLENECK = 128, 4, 16
@@ -21,14 +23,15 @@ BYPASS = 2 * (2 * BOTTLENECK) * DIM + 2 * BOTTLENECK + DIM + NORM
 
 @pytest.fixture
 def tiny(monkeypatch):
-    size = training.Size(steps=3, search_steps=10, batch=8, scenes={"train": 150, "val": 10, "test": 20})
-    monkeypatch.setattr(training, "QUICK", size)
-    monkeypatch.setattr(training, "Size", lambda: size)
+    scenes = {"train": 150, "val": 10, "test": 20}
+    size = Size(steps=3, search_steps=10, batch=8, search_batch=8, questions_per_scene=2, scenes=scenes)
+    for name in ("quick", "full"):
+        monkeypatch.setattr(ViltRun, name, size)
     monkeypatch.setattr(run, "TIMED_ROUNDS", 2)
 
 
 def prepare(folder):
-    return training.Run.prepare(folder, training.size_of(quick=True), seed=0, progress=False)
+    return ViltRun.prepare(folder, ViltRun.quick, seed=0, progress=False)
 
 
 def rows_of(report):
@@ -99,7 +102,7 @@ def test_every_layer(tiny, tmp_path, capsys):
 def test_learning_rate_groups(tiny, tmp_path):
     method = run.METHODS[2]
     attachment = prepare(tmp_path).attach(method)
-    groups = {group["lr"]: sum(p.numel() for p in group["params"]) for group in training._groups(attachment, method)}
+    groups = {group["lr"]: sum(p.numel() for p in group["params"]) for group in groups_of(attachment, method)}
     model = attachment.model
     pooler = sum(p.numel() for p in model.vilt.pooler.parameters())
     types = sum(p.numel() for name, p in model.named_parameters() if "token_type_embeddings" in name)

@@ -1,19 +1,16 @@
 """The DVP demo's data: three tasks about the same scenes, every image as the tokens of the frozen encoder."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import ViltProcessor
 
+from petl_ext.demo.data import SPLITS, Task, read_vqa
 from petl_ext.demo.digits import BACKBONE
 from petl_ext.demo.digits.gqa import GQADigitsFiles
 from petl_ext.demo.digits.snli_ve import SNLIVEDigitsFiles
-from petl_ext.demo.digits.vqa import DigitsFiles
 from petl_ext.demo.dvp.models import DigitsEncoder, read_tokenizer
-from petl_ext.demo.vilt.training import SPLITS
-from petl_ext.tasks import gqa, labels, snli_ve, vqa
+from petl_ext.tasks import gqa, labels, snli_ve
 from petl_ext.tasks.inputs import TextAndImage
 
 READING = {"max_length": 16, "cache_images": True}  # tokens of a text: the authors' limit
@@ -26,12 +23,11 @@ class SeenDataset(torch.utils.data.Dataset):
     The encoder is frozen, so each image is encoded once, before the training.
 
     Args:
-        dataset: a task's.
-        entries: its questions or pairs, in its order.
+        dataset: a `TextImageDataset`.
     """
 
-    def __init__(self, dataset, entries, encoder):
-        self.dataset, self.entries = dataset, entries
+    def __init__(self, dataset, encoder):
+        self.dataset, entries = dataset, dataset.entries
         items = [dict(dataset[index]) for index in range(len(dataset))]
         pixels = {entry.image_id: item.pop("pixel_values") for entry, item in zip(entries, items, strict=True)}
         with torch.no_grad():
@@ -65,60 +61,34 @@ class SeenCollator:
         return batch | {"labels": torch.stack([torch.as_tensor(item["labels"]) for item in items])}
 
 
-@dataclass(frozen=True)
-class Task:
-    """One task's three splits.
-
-    Attributes:
-        by_type: (answers, `SeenDataset`) -> {type: TypeAccuracy}.
-    """
-
-    name: str
-    datasets: dict
-    vocabulary: labels.LabelVocabulary
-    compute_metrics: Callable
-    by_type: Callable
+def read_tasks(folder, names):
+    """{name: `Task` of a folder of `write_digits`}, every image as the tokens of the frozen encoder."""
+    tokenizer, encoder = read_tokenizer(), DigitsEncoder()
+    processor = TextAndImage(tokenizer, ViltProcessor.from_pretrained(BACKBONE).image_processor)
+    collator = SeenCollator(tokenizer)
+    return {name: _seen(READERS[name](folder, processor, collator), encoder) for name in names}
 
 
-@dataclass(frozen=True)
-class DVPData:
-    """The tasks' data, and what turns their items into batches."""
-
-    folder: Path
-    tasks: dict
-    collator: SeenCollator
-
-    @classmethod
-    def read(cls, folder, names=("VQA", "GQA", "SNLI-VE")):
-        folder, tokenizer, encoder = Path(folder), read_tokenizer(), DigitsEncoder()
-        processor = TextAndImage(tokenizer, ViltProcessor.from_pretrained(BACKBONE).image_processor)
-        tasks = {name: READERS[name](folder, processor, encoder) for name in names}
-        return cls(folder, tasks, SeenCollator(tokenizer))
-
-    def batch(self, task, split, count):
-        dataset = self.tasks[task].datasets[split]
-        return self.collator([dataset[index] for index in range(min(count, len(dataset)))])
-
-    def texts(self, task):
-        """Questions that the queries are initialised on."""
-        batch = self.batch(task, "train", NUM_INITIAL_TEXTS)
-        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+def initial_texts(task):
+    """Questions that the queries are initialised on."""
+    batch = task.batch("train", NUM_INITIAL_TEXTS)
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
-def _read_vqa(folder, processor, encoder):
-    files = {split: DigitsFiles.of(folder, split) for split in SPLITS}
-    vocabulary = vqa.AnswerVocabulary.from_annotations([files["train"].annotations], min_count=1)
+def _seen(task, encoder):
+    datasets = {split: SeenDataset(dataset, encoder) for split, dataset in task.datasets.items()}
 
-    def read(file):
-        named = {"image_name": file.image_name, **READING}
-        return vqa.VQADataset(file.questions, file.images, processor, vocabulary, file.annotations, **named)
+    def accuracy_by_type(answers, seen):
+        return task.accuracy_by_type(answers, seen.dataset)
 
-    datasets = _seen(files, read, lambda dataset: dataset.questions, encoder)
-    by_type = _by_type(vqa.accuracy_by_type, lambda dataset: dataset.annotations)
-    return Task("VQA", datasets, vocabulary, vqa.compute_metrics, by_type)
+    return replace(task, datasets=datasets, accuracy_by_type=accuracy_by_type)
 
 
-def _read_gqa(folder, processor, encoder):
+def _read_vqa(folder, processor, collator):
+    return read_vqa(folder, processor, collator, min_count=1, **READING)
+
+
+def _read_gqa(folder, processor, collator):
     files = {split: GQADigitsFiles.of(folder, split) for split in SPLITS}
     vocabulary = gqa.GQAVocabulary.from_questions([files["train"].questions])
 
@@ -126,35 +96,27 @@ def _read_gqa(folder, processor, encoder):
         named = {"image_name": file.image_name, **READING}
         return gqa.GQADataset(file.questions, file.images, processor, vocabulary, **named)
 
-    datasets = _seen(files, read, lambda dataset: dataset.questions, encoder)
-    by_type = _by_type(gqa.accuracy_by_type, lambda dataset: dataset.questions)
-    return Task("GQA", datasets, vocabulary, gqa.compute_metrics, by_type)
+    def accuracy_by_type(answers, dataset):
+        return gqa.accuracy_by_type(answers, dataset.questions)
+
+    datasets = {split: read(file) for split, file in files.items()}
+    return Task(datasets, vocabulary, collator, gqa.compute_metrics, accuracy_by_type)
 
 
-def _read_snli_ve(folder, processor, encoder):
+def _read_snli_ve(folder, processor, collator):
     files = {split: SNLIVEDigitsFiles.of(folder, split) for split in SPLITS}
 
     def read(file):
         return snli_ve.SNLIVEDataset(file.jsonl, file.images, processor, image_name=file.image_name, **READING)
 
-    datasets = _seen(files, read, lambda dataset: dataset.pairs, encoder)
-    by_type = _by_type(_by_label, lambda dataset: dataset.pairs)
-    return Task("SNLI-VE", datasets, snli_ve.LABELS, snli_ve.compute_metrics, by_type)
-
-
-def _seen(files, read, entries_of, encoder):
     datasets = {split: read(file) for split, file in files.items()}
-    return {split: SeenDataset(dataset, entries_of(dataset), encoder) for split, dataset in datasets.items()}
+    return Task(datasets, snli_ve.LABELS, collator, snli_ve.compute_metrics, _accuracy_by_label)
 
 
-def _by_type(accuracies, entries):
-    return lambda answers, seen: accuracies(answers, entries(seen.dataset))
-
-
-def _by_label(answers, pairs):
+def _accuracy_by_label(answers, dataset):
     """Labels take the place of types, which the files do not have."""
     by_label = {}
-    for label, given in snli_ve.confusion(answers, pairs).items():
+    for label, given in snli_ve.confusion(answers, dataset.pairs).items():
         count = sum(given.values())
         if count:
             by_label[label] = labels.TypeAccuracy(count, given[label] / count, majority=1.0)
@@ -162,3 +124,4 @@ def _by_label(answers, pairs):
 
 
 READERS = {"VQA": _read_vqa, "GQA": _read_gqa, "SNLI-VE": _read_snli_ve}
+NAMES = tuple(READERS)
