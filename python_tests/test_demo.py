@@ -9,11 +9,14 @@ from PIL import Image
 
 import petl_ext
 from petl_ext.cli import main
+from petl_ext.demo.charts import types_table
+from petl_ext.demo.data import Score
 from petl_ext.demo.training import Size
 from petl_ext.demo.vilt import every_layer, run
 from petl_ext.demo.vilt.search import DAS
 from petl_ext.demo.vilt.training import ViltRun, groups_of
 from petl_ext.search import DepthSearch
+from petl_ext.tasks.labels import TypeAccuracy
 
 DIM, LAYERS, BOTTLENECK = 128, 4, 16
 ADAPTER = 2 * BOTTLENECK * DIM + BOTTLENECK + DIM
@@ -76,6 +79,16 @@ def test_report(tiny, tmp_path, capsys):
     assert torch.get_num_threads() == threads
     again = rows_of(run.run_demo(tmp_path / "again", quick=True, seed=0, progress=False))
     assert {name: cells[4] for name, cells in again.items()} == {name: cells[4] for name, cells in rows.items()}
+
+
+def test_a_score_weighs_types_by_their_questions():
+    score = Score({"color": TypeAccuracy(30, 0.9, 0.2), "count": TypeAccuracy(10, 0.5, 0.4)})
+    assert score.accuracy == pytest.approx(0.8) and score.standard_error == pytest.approx((0.8 * 0.2 / 40) ** 0.5)
+    assert str(score) == "80.0% ± 6.3%"
+    rows = [line.strip("| ").split(" | ") for line in types_table({"APT": score}, majority=True).splitlines()]
+    assert rows[0] == ["method", "color", "count"]
+    assert rows[2:] == [["most frequent answer", "20%", "40%"], ["APT", "90%", "50%"]]
+    assert len(types_table({"APT": score}).splitlines()) == 3
 
 
 def test_das_trains_without_the_layer_that_it_skips(tiny, tmp_path):

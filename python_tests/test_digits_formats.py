@@ -293,7 +293,7 @@ def test_snli_ve_files_are_what_the_readers_expect(folder, split):
     official, tsv = snli_ve.read_pairs(files.jsonl), snli_ve.read_pairs(files.tsv)
     assert official.left_out == tsv.left_out == 0
     fields = [
-        [(it.line, it.pair_id, it.image_id, it.hypothesis, it.label) for it in pairs.labelled]
+        [(it.line, it.pair_id, it.image_id, it.hypothesis, it.label) for it in pairs.labeled]
         for pairs in (official, tsv)
     ]
     assert fields[0] == fields[1] and len(fields[0]) > SIZES[split]

@@ -27,7 +27,7 @@ __all__ = [
     "BaseAndNew",
     "Draw",
     "ImageClassificationDataset",
-    "LabelledImage",
+    "LabeledImage",
     "accuracy_by_class",
     "base_and_new",
     "class_prompts",
@@ -42,7 +42,7 @@ TEMPLATE = "a photo of a {}."
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledImage:
+class LabeledImage:
     """One image of a folder and the class that it shows."""
 
     path: Path
@@ -57,8 +57,8 @@ class LabelledImage:
 class Draw(NamedTuple):
     """Images drawn for training, class by class, and all others."""
 
-    shots: list[LabelledImage]
-    rest: list[LabelledImage]
+    shots: list[LabeledImage]
+    rest: list[LabeledImage]
 
 
 class BaseAndNew(NamedTuple):
@@ -68,7 +68,7 @@ class BaseAndNew(NamedTuple):
     new: tuple[str, ...]
 
 
-def read_image_folder(folder: str | Path) -> list[LabelledImage]:
+def read_image_folder(folder: str | Path) -> list[LabeledImage]:
     """The images in `folder`, those of a class in a folder of its name, at any depth; sorted by class and path.
 
     Hidden files and folders, at any depth, and files whose name ends in none of `IMAGE_SUFFIXES` are left out. No image
@@ -83,7 +83,7 @@ def read_image_folder(folder: str | Path) -> list[LabelledImage]:
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
         raise ValueError(f"{folder}: expected one folder per class, got none in it")
-    return [LabelledImage(path, of_class.name) for of_class in classes for path in _images_in(of_class)]
+    return [LabeledImage(path, of_class.name) for of_class in classes for path in _images_in(of_class)]
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -103,7 +103,7 @@ def _visible_files(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in files)
 
 
-def draw_shots(images: Iterable[LabelledImage], shots: int, seed: int) -> Draw:
+def draw_shots(images: Iterable[LabeledImage], shots: int, seed: int) -> Draw:
     """`shots` random images of every class.
 
     With one seed, fewer shots are among the more, and which are drawn of a class depends on no other class: runs that
@@ -139,7 +139,7 @@ def base_and_new(classes: Iterable[str]) -> BaseAndNew:
     return BaseAndNew(tuple(ordered[:middle]), tuple(ordered[middle:]))
 
 
-def images_of(images: Iterable[LabelledImage], classes: Sequence[str]) -> list[LabelledImage]:
+def images_of(images: Iterable[LabeledImage], classes: Sequence[str]) -> list[LabeledImage]:
     """Those of `images` that show one of `classes`. Raises ValueError if a class has none."""
     chosen = [image for image in images if image.class_name in classes]
     missing = sorted(set(classes) - {image.class_name for image in chosen})
@@ -189,7 +189,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        images: Sequence[LabelledImage],
+        images: Sequence[LabeledImage],
         classes: Sequence[str],
         image_processor: Any,
         cache_images: bool = False,

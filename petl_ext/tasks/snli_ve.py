@@ -67,9 +67,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The labelled rows of a file, in its order, and the number of rows that were left out for their label "-"."""
+    """The labeled rows of a file, in its order, and the number of rows that were left out for their label "-"."""
 
-    labelled: list[Pair]
+    labeled: list[Pair]
     left_out: int
 
 
@@ -87,8 +87,8 @@ def read_pairs(path: str | Path) -> Pairs:
     ]
     if not rows:
         raise ValueError(f"{path}: expected at least one line, got an empty file")
-    labelled = [row for row in rows if row.label != NO_LABEL]
-    return Pairs(labelled, len(rows) - len(labelled))
+    labeled = [row for row in rows if row.label != NO_LABEL]
+    return Pairs(labeled, len(rows) - len(labeled))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -197,7 +197,7 @@ class SNLIVEDataset(TextImageDataset):
     ):
         path = Path(pairs)
         read = read_pairs(path)
-        self.pairs, self.left_out = read.labelled, read.left_out
+        self.pairs, self.left_out = read.labeled, read.left_out
         inside = path.suffix == ".tsv"
         if inside != (images is None):
             expected = "None for a .tsv, which has its images inside" if inside else "the folder of the images"

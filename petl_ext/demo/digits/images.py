@@ -44,10 +44,10 @@ class DigitImageMaker:
 
     def make(self, pictures: np.ndarray, rng: np.random.Generator) -> DigitImages:
         """One image of each of `pictures`, indices below `num_pictures`: size, place and colors are drawn."""
-        placements = rng.integers(len(self.scenes.cells), size=len(pictures))
+        layouts = rng.integers(len(self.scenes.cells), size=len(pictures))
         colors, grounds = rng.integers(len(COLORS), size=(2, len(pictures)))
         palette = np.array(list(COLORS.values()), dtype=np.float32)[:, None, None]
-        ink = self.scenes.cells[placements, pictures][..., None]
+        ink = self.scenes.cells[layouts, pictures][..., None]
         images = ink * palette[colors] + (1 - ink) * self.brightness * palette[grounds]
         images = images + rng.normal(0, 255 * NOISE, images.shape)
         return DigitImages(images.round().clip(0, 255).astype(np.uint8), self.scenes.labels[pictures], colors)

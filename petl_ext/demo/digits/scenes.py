@@ -95,15 +95,15 @@ class SceneMaker:
         data = load_digits()
         mine = split_pictures()[split]
         self.labels = data.target[mine]
-        self.cells = _placements(data.images[mine])
+        self.cells = _laid_out(data.images[mine])
 
     def make(self, count: int, rng: np.random.Generator) -> Scenes:
         """`count` scenes of two to four digits; the same `rng` state gives the same scenes."""
         filled = _filled_cells(count, rng)
         pictures = rng.integers(len(self.labels), size=(count, len(POSITIONS)))
-        placements = rng.integers(len(self.cells), size=pictures.shape)
+        layouts = rng.integers(len(self.cells), size=pictures.shape)
         colors = rng.integers(len(COLORS), size=pictures.shape)
-        ink = self.cells[placements, pictures] * filled[..., None, None]
+        ink = self.cells[layouts, pictures] * filled[..., None, None]
         cells = ink[..., None] * np.array(list(COLORS.values()), dtype=np.float32)[colors][:, :, None, None]
         images = cells.reshape(count, 2, 2, CELL, CELL, 3).swapaxes(2, 3).reshape(count, 2 * CELL, 2 * CELL, 3)
         images = images + rng.normal(0, 255 * NOISE, images.shape).astype(np.float32)
@@ -120,8 +120,8 @@ def _filled_cells(count: int, rng: np.random.Generator) -> np.ndarray:
     return (rank < 2) | (rng.random(rank.shape) < 0.5)
 
 
-def _placements(pictures: np.ndarray) -> np.ndarray:
-    """Pictures [n, 8, 8] of ink 0..16 at every size and place in a cell: float32 [placements, n, CELL, CELL], 0..1."""
+def _laid_out(pictures: np.ndarray) -> np.ndarray:
+    """Pictures [n, 8, 8] of ink 0..16 at every size and offset in a cell: float32 [layouts, n, CELL, CELL], 0..1."""
     cells = []
     images = [Image.fromarray(picture.astype(np.float32) / 16) for picture in pictures]
     for size in DIGIT_SIZES:

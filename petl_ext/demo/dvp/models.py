@@ -137,7 +137,7 @@ def make_dvp(num_labels, visual_dim, texts, **options):
     for table in model.type_embeddings:
         nn.init.normal_(table.weight, std=TYPE_STD)
     start_at_prior(model.classifier)
-    _initialise_queries(model, texts)
+    _initialize_queries(model, texts)
     return model.train()
 
 
@@ -170,7 +170,7 @@ def share_prompt_layers(model):
 
 
 @torch.no_grad()
-def _initialise_queries(model, texts):
+def _initialize_queries(model, texts):
     """Sets each `query` so that over `texts` its outputs have mean 0 and standard deviation 1, number by number.
 
     A data-dependent initialisation as in arXiv 1511.06856. MiniLM's sentence is the mean of all its states: below the
