@@ -29,9 +29,10 @@ from transformers import (
 )
 
 import petl_ext
+from petl_ext.demo.digits.images import write_digit_images
+from petl_ext.demo.digits.pretrain_clip import Schedule, pretrain
+from petl_ext.models import CLIPClassifier
 from petl_ext.tasks import image_classification as tasks
-from petl_ext.tasks.digits_images import write_digit_images
-from petl_ext.tasks.pretrain_digits_clip import Schedule, pretrain
 
 APT_SITES = {
     "vision": [r"vision_model\..*\.self_attn"],
@@ -44,7 +45,7 @@ APT_SITES = {
 class Experiment:
     """A CLIP, the images that shots are drawn from, those to test on, and the command line's options."""
 
-    classifier: tasks.CLIPClassifier
+    classifier: CLIPClassifier
     image_processor: Any
     images: list
     test_images: list
@@ -64,7 +65,7 @@ class Experiment:
         if unknown:
             raise ValueError(f"{options.test_images}: expected the classes of {options.images}, got {sorted(unknown)}")
         image_processor = AutoImageProcessor.from_pretrained(options.model)
-        return cls(tasks.CLIPClassifier(clip, tokenizer, prompts), image_processor, images, test_images, options)
+        return cls(CLIPClassifier(clip, tokenizer, prompts), image_processor, images, test_images, options)
 
     def tested(self, seed):
         """The images that the runs of a seed are tested on."""

@@ -40,7 +40,7 @@ def _require(packages):
 
 
 def _require_language_model():
-    from petl_ext.demo.dvp_models import language_model_folder
+    from petl_ext.demo.dvp.models import language_model_folder
 
     try:
         language_model_folder()
@@ -94,7 +94,7 @@ def _run_demo(options):
     if options.method == "dvp":
         _run_dvp_demo(options, common)
         return
-    from petl_ext.demo import run_demo, tune
+    from petl_ext.demo.vilt.run import run_demo, tune
 
     print(tune(options.output, **common) if options.tune else run_demo(options.output, options.quick, **common))
 
@@ -103,7 +103,7 @@ def _run_dvp_demo(options, common):
     if options.tune:
         _exit(2, "demo dvp has no --tune")
     _require_language_model()
-    from petl_ext.demo.dvp import run_dvp_demo
+    from petl_ext.demo.dvp.run import run_dvp_demo
 
     try:
         print(run_dvp_demo(options.output, options.quick, **common))
@@ -112,27 +112,26 @@ def _run_dvp_demo(options, common):
 
 
 def _run_depth_search(options):
-    from petl_ext.demo.search import DigitsDepthSearch
-    from petl_ext.demo.training import Run, size_of
+    from petl_ext.demo.vilt.search import DigitsDepthSearch
 
     given = {"num_skip": options.num_skip, "max_macs": options.max_macs}
     goal = {name: value for name, value in given.items() if value is not None} or {"num_skip": 1}
-    _run_search(options, DigitsDepthSearch, goal, Run, size_of(options.quick, options.steps))
+    _run_search(options, DigitsDepthSearch, goal)
 
 
 def _run_placement_search(options):
     _require_language_model()
-    from petl_ext.demo.dvp import dvp_size_of
-    from petl_ext.demo.dvp_training import DVPRun, PlacementDigitsSearch
+    from petl_ext.demo.dvp.search import DigitsPlacementSearch
 
-    size = dvp_size_of(options.quick, options.steps)
-    _run_search(options, PlacementDigitsSearch, {}, DVPRun, size, tasks=("VQA",))
+    _run_search(options, DigitsPlacementSearch, {}, tasks=("VQA",))
 
 
-def _run_search(options, search_class, goal, run_class, size, **of_run):
+def _run_search(options, search_class, goal, **reading):
+    run_class = search_class.run_class
+    size = run_class.size_of(options.quick, options.steps)
     try:
-        checkpoint = search_class.check(run_class, options.output, size, options.seed, goal, options.resume)
-        run = run_class.prepare(options.output, size, options.seed, not options.no_progress, **of_run)
+        checkpoint = search_class.check(options.output, size, options.seed, goal, options.resume)
+        run = run_class.prepare(options.output, size, options.seed, not options.no_progress, **reading)
         search = search_class.prepare(run, goal, checkpoint)
     except (ValueError, OSError) as error:
         _exit(2, error)

@@ -30,7 +30,8 @@ HARMLESS_SIZE = 1024
 
 @contextmanager
 def written_whole(path):
-    """A path to write to, which takes the place of `path` when the block ends, and is gone if it raises."""
+    """A path to write a file or a new folder to, which takes the place of `path` when the block ends, and is gone if it
+    raises."""
     path = Path(path)
     _clear_leftovers(path.parent, ".unfinished-", f"-{path.name}")
     unfinished = path.with_name(f".unfinished-{_writer()}-{path.name}")  # the end stays: it may name the format
@@ -38,7 +39,14 @@ def written_whole(path):
         yield unfinished
         os.replace(unfinished, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        _remove(unfinished)
+
+
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _writer():
@@ -51,7 +59,7 @@ def _clear_leftovers(place, prefix, end=""):
     for path in place.iterdir() if place.is_dir() else ():
         process = path.name.removeprefix(of_this_machine).partition("-")[0]
         if path.name.startswith(of_this_machine) and path.name.endswith(end) and not _runs(process):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _remove(path)
 
 
 def _runs(process):

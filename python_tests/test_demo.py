@@ -9,9 +9,14 @@ from PIL import Image
 
 import petl_ext
 from petl_ext.cli import main
-from petl_ext.demo import every_layer, run, training
-from petl_ext.demo.search import DAS
+from petl_ext.demo.charts import types_table
+from petl_ext.demo.data import Score
+from petl_ext.demo.training import Size
+from petl_ext.demo.vilt import every_layer, run
+from petl_ext.demo.vilt.search import DAS
+from petl_ext.demo.vilt.training import ViltRun, groups_of
 from petl_ext.search import DepthSearch
+from petl_ext.tasks.labels import TypeAccuracy
 
 DIM, LAYERS, BOTTLENECK = 128, 4, 16
 ADAPTER = 2 * BOTTLENECK * DIM + BOTTLENECK + DIM
@@ -21,14 +26,15 @@ BYPASS = 2 * (2 * BOTTLENECK) * DIM + 2 * BOTTLENECK + DIM + NORM
 
 @pytest.fixture
 def tiny(monkeypatch):
-    size = training.Size(steps=3, search_steps=10, batch=8, scenes={"train": 150, "val": 10, "test": 20})
-    monkeypatch.setattr(training, "QUICK", size)
-    monkeypatch.setattr(training, "Size", lambda: size)
+    scenes = {"train": 150, "val": 10, "test": 20}
+    size = Size(steps=3, search_steps=10, batch=8, search_batch=8, questions_per_scene=2, scenes=scenes)
+    for name in ("quick", "full"):
+        monkeypatch.setattr(ViltRun, name, size)
     monkeypatch.setattr(run, "TIMED_ROUNDS", 2)
 
 
 def prepare(folder):
-    return training.Run.prepare(folder, training.size_of(quick=True), seed=0, progress=False)
+    return ViltRun.prepare(folder, ViltRun.quick, seed=0, progress=False)
 
 
 def rows_of(report):
@@ -75,6 +81,16 @@ def test_report(tiny, tmp_path, capsys):
     assert {name: cells[4] for name, cells in again.items()} == {name: cells[4] for name, cells in rows.items()}
 
 
+def test_a_score_weighs_types_by_their_questions():
+    score = Score({"color": TypeAccuracy(30, 0.9, 0.2), "count": TypeAccuracy(10, 0.5, 0.4)})
+    assert score.accuracy == pytest.approx(0.8) and score.standard_error == pytest.approx((0.8 * 0.2 / 40) ** 0.5)
+    assert str(score) == "80.0% ± 6.3%"
+    rows = [line.strip("| ").split(" | ") for line in types_table({"APT": score}, majority=True).splitlines()]
+    assert rows[0] == ["method", "color", "count"]
+    assert rows[2:] == [["most frequent answer", "20%", "40%"], ["APT", "90%", "50%"]]
+    assert len(types_table({"APT": score}).splitlines()) == 3
+
+
 def test_das_trains_without_the_layer_that_it_skips(tiny, tmp_path):
     trained = run.train(DAS, prepare(tmp_path))
     (skipped,) = trained.search.selection()
@@ -99,7 +115,7 @@ def test_every_layer(tiny, tmp_path, capsys):
 def test_learning_rate_groups(tiny, tmp_path):
     method = run.METHODS[2]
     attachment = prepare(tmp_path).attach(method)
-    groups = {group["lr"]: sum(p.numel() for p in group["params"]) for group in training._groups(attachment, method)}
+    groups = {group["lr"]: sum(p.numel() for p in group["params"]) for group in groups_of(attachment, method)}
     model = attachment.model
     pooler = sum(p.numel() for p in model.vilt.pooler.parameters())
     types = sum(p.numel() for name, p in model.named_parameters() if "token_type_embeddings" in name)

@@ -11,15 +11,18 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import ViltForQuestionAnswering, ViltModel, ViltProcessor
 
-from petl_ext.tasks import digits, pretrain_digits, vqa
+from petl_ext.demo.digits import BACKBONE, pretrain_vilt
+from petl_ext.demo.digits.scenes import COLORS, DigitObject, SceneMaker, caption, split_pictures
+from petl_ext.demo.digits.vqa import QUESTION_TYPES, DigitsFiles, questions_about
+from petl_ext.demo.digits.write import write_digits
+from petl_ext.tasks import vqa
 
 SIZES = {"train": 40, "val": 15, "test": 15}
-BACKBONE = digits.BACKBONE
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    return digits.write_digits(tmp_path_factory.mktemp("digits") / "data", SIZES, seed=3, progress=False)
+    return write_digits(tmp_path_factory.mktemp("digits") / "data", SIZES, seed=3, progress=False)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +44,7 @@ def rng():
 
 
 def test_splits_share_no_picture():
-    splits = digits.split_pictures()
+    splits = split_pictures()
     assert {name: len(pictures) for name, pictures in splits.items()} == {"train": 1197, "val": 300, "test": 300}
     assert sorted(np.concatenate(list(splits.values()))) == list(range(1797))
     ink = {name: {picture.tobytes() for picture in load_digits().images[mine]} for name, mine in splits.items()}
@@ -49,13 +52,13 @@ def test_splits_share_no_picture():
 
 
 def test_split_is_the_one_that_the_backbone_was_trained_with():
-    train = np.sort(digits.split_pictures()["train"])
+    train = np.sort(split_pictures()["train"])
     assert hashlib.sha256(train.astype("<i8").tobytes()).hexdigest()[:16] == "a72073fdcea1d511"
 
 
 def test_scenes_show_the_labelled_digits_in_their_colors(monkeypatch):
-    monkeypatch.setattr(digits, "NOISE", 0.0)
-    maker = digits.SceneMaker("val")
+    monkeypatch.setattr("petl_ext.demo.digits.scenes.NOISE", 0.0)
+    maker = SceneMaker("val")
     scenes = maker.make(20, rng())
     assert scenes.images.shape == (20, 32, 32, 3) and scenes.images.dtype == np.uint8
     assert ((scenes.digits >= 0) == (scenes.colors >= 0)).all()
@@ -67,7 +70,7 @@ def test_scenes_show_the_labelled_digits_in_their_colors(monkeypatch):
             if digit < 0:
                 assert pixels.max() == 0
                 continue
-            full = np.array(list(digits.COLORS.values())[color], dtype=float)
+            full = np.array(list(COLORS.values())[color], dtype=float)
             ink = pixels[..., full.argmax()] / full.max()
             np.testing.assert_allclose(pixels, ink[..., None] * full, atol=1.5)  # rounding to uint8
             candidates = maker.cells.reshape(-1, 16, 16)
@@ -76,32 +79,32 @@ def test_scenes_show_the_labelled_digits_in_their_colors(monkeypatch):
 
 
 def test_number_of_digits_in_a_scene():
-    counts = (digits.SceneMaker("train").make(1000, rng()).digits >= 0).sum(1)
+    counts = (SceneMaker("train").make(1000, rng()).digits >= 0).sum(1)
     shares = np.bincount(counts, minlength=5) / 1000
     np.testing.assert_allclose(shares, [0, 0, 0.25, 0.5, 0.25], atol=0.03)
 
 
 def test_unknown_split_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"split: expected one of \['test', 'train', 'val'\], got 'dev'"):
-        digits.write_digits(tmp_path / "data", {"train": 1, "dev": 1}, progress=False)
+        write_digits(tmp_path / "data", {"train": 1, "dev": 1}, progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_seed_gives_the_same_bytes(written, tmp_path):
-    again = digits.write_digits(tmp_path / "again", SIZES, seed=3, progress=False)
+    again = write_digits(tmp_path / "again", SIZES, seed=3, progress=False)
     first = bytes_of(written["train"].images.parent)
     assert len(first) == 6 + sum(SIZES.values())
     assert bytes_of(tmp_path / "again") == first
-    digits.write_digits(tmp_path / "other", SIZES, seed=4, progress=False)
+    write_digits(tmp_path / "other", SIZES, seed=4, progress=False)
     other = bytes_of(tmp_path / "other")
     assert other.keys() == first.keys() and not set(other.values()) & set(first.values())
-    assert again["val"] == digits.DigitsFiles.of(tmp_path / "again", "val")
+    assert again["val"] == DigitsFiles.of(tmp_path / "again", "val")
 
 
 def test_an_existing_folder_is_left_as_it_is(written, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="folder: expected one that does not exist yet"):
-        digits.write_digits(tmp_path, SIZES, progress=False)
+        write_digits(tmp_path, SIZES, progress=False)
     assert bytes_of(tmp_path).keys() == {"notes.txt"}
 
 
@@ -111,7 +114,7 @@ def test_files_are_what_the_vqa_reader_expects(written):
         annotations = vqa.read_annotations(files.annotations)
         assert len(questions) == 2 * SIZES[split]
         assert [entry.question_id for entry in questions] == [entry.question_id for entry in annotations]
-        assert {entry.question_type for entry in annotations} <= set(digits.QUESTION_TYPES)
+        assert {entry.question_type for entry in annotations} <= set(QUESTION_TYPES)
         for question in questions:
             name = files.image_name.format(image_id=question.image_id)
             with Image.open(files.images / name) as image:
@@ -122,15 +125,15 @@ def test_files_are_what_the_vqa_reader_expects(written):
 
 
 OBJECTS = [
-    digits.DigitObject(3, "red", "northwest"),
-    digits.DigitObject(3, "blue", "northeast"),
-    digits.DigitObject(7, "red", "southeast"),
+    DigitObject(3, "red", "northwest"),
+    DigitObject(3, "blue", "northeast"),
+    DigitObject(7, "red", "southeast"),
 ]
 
 
 def every_question(kind):
     generator = rng()
-    return {digits.QUESTION_TYPES[kind].ask(OBJECTS, generator) for _ in range(200)}
+    return {QUESTION_TYPES[kind].ask(OBJECTS, generator) for _ in range(200)}
 
 
 @pytest.mark.parametrize(
@@ -157,7 +160,7 @@ def every_question(kind):
         ("hard: position of", {("where is the 7?", "southeast")}),
         (
             "hard: count",
-            {(f"how many digits are {color}?", {"red": "2", "blue": "1"}.get(color, "0")) for color in digits.COLORS},
+            {(f"how many digits are {color}?", {"red": "2", "blue": "1"}.get(color, "0")) for color in COLORS},
         ),
         (
             "hard: exist",
@@ -175,58 +178,58 @@ def test_questions_and_answers_of_a_scene(kind, expected):
 
 
 def test_no_question_where_the_answer_is_not_unique():
-    twins = [digits.DigitObject(3, "red", "northwest"), digits.DigitObject(3, "red", "northeast")]
+    twins = [DigitObject(3, "red", "northwest"), DigitObject(3, "red", "northeast")]
     for kind in ("color of", "digit of", "hard: position of"):
-        assert digits.QUESTION_TYPES[kind].ask(twins, rng()) is None
-    asked = digits.questions_about(twins, 7, rng())
+        assert QUESTION_TYPES[kind].ask(twins, rng()) is None
+    asked = questions_about(twins, 7, rng())
     assert {kind for kind, _, _ in asked} == {"digit at", "color at", "hard: count", "hard: exist"}
 
 
 def test_question_types_come_with_their_shares():
     generator = rng()
-    scenes = digits.SceneMaker("train").make(1500, generator)
-    asked = [digits.questions_about(scenes.objects(index), 1, generator)[0] for index in range(1500)]
+    scenes = SceneMaker("train").make(1500, generator)
+    asked = [questions_about(scenes.objects(index), 1, generator)[0] for index in range(1500)]
     counts = Counter(kind for kind, _, _ in asked)
-    for kind, settings in digits.QUESTION_TYPES.items():
+    for kind, settings in QUESTION_TYPES.items():
         assert counts[kind] / 1500 == pytest.approx(settings.share, abs=0.05)
 
 
 def test_captions_are_true_and_are_no_questions():
     generator = rng()
     for _ in range(200):
-        text = digits.caption(OBJECTS, generator)
-        assert pretrain_digits._is_true(text.split(), OBJECTS)
-        assert "?" not in text and set(text.split()) <= set(pretrain_digits.VOCABULARY)
-        wrong = pretrain_digits._with_another_word(text.split(), generator)
+        text = caption(OBJECTS, generator)
+        assert pretrain_vilt._is_true(text.split(), OBJECTS)
+        assert "?" not in text and set(text.split()) <= set(pretrain_vilt.VOCABULARY)
+        wrong = pretrain_vilt._with_another_word(text.split(), generator)
         assert sum(old != new for old, new in zip(text.split(), wrong, strict=True)) == 1
-    assert not pretrain_digits._is_true(["a", "red", "3", "in", "the", "southeast"], OBJECTS)
-    assert not pretrain_digits._is_true(
+    assert not pretrain_vilt._is_true(["a", "red", "3", "in", "the", "southeast"], OBJECTS)
+    assert not pretrain_vilt._is_true(
         ["a", "red", "3", "in", "the", "northwest", "and", "a", "blue", "7", "in", "the", "southeast"], OBJECTS
     )
 
 
 def test_masked_words_are_restored_by_their_labels():
     generator = rng()
-    scenes = digits.SceneMaker("train").make(30, generator)
-    captions = pretrain_digits.make_captions(scenes, 10, generator)
+    scenes = SceneMaker("train").make(30, generator)
+    captions = pretrain_vilt.make_captions(scenes, 10, generator)
     assert captions.input_ids.shape == captions.labels.shape and captions.matches.shape == (10,)
-    masked = captions.labels != pretrain_digits.IGNORED
-    assert (captions.input_ids[masked] == pretrain_digits.WORD_ID["[MASK]"]).all()
+    masked = captions.labels != pretrain_vilt.IGNORED
+    assert (captions.input_ids[masked] == pretrain_vilt.WORD_ID["[MASK]"]).all()
     assert masked[:20].any(dim=1).all() and not masked[20:].any()
     whole = torch.where(masked, captions.labels, captions.input_ids)
     for index in range(30):
-        words = [pretrain_digits.VOCABULARY[word] for word in whole[index].tolist()]
-        true = pretrain_digits._is_true(words[1 : words.index("[SEP]")], scenes.objects(index))
+        words = [pretrain_vilt.VOCABULARY[word] for word in whole[index].tolist()]
+        true = pretrain_vilt._is_true(words[1 : words.index("[SEP]")], scenes.objects(index))
         assert true if index < 20 else true == bool(captions.matches[index - 20])
 
 
 def test_pretraining_is_the_same_for_a_seed(tmp_path):
-    schedule = pretrain_digits.Schedule(tag_steps=3, tag_batch=8, caption_steps=3, caption_batch=9)
+    schedule = pretrain_vilt.Schedule(tag_steps=3, tag_batch=8, caption_steps=3, caption_batch=9)
     for name, seed in (("first", 5), ("second", 5), ("other", 6)):
         torch.manual_seed(seed)
-        model = pretrain_digits.PretrainingModel()
-        pretrain_digits.train(model, schedule, seed, progress=False)
-        pretrain_digits.save(model, tmp_path / name)
+        model = pretrain_vilt.PretrainingModel()
+        pretrain_vilt.train(model, schedule, seed, progress=False)
+        pretrain_vilt.save(model, tmp_path / name)
     first, second, other = (bytes_of(tmp_path / name) for name in ("first", "second", "other"))
     assert first == second
     assert {name for name in first if first[name] != other[name]} == {"model.safetensors"}
@@ -234,10 +237,10 @@ def test_pretraining_is_the_same_for_a_seed(tmp_path):
 
 def test_tags_alone_teach_to_see():
     torch.manual_seed(0)
-    model = pretrain_digits.PretrainingModel()
-    schedule = pretrain_digits.Schedule(tag_steps=60, tag_batch=32, caption_steps=0, warmup_steps=10)
-    pretrain_digits.train(model, schedule, seed=0, progress=False)
-    metrics = pretrain_digits.measure(model, num_scenes=150)
+    model = pretrain_vilt.PretrainingModel()
+    schedule = pretrain_vilt.Schedule(tag_steps=60, tag_batch=32, caption_steps=0, warmup_steps=10)
+    pretrain_vilt.train(model, schedule, seed=0, progress=False)
+    metrics = pretrain_vilt.measure(model, num_scenes=150)
     assert metrics["tag: color"] > 0.9  # chance is 0.2
 
 
@@ -253,7 +256,7 @@ def test_backbone_loads_whole_in_float32():
 
 def test_backbone_knows_every_word_of_the_questions(written):
     tokenizer = ViltProcessor.from_pretrained(BACKBONE).tokenizer
-    assert len(tokenizer) == len(pretrain_digits.VOCABULARY)
+    assert len(tokenizer) == len(pretrain_vilt.VOCABULARY)
     for files in written.values():
         for question in json.loads(files.questions.read_text())["questions"]:
             assert tokenizer.unk_token_id not in tokenizer(question["question"])["input_ids"]
@@ -265,7 +268,7 @@ def test_backbone_sees_digits_of_the_test_split():
     processor = ViltProcessor.from_pretrained(BACKBONE)
 
     def features(split, count):
-        scenes = digits.SceneMaker(split).make(count, rng())
+        scenes = SceneMaker(split).make(count, rng())
         images = [Image.fromarray(image) for image in scenes.images]
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
         embeddings = model.embeddings

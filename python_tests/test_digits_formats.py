@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from petl_ext.tasks import digits, digits_gqa, digits_snli_ve, gqa, snli_ve
-from petl_ext.tasks.digits import DigitObject
+from petl_ext.demo.digits import gqa as digits_gqa
+from petl_ext.demo.digits import snli_ve as digits_snli_ve
+from petl_ext.demo.digits.scenes import COLORS, POSITIONS, DigitObject, SceneMaker
+from petl_ext.demo.digits.write import write_digits
+from petl_ext.tasks import gqa, snli_ve
 
 SIZES = {"train": 60, "val": 20, "test": 20}
 FORMATS = ("vqa", "gqa", "snli_ve")
@@ -36,14 +39,14 @@ def rng(*seed):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits") / "data"
-    digits.write_digits(folder, SIZES, seed=3, progress=False, formats=FORMATS)
+    write_digits(folder, SIZES, seed=3, progress=False, formats=FORMATS)
     return folder
 
 
 @pytest.fixture(scope="module")
 def scenes():
     """Objects of scenes, enough of them to count answers."""
-    return {name: objects_of(digits.SceneMaker(name).make(count, rng(count))) for name, count in COUNTS.items()}
+    return {name: objects_of(SceneMaker(name).make(count, rng(count))) for name, count in COUNTS.items()}
 
 
 COUNTS = {"train": 2400, "test": 1200}
@@ -54,7 +57,7 @@ def objects_of(made):
 
 
 def test_vqa_bytes_stay_as_they_were(tmp_path):
-    files = digits.write_digits(tmp_path / "data", {"train": 40, "test": 15}, seed=3, progress=False, formats=FORMATS)
+    files = write_digits(tmp_path / "data", {"train": 40, "test": 15}, seed=3, progress=False, formats=FORMATS)
     for split, expected in VQA_SHA256.items():
         written = files[split].questions.read_bytes() + files[split].annotations.read_bytes()
         assert hashlib.sha256(written).hexdigest() == expected
@@ -63,7 +66,7 @@ def test_vqa_bytes_stay_as_they_were(tmp_path):
 def test_formats_do_not_change_one_another(folder, tmp_path):
     together = bytes_of(folder)
     for kind in FORMATS:
-        digits.write_digits(tmp_path / kind, SIZES, seed=3, progress=False, formats=[kind])
+        write_digits(tmp_path / kind, SIZES, seed=3, progress=False, formats=[kind])
         alone = bytes_of(tmp_path / kind)
         assert alone.items() < together.items()
     images = sum(SIZES.values())
@@ -73,7 +76,7 @@ def test_formats_do_not_change_one_another(folder, tmp_path):
 
 def test_a_seed_gives_the_same_bytes_in_another_process(folder, tmp_path):
     script = f"""
-from petl_ext.tasks.digits import write_digits
+from petl_ext.demo.digits.write import write_digits
 write_digits({str(tmp_path / "again")!r}, {SIZES}, seed=3, progress=False, formats={FORMATS})
 write_digits({str(tmp_path / "other")!r}, {SIZES}, seed=4, progress=False, formats={FORMATS})
 """
@@ -86,14 +89,14 @@ write_digits({str(tmp_path / "other")!r}, {SIZES}, seed=4, progress=False, forma
 
 def test_an_unknown_format_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"formats: expected some of \['gqa', 'snli_ve', 'vqa'\], got \['coco'\]"):
-        digits.write_digits(tmp_path / "data", SIZES, progress=False, formats=["coco"])
+        write_digits(tmp_path / "data", SIZES, progress=False, formats=["coco"])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(digits_snli_ve, "TEMPLATES", {"color at": None})
     with pytest.raises(TypeError):
-        digits.write_digits(tmp_path / "data", SIZES, progress=False, formats=FORMATS)
+        write_digits(tmp_path / "data", SIZES, progress=False, formats=FORMATS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,7 +150,7 @@ TWO = [DigitObject(5, "red", "northwest"), DigitObject(9, "blue", "southwest")]
         (
             "colorVerify",
             OBJECTS,
-            {f"is the 7 {color}?": "yes" if color == "red" else "no" for color in digits.COLORS},
+            {f"is the 7 {color}?": "yes" if color == "red" else "no" for color in COLORS},
         ),
         (
             "existVerify",
@@ -187,7 +190,7 @@ TWO = [DigitObject(5, "red", "northwest"), DigitObject(9, "blue", "southwest")]
             TWO,
             {
                 f"is there a {one} digit and a {two} digit?": "yes" if {one, two} == {"red", "blue"} else "no"
-                for one, two in itertools.permutations(digits.COLORS, 2)
+                for one, two in itertools.permutations(COLORS, 2)
             },
         ),
         (
@@ -195,7 +198,7 @@ TWO = [DigitObject(5, "red", "northwest"), DigitObject(9, "blue", "southwest")]
             TWO,
             {
                 f"is there a {one} digit or a {two} digit?": "yes" if {one, two} & {"red", "blue"} else "no"
-                for one, two in itertools.permutations(digits.COLORS, 2)
+                for one, two in itertools.permutations(COLORS, 2)
             },
         ),
         ("sameColor", TWO, {"are the 5 and the 9 the same color?": "no", "are the 9 and the 5 the same color?": "no"}),
@@ -290,7 +293,7 @@ def test_snli_ve_files_are_what_the_readers_expect(folder, split):
     official, tsv = snli_ve.read_pairs(files.jsonl), snli_ve.read_pairs(files.tsv)
     assert official.left_out == tsv.left_out == 0
     fields = [
-        [(it.line, it.pair_id, it.image_id, it.hypothesis, it.label) for it in pairs.labelled]
+        [(it.line, it.pair_id, it.image_id, it.hypothesis, it.label) for it in pairs.labeled]
         for pairs in (official, tsv)
     ]
     assert fields[0] == fields[1] and len(fields[0]) > SIZES[split]
@@ -303,9 +306,9 @@ def test_snli_ve_files_are_what_the_readers_expect(folder, split):
 def possible(objects):
     """Every scene that a scene may be: position -> (digit, color) or None, dark cells with any content."""
     seen = {it.position: (it.digit, it.color) for it in objects}
-    anything = [None, *itertools.product(range(10), digits.COLORS)]
-    choices = [[seen[at]] if at in seen else anything for at in digits.POSITIONS]
-    return [dict(zip(digits.POSITIONS, contents, strict=True)) for contents in itertools.product(*choices)]
+    anything = [None, *itertools.product(range(10), COLORS)]
+    choices = [[seen[at]] if at in seen else anything for at in POSITIONS]
+    return [dict(zip(POSITIONS, contents, strict=True)) for contents in itertools.product(*choices)]
 
 
 def holds(hypothesis, scene):
@@ -319,13 +322,13 @@ def holds(hypothesis, scene):
         )
 
     def attributes(part):
-        return [word for word in part if word.isdigit() or word in digits.COLORS]
+        return [word for word in part if word.isdigit() or word in COLORS]
 
-    row_column = {at: (at[:5], at[5:]) for at in digits.POSITIONS}
+    row_column = {at: (at[:5], at[5:]) for at in POSITIONS}
     sides = {"left": "west", "right": "east", "top": "north", "bottom": "south"}
     if words[0] == "two":
         return sum(matches(at, [words[-1]]) for at in scene) >= 2
-    if words[-1] in digits.POSITIONS:
+    if words[-1] in POSITIONS:
         return matches(words[-1], attributes(words[:-1]))
     if words[0] in ("on", "at"):
         return any(matches(at, attributes(words)) for at in scene if sides[words[2]] in row_column[at])
@@ -356,13 +359,13 @@ def holds(hypothesis, scene):
     ],
 )
 def test_how_hypotheses_are_read_here(hypothesis, expected):
-    scene = dict.fromkeys(digits.POSITIONS) | {it.position: (it.digit, it.color) for it in OBJECTS}
+    scene = dict.fromkeys(POSITIONS) | {it.position: (it.digit, it.color) for it in OBJECTS}
     assert holds(hypothesis, scene) == expected
 
 
 @pytest.mark.parametrize("objects", [OBJECTS, TWO], ids=["one dark cell", "two dark cells"])
 def test_hypotheses_are_labelled_by_what_the_dark_cells_may_hold(objects):
-    cells = dict.fromkeys(digits.POSITIONS) | {it.position: it for it in objects}
+    cells = dict.fromkeys(POSITIONS) | {it.position: it for it in objects}
     worlds = possible(objects)
     for template, judge in digits_snli_ve.TEMPLATES.items():
         judged = list(judge(cells))

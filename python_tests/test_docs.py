@@ -1,5 +1,6 @@
 """The pages of docs/: their Python runs as it stands, each page from top to bottom in an empty folder."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -47,3 +48,15 @@ def test_files_that_a_guide_names_are_there(page):
         for op in OPS if "<op>" in name else [""]:
             file = name.replace("<op>", op)
             assert any((folder / file).exists() for folder in ((ROOT / page).parent, ROOT)), file
+
+
+def test_what_contributing_names_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = [path for path in re.findall(r"`([\w./]+/[\w./]+\.\w+)`", text) if "<" not in path]
+    names = re.findall(r"`(files|inputs|labels)\.(\w+)`", text)
+    assert len(paths) > 3 and len(names) > 4
+    assert [path for path in paths if not (ROOT / path).is_file()] == []
+    modules = {module: importlib.import_module(f"petl_ext.tasks.{module}") for module, _ in names}
+    assert [name for module, name in names if not hasattr(modules[module], name)] == []
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert set(re.findall(r"`make ([a-z-]+)`", text)) <= set(targets)

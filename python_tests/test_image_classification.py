@@ -15,10 +15,8 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, Trainer, TrainingArguments
 
 import petl_ext
-from petl_ext.tasks import image_classification as ic
-from petl_ext.tasks.digits_images import CLASSES, write_digit_images
-from petl_ext.tasks.inputs import read_image
-from petl_ext.tasks.pretrain_digits_clip import (
+from petl_ext.demo.digits.images import CLASSES, write_digit_images
+from petl_ext.demo.digits.pretrain_clip import (
     Schedule,
     clip_config,
     contrastive_loss,
@@ -26,6 +24,9 @@ from petl_ext.tasks.pretrain_digits_clip import (
     make_tokenizer,
     pretrain,
 )
+from petl_ext.models import CLIPClassifier
+from petl_ext.tasks import image_classification as ic
+from petl_ext.tasks.inputs import read_image
 
 PROMPTS = ic.class_prompts(CLASSES)
 BASE, NEW = ic.base_and_new(CLASSES)
@@ -61,7 +62,7 @@ def make_clip():
 
 
 def make_classifier(clip):
-    return ic.CLIPClassifier(clip, make_tokenizer(), PROMPTS)
+    return CLIPClassifier(clip, make_tokenizer(), PROMPTS)
 
 
 def dataset(images, classes=tuple(PROMPTS), **changes):
@@ -365,9 +366,9 @@ def test_classes_that_cannot_be_told_apart_are_refused():
             classifier.set_classes(classes)
     assert classifier.classes == tuple(PROMPTS)
     with pytest.raises(ValueError, match="prompts: expected at most 16 tokens, got 19 in 'photo"):
-        ic.CLIPClassifier(make_clip(), make_tokenizer(), {"a": "a", "b": "photo " * 17})
+        CLIPClassifier(make_clip(), make_tokenizer(), {"a": "a", "b": "photo " * 17})
     with pytest.raises(TypeError, match=r"prompts: expected one text per class, got \['a red one', 'a one'\]"):
-        ic.CLIPClassifier(make_clip(), make_tokenizer(), {"one": ["a red one", "a one"], "two": ["a red two", "a two"]})
+        CLIPClassifier(make_clip(), make_tokenizer(), {"one": ["a red one", "a one"], "two": ["a red two", "a two"]})
 
 
 def test_a_caption_may_be_true_of_several_images():

@@ -6,7 +6,8 @@ from pathlib import Path
 from refusals import needs_auto_image_processor
 from transformers import BertConfig, BertModel, BertTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
-from petl_ext.tasks.digits import BACKBONE, write_digits
+from petl_ext.demo.digits import BACKBONE
+from petl_ext.demo.digits.write import write_digits
 
 README = Path(__file__).parent.parent / "README.md"
 

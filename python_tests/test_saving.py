@@ -141,6 +141,18 @@ def test_a_file_is_written_beside_another_process_and_after_a_killed_one(tmp_pat
     assert contents(tmp_path) == [names[str(os.getppid())], "a.json"]
 
 
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "data") as unfinished:
+        (unfinished / "images").mkdir(parents=True)
+        (unfinished / "images" / "1.png").touch()
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == []
+    with written_whole(tmp_path / "data") as unfinished:
+        (unfinished / "images").mkdir(parents=True)
+        assert not (tmp_path / "data").exists()
+    assert contents(tmp_path) == ["data"] and contents(tmp_path / "data") == ["images"]
+
+
 def test_files_of_before_and_weights_of_others_name_no_save(tmp_path):
     save_file(tensors(5), tmp_path / WEIGHTS_FILE)
     (tmp_path / CONFIG_FILE).write_text(json.dumps({"format": 1, "value": 5}))

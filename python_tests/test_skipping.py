@@ -248,9 +248,7 @@ def test_each_running_layer_takes_a_slot_of_its_own_kind_in_the_cache(name, skip
     model, attachment = attached_with_kinds(name)
     kinds = OF_SEVERAL_KINDS[name]["layer_types"]
     if {kind for index, kind in enumerate(kinds) if index not in skip} < set(kinds):
-        with pytest.raises(
-            ValueError, match=r"no layer of model\.layers that is \w+_attention would run"
-        ):
+        with pytest.raises(ValueError, match=r"no layer of model\.layers that is \w+_attention would run"):
             attachment.skip(skip)
         assert attachment.skipped == ()
         attachment.skip(skip, decodes=False)

@@ -100,20 +100,20 @@ def test_rows_without_a_label_are_left_out_and_counted(files, name):
     pairs = snli_ve.read_pairs(files / name)
     assert pairs.left_out == 1
     expected = [(line, *row) for line, row in enumerate(ROWS, start=1) if row[3] != "-"]
-    assert [(it.line, it.image_id, it.pair_id, it.hypothesis, it.label) for it in pairs.labelled] == expected
+    assert [(it.line, it.image_id, it.pair_id, it.hypothesis, it.label) for it in pairs.labeled] == expected
 
 
 def test_the_image_field_of_early_files(tmp_path):
     entry = official(*ROWS[0])
     entry["Flikr30kID"] = entry.pop("Flickr30K_ID") + ".jpg"
     (tmp_path / "early.jsonl").write_text(json.dumps(entry))
-    assert snli_ve.read_pairs(tmp_path / "early.jsonl").labelled[0].image_id == "4705552913"
+    assert snli_ve.read_pairs(tmp_path / "early.jsonl").labeled[0].image_id == "4705552913"
 
 
 def test_maybe_is_neutral(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b"1\t2\tabc\tDogs run.\tcaption\tmaybe")
     pairs = snli_ve.read_pairs(tmp_path / "a.tsv")
-    assert [pair.label for pair in pairs.labelled] == ["neutral"]
+    assert [pair.label for pair in pairs.labeled] == ["neutral"]
 
 
 def test_items_of_official_files(files, processor):
@@ -147,7 +147,7 @@ def test_no_image_of_a_tsv_stays_in_memory(files, processor):
     data = tsv_dataset(files, processor)
     assert (files / "snli_ve_dev.tsv").stat().st_size > 10_000
     data[0]
-    assert len(pickle.dumps((data.pairs, data.images, data.inputs._cache))) < 1000
+    assert len(pickle.dumps((data.pairs, data.images, data._cache))) < 1000
     cached = tsv_dataset(files, processor, cache_images=True)
     assert cached[2]["pixel_values"] is cached[0]["pixel_values"]
 
@@ -230,7 +230,7 @@ def test_malformed_files(tmp_path, name, content, message):
 
 
 def test_metrics_by_hand(files):
-    pairs = snli_ve.read_pairs(files / "snli_ve_dev.jsonl").labelled  # neutral, contradiction, entailment
+    pairs = snli_ve.read_pairs(files / "snli_ve_dev.jsonl").labeled  # neutral, contradiction, entailment
     predicted = ["entailment", "contradiction", "entailment"]
     assert snli_ve.accuracy(predicted, pairs) == pytest.approx(2 / 3)
     assert snli_ve.confusion(predicted, pairs) == {

@@ -1,5 +1,1 @@
-"""What `petl-ext demo` runs."""
-
-from petl_ext.demo.run import run_demo, tune
-
-__all__ = ["run_demo", "tune"]
+"""What `petl-ext demo` and `petl-ext search` run. Nothing of the library imports it."""

@@ -1,172 +1,116 @@
-"""How the demo trains: its data, and a transformers.Trainer that is the same for every method."""
+"""How both demos train: their data, and a transformers.Trainer that is the same for every method."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainingArguments,
-    ViltConfig,
-    ViltForQuestionAnswering,
-    ViltProcessor,
-    set_seed,
-)
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from petl_ext import attach
-from petl_ext.tasks.digits import BACKBONE, DigitsFiles, write_digits
-from petl_ext.tasks.vqa import AnswerVocabulary, VQACollator, VQADataset, compute_metrics
-
-SPLITS = ("train", "val", "test")
-# What every method trains besides its own parameters, as the paper's baselines do.
-HEAD = ("classifier", "pooler", "token_type_embeddings")
-# An eighth of the model's width, as in the papers.
-BOTTLENECK = 16
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the table. The learning rates are those that did best on the validation split (petl-ext demo --tune).
-
-    Attributes:
-        num_skip: how many layers a search chooses first, for `config` to skip.
-    """
-
-    name: str
-    config: object
-    learning_rate: float
-    head_learning_rate: float
-    pretrained: bool = True
-    num_skip: int = 0
+from petl_ext.demo.digits.write import write_digits
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is generated and trained."""
+    """How much is generated and trained; `scenes` is {split: how many}."""
 
-    steps: int = 600
-    search_steps: int = 120
-    batch: int = 32
-    scenes: dict = field(default_factory=lambda: {"train": 5000, "val": 500, "test": 1000})
-
-
-QUICK = Size(steps=100, search_steps=40, scenes={"train": 1500, "val": 100, "test": 300})
-
-
-def size_of(quick, search_steps=None):
-    size = QUICK if quick else Size()
-    return size if search_steps is None else replace(size, search_steps=search_steps)
-
-
-@dataclass(frozen=True)
-class Data:
-    """The three splits, and what turns their items into batches."""
-
-    folder: Path
-    datasets: dict
-    collator: VQACollator
-    vocabulary: AnswerVocabulary
-
-    @classmethod
-    def read(cls, folder):
-        files = {split: DigitsFiles.of(folder, split) for split in SPLITS}
-        processor = ViltProcessor.from_pretrained(BACKBONE)
-        vocabulary = AnswerVocabulary.from_annotations([files["train"].annotations])
-        datasets = {
-            split: VQADataset(
-                file.questions,
-                file.images,
-                processor,
-                vocabulary,
-                file.annotations,
-                image_name=file.image_name,
-                cache_images=True,
-            )
-            for split, file in files.items()
-        }
-        return cls(Path(folder), datasets, VQACollator(processor), vocabulary)
-
-    def batch(self, split, count):
-        dataset = self.datasets[split]
-        return self.collator([dataset[index] for index in range(count)])
-
-    def inputs(self, split, count):
-        """What a model takes, without the labels."""
-        return {name: tensor for name, tensor in self.batch(split, count).items() if name != "labels"}
+    steps: int
+    search_steps: int
+    batch: int
+    search_batch: int
+    questions_per_scene: int
+    scenes: dict
 
 
 @dataclass(frozen=True)
 class Run:
-    """What all trainings of one command have in common."""
+    """What all trainings of one command have in common.
+
+    A subclass has one more field, what it has read of the data; it says how large its runs are, what is written, and
+    how it is read: `read(folder, ...)`.
+    """
 
     output: Path
     size: Size
     seed: int
     progress: bool
-    data: Data
+
+    full: ClassVar[Size]
+    quick: ClassVar[Size]
+    data_name: ClassVar[str]  # the data's folder begins with it
+    formats: ClassVar[tuple]  # of `write_digits`
 
     @classmethod
-    def prepare(cls, output, size, seed, progress):
+    def size_of(cls, quick, search_steps=None):
+        """The size of a run, with another number of a search's steps where it is given."""
+        size = cls.quick if quick else cls.full
+        return size if search_steps is None else replace(size, search_steps=search_steps)
+
+    @classmethod
+    def prepare(cls, output, size, seed, progress, **reading):
         """Writes the data below `output`, or reads what an earlier run wrote there."""
-        output, folder = Path(output), cls.folder_of(output, size, seed)
+        folder = cls.folder_of(output, size, seed)
         if not folder.exists():
-            write_digits(folder, size.scenes, seed=seed, progress=progress)
-        return cls(output, size, seed, progress, Data.read(folder))
+            write_digits(folder, size.scenes, size.questions_per_scene, seed, progress, cls.formats)
+        return cls(Path(output), size, seed, progress, cls.read(folder, **reading))
 
-    @staticmethod
-    def folder_of(output, size, seed):
+    @classmethod
+    def folder_of(cls, output, size, seed):
         """Where the data lie."""
-        return Path(output) / f"digits-{size.scenes['train']}-seed{seed}"
+        return Path(output) / f"{cls.data_name}-{size.scenes['train']}-seed{seed}"
 
-    def attach(self, method):
-        """A new model with the method's layers and head: the attachment."""
-        set_seed(self.seed)
-        return attach(make_model(method, len(self.data.vocabulary)), method.config, keep=HEAD)
+    @property
+    def folder(self):
+        """Where the data lie."""
+        return self.folder_of(self.output, self.size, self.seed)
 
-    def trainer(self, attachment, method, **arguments):
-        """A Trainer that prints nothing, with the demo's `TrainingArguments` but for those given."""
-        optimizer = torch.optim.AdamW(_groups(attachment, method), betas=(0.9, 0.98), weight_decay=0.01)
-        data = {"data_collator": self.data.collator, "train_dataset": self.data.datasets["train"]}
-        return quiet_trainer(self, attachment.model, optimizer, **data, compute_metrics=compute_metrics, **arguments)
+    def for_search(self):
+        """The same with the steps and the batches of its search."""
+        size = replace(self.size, steps=self.size.search_steps, batch=self.size.search_batch)
+        return replace(self, size=size)
 
+    def quiet_trainer(self, model, task, groups, **arguments):
+        """A Trainer that prints nothing, with the demos' `TrainingArguments` but for those given.
 
-def quiet_trainer(run, model, optimizer, data_collator, train_dataset, compute_metrics, **arguments):
-    """A Trainer that prints nothing, with the demos' `TrainingArguments` but for those given.
+        Args:
+            task: the `Task` whose train split is trained on.
+            groups: of parameters, for the optimizer.
+        """
+        defaults = {
+            "output_dir": str(self.output),
+            "max_steps": self.size.steps,
+            "per_device_train_batch_size": self.size.batch,
+            "per_device_eval_batch_size": 2 * self.size.batch,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": self.size.steps // 10,
+            "use_cpu": True,
+            "seed": self.seed,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": not self.progress,
+            "remove_unused_columns": False,
+            "label_names": ["labels"],
+        }
+        trainer = Trainer(
+            model,
+            TrainingArguments(**defaults | arguments),
+            data_collator=task.collator,
+            train_dataset=task.datasets["train"],
+            compute_metrics=task.compute_metrics,
+            optimizers=(torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01), None),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        return trainer
 
-    Args:
-        run: has output, size (with steps and batch), seed and progress.
-    """
-    defaults = {
-        "output_dir": str(run.output),
-        "max_steps": run.size.steps,
-        "per_device_train_batch_size": run.size.batch,
-        "per_device_eval_batch_size": 2 * run.size.batch,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": run.size.steps // 10,
-        "use_cpu": True,
-        "seed": run.seed,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": not run.progress,
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-    }
-    trainer = Trainer(
-        model,
-        TrainingArguments(**defaults | arguments),
-        data_collator=data_collator,
-        train_dataset=train_dataset,
-        compute_metrics=compute_metrics,
-        optimizers=(optimizer, None),
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    return trainer
+    def train(self, trainer):
+        """Trains to the end, under a progress bar where the run shows them."""
+        if self.progress:
+            trainer.add_callback(BarOnly)
+        trainer.train()
 
 
 class BarOnly(ProgressCallback):
@@ -174,6 +118,14 @@ class BarOnly(ProgressCallback):
 
     def on_log(self, *arguments, **named):
         pass
+
+
+def groups_by_rate(named_parameters, rate_of):
+    """An optimizer's groups of parameters: one for each learning rate that `rate_of(name)` gives."""
+    groups = {}
+    for name, parameter in named_parameters:
+        groups.setdefault(rate_of(name), []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
 
 @contextmanager
@@ -189,27 +141,3 @@ def one_quiet_thread():
         torch.set_num_threads(threads)
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
-
-
-def make_model(method, num_labels):
-    """The backbone of a method, with a head for so many answers."""
-    if method.pretrained:
-        return ViltForQuestionAnswering.from_pretrained(BACKBONE, num_labels=num_labels)
-    return ViltForQuestionAnswering(ViltConfig.from_pretrained(BACKBONE, num_labels=num_labels))
-
-
-def any_inputs(config):
-    """What a ViLT of this configuration takes, with the longest text and the largest image, as zeros."""
-    text = torch.zeros(1, config.max_position_embeddings, dtype=torch.long)
-    image = torch.zeros(1, config.num_channels, config.image_size, config.image_size)
-    return {"input_ids": text, "attention_mask": torch.ones_like(text), "pixel_values": image}
-
-
-def _groups(attachment, method):
-    """The classifier is new and learns fastest; the rest of the head is pre-trained and takes half its rate."""
-    groups = {}
-    for name, parameter in attachment.named_parameters():
-        part = next((part for part in HEAD if f".{part}." in f".{name}."), None)
-        rates = {"classifier": method.head_learning_rate, None: method.learning_rate}
-        groups.setdefault(rates.get(part, method.head_learning_rate / 2), []).append(parameter)
-    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]

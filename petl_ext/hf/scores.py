@@ -1,5 +1,8 @@
 """What options are compared by where the user gives no function: the model's loss, or how much of a batch is right."""
 
+from petl_ext.tasks.labels import label_accuracy
+from petl_ext.tasks.vqa import vqa_score
+
 
 def default_loss(model, batch, trainer=None):
     """The Trainer's loss of a batch; without a Trainer the model's own.
@@ -44,11 +47,11 @@ def percent_right(outputs, labels):
     logits = outputs.get("logits") if isinstance(outputs, dict) else None
     if logits is None or labels is None or logits.dim() != 2:
         return None
-    labels, best = labels.to(logits.device), logits.argmax(1)
+    labels = labels.to(logits.device)
     if labels.shape == logits.shape and labels.is_floating_point():
-        return 100 * labels.gather(1, best[:, None]).mean().item()
-    if labels.shape == best.shape and not labels.is_floating_point():
-        return 100 * (best == labels).double().mean().item()
+        return 100 * vqa_score(logits, labels)
+    if labels.shape == logits.shape[:1] and not labels.is_floating_point():
+        return 100 * label_accuracy(logits, labels)
     return None
 
 

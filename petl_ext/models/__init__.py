@@ -14,6 +14,7 @@ from petl_ext.models.checkpoints import (
     load_meter_checkpoint,
     load_vilt_checkpoint,
 )
+from petl_ext.models.clip_classifier import CLIPClassifier
 from petl_ext.models.dvp import DVPT5, DVPBert, DVPLlama, DVPModel
 from petl_ext.models.meter import (
     MeterConfig,
@@ -30,6 +31,7 @@ from petl_ext.models.meter import (
 
 __all__ = [
     "DVPT5",
+    "CLIPClassifier",
     "CheckpointReport",
     "DVPBert",
     "DVPLlama",

@@ -3,20 +3,21 @@
 import torch
 from torch import nn
 
-from petl_ext.losses import class_loss, soft_target_loss
+from petl_ext.tasks.labels import label_loss, soft_target_loss
 
 
-def mlp_head(inputs, hidden, labels, **place):
+def mlp_head(inputs, hidden, labels, **factory):
+    """[..., inputs] to [..., labels]."""
     return nn.Sequential(
-        nn.Linear(inputs, hidden, **place),
-        nn.LayerNorm(hidden, **place),
+        nn.Linear(inputs, hidden, **factory),
+        nn.LayerNorm(hidden, **factory),
         nn.GELU(),
-        nn.Linear(hidden, labels, **place),
+        nn.Linear(hidden, labels, **factory),
     )
 
 
 def checked_soft_target_loss(model, logits, labels):
-    """`losses.soft_target_loss` of logits [B, L] with scores [B, L], None without any."""
+    """`soft_target_loss` of logits [B, L] with scores [B, L], None without any."""
     if labels is None:
         return None
     if labels.shape != logits.shape:
@@ -28,7 +29,7 @@ def checked_soft_target_loss(model, logits, labels):
 
 
 def checked_class_loss(model, logits, labels):
-    """`losses.class_loss` of logits [B, L] with class indices [B], None without any."""
+    """`label_loss` of logits [B, L] with class indices [B], None without any."""
     if labels is None:
         return None
     if labels.shape != logits.shape[:1] or labels.is_floating_point():
@@ -36,4 +37,4 @@ def checked_class_loss(model, logits, labels):
             f"{type(model).__name__}: labels must be {len(logits)} class indices, [{len(logits)}], "
             f"got {labels.dtype} {list(labels.shape)}"
         )
-    return class_loss(logits, labels.to(logits.device, torch.long))
+    return label_loss(logits, labels.to(logits.device, torch.long))

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from petl_ext.losses import IGNORED
 from petl_ext.tasks.files import pick, read_json, write_json
-from petl_ext.tasks.inputs import ImageFolder, ImageTextCollator, Inputs
+from petl_ext.tasks.inputs import ImageFolder, ImageTextCollator, TextImageDataset
 from petl_ext.tasks.labels import (
+    IGNORED,
     LabelVocabulary,
     TypeAccuracy,
     compute_metrics,
@@ -67,6 +65,11 @@ class Question:
     def form(self) -> str | None:
         """The official evaluation's "open" for a query, "binary" for all else."""
         return self.structural and ("open" if self.structural == "query" else "binary")
+
+    @property
+    def text(self) -> str:
+        """What a model reads."""
+        return self.question
 
     @property
     def where(self) -> str:
@@ -147,7 +150,7 @@ class GQAVocabulary(LabelVocabulary):
         return self.index.get(answer, IGNORED)
 
 
-class GQADataset(torch.utils.data.Dataset):
+class GQADataset(TextImageDataset):
     """Questions about images; batch them with `GQACollator`.
 
     Args:
@@ -186,19 +189,13 @@ class GQADataset(torch.utils.data.Dataset):
             _require_answers(self.questions, questions)
         if self.has_answers and strict:
             _require_labels(self.questions, vocabulary, questions)
-        self.images, self.vocabulary = ImageFolder(Path(images), image_name), vocabulary
-        self.inputs = Inputs(processor, max_length, cache_images)
-        self.images.require(self.questions, "questions")
+        self.vocabulary = vocabulary
+        folder = ImageFolder(Path(images), image_name)
+        folder.require(self.questions, "questions")
+        super().__init__(self.questions, folder, processor, max_length, cache_images)
 
-    def __len__(self) -> int:
-        return len(self.questions)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        question = self.questions[index]
-        item = self.inputs.item(question.question, question, self.images.of(question))
-        if self.has_answers:
-            item["labels"] = self.vocabulary.label(question.answer)
-        return item
+    def _labels(self, index: int) -> int | None:
+        return self.vocabulary.label(self.questions[index].answer) if self.has_answers else None
 
 
 def _require_answers(questions: Sequence[Question], path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""A text and an image as a model's inputs: one item, and a batch of them."""
+"""A text and an image as a model's inputs: data sets of them, and batches."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -27,9 +27,12 @@ class TextAndImage:
 
 
 class Entry(Protocol):
-    """One row of a task's file: the image it is about, and the words that name the row in an error."""
+    """One row of a task's file: a text, the image it is about, and the words that name the row in an error."""
 
     image_id: int | str
+
+    @property
+    def text(self) -> str: ...
 
     @property
     def where(self) -> str: ...
@@ -41,36 +44,57 @@ class ImageFile(Protocol):
     def open(self, mode: str) -> BinaryIO: ...
 
 
-class Inputs:
-    """Makes items: a text, cut after `max_length` tokens, and an image as the processor prepares it.
+class Images(Protocol):
+    """Knows where the image of an entry is: an `ImageFolder`, or a file with all images in it."""
+
+    def of(self, entry: Entry) -> ImageFile: ...
+
+
+class TextImageDataset(torch.utils.data.Dataset):
+    """The entries of a task's file as items: a text, cut after `max_length` tokens, and an image as the processor
+    prepares it; a subclass adds the labels.
 
     Args:
+        entries: in the file's order.
+        images: knows where theirs are.
         processor: has `tokenizer` and `image_processor`: a Hugging Face processor of both, or a `TextAndImage`.
         max_length: longest text in tokens; longer ones are cut.
         cache_images: keep preprocessed images in memory (small data sets).
+
+    An item is a dict: the tokenizer's lists, `pixel_values` [3, height, width], and `labels` where there are any.
+
+    Raises ValueError naming file and entry when an image is used that cannot be decoded.
     """
 
-    def __init__(self, processor: Any, max_length: int, cache_images: bool):
+    def __init__(
+        self, entries: Sequence[Entry], images: Images, processor: Any, max_length: int, cache_images: bool = False
+    ):
+        self.entries, self.images = entries, images
         self.processor, self.max_length = processor, max_length
         self.cache_images, self._cache = cache_images, {}
 
-    def item(self, text: str, entry: Entry, file: ImageFile) -> dict[str, Any]:
-        """The tokenizer's lists for `text`, and `pixel_values` [3, height, width] of the entry's image in `file`.
+    def __len__(self) -> int:
+        return len(self.entries)
 
-        Raises ValueError naming file and entry if the image cannot be decoded.
-        """
-        item = dict(self.processor.tokenizer(text, truncation=True, max_length=self.max_length))
-        return item | {"pixel_values": self._pixels(entry, file)}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        entry = self.entries[index]
+        item = dict(self.processor.tokenizer(entry.text, truncation=True, max_length=self.max_length))
+        item["pixel_values"] = self._pixels(entry)
+        labels = self._labels(index)
+        return item if labels is None else item | {"labels": labels}
 
-    def _pixels(self, entry: Entry, file: ImageFile) -> Tensor:
+    def _labels(self, index: int) -> Any:
+        """What stands under "labels" in an item; None for nothing."""
+
+    def _pixels(self, entry: Entry) -> Tensor:
         if not self.cache_images:
-            return self._read_pixels(entry, file)
+            return self._read_pixels(entry)
         if entry.image_id not in self._cache:
-            self._cache[entry.image_id] = self._read_pixels(entry, file)
+            self._cache[entry.image_id] = self._read_pixels(entry)
         return self._cache[entry.image_id]
 
-    def _read_pixels(self, entry: Entry, file: ImageFile) -> Tensor:
-        image = read_image(file, entry.where)
+    def _read_pixels(self, entry: Entry) -> Tensor:
+        image = read_image(self.images.of(entry), entry.where)
         return self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
 
 

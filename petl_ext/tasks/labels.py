@@ -1,4 +1,4 @@
-"""Answers as integer labels: vocabulary, loss and accuracy of the tasks that have one right answer."""
+"""Answers as labels: vocabularies, the losses of tasks with one right answer or with scored ones, and accuracy."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from petl_ext.losses import class_loss
 from petl_ext.tasks.files import read_json, write_json
+
+IGNORED = -100  # the label of an answer that the vocabulary lacks, as torch's cross_entropy has it
 
 
 class LabelVocabulary:
@@ -45,8 +47,20 @@ class LabelVocabulary:
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """`losses.class_loss` of `logits` [batch, answers] and `labels` [batch]."""
-    return class_loss(logits, labels)
+    """Cross-entropy of `logits` [batch, answers] and `labels` [batch], the mean of those that are not `IGNORED`.
+
+    Zero, with zero gradients, where all are ignored: torch's own mean would be NaN.
+    """
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp(min=1)
+
+
+def soft_target_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy of `logits` [batch, answers] with scores in [0, 1], likewise.
+
+    Summed over the answers; the mean of the batch.
+    """
+    return F.binary_cross_entropy_with_logits(logits, targets) * targets.shape[1]
 
 
 def label_accuracy(logits: Tensor, labels: Tensor) -> float:

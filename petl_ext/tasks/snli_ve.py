@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 from petl_ext.tasks.files import pick
-from petl_ext.tasks.inputs import ImageFolder, ImageTextCollator, Inputs
+from petl_ext.tasks.inputs import ImageFolder, ImageTextCollator, TextImageDataset
 from petl_ext.tasks.labels import LabelVocabulary, compute_metrics, label_loss, require_one_each, share_equal
 
 __all__ = [
@@ -57,6 +55,11 @@ class Pair:
     image: tuple[int, int] | None = None
 
     @property
+    def text(self) -> str:
+        """What a model reads."""
+        return self.hypothesis
+
+    @property
     def where(self) -> str:
         """Names the pair in an error."""
         return f"image_id {self.image_id}, pair {self.pair_id}, line {self.line}"
@@ -64,9 +67,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The labelled rows of a file, in its order, and the number of rows that were left out for their label "-"."""
+    """The labeled rows of a file, in its order, and the number of rows that were left out for their label "-"."""
 
-    labelled: list[Pair]
+    labeled: list[Pair]
     left_out: int
 
 
@@ -84,8 +87,8 @@ def read_pairs(path: str | Path) -> Pairs:
     ]
     if not rows:
         raise ValueError(f"{path}: expected at least one line, got an empty file")
-    labelled = [row for row in rows if row.label != NO_LABEL]
-    return Pairs(labelled, len(rows) - len(labelled))
+    labeled = [row for row in rows if row.label != NO_LABEL]
+    return Pairs(labeled, len(rows) - len(labeled))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -165,7 +168,7 @@ class _ImageInTsv:
         return io.BytesIO(base64.b64decode(encoded, validate=True))
 
 
-class SNLIVEDataset(torch.utils.data.Dataset):
+class SNLIVEDataset(TextImageDataset):
     """Hypotheses about images; batch them with `SNLIVECollator`.
 
     Args:
@@ -194,22 +197,18 @@ class SNLIVEDataset(torch.utils.data.Dataset):
     ):
         path = Path(pairs)
         read = read_pairs(path)
-        self.pairs, self.left_out = read.labelled, read.left_out
-        self.inputs = Inputs(processor, max_length, cache_images)
+        self.pairs, self.left_out = read.labeled, read.left_out
         inside = path.suffix == ".tsv"
         if inside != (images is None):
             expected = "None for a .tsv, which has its images inside" if inside else "the folder of the images"
             raise ValueError(f"images: expected {expected}, got {images}")
-        self.images = _ImagesInTsv(path) if inside else ImageFolder(Path(images), image_name)
+        source = _ImagesInTsv(path) if inside else ImageFolder(Path(images), image_name)
         if not inside:
-            self.images.require(self.pairs, "pairs")
+            source.require(self.pairs, "pairs")
+        super().__init__(self.pairs, source, processor, max_length, cache_images)
 
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        pair = self.pairs[index]
-        return self.inputs.item(pair.hypothesis, pair, self.images.of(pair)) | {"labels": LABELS.index[pair.label]}
+    def _labels(self, index: int) -> int:
+        return LABELS.index[self.pairs[index].label]
 
 
 def accuracy(predicted: Sequence[str], pairs: Sequence[Pair]) -> float:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import functional as F
 
 from petl_ext.tasks.inputs import IMAGE_SUFFIXES, is_image_file, read_image
 
@@ -150,7 +150,7 @@ def denoising_loss(
     signal, spread = kept.sqrt(), (1 - kept).sqrt()
     target = _target(scheduler.config.prediction_type, latents, noise, signal, spread)
     prediction = unet(signal * latents + spread * noise, times, prompts).sample
-    errors = functional.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
+    errors = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
     losses = errors.view(-1, images).mean(dim=0)
     return losses[0] if images == 1 else losses[0] + prior_weight * losses[1]
 

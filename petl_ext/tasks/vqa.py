@@ -1,6 +1,7 @@
-"""Visual question answering on the official VQAv2 files: dataset, answer vocabulary, loss, metric and results file.
+"""Visual question answering on the official VQAv2 files: dataset, answer vocabulary, metric and results file.
 
-Formats and evaluation: visualqa.org (download, evaluation). Targets, loss and score are those of ViLT and METER.
+Formats and evaluation: visualqa.org (download, evaluation). Targets and score are those of ViLT and METER,
+whose loss is `labels.soft_target_loss`.
 
     questions file    {"questions": [{"question_id", "image_id", "question"}]}
     annotations file  {"annotations": [{"question_id", "image_id", "question_type", "answer_type",
@@ -17,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from petl_ext.losses import soft_target_loss
 from petl_ext.tasks.files import pick, read_json, write_json
-from petl_ext.tasks.inputs import ImageFolder, ImageTextCollator, Inputs
+from petl_ext.tasks.inputs import ImageFolder, ImageTextCollator, TextImageDataset
 from petl_ext.tasks.labels import LabelVocabulary, TypeAccuracy, require_one_each
 from petl_ext.tasks.vqa_answers import normalize_answer
 
@@ -36,6 +36,11 @@ class Question:
     question_id: int
     image_id: int
     question: str
+
+    @property
+    def text(self) -> str:
+        """What a model reads."""
+        return self.question
 
     @property
     def where(self) -> str:
@@ -136,7 +141,7 @@ class AnswerVocabulary(LabelVocabulary):
         return target
 
 
-class VQADataset(torch.utils.data.Dataset):
+class VQADataset(TextImageDataset):
     """Questions about images, as inputs of Hugging Face's `ViltForQuestionAnswering`; batch them with `VQACollator`.
 
     Args:
@@ -169,19 +174,15 @@ class VQADataset(torch.utils.data.Dataset):
     ):
         self.questions = read_questions(questions)
         self.annotations = None if annotations is None else _matching(self.questions, questions, annotations)
-        self.images, self.vocabulary = ImageFolder(Path(images), image_name), vocabulary
-        self.inputs = Inputs(processor, max_length, cache_images)
-        self.images.require(self.questions, "questions")
+        self.vocabulary = vocabulary
+        folder = ImageFolder(Path(images), image_name)
+        folder.require(self.questions, "questions")
+        super().__init__(self.questions, folder, processor, max_length, cache_images)
 
-    def __len__(self) -> int:
-        return len(self.questions)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        question = self.questions[index]
-        item = self.inputs.item(question.question, question, self.images.of(question))
-        if self.annotations is not None:
-            item["labels"] = self.vocabulary.soft_target(self.annotations[index].answers)
-        return item
+    def _labels(self, index: int) -> Tensor | None:
+        if self.annotations is None:
+            return None
+        return self.vocabulary.soft_target(self.annotations[index].answers)
 
 
 def _matching(questions: list[Question], questions_path: str | Path, path: str | Path) -> list[Annotation]:
@@ -197,11 +198,6 @@ def _matching(questions: list[Question], questions_path: str | Path, path: str |
             f"{questions_path}, got {got.get(first, 'no annotation')}; {len(different)} question_ids do not match"
         )
     return [annotations[question.question_id] for question in questions]
-
-
-def vqa_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """`losses.soft_target_loss`: summed over the answers, mean of the batch; both [batch, answers]."""
-    return soft_target_loss(logits, targets)
 
 
 def vqa_score(logits: Tensor, targets: Tensor) -> float:

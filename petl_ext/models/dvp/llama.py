@@ -11,9 +11,9 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from petl_ext.losses import IGNORED, class_loss
 from petl_ext.models.dvp.adapters import AdapterPlan
 from petl_ext.models.dvp.base import DVPModel, with_prompt
+from petl_ext.tasks.labels import IGNORED, label_loss
 
 # transformers 5.24 gave it another name, in outputs too, and is to forget the old one.
 CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
@@ -150,7 +150,7 @@ class DVPLlama(DVPModel):
         """The output of the language modelling head."""
         logits, loss = self.language_model.lm_head(states), None
         if labels is not None:
-            loss = class_loss(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device))
+            loss = label_loss(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device))
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     def _question_end(self, input_ids, attention_mask, labels):

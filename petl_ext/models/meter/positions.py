@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch.nn import functional
+from torch.nn import functional as F
 
 from petl_ext.checks import check_positive_integer
 
@@ -33,7 +33,7 @@ def resize_position_embeddings(weight, grid):
     if grid == old:
         return weight
     patches = weight[1:].unflatten(0, (old, old)).permute(2, 0, 1).to(torch.promote_types(weight.dtype, torch.float32))
-    patches = functional.interpolate(patches[None], size=(grid, grid), mode="bicubic")[0]
+    patches = F.interpolate(patches[None], size=(grid, grid), mode="bicubic")[0]
     return torch.cat([weight[:1], patches.flatten(1).mT.to(weight.dtype)])
 
 

@@ -1,6 +1,6 @@
-"""Pre-trains a small CLIP on digits: `python -m petl_ext.tasks.pretrain_digits_clip --output DIR --seed 0`.
+"""Pre-trains a small CLIP on digits: `python -m petl_ext.demo.digits.pretrain_clip --output DIR --seed 0`.
 
-It sees the training pictures in the domain "plain" (digits_images.py) with captions, "a photo of a red seven." or "a
+It sees the training pictures in the domain "plain" (images.py) with captions, "a photo of a red seven." or "a
 photo of a seven.", and learns which captions are true of which images: CLIP's contrastive loss, except that a caption
 may be true of several images of a batch. The folder loads with `CLIPModel`, `AutoTokenizer` and `AutoImageProcessor`.
 """
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from tqdm.auto import tqdm
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from petl_ext.tasks.digits import CELL, COLOR_NAMES
-from petl_ext.tasks.digits_images import CLASSES, DigitImageMaker, DigitImages
+from petl_ext.demo.digits.images import CLASSES, DigitImageMaker, DigitImages
+from petl_ext.demo.digits.pretraining import Optimization, Optimizer
+from petl_ext.demo.digits.scenes import CELL, COLOR_NAMES
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 VOCABULARY = (*SPECIAL, *CLASSES, *COLOR_NAMES, "a", "photo", "of", ".")
@@ -29,14 +29,11 @@ LARGEST_LOGIT_SCALE = math.log(100)  # CLIP's
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Optimization):
     """Steps, batch size, and the optimizer's settings."""
 
     steps: int = 1500
     batch: int = 64
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.02
-    warmup_steps: int = 60
 
 
 def clip_config() -> CLIPConfig:
@@ -80,30 +77,21 @@ def contrastive_loss(logits: Tensor, true: Tensor) -> Tensor:
         true: bool, likewise.
     """
     directions = (logits, true), (logits.T, true.T)
-    return sum(functional.cross_entropy(x, t / t.sum(dim=1, keepdim=True)) for x, t in directions) / 2
+    return sum(F.cross_entropy(x, t / t.sum(dim=1, keepdim=True)) for x, t in directions) / 2
 
 
 def train(model: CLIPModel, schedule: Schedule, seed: int, progress: bool = True) -> None:
     """All steps, with a warm-up and a cosine decay of the learning rate."""
     rng, maker = np.random.default_rng(seed), DigitImageMaker("train")
     tokenizer, image_processor = make_tokenizer(), make_image_processor()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), schedule.learning_rate, betas=(0.9, 0.98), weight_decay=schedule.weight_decay
-    )
+    optimizer = Optimizer(model, schedule)
     model.train()
-    for step in tqdm(range(schedule.steps), desc="digits CLIP", disable=not progress):
-        rate = min(1, (step + 1) / schedule.warmup_steps) * (1 + math.cos(math.pi * step / schedule.steps)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate * rate
+    for _ in optimizer.steps(schedule.steps, "digits CLIP", progress):
         drawn = maker.make(rng.integers(maker.num_pictures, size=schedule.batch), rng)
         texts, true = make_captions(drawn, rng)
         inputs = dict(tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False))
         inputs["pixel_values"] = image_processor(list(drawn.images), return_tensors="pt")["pixel_values"]
-        loss = contrastive_loss(model(**inputs).logits_per_image, true)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        optimizer.minimize(contrastive_loss(model(**inputs).logits_per_image, true))
         with torch.no_grad():
             model.logit_scale.clamp_(max=LARGEST_LOGIT_SCALE)
     model.eval()

@@ -15,11 +15,11 @@ from transformers import Trainer
 from petl_ext import AdapterConfig, APTConfig, ClassifierOnlyConfig, DeepPromptConfig, FullTuningConfig
 from petl_ext.attaching.handle import Attachment
 from petl_ext.counting import count_macs
-from petl_ext.demo.report import Measured, write_report
-from petl_ext.demo.search import DAS, find_layers
-from petl_ext.demo.training import BOTTLENECK, BarOnly, Method, Run, one_quiet_thread, size_of
+from petl_ext.demo.training import one_quiet_thread
+from petl_ext.demo.vilt.report import Measured, write_report
+from petl_ext.demo.vilt.search import DAS, find_layers
+from petl_ext.demo.vilt.training import BOTTLENECK, Method, ViltRun
 from petl_ext.search import DepthSearch
-from petl_ext.tasks.vqa import accuracy_by_type
 
 TIMED_ROUNDS = 15
 # What --tune tries: the learning rate of the classifier, and that of what a method trains besides the head.
@@ -55,12 +55,6 @@ class Trained:
         skipped = f" ({', '.join(map(str, self.search.selection()))})" if self.search else ""
         return self.method.name + skipped
 
-    def score(self, dataset):
-        """(mean score, score by question type) on `dataset`."""
-        prediction = self.trainer.predict(dataset)
-        answers = dataset.vocabulary.decode(prediction.predictions)
-        return prediction.metrics["test_vqa_score"], accuracy_by_type(answers, dataset.annotations)
-
 
 def run_demo(output="demo_out", quick=False, seed=0, progress=True):
     """Trains every method and writes report.md and charts.
@@ -75,7 +69,7 @@ def run_demo(output="demo_out", quick=False, seed=0, progress=True):
         The report's text.
     """
     with one_quiet_thread():
-        run = Run.prepare(output, size_of(quick), seed, progress)
+        run = ViltRun.prepare(output, ViltRun.size_of(quick), seed, progress)
         trained = [train(method, run) for method in tqdm(METHODS, desc="methods", disable=not progress)]
         measured = _measure(trained, run)
     return write_report(run, measured, next(one for one in trained if one.search))
@@ -88,10 +82,10 @@ def tune(output="demo_out", seed=0, progress=True):
         A table of all that was tried.
     """
     with one_quiet_thread():
-        run = replace(Run.prepare(output, size_of(quick=False), seed, progress), progress=False)
+        run = replace(ViltRun.prepare(output, ViltRun.full, seed, progress), progress=False)
 
         def score(method):
-            return train(method, run).score(run.data.datasets["val"])[0]
+            return run.task.score(train(method, run).trainer, "val").accuracy
 
         tried = [trial for method in tqdm(METHODS, disable=not progress) for trial in _try_rates(method, score)]
     return "\n".join(
@@ -109,9 +103,7 @@ def train(method, run):
     found = time.perf_counter()
     attachment = run.attach(method)
     trainer = run.trainer(attachment, method)
-    if run.progress:
-        trainer.add_callback(BarOnly)
-    trainer.train()
+    run.train(trainer)
     attachment.model.eval()
     return Trained(method, attachment, trainer, search, found - start, time.perf_counter() - found)
 
@@ -127,11 +119,11 @@ def _try_rates(method, score):
 
 
 def _measure(trained, run):
-    data, batch = run.data, run.size.batch
-    scores = [one.score(data.datasets["test"]) for one in trained]
-    inputs = data.inputs("test", batch)
+    task, batch = run.task, run.size.batch
+    scores = [task.score(one.trainer, "test") for one in trained]
+    inputs = task.inputs("test", batch)
     inference = _race([_inference(one, inputs) for one in trained])
-    steps = _race([_training_step(one, data.batch("train", batch)) for one in trained])
+    steps = _race([_training_step(one, task.batch("train", batch)) for one in trained])
     tokens = inputs["input_ids"].size(1) + 1 + 4  # text, the image's class token, patches
     question = {name: tensor[:1] for name, tensor in inputs.items()}
     macs = [count_macs(one.attachment.model, question).total for one in trained]

@@ -1,10 +1,9 @@
 """Handwritten digits as an image folder, one digit per image: `<folder>/seven/0123_0.png`.
 
-The pictures are scikit-learn's, split as in digits.py. In the domain "plain" a digit has a color and stands on black,
+The pictures are scikit-learn's, split as in scenes.py. In the domain "plain" a digit has a color and stands on black,
 in "ground" on a darker color, which may be its own.
 """
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from petl_ext.tasks.digits import COLORS, NOISE, SceneMaker
+from petl_ext.demo.digits.scenes import COLORS, NOISE, SceneMaker
+from petl_ext.demo.digits.write import new_folder
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 GROUND_BRIGHTNESS = {"plain": 0.0, "ground": 0.5}  # of the color behind the digit, by domain
@@ -44,10 +44,10 @@ class DigitImageMaker:
 
     def make(self, pictures: np.ndarray, rng: np.random.Generator) -> DigitImages:
         """One image of each of `pictures`, indices below `num_pictures`: size, place and colors are drawn."""
-        placements = rng.integers(len(self.scenes.cells), size=len(pictures))
+        layouts = rng.integers(len(self.scenes.cells), size=len(pictures))
         colors, grounds = rng.integers(len(COLORS), size=(2, len(pictures)))
         palette = np.array(list(COLORS.values()), dtype=np.float32)[:, None, None]
-        ink = self.scenes.cells[placements, pictures][..., None]
+        ink = self.scenes.cells[layouts, pictures][..., None]
         images = ink * palette[colors] + (1 - ink) * self.brightness * palette[grounds]
         images = images + rng.normal(0, 255 * NOISE, images.shape)
         return DigitImages(images.round().clip(0, 255).astype(np.uint8), self.scenes.labels[pictures], colors)
@@ -65,17 +65,12 @@ def write_digit_images(
     folder, maker = Path(folder), DigitImageMaker(split, domain)
     if copies < 1:
         raise ValueError(f"copies: expected at least 1, got {copies}")
-    if folder.exists():
-        raise FileExistsError(f"folder: expected one that does not exist yet, got {folder}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, *split.encode(), *domain.encode()])
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        unfinished = Path(scratch) / folder.name
+    with new_folder(folder) as unfinished:
         for name in CLASSES:
-            (unfinished / name).mkdir(parents=True)
+            (unfinished / name).mkdir()
         for copy in tqdm(range(copies), desc=f"digits {split}", disable=not progress):
             drawn = maker.make(np.arange(maker.num_pictures), rng)
             for picture, (image, digit) in enumerate(zip(drawn.images, drawn.digits, strict=True)):
                 Image.fromarray(image).save(unfinished / CLASSES[digit] / f"{picture:04d}_{copy}.png")
-        unfinished.rename(folder)
     return folder

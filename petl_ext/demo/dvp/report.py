@@ -4,7 +4,16 @@ import platform
 
 import torch
 
-from petl_ext.demo.report import markdown
+from petl_ext.demo.charts import (
+    BESIDE,
+    draw_types,
+    frame,
+    markdown,
+    new_figure,
+    save_figure,
+    save_report,
+    types_table,
+)
 
 COLUMNS = ("method", "trained parameters", "MACs", "accuracy", "training")
 LAYERS_CHART, TYPES_CHART, SEARCH_CHART = "dvp-layers.png", "dvp-types.png", "dvp-search.png"
@@ -12,15 +21,19 @@ CHOICE = "the search's choice"
 LINES = (("text only", "text only", ":"), ("all tokens", "all visual tokens", "-."), ("mean", "control: mean", "--"))
 
 
-def write_dvp_report(run, results):
+def write_report(run, results):
     """Writes dvp-report.md and the charts below `run.output`; returns the report's text."""
-    parts = [_introduction(run), _layers(results), *(_task(task, results) for task in results.rows)]
-    text = "\n\n".join(parts) + "\n"
-    (run.output / "dvp-report.md").write_text(text, encoding="utf-8")
     _draw_layers(results, run.output / LAYERS_CHART)
-    _draw_types(results, run.output / TYPES_CHART)
+    draw_types(_charted(results), run.output / TYPES_CHART)
     results.search.plot(run.output / SEARCH_CHART)
-    return text
+    parts = [_introduction(run), _layers(results), *(_task(task, results) for task in results.rows)]
+    return save_report(parts, run.output / "dvp-report.md")
+
+
+def _charted(results):
+    """Of DVP's rows for every layer only that of the search's choice."""
+    rows = [row for row in results.rows["VQA"] if row not in results.every_layer or row is results.chosen]
+    return {row.name: row.score for row in rows}
 
 
 def _introduction(run):
@@ -55,7 +68,8 @@ def _layers(results):
     search = results.search
     chosen = search.selection()
     dvp, text, mean = results.chosen, results.first("text only"), results.first("mean")
-    best = max(results.every_layer, key=lambda row: row.accuracy)
+    best = max(results.every_layer, key=lambda row: row.score.accuracy)
+    layer, accuracy = best.method.insert_layer, best.score.accuracy
     preferences = ", ".join(f"{preference:+.2f}" for preference in search.bandit.preferences)
     return f"""## Which layer
 
@@ -67,7 +81,7 @@ would hardly be trained at all.
 
 With a larger K fewer layers are trained, and the query has been through more of them.
 
-- DVP at the chosen layer {_difference(dvp, best)} the best layer, {best.method.insert_layer} ({best.accuracy:.1%}).
+- DVP at the chosen layer {_difference(dvp, best)} the best layer, {layer} ({accuracy:.1%}).
 - It {_difference(dvp, text)} text only.
 - It {_difference(dvp, mean)} the control.
 
@@ -77,16 +91,15 @@ With a larger K fewer layers are trained, and the query has been through more of
 
 
 def _difference(row, other):
-    points = 100 * (row.accuracy - other.accuracy)
+    points = 100 * (row.score.accuracy - other.score.accuracy)
     return "equals" if round(points, 1) == 0 else f"is {abs(points):.1f} points {'above' if points > 0 else 'below'}"
 
 
 def _task(task, results):
     rows, chosen = results.rows[task], results.search.selection()
     cells = [_cells(row, chosen) for row in rows]
-    types = list(rows[0].by_type)
-    scores = [[_name(row, chosen), *(f"{row.by_type[kind].accuracy:.0%}" for kind in types)] for row in rows]
-    body = [markdown([COLUMNS, *cells]), _types_header(task), markdown([("method", *types), *scores])]
+    scores = {_name(row, chosen): row.score for row in rows}
+    body = [markdown([COLUMNS, *cells]), _types_header(task), types_table(scores)]
     parts = [f"## {task}", *body]
     return "\n\n".join([*parts, f"![accuracy by type of question]({TYPES_CHART})"] if task == "VQA" else parts)
 
@@ -105,23 +118,21 @@ def _cells(row, chosen):
         _name(row, chosen),
         f"{row.trained:,}",
         f"{row.macs / 1e6:.1f} M",
-        f"{row.accuracy:.1%} ± {row.standard_error:.1%}",
+        str(row.score),
         f"{row.seconds:.0f} s",
     )
 
 
 def _draw_layers(results, path):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = new_figure(9, 5)
     axes = figure.add_subplot(xlabel="layer K before which the prompt enters", ylabel="accuracy on the test split, %")
     rows, chosen = results.every_layer, results.search.selection()
     layers = [row.method.insert_layer for row in rows]
-    heights = [100 * row.accuracy for row in rows]
-    errors = [100 * row.standard_error for row in rows]
+    heights = [100 * row.score.accuracy for row in rows]
+    errors = [100 * row.score.standard_error for row in rows]
     axes.errorbar(layers, heights, errors, fmt="o-", color="#1f3b63", capsize=3, label="DVP at layer K")
     axes.plot(chosen, heights[chosen], "o", color="#d4502a", markersize=14, fillstyle="none", mew=2.5, label=CHOICE)
-    adapted = results.first("prompt", use_adapters=True)
+    adapted = results.first("prompt", use_adapters=True).score
     axes.errorbar(
         chosen,
         100 * adapted.accuracy,
@@ -132,30 +143,10 @@ def _draw_layers(results, path):
         label="DVP_adp",
     )
     for (kind, label, dashes), color in zip(LINES, ("0.5", "#7a5ea8", "#d4502a"), strict=True):
-        axes.axhline(100 * results.first(kind).accuracy, linestyle=dashes, color=color, label=label)
+        axes.axhline(100 * results.first(kind).score.accuracy, linestyle=dashes, color=color, label=label)
     axes.set_xticks(layers)
     axes.set_ylim(0, 100)
-    axes.grid(axis="y", color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    frame(axes, grid="y")
     axes.set_title("Digits VQA: one visual prompt at layer K of MiniLM")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    figure.savefig(path, dpi=120)
-
-
-def _draw_types(results, path):
-    from matplotlib.figure import Figure
-
-    rows = [row for row in results.rows["VQA"] if row not in results.every_layer or row is results.chosen]
-    types = list(rows[0].by_type)
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    axes = figure.add_subplot(ylabel="accuracy on the test split, %")
-    width = 0.8 / len(rows)
-    for index, row in enumerate(rows):
-        places = [kind + (index - len(rows) / 2 + 0.5) * width for kind in range(len(types))]
-        axes.bar(places, [100 * row.by_type[kind].accuracy for kind in types], width, label=row.name)
-    axes.set_xticks(range(len(types)), types)
-    axes.margins(x=0.02)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    figure.savefig(path, dpi=120)
+    axes.legend(**BESIDE)
+    save_figure(figure, path)

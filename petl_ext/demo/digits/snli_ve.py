@@ -1,4 +1,4 @@
-"""Hypotheses in SNLI-VE's file formats about scenes of handwritten digits; `digits.write_digits` writes them.
+"""Hypotheses in SNLI-VE's file formats about scenes of handwritten digits; `write.write_digits` writes them.
 
 What is in a dark cell is not seen: it may be any digit in any color, or nothing. So a hypothesis, which always says
 that something is there, is entailed where the scene shows it, contradicted where no content of the dark cells could
@@ -18,15 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-from petl_ext.tasks.digits import (
+from petl_ext.demo.digits.scenes import (
     COLOR_NAMES,
     POSITIONS,
     RELATIONS,
     SIDES,
     DigitObject,
-    DigitsFiles,
     SceneSplit,
     caption,
+    images_folder,
     on_side,
     stands,
 )
@@ -196,7 +196,7 @@ class SNLIVEDigitsFiles:
     def of(cls, folder: str | Path, split: str) -> "SNLIVEDigitsFiles":
         """The files of `split` (train, val, test) under `folder`."""
         base = Path(folder) / f"digits_{split}_snli_ve"
-        images = DigitsFiles.of(folder, split).images
+        images = images_folder(folder, split)
         return cls(base.with_suffix(".jsonl"), base.with_suffix(".tsv"), images, "{image_id}.png")
 
 

@@ -4,22 +4,24 @@ All rows of a task see the same data in the same order for the same number of st
 measured in the run that writes it.
 """
 
-import math
 import time
 from dataclasses import dataclass, replace
 
 from tqdm.auto import tqdm
 
 from petl_ext.counting import count_macs, count_parameters
-from petl_ext.demo.dvp_report import write_dvp_report
-from petl_ext.demo.dvp_training import DVP_QUICK, LAYERS, DVPMethod, DVPRun, DVPSize, find_insert_layer
-from petl_ext.demo.training import BarOnly, one_quiet_thread
+from petl_ext.demo.data import Score
+from petl_ext.demo.dvp.report import write_report
+from petl_ext.demo.dvp.search import find_insert_layer
+from petl_ext.demo.dvp.training import LAYERS, DVPRun, Method
+from petl_ext.demo.training import one_quiet_thread
+from petl_ext.search import PlacementSearch
 
-TEXT_ONLY = DVPMethod("text only", "text only")
-ALL_TOKENS = DVPMethod("all visual tokens as prompts", "all tokens", insert_layer=0)
-MEAN = DVPMethod("control: mean of the tokens, no question", "mean")
-DVP = DVPMethod("DVP", "prompt")
-DVP_ADP = DVPMethod("DVP_adp", "prompt", use_adapters=True)
+TEXT_ONLY = Method("text only", "text only")
+ALL_TOKENS = Method("all visual tokens as prompts", "all tokens", insert_layer=0)
+MEAN = Method("control: mean of the tokens, no question", "mean")
+DVP = Method("DVP", "prompt")
+DVP_ADP = Method("DVP_adp", "prompt", use_adapters=True)
 # Rows of each task; on VQA there is one of DVP for every layer.
 ROWS = {
     "VQA": (TEXT_ONLY, ALL_TOKENS, MEAN, *(replace(DVP, insert_layer=layer) for layer in range(LAYERS)), DVP_ADP),
@@ -29,14 +31,13 @@ ROWS = {
 
 
 @dataclass(frozen=True)
-class DVPMeasured:
-    """What one row cost and learned. MACs are the language model's side, for one question; accuracies are in [0, 1]."""
+class Measured:
+    """What one row cost and learned. MACs are the language model's side, for one question."""
 
-    method: DVPMethod
+    method: Method
     trained: int
     macs: int
-    accuracy: float
-    by_type: dict
+    score: Score
     seconds: float
 
     @property
@@ -44,18 +45,13 @@ class DVPMeasured:
         prompted = self.method.kind in ("mean", "prompt")
         return f"{self.method.name}, layer {self.method.insert_layer}" if prompted else self.method.name
 
-    @property
-    def standard_error(self):
-        questions = sum(one.count for one in self.by_type.values())
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / questions)
-
 
 @dataclass(frozen=True)
-class DVPResults:
+class Results:
     """All rows by task, and the search before them."""
 
     rows: dict
-    search: object
+    search: PlacementSearch
     search_seconds: float
 
     @property
@@ -87,7 +83,7 @@ def run_dvp_demo(output="demo_out", quick=False, seed=0, progress=True):
         The report's text.
     """
     with one_quiet_thread():
-        run = DVPRun.prepare(output, dvp_size_of(quick), seed, progress)
+        run = DVPRun.prepare(output, DVPRun.size_of(quick), seed, progress)
         start = time.perf_counter()
         search = find_insert_layer(run)
         seconds = time.perf_counter() - start
@@ -95,12 +91,7 @@ def run_dvp_demo(output="demo_out", quick=False, seed=0, progress=True):
         rows = {task: [] for task in ROWS}
         for task, method in tqdm(methods, desc="trainings", disable=not progress):
             rows[task].append(train_and_measure(method, task, run))
-    return write_dvp_report(run, DVPResults(rows, search, seconds))
-
-
-def dvp_size_of(quick, search_steps=None):
-    size = DVP_QUICK if quick else DVPSize()
-    return size if search_steps is None else replace(size, search_steps=search_steps)
+    return write_report(run, Results(rows, search, seconds))
 
 
 def train_and_measure(method, task, run):
@@ -108,17 +99,12 @@ def train_and_measure(method, task, run):
     start = time.perf_counter()
     model = run.make_model(method, task)
     trainer = run.trainer(model, task)
-    if run.progress:
-        trainer.add_callback(BarOnly)
-    trainer.train()
+    run.train(trainer)
     seconds = time.perf_counter() - start
-    data = run.data.tasks[task]
-    prediction = trainer.predict(data.datasets["test"])
-    by_type = data.by_type(data.vocabulary.decode(prediction.predictions), data.datasets["test"])
-    questions = sum(one.count for one in by_type.values())
-    accuracy = sum(one.count * one.accuracy for one in by_type.values()) / questions
-    macs = count_macs(model, run.data.batch(task, "test", 1)).total
-    return DVPMeasured(method, count_parameters(model)[0], macs, accuracy, by_type, seconds)
+    task = run.tasks[task]
+    score = task.score(trainer, "test")
+    macs = count_macs(model, task.batch("test", 1)).total
+    return Measured(method, count_parameters(model)[0], macs, score, seconds)
 
 
 def _at(method, insert_layer):

@@ -1,4 +1,4 @@
-"""Questions in GQA's file format about scenes of handwritten digits; `digits.write_digits` writes them.
+"""Questions in GQA's file format about scenes of handwritten digits; `write.write_digits` writes them.
 
 A dark cell is empty: "is there a digit in the northwest?" is "no" there. A question alone tells nothing about its
 answer: a yes-no question is asked only where its type has true and false ones to choose from, and a fair coin chooses;
@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from petl_ext.tasks.digits import (
+from petl_ext.demo.digits.scenes import (
     COLOR_NAMES,
     POSITIONS,
     QUESTIONS_PER_IMAGE_ID,
     RELATIONS,
     SIDES,
     DigitObject,
-    DigitsFiles,
     SceneSplit,
+    images_folder,
     on_side,
     stands,
 )
@@ -228,7 +228,7 @@ class GQADigitsFiles:
     @classmethod
     def of(cls, folder: str | Path, split: str) -> "GQADigitsFiles":
         """The files of `split` (train, val, test) under `folder`."""
-        images = DigitsFiles.of(folder, split).images
+        images = images_folder(folder, split)
         return cls(Path(folder) / f"digits_{split}_balanced_questions.json", images, "{image_id}.png")
 
 

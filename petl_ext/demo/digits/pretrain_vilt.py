@@ -1,4 +1,4 @@
-"""Pre-trains the small ViLT of the demo: `python -m petl_ext.tasks.pretrain_digits --output DIR --seed 0`.
+"""Pre-trains the small ViLT of the demo: `python -m petl_ext.demo.digits.pretrain_vilt --output DIR --seed 0`.
 
 The model looks at scenes of the training digits. First it learns to name the digit and the color in each image patch
 (object tags: direct supervision); then it also reads captions, restores their masked words, and tells whether a caption
@@ -8,7 +8,6 @@ has a wrong word. It never sees a question. The folder loads with
 
 import argparse
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +17,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
-from tqdm.auto import tqdm
+from torch.nn import functional as F
 from transformers import BertTokenizer, ViltConfig, ViltForMaskedLM, ViltImageProcessorPil, ViltProcessor
 from transformers.utils import ModelOutput
 
-from petl_ext.losses import IGNORED
-from petl_ext.tasks.digits import CELL, COLOR_NAMES, POSITIONS, DigitObject, SceneMaker, Scenes, caption
+from petl_ext.demo.digits.pretraining import Optimization, Optimizer
+from petl_ext.demo.digits.scenes import CELL, COLOR_NAMES, POSITIONS, DigitObject, SceneMaker, Scenes, caption
+from petl_ext.tasks.labels import IGNORED
 
 logger = logging.getLogger("petl_ext")
 
@@ -43,16 +42,13 @@ TAG_WEIGHT, MATCH_WEIGHT = 0.5, 0.5
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Optimization):
     """Steps and batch sizes of the two stages, and the optimizer's settings."""
 
     tag_steps: int = 400
     tag_batch: int = 128
     caption_steps: int = 1200
     caption_batch: int = 64
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.02
-    warmup_steps: int = 60
 
 
 def vilt_config() -> ViltConfig:
@@ -192,7 +188,7 @@ def _is_true(words: list[str], objects: list[DigitObject]) -> bool:
 def tag_loss(model: PretrainingModel, hidden: Tensor, scenes: Scenes) -> Tensor:
     """Sum of the cross-entropies of the patches' digit and color."""
     results = model.tag_results(hidden, scenes)
-    return torch.stack([functional.cross_entropy(*result) for result in results.values()]).sum()
+    return torch.stack([F.cross_entropy(*result) for result in results.values()]).sum()
 
 
 def tag_stage_loss(model: PretrainingModel, scenes: Scenes, _: np.random.Generator) -> Tensor:
@@ -205,8 +201,8 @@ def caption_stage_loss(model: PretrainingModel, scenes: Scenes, rng: np.random.G
     """Second stage: masked words and matching, two thirds and one third of the batch, and object tags."""
     captions = make_captions(scenes, len(scenes) // 3, rng)
     output = model(captions.input_ids, scenes)
-    words = functional.cross_entropy(*model.word_results(output, captions))
-    matching = functional.cross_entropy(*model.match_results(output, captions))
+    words = F.cross_entropy(*model.word_results(output, captions))
+    matching = F.cross_entropy(*model.match_results(output, captions))
     return words + MATCH_WEIGHT * matching + TAG_WEIGHT * tag_loss(model, output.last_hidden_state, scenes)
 
 
@@ -217,24 +213,15 @@ def train(model: PretrainingModel, schedule: Schedule, seed: int, progress: bool
     """Both stages, each with a warm-up and a cosine decay of the learning rate."""
     rng = np.random.default_rng(seed)
     maker = SceneMaker("train")
-    optimizer = torch.optim.AdamW(
-        model.parameters(), schedule.learning_rate, betas=(0.9, 0.98), weight_decay=schedule.weight_decay
-    )
+    optimizer = Optimizer(model, schedule)
     stages: tuple[tuple[str, Loss, int, int], ...] = (
         ("object tags", tag_stage_loss, schedule.tag_steps, schedule.tag_batch),
         ("captions", caption_stage_loss, schedule.caption_steps, schedule.caption_batch),
     )
     model.train()
     for name, loss_of, steps, batch in stages:
-        for step in tqdm(range(steps), desc=name, disable=not progress):
-            rate = min(1, (step + 1) / schedule.warmup_steps) * (1 + math.cos(math.pi * step / steps)) / 2
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.learning_rate * rate
-            loss = loss_of(model, maker.make(batch, rng), rng)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+        for _ in optimizer.steps(steps, name, progress):
+            optimizer.minimize(loss_of(model, maker.make(batch, rng), rng))
 
 
 @torch.no_grad()
@@ -277,7 +264,7 @@ def save(model: PretrainingModel, folder: Path) -> None:
 
 README = """# A small pre-trained ViLT for the demo
 
-Made by `python -m petl_ext.tasks.pretrain_digits --seed {seed}` in {minutes:.1f} minutes on one CPU thread.
+Made by `python -m petl_ext.demo.digits.pretrain_vilt --seed {seed}` in {minutes:.1f} minutes on one CPU thread.
 
 - {parameters:,} parameters, stored as float16; `from_pretrained` gives float32.
 - Data: scenes composed of 1197 of scikit-learn's 1797 handwritten digits, and captions of them. The other 600 digits,

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 from tqdm.auto import tqdm
 
-from petl_ext.demo.report import markdown
-from petl_ext.demo.run import train
-from petl_ext.demo.search import DAS, find_layers
-from petl_ext.demo.training import Run, one_quiet_thread, size_of
+from petl_ext.demo.charts import markdown
+from petl_ext.demo.training import one_quiet_thread
+from petl_ext.demo.vilt.run import train
+from petl_ext.demo.vilt.search import DAS, find_layers
+from petl_ext.demo.vilt.training import ViltRun
 
 
 def compare(run):
@@ -32,7 +33,7 @@ def compare(run):
 def _scores(layer, run):
     config = replace(DAS.config, skip=(layer,), permanent=True)
     trained = train(replace(DAS, config=config, num_skip=0), run)
-    return [trained.score(run.data.datasets[split])[0] for split in ("val", "test")]
+    return [run.task.score(trained.trainer, split).accuracy for split in ("val", "test")]
 
 
 def main(arguments=None):
@@ -43,8 +44,9 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-progress", action="store_true", help="without progress bars")
     options = parser.parse_args(arguments)
+    size = ViltRun.size_of(options.quick)
     with one_quiet_thread():
-        print(compare(Run.prepare(options.output, size_of(options.quick), options.seed, not options.no_progress)))
+        print(compare(ViltRun.prepare(options.output, size, options.seed, not options.no_progress)))
 
 
 if __name__ == "__main__":
