@@ -28,11 +28,14 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, register_peft_method
 from torch import nn
 
-from petl_ext.attaching.families import FAMILIES, SITE_CLASSES, family_of
+from petl_ext.attaching.families import FAMILIES, family_of
+from petl_ext.attaching.methods import CONFIGS
+from petl_ext.attaching.patterns import whole_name
 from petl_ext.attaching.sites.site import Site, location_beside, width_of
 from petl_ext.composing import composed, has_device_hook, unchanged_on_error
 from petl_ext.nn.apt import APTLayer, apt_output, current_keys, frozen_keys
 
+SITE_CLASSES = CONFIGS["apt"].site_classes["apt"]
 METHOD = "petl_apt"
 PEFT_TYPE = METHOD.upper()
 PREFIX = f"{METHOD}_"  # "apt_" would be part of "adapt_", and PEFT looks for it anywhere in a name
@@ -363,14 +366,14 @@ def _check_not_empty(model, adapter_name, config):
 def _default_targets(model, config):
     """What `petl_ext.attach` takes in this model: the ends of the names behind the layer's index where they say it all,
     as in LoRA's defaults, otherwise a regular expression."""
-    patterns = FAMILIES.get(family_of(model), {}).get("apt")
-    if patterns is None:
-        known = ", ".join(family for family, sites in FAMILIES.items() if "apt" in sites)
+    patterns = family_of(model).patterns("apt")
+    if not patterns:
+        known = ", ".join(family.name for family in FAMILIES.values() if "apt" in family.sites)
         raise ValueError(
             f"APTConfig: {type(model).__name__} belongs to none of the families with default targets ({known}); "
             "give target_modules"
         )
-    pattern = rf"(.*\.)?({patterns})"
+    pattern = whole_name("|".join(patterns))
     names = [name for name, _ in model.named_modules()]
     ends = {re.split(r"\.\d+\.", name)[-1] for name in names if re.fullmatch(pattern, name)}
     if all(re.fullmatch(pattern, name) for name in names if any(f".{name}".endswith(f".{end}") for end in ends)):
@@ -394,11 +397,11 @@ def _site_class(target, target_name, parent, name):
         raise ValueError(
             f"APT: {name} has a forward of its own, put there by another library, that would bypass the adapter"
         )
-    for site_class in SITE_CLASSES["apt"]:
+    for site_class in SITE_CLASSES:
         if site_class.candidates(parent).get(target_name) is target:
             _check_site(site_class, target, name)
             return site_class
-    looked_for = " or ".join(site_class.looked_for for site_class in SITE_CLASSES["apt"])
+    looked_for = " or ".join(site_class.looked_for for site_class in SITE_CLASSES)
     raise ValueError(
         f"APT: target_modules must name {looked_for}; {name} is a {type(target).__name__} that is none of them"
     )
