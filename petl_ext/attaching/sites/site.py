@@ -14,7 +14,7 @@ class Place:
 
     Attributes:
         name: the dotted name of the module that carries it, "" for the model itself.
-        site_class: the `Site` that the module becomes.
+        site_class: what the module becomes: a `Site`, or another `Composable` with a `child`.
     """
 
     name: str
