@@ -112,9 +112,9 @@ def _check_free(model):
         if isinstance(module, sharding):
             raise ValueError(f"attach: {name or 'the model'} is sharded; attach to the model first, then shard it")
         if HANDLE in vars(module):
-            place = name or "the model"
             raise ValueError(
-                f"attach: {getattr(module, HANDLE).config} is already attached to {place}; detach() it first"
+                f"attach: {getattr(module, HANDLE).config} is already attached to {name or 'the model'}; "
+                "detach() it first"
             )
     for name, module in model.named_modules():
         if isinstance(module, Site) and module.child in module._modules:

@@ -6,7 +6,7 @@ from petl_ext.attaching.families import FAMILIES, Family
 from petl_ext.attaching.methods.class_token import ClassTokenConfig
 from petl_ext.attaching.patterns import is_part, matches
 from petl_ext.attaching.sites.site import Place, candidates_of
-from petl_ext.composing import has_device_hook
+from petl_ext.composing import has_foreign_forward
 from petl_ext.printing import listed
 
 
@@ -148,7 +148,7 @@ def _check_site(place, module):
     child = place.site_class.child
     if hasattr(module, child):
         raise ValueError(f"attach: {place.name} already has a child {child!r}; detach what is attached there first")
-    if "forward" in vars(module) and not has_device_hook(module):
+    if has_foreign_forward(module):
         raise ValueError(
             f"attach: {place.name} has a forward of its own, put there by another library, that would bypass the layer"
         )

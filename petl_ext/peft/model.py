@@ -10,7 +10,7 @@ from petl_ext.attaching.families import FAMILIES, family_of
 from petl_ext.attaching.methods import CONFIGS
 from petl_ext.attaching.patterns import whole_name
 from petl_ext.attaching.sites.site import Site
-from petl_ext.composing import composed, has_device_hook, unchanged_on_error
+from petl_ext.composing import composed, has_foreign_forward, unchanged_on_error
 from petl_ext.peft.layer import NO_MERGE, PREFIX, APTTunerLayer
 
 SITE_CLASSES = CONFIGS["apt"].site_classes["apt"]
@@ -114,7 +114,7 @@ def _site_class(target, target_name, parent, name):
             f"APT: {name} already carries another method, {type(target).__name__}; take that out first, or choose "
             "other target_modules"
         )
-    if "forward" in vars(target) and not has_device_hook(target):
+    if has_foreign_forward(target):
         raise ValueError(
             f"APT: {name} has a forward of its own, put there by another library, that would bypass the adapter"
         )

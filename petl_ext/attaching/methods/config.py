@@ -21,7 +21,7 @@ class Config:
             otherwise regular expressions, each of which must match the end of a site's dotted name from a dot or from
             its start: "attention.output", r"layer\\.[0-5]\\.attention\\.output"; of CLIP's two towers only the one that
             sees, r"vision_model\\..*self_attn"; of a UNet only the cross-attentions, "attn2". So they also say where
-            in a model that is in no family's table.
+            in a model of no known family.
         class_token: whether the method trains a class token too, which `ClassTokenConfig` explains, as the authors'
             APT, its baselines and DAS's METER do; ViLT and METER only.
     """

@@ -111,7 +111,7 @@ class SkippableLayer(AdapterSite):
 
 
 class DeclaredTensorLayer(SkippableLayer):
-    """A layer of a model that is in no table, which must say what it returns: where a model expects a tuple, a tensor
+    """A layer of a model of no known family, which must say what it returns: where a model expects a tuple, a tensor
     in its place can be taken apart sample by sample, without an error."""
 
     looked_for = (
@@ -176,7 +176,7 @@ class DASConfig(Config):
         skip: indices of the layers that are skipped now, in the order of `SkippingAttachment.layers`.
         permanent: whether the weights of these layers are removed from the model.
         sites: regular expressions for the layers that can be skipped; None stands for the family's. A layer of a model
-            that is in no family's table must be declared `forward(self, hidden_states, ...) -> torch.Tensor`.
+            of no known family must be declared `forward(self, hidden_states, ...) -> torch.Tensor`.
     """
 
     method: ClassVar[str] = "das"
