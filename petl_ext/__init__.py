@@ -3,19 +3,13 @@
 import importlib
 
 from petl_ext import ops
-from petl_ext.attaching import (
-    AdapterConfig,
-    APTConfig,
-    Attachment,
-    ClassifierOnlyConfig,
-    ClassTokenConfig,
-    DASConfig,
-    DeepPromptConfig,
-    FullTuningConfig,
-    SkippingAttachment,
-    attach,
-    load,
-)
+from petl_ext.attaching import Attachment, SkippingAttachment, attach, load
+from petl_ext.attaching.methods.adapter import AdapterConfig
+from petl_ext.attaching.methods.apt import APTConfig
+from petl_ext.attaching.methods.class_token import ClassTokenConfig
+from petl_ext.attaching.methods.das import DASConfig
+from petl_ext.attaching.methods.deep_prompts import DeepPromptConfig
+from petl_ext.attaching.methods.tuning import ClassifierOnlyConfig, FullTuningConfig
 from petl_ext.nn import AdapterLayer, APTLayer, VisualPromptLayer
 from petl_ext.patching import patch, patch_class, unpatch, unpatch_class
 from petl_ext.search import DepthSearch, PlacementSearch

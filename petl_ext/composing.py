@@ -53,6 +53,11 @@ def has_device_hook(module):
     return "_hf_hook" in vars(module)
 
 
+def has_foreign_forward(module):
+    """Whether another library has given this one module a forward, which would hide that of a composed class."""
+    return "forward" in vars(module) and not has_device_hook(module)
+
+
 @contextmanager
 def unchanged_on_error(model):
     """Puts back all modules' classes, attributes and children, requires_grad and what is attached.

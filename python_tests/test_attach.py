@@ -13,10 +13,10 @@ from two_processes import in_two_processes
 import petl_ext
 from petl_ext import APTConfig, ClassifierOnlyConfig, DASConfig
 
-every_method = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.placement or config.method)
+every_method = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.row or config.method)
 every_model = pytest.mark.parametrize("model_class", KEEP, ids=lambda model_class: model_class.__name__)
 methods_with_layers = pytest.mark.parametrize(
-    "config", [config for config in CONFIGS if config.placement], ids=lambda config: config.placement
+    "config", [config for config in CONFIGS if config.row], ids=lambda config: config.row
 )
 
 
@@ -325,12 +325,12 @@ def gradients_of(model, attachment, seed):
 
 def data_parallel_gradients(rank, config):
     model, attachment = attached(config)
-    changes = config.placement == "bypass"
+    changes = config.row == "bypass"
     wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=changes)
     return gradients_of(wrapped, attachment, seed=10 + rank)
 
 
-@pytest.mark.parametrize("config", [CONFIGS[0], DASConfig(bottleneck=6)], ids=lambda config: config.placement)
+@pytest.mark.parametrize("config", [CONFIGS[0], DASConfig(bottleneck=6)], ids=lambda config: config.row)
 def test_data_parallel_ranks_share_gradients(config):
     shared = in_two_processes(data_parallel_gradients, config)
     alone = [gradients_of(*attached(config), seed=10 + rank) for rank in range(2)]

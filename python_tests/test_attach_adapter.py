@@ -164,7 +164,7 @@ def test_published_counts_on_vilt():
         attachment = petl_ext.attach(model, config)
         rows = attachment.report().rows
         assert (sum(row.parameters for row in rows), len(rows)) == (parameters, layers)
-        bypasses = {row.parameters for row in rows if row.site.endswith("bypass")}
+        bypasses = {row.parameters for row in rows if row.layer.endswith("bypass")}
         assert bypasses == ({297_408} if config == DASConfig() else set())
         attachment.detach()
 
@@ -182,8 +182,8 @@ def test_published_counts_on_meter():
         attachment = petl_ext.attach(model, config)
         rows = attachment.report().rows
         assert (sum(row.parameters for row in rows), len(rows)) == (parameters, layers)
-        assert all(row.site.startswith("meter.cross_modal_") for row in rows)
-        bypasses = {row.parameters for row in rows if row.site.endswith("bypass")}
+        assert all(row.layer.startswith("meter.cross_modal_") for row in rows)
+        bypasses = {row.parameters for row in rows if row.layer.endswith("bypass")}
         assert bypasses == ({444_960} if config == DASConfig() else set())
         attachment.detach()
 

@@ -125,7 +125,7 @@ def test_models_and_arguments_of_the_wrong_kind():
         petl_ext.attach(Elsewhere(), APTConfig(sites=["linear"]))
     with pytest.raises(TypeError, match="keep must be a list of names, got 'classifier'"):
         petl_ext.attach(make_model(), APTConfig(), keep="classifier")
-    with pytest.raises(TypeError, match=r"config must be one of APTConfig, .*got 'apt'"):
+    with pytest.raises(TypeError, match=r"config must be one of AdapterConfig, APTConfig, .*got 'apt'"):
         petl_ext.attach(make_model(), "apt")
 
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import petl_ext
-from petl_ext.attaching import AdapterConfig, APTConfig, DASConfig, DeepPromptConfig
+from petl_ext import AdapterConfig, APTConfig, DASConfig, DeepPromptConfig
 from petl_ext.models import (
     MeterForImageAndTextRetrieval,
     MeterForImagesAndTextClassification,

@@ -133,8 +133,8 @@ def test_the_report_has_a_row_for_it(config):
         assert attachment.report().trained == sum(parameter.numel() for parameter in model.parameters())
         return
     for arguments in ({"tokens": 9}, {"inputs": make_inputs(model)}):
-        (row,) = (row for row in attachment.report(**arguments).rows if row.site.endswith(name))
-        assert (row.layer, row.parameters, row.macs, row.kernel) == ("ClassToken", tiny_vilt.DIM, 0, "none")
+        (row,) = (row for row in attachment.report(**arguments).rows if row.layer.endswith(name))
+        assert (row.class_name, row.parameters, row.macs, row.kernel) == ("ClassToken", tiny_vilt.DIM, 0, "none")
 
 
 def test_other_text_embeddings_by_sites():

@@ -3,9 +3,11 @@
 import importlib
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from petl_ext.attaching.families import FAMILIES
 from petl_ext.ops.kernels import OPS
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +31,8 @@ def test_a_page_runs(page, tmp_path, monkeypatch):
     code = python_of(page)
     assert code.strip(), f"{page.name} holds no Python"
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, page, "exec"), {"__name__": "__main__"})
+    with mock.patch.dict(FAMILIES):
+        exec(compile(code, page, "exec"), {"__name__": "__main__"})
 
 
 def test_readme_names_every_page():

@@ -30,6 +30,7 @@ from tiny_dvp import (
     with_prompt,
 )
 from tiny_families import FAMILIES
+from tiny_vilt import randomise
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -45,6 +46,7 @@ from transformers import (
 )
 from transformers_names import CHECKPOINTING_ARGUMENT, disable_checkpointing, enable_checkpointing
 
+import petl_ext
 from petl_ext import AdapterLayer
 from petl_ext.counting import count_macs
 from petl_ext.models import DVPT5, DVPBert, DVPLlama
@@ -579,13 +581,38 @@ def test_bad_files_leave_the_language_model_as_it_was(edit, message, tmp_path):
     bert.embeddings.requires_grad_(False)
     state = {name: tensor.clone() for name, tensor in bert.state_dict().items()}
     trained = {name for name, p in bert.named_parameters() if p.requires_grad}
-    hooks = [len(module._forward_hooks) for module in bert.modules()]
+    classes = [type(module) for module in bert.modules()]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         DVPBert.from_folder(folder, bert)
     assert bert.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in bert.state_dict().items())
     assert {name for name, p in bert.named_parameters() if p.requires_grad} == trained
-    assert [len(module._forward_hooks) for module in bert.modules()] == hooks
+    assert [type(module) for module in bert.modules()] == classes
+
+
+def test_adapters_leave_room_for_what_is_attached():
+    model = make_model("bert", use_adapters=True)
+    inputs = make_inputs(model)
+    own = {name: type(module) for name, module in model.named_modules()}
+    before = logits(model, inputs)
+    attachment = petl_ext.attach(model, petl_ext.APTConfig(num_prompts=3, sites=[r"attention\.output"]))
+    randomise(attachment)
+    assert not torch.allclose(logits(model, inputs), before)
+    with attachment.disable():
+        assert torch.equal(logits(model, inputs), before)
+    attachment.detach()
+    assert {name: type(module) for name, module in model.named_modules()} == own
+    assert torch.equal(logits(model, inputs), before)
+
+
+@every_family
+def test_adapted_modules_are_still_what_they_were(family):
+    model, bare = make_model(family, use_adapters=True), make_language_model(family)
+    adapted = {name: module for name, module in model.language_model.named_modules() if hasattr(module, "adapter")}
+    assert len(adapted) == len(filled(PLACES[family]))
+    for name, module in adapted.items():
+        own = type(bare.get_submodule(name))
+        assert isinstance(module, own) and type(module).__name__ == own.__name__ and not module._forward_hooks
 
 
 @every_family

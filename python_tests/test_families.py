@@ -31,7 +31,7 @@ from petl_ext.ops import adapter_reference, apt_reference
 LAYERS = 1
 CONFIGS = [APTConfig(num_prompts=5, rank=2), AdapterConfig(bottleneck=6), AdapterConfig(kind="parallel", bottleneck=6)]
 every_family = pytest.mark.parametrize("family", ALL_FAMILIES)
-every_method = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.placement)
+every_method = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.row)
 
 # Where layers go in a model of one layer per stack.
 _TEXT, _VISION = "text_model.encoder.layers.0", "vision_model.encoder.layers.0"
@@ -60,7 +60,7 @@ MLPS = ("mlp", "DenseReluDense", "ff")
 
 
 def sites_of(family, config):
-    behind_all = config.placement == "sequential_adapter"
+    behind_all = config.row == "sequential_adapter"
     return tuple(name for name in SITES[family] if behind_all or not name.endswith(MLPS))
 
 
@@ -337,7 +337,7 @@ def test_the_sizes_of_published_clip():
         vision_config={**shared, "hidden_size": 768, "image_size": 32, "patch_size": 32},
     )
     attachment = petl_ext.attach(CLIPModel(config), APTConfig())
-    sizes = {row.site: row.parameters for row in attachment.report().rows}
+    sizes = {row.layer: row.parameters for row in attachment.report().rows}
     assert [sum(size for site, size in sizes.items() if site.startswith(tower)) for tower in ("vision", "text")] == [
         12 * 159_745,
         12 * (200 * 512 + 2 * 4 * 512 + 1),
@@ -355,7 +355,7 @@ def test_counted_macs_are_the_formulas_at_each_sites_own_tokens(family, config):
     report = attachment.report(inputs=inputs)
     macs = {"apt": lambda rows, dim: apt_macs(rows, dim, 5, 2), "adapter": lambda rows, dim: adapter_macs(rows, dim, 6)}
     for row, rows_there in zip(report.rows, tokens, strict=True):
-        dim = model.get_submodule(row.site).up.size(0)
+        dim = model.get_submodule(row.layer).up.size(0)
         assert row.macs == macs[config.method](rows_there, dim)
         assert row.kernel.startswith(config.method)
     assert report.all_macs == report.backbone_macs + report.macs

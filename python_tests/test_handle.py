@@ -26,7 +26,7 @@ def test_report_counts_every_site_and_kept_module():
     model, attachment = attached(APTConfig(num_prompts=5, rank=2))
     report = attachment.report(tokens=TOKENS)
     macs = 2 * TOKENS * 5 * 32 + 2 * 5 * 2 * 32
-    assert [(row.site, row.layer, row.parameters, row.macs) for row in report.rows] == [
+    assert [(row.layer, row.class_name, row.parameters, row.macs) for row in report.rows] == [
         ("vilt.encoder.layer.0.attention.output.apt", "APTLayer", 5 * 32 + 2 * 2 * 32 + 1, macs),
         ("vilt.encoder.layer.1.attention.output.apt", "APTLayer", 5 * 32 + 2 * 2 * 32 + 1, macs),
         ("classifier", "kept", KEPT, 0),
@@ -37,7 +37,7 @@ def test_report_counts_every_site_and_kept_module():
     assert attachment.report().macs is None
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.placement or config.method)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.row or config.method)
 def test_counted_macs_are_those_of_the_formulas(config):
     model, attachment = attached(config)
     inputs = make_inputs(model, batch=1)
@@ -49,7 +49,7 @@ def test_counted_macs_are_those_of_the_formulas(config):
         assert attachment.report(inputs=inputs).macs == 0
     assert f"{counted.macs:,} MACs in the new layers for these inputs, {counted.all_macs:,} in all, " in str(counted)
     assert f"{counted.all_macs / counted.backbone_macs:.2%} of the backbone's" in str(counted)
-    if config.placement != "bypass":
+    if config.row != "bypass":
         assert counted.all_macs == counted.backbone_macs + counted.macs
     with pytest.raises(ValueError, match="give tokens or inputs, not both"):
         attachment.report(tokens=TOKENS, inputs=inputs)
@@ -61,7 +61,7 @@ def test_report_prints_a_table():
     text = str(attached()[1].report(tokens=TOKENS))
     head, columns, *rows, summary = text.splitlines()
     assert "APTConfig(num_prompts=5" in head and "ViltForQuestionAnswering" in head
-    assert columns.split() == ["site", "layer", "parameters", "MACs", "kernel", "because"]
+    assert columns.split() == ["layer", "class", "parameters", "MACs", "kernel", "because"]
     assert len(rows) == LAYERS + 1 and rows[0].startswith("vilt.encoder.layer.0.attention.output.apt  APTLayer  289")
     assert f"3,143 of {28135:,} parameters train (11.17%)" in summary
     assert f"for a sequence of {TOKENS} tokens" in summary
@@ -69,7 +69,7 @@ def test_report_prints_a_table():
 
 
 def kernels(attachment):
-    return {(row.kernel, row.reason) for row in attachment.report().rows if row.layer != "kept"}
+    return {(row.kernel, row.reason) for row in attachment.report().rows if row.class_name != "kept"}
 
 
 def test_report_names_the_kernel_or_why_there_is_none():
@@ -104,7 +104,7 @@ def test_the_dispatcher_knows_which_devices_have_kernels():
 
 def test_report_of_methods_that_add_nothing():
     (kept,) = attached(ClassifierOnlyConfig())[1].report(tokens=TOKENS).rows
-    assert (kept.site, kept.parameters, kept.macs) == ("classifier", KEPT, 0)
+    assert (kept.layer, kept.parameters, kept.macs) == ("classifier", KEPT, 0)
     model, attachment = attached(FullTuningConfig(), keep=())
     (row,) = attachment.report().rows
     assert row.parameters == sum(p.numel() for p in model.parameters())
@@ -306,7 +306,7 @@ REFUSALS = {
     "bad keep": (edit_config(keep="classifier"), "keep must be a list of names, found 'classifier'"),
     "other keep": (edit_config(keep=["vilt.pooler"]), "vilt.pooler"),
     "other family": (edit_config(family="clip"), "of the family 'clip', but ViltForQuestionAnswering is of 'vilt'"),
-    "unknown method": (edit_method(method="lora"), "unknown method 'lora'; this petl_ext knows apt"),
+    "unknown method": (edit_method(method="lora"), "unknown method 'lora'; this petl_ext knows adapter, apt, "),
     "other method": (edit_config(config=DeepPromptConfig(3).to_dict()), "."),
     "unknown field": (edit_method(heads=12), "expected the fields .*found .*heads"),
     "bad value": (edit_method(rank=0), "rank must be a positive integer, got 0"),

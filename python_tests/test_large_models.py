@@ -13,7 +13,7 @@ import petl_ext.peft
 from petl_ext import AdapterConfig, APTConfig, DASConfig
 
 CONFIGS = [APTConfig(num_prompts=5, rank=2), AdapterConfig(bottleneck=6), DASConfig(bottleneck=6, skip=[1])]
-configs = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.placement)
+configs = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.row)
 
 
 @configs

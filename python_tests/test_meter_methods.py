@@ -20,7 +20,7 @@ CONFIGS = [
     DASConfig(bottleneck=6, skip=[1, 5]),
     ClassTokenConfig(),
 ]
-every_method = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.placement)
+every_method = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.row)
 every_model = pytest.mark.parametrize("model_class", MODELS, ids=lambda model_class: model_class.__name__)
 
 
@@ -54,7 +54,7 @@ def test_only_the_fusion_layers_get_layers_and_train(config):
     assert {name for name in trained if not name.startswith("meter.cross_modal_")} == {
         name for name in trained if name.startswith("classifier.")
     }
-    if config.placement != "bypass":
+    if config.row != "bypass":
         assert graded == trained
 
 
@@ -62,7 +62,7 @@ def test_only_the_fusion_layers_get_layers_and_train(config):
 @torch.no_grad()
 def test_given_embeddings_pass_the_new_layers(config):
     model = make_model()
-    if config.placement != "class_token":
+    if config.row != "class_token":
         config = dataclasses.replace(config, class_token=True)
     randomise(petl_ext.attach(model, config))
     inputs = make_inputs(model)

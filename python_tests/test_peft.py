@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 import warnings
+from unittest import mock
 
 import peft
 import pytest
@@ -23,8 +24,10 @@ from transformers.models.vilt.modeling_vilt import ViltSelfOutput
 from transformers_names import enable_checkpointing
 
 import petl_ext
+from petl_ext.attaching.families import FAMILIES, Family
 from petl_ext.nn.apt import apt_keys
 from petl_ext.peft import APTConfig, APTTunerLayer, load_adapter, save_adapter
+from petl_ext.peft.register import register_method
 
 LAYERS = 2
 SIZES = {"num_prompts": 5, "rank": 2}
@@ -570,12 +573,20 @@ def test_hooks_of_accelerate_are_no_hindrance():
     assert torch.equal(outputs(tuned, inputs), after)
 
 
+def test_default_targets_of_a_family_may_be_several_patterns():
+    family = Family("llama", {"apt": (r"layers\.2\.self_attn", r"layers\.0\.self_attn")})
+    with mock.patch.dict(FAMILIES, {"llama": family}):
+        tuned = get_peft_model(make_model("llama", 3), APTConfig(**SIZES))
+    carrying = {name[-len("0.self_attn") :] for name, m in tuned.named_modules() if isinstance(m, APTTunerLayer)}
+    assert carrying == {"0.self_attn", "2.self_attn"}
+
+
 def test_registration_says_what_is_wrong(monkeypatch):
     with pytest.raises(ImportError, match=r"cannot add its method to peft .*: .*already PEFT method called 'petl_apt'"):
-        petl_ext.peft._register()
+        register_method()
     monkeypatch.setattr(peft, "__version__", "0.18.1")
     with pytest.raises(ImportError, match=r"needs peft 0\.19 or later, got 0\.18\.1"):
-        petl_ext.peft._register()
+        register_method()
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.delitem(sys.modules, "petl_ext.peft")
     with pytest.raises(ImportError, match=r"petl_ext\.peft needs peft: pip install peft"):

@@ -9,7 +9,7 @@ from torch import nn
 
 import petl_ext
 from petl_ext import AdapterConfig, APTConfig, DASConfig
-from petl_ext.attaching.families import FAMILIES
+from petl_ext.attaching.families import FAMILIES, Family
 from petl_ext.ops import apt_reference
 
 DIM = 8
@@ -124,7 +124,7 @@ def made(model_class):
     "config", [APTConfig(num_prompts=5), AdapterConfig(bottleneck=3), AdapterConfig(kind="parallel", bottleneck=3)]
 )
 def test_a_new_family_takes_one_table(config, model_class, monkeypatch, tmp_path):
-    monkeypatch.setitem(FAMILIES, model_class.__name__, TABLES[model_class])
+    monkeypatch.setitem(FAMILIES, model_class.__name__, Family(model_class.__name__, TABLES[model_class]))
     model, x = made(model_class), torch.randn(2, 4, DIM)
     before, output = snapshot(model), model(x)
     attachment = petl_ext.attach(model, config)

@@ -99,7 +99,7 @@ def ranks(tmp_path_factory):
     return in_two_processes(results_and_refusal, folder), folder
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{family}-{config.placement}" for family, config in CASES])
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{family}-{config.row}" for family, config in CASES])
 def test_shards_train_and_save_as_the_whole_does(number, ranks):
     found_by_rank, folder = ranks
     family, config = CASES[number]

@@ -635,7 +635,7 @@ def test_a_configuration_can_skip_from_the_start():
 def test_the_report_tells_which_layers_run():
     _, attachment = attached("vilt")
     attachment.skip([1])
-    rows = {row.site: row for row in attachment.report(tokens=10).rows}
+    rows = {row.layer: row for row in attachment.report(tokens=10).rows}
     assert rows["vilt.encoder.layer.0.bypass"].reason == "its layer is not skipped"
     assert rows["vilt.encoder.layer.1.adapter"].reason == "its layer is skipped"
     assert rows["vilt.encoder.layer.1.bypass"].macs == 2 * 10 * DIM * 8

@@ -43,7 +43,7 @@ CONFIGS = [
 ]
 _ADAPTER = ["down", "down_bias", "up", "up_bias"]
 _NORMED = [*_ADAPTER, "norm_weight", "norm_bias"]
-# What each layer of the model gets, by placement.
+# What each layer of the model gets, by row of the table of sites.
 NEW_KEYS = {
     "apt": ["attention.output.apt." + name for name in ("prompts", "down", "up", "log_scale")],
     "deep_prompts": ["attention.attention.deep_prompts.prompts"],
@@ -56,8 +56,8 @@ CLASS_TOKEN = "embeddings.text_embeddings.class_token.vector"
 
 def new_keys(config):
     """How the names of the tensors end that the method adds."""
-    of_layers = [f"layer.{i}.{key}" for i in range(LAYERS) for key in NEW_KEYS.get(config.placement, [])]
-    has_token = config.class_token or config.placement == "class_token"
+    of_layers = [f"layer.{i}.{key}" for i in range(LAYERS) for key in NEW_KEYS.get(config.row, [])]
+    has_token = config.class_token or config.row == "class_token"
     return [*of_layers, CLASS_TOKEN] if has_token else of_layers
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from petl_ext.attaching.attach import attach, new_layers
-from petl_ext.attaching.methods.config import ClassTokenConfig
+from petl_ext.attaching.methods.class_token import ClassTokenConfig
 from petl_ext.attaching.selection import select_places
 from petl_ext.composing import HANDLE
 
@@ -25,8 +25,8 @@ def add_class_token(model):
     if attachments:
         (attachment,) = attachments
         config = dataclasses.replace(attachment.config, class_token=True)
-        places = select_places(attachment.model, ClassTokenConfig())
-        attachment._extend(config, new_layers(attachment.model, config, places))
+        places = select_places(attachment.model, ClassTokenConfig(), attachment.family)
+        attachment.add(config, new_layers(attachment.model, config, places))
         return
     required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     attach(model, ClassTokenConfig())
@@ -38,4 +38,7 @@ def freeze_scales(model):
     """`train_scale=False` for the APT layers attached to the model or to models inside it."""
     for attachment in attachments_in(model):
         if getattr(attachment.config, "train_scale", False):
-            attachment._freeze_scales()
+            attachment.config = dataclasses.replace(attachment.config, train_scale=False)
+            for layer in attachment.installed.layers:
+                if hasattr(layer, "log_scale"):
+                    layer.log_scale.requires_grad_(False)

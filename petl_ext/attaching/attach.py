@@ -8,9 +8,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from petl_ext.attaching.families import family_of
 from petl_ext.attaching.handle import Attachment
-from petl_ext.attaching.methods.config import CONFIGS, DASConfig
-from petl_ext.attaching.saved import check_patterns, read_folder
-from petl_ext.attaching.selection import select_kept, select_places
+from petl_ext.attaching.methods import CONFIGS
+from petl_ext.attaching.methods.das import DASConfig
+from petl_ext.attaching.saved import check_duration, read_folder
+from petl_ext.attaching.selection import select
 from petl_ext.attaching.sites.site import Site
 from petl_ext.attaching.skipping import SkippingAttachment
 from petl_ext.composing import HANDLE, unchanged_on_error
@@ -27,7 +28,7 @@ def attach(model, config, keep=()):
     `gradient_checkpointing_enable` sees to that.
 
     Args:
-        model: any nn.Module. One of a family of the table in families.py, unless `config.sites` says where.
+        model: any nn.Module. One of a family of families.py, unless `config.sites` says where.
         config: an `APTConfig`, `AdapterConfig`, `DASConfig`, `DeepPromptConfig`, `ClassTokenConfig`,
             `ClassifierOnlyConfig` or `FullTuningConfig`.
         keep: names of the model's own modules or parameters that stay trainable, or parts of such names between
@@ -48,16 +49,8 @@ def attach(model, config, keep=()):
         raise TypeError(f"attach: config must be one of {known}, got {config!r}")
     if not isinstance(keep, list | tuple) or not all(isinstance(entry, str) for entry in keep):
         raise TypeError(f"attach: keep must be a list of names, got {keep!r}")
-    keep = tuple(keep)
     _check_free(model)
-    places = select_places(model, config)
-    kept = select_kept(model, config, keep)
-    if not places and not kept:
-        raise ValueError(f"attach: {config} adds nothing and keep is empty, so nothing would train")
-    layers = new_layers(model, config, places)
-    kind = SkippingAttachment if isinstance(config, DASConfig) else Attachment
-    with unchanged_on_error(model):
-        return kind(model, config, keep, kept, layers)
+    return _attached(model, config, family_of(model), tuple(keep))
 
 
 def load(model, folder):
@@ -73,19 +66,21 @@ def load(model, folder):
         ValueError: a file is broken or does not fit the model or what is attached to it. The model has not changed.
     """
     saved = read_folder(folder)
-    family = family_of(model)
-    if saved.family != family:
-        raise ValueError(
-            f"{folder}: saved from a model of the family {saved.family!r}, but {type(model).__name__} is of {family!r}"
-        )
     attachment = getattr(model, HANDLE, None)
+    family = family_of(model) if attachment is None else attachment.family
+    if saved.family != family.name:
+        raise ValueError(
+            f"{folder}: saved from a model of the family {saved.family!r}, "
+            f"but {type(model).__name__} is of {family.name!r}"
+        )
     if attachment is not None:
-        attachment._take_over(saved, folder)
+        attachment.take_over(saved, folder)
         return attachment
-    check_patterns(getattr(saved.config, "sites", None) or (), [name for name, _ in model.named_modules()], folder)
+    check_duration(saved.config.sites or (), [name for name, _ in model.named_modules()], folder)
+    _check_free(model)
     with unchanged_on_error(model):
-        attachment = attach(model, saved.config, saved.keep)
-        attachment._fill(saved.tensors, folder)
+        attachment = _attached(model, saved.config, family, saved.keep)
+        attachment.fill(saved.tensors, folder)
     return attachment
 
 
@@ -94,6 +89,14 @@ def new_layers(model, config, places):
     # Parameters made in inference mode could never train.
     with torch.inference_mode(False):
         return {place: place.site_class.new_layer(config, model, place) for place in places}
+
+
+def _attached(model, config, family, keep):
+    selection = select(model, config, family, keep)
+    layers = new_layers(model, config, selection.places)
+    handle = SkippingAttachment if isinstance(config, DASConfig) else Attachment
+    with unchanged_on_error(model):
+        return handle(model, config, selection, layers)
 
 
 def _check_free(model):
@@ -109,9 +112,9 @@ def _check_free(model):
         if isinstance(module, sharding):
             raise ValueError(f"attach: {name or 'the model'} is sharded; attach to the model first, then shard it")
         if HANDLE in vars(module):
-            place = name or "the model"
             raise ValueError(
-                f"attach: {getattr(module, HANDLE).config} is already attached to {place}; detach() it first"
+                f"attach: {getattr(module, HANDLE).config} is already attached to {name or 'the model'}; "
+                "detach() it first"
             )
     for name, module in model.named_modules():
         if isinstance(module, Site) and module.child in module._modules:

@@ -1,20 +1,23 @@
-"""What `Attachment.report` returns."""
+"""What `Attachment.report` returns, and how it is made."""
 
 from dataclasses import dataclass
 
+from petl_ext.attaching.patterns import is_part
+from petl_ext.counting import count_macs, count_parameters
 from petl_ext.printing import table
 
-COLUMNS = ("site", "layer", "parameters", "MACs", "kernel", "because")
-LAYER_COLUMNS = ("layer that can be skipped", "MACs", "its bypass", "saved", "of the backbone")
+COLUMNS = ("layer", "class", "parameters", "MACs", "kernel", "because")
+SKIPPING_COLUMNS = ("layer that can be skipped", "MACs", "its bypass", "saved", "of the backbone")
+ADDS_NOTHING = "adds nothing to the model"
 
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One site, or one entry of `keep`.
+    """One new layer, or one entry of `keep`.
 
     Attributes:
-        site: the dotted name of the new layer, or the entry.
-        layer: what was put there, or "kept": the model's own parameters, which train.
+        layer: the dotted name of the new layer, or the entry.
+        class_name: the layer's class, or "kept": the model's own parameters, which train.
         parameters: how many train.
         macs: multiply-accumulates added; None where it is not known for what.
         kernel: what computes there: "apt (cpu, avx512)", "reference" or "none", as where the layer does not run now;
@@ -22,8 +25,8 @@ class ReportRow:
         reason: why it is not a kernel.
     """
 
-    site: str
     layer: str
+    class_name: str
     parameters: int
     macs: int | None
     kernel: str
@@ -31,7 +34,7 @@ class ReportRow:
 
     def cells(self):
         macs = "?" if self.macs is None else f"{self.macs:,}"
-        return self.site, self.layer, f"{self.parameters:,}", macs, self.kernel, self.reason
+        return self.layer, self.class_name, f"{self.parameters:,}", macs, self.kernel, self.reason
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Report:
         summary = f"{self.trained:,} of {self.total:,} parameters train ({share:.2%}); {self._macs_text()}"
         lines = [self.title, *table([COLUMNS, *(row.cells() for row in self.rows)]), summary]
         if self.layer_costs is not None:
-            lines += ["", *table([LAYER_COLUMNS, *self.layer_costs.cells()])]
+            lines += ["", *table([SKIPPING_COLUMNS, *self.layer_costs.cells()])]
         return "\n".join(lines)
 
     def _macs_text(self):
@@ -109,3 +112,49 @@ class Report:
         if self.backbone_macs is not None:
             text = f"{text}, {self.all_macs / self.backbone_macs:.2%} of the backbone's {self.backbone_macs:,}"
         return text
+
+
+def report_for_tokens(attachment, tokens):
+    """With MACs by formulas, for one sequence of `tokens` rows; without MACs where that is None."""
+
+    def macs_of(place, layer):
+        idle = attachment.idle_because(place)
+        return None if tokens is None else 0 if idle else place.site_class.macs(layer, tokens)
+
+    return _report(attachment, macs_of, None if tokens is None else f"a sequence of {tokens} tokens")
+
+
+def report_for_inputs(attachment, inputs, backbone):
+    """With MACs counted while the model runs; `backbone` is the `MacCount` of the bare one, or None."""
+    attached = count_macs(attachment.model, inputs)
+
+    def macs_of(place, _):
+        return place.site_class.counted_macs(place, attached, backbone)
+
+    backbone_macs = None if backbone is None else backbone.total
+    return _report(attachment, macs_of, "these inputs", all_macs=attached.total, backbone_macs=backbone_macs)
+
+
+def _report(attachment, macs_of, counted_for, **totals):
+    model, config = attachment.model, attachment.config
+    trained, total = count_parameters(model)
+    rows = [_layer_row(attachment, place, macs_of) for place in attachment.installed.places]
+    rows += [_kept_row(attachment, entry) for entry in attachment.keep]
+    if config.trains_all:
+        rows = [ReportRow("the whole model", "its own", trained, 0, "none", ADDS_NOTHING)]
+    return Report(f"{config} on {type(model).__name__}", rows, trained, total, counted_for, **totals)
+
+
+def _layer_row(attachment, place, macs_of):
+    layer = attachment.model.get_submodule(place.layer_name)
+    idle = attachment.idle_because(place)
+    kernel, reason = ("none", idle) if idle else place.site_class.kernel(layer)
+    if getattr(layer, "is_frozen", False):
+        kernel = f"{kernel}, frozen"
+    size = sum(parameter.numel() for parameter in layer.parameters() if parameter.requires_grad)
+    return ReportRow(place.layer_name, type(layer).__name__, size, macs_of(place, layer), kernel, reason)
+
+
+def _kept_row(attachment, entry):
+    size = sum(parameter.numel() for name, parameter in attachment.named_parameters() if is_part(entry, name))
+    return ReportRow(entry, "kept", size, 0, "none", ADDS_NOTHING)

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from typing import NamedTuple
 
-from petl_ext.attaching.methods.config import Config, config_from_dict
+from petl_ext.attaching.methods import config_from_dict
+from petl_ext.attaching.methods.config import Config
+from petl_ext.attaching.patterns import whole_name
 from petl_ext.saving import check_keys, check_sizes, read_files, write_files
 
 
@@ -42,6 +44,13 @@ def read_folder(folder):
     return Saved(config, family, keep, tensors)
 
 
+def check_same(saved, config, keep, folder):
+    """Raises a ValueError if a `Saved` of that folder is not of this configuration and these entries of `keep`."""
+    for what, ours, theirs in (("config", config, saved.config), ("keep", keep, saved.keep)):
+        if ours != theirs:
+            raise ValueError(f"{folder}: expected the {what} that is attached, {ours}, found {theirs}")
+
+
 def _parse(description):
     if "model" in description:
         raise ValueError(f"saved by {description['model']}.save, which {description['model']}.from_folder reads")
@@ -58,13 +67,13 @@ MATCH_ALL = """
 import json, re, sys
 patterns, names = json.load(sys.stdin)
 for pattern in patterns:
-    compiled = re.compile(rf"(.*\\.)?({pattern})")
+    compiled = re.compile(pattern)
     for name in names:
         compiled.fullmatch(name)
 """
 
 
-def check_patterns(patterns, names, folder):
+def check_duration(patterns, names, folder):
     """Matches regular expressions of a file in another process: one can run for ages, and nothing can stop it in this.
 
     Raises:
@@ -74,7 +83,8 @@ def check_patterns(patterns, names, folder):
     suspicious = [pattern for pattern in patterns if sum(map(pattern.count, "*+{")) > 1]
     if not suspicious:
         return
-    command, given = [sys.executable, "-I", "-S", "-c", MATCH_ALL], json.dumps([suspicious, names])
+    command = [sys.executable, "-I", "-S", "-c", MATCH_ALL]
+    given = json.dumps([[whole_name(pattern) for pattern in suspicious], names])
     try:
         subprocess.run(command, input=given, text=True, timeout=PATIENCE, check=True, stderr=subprocess.PIPE)
     except subprocess.TimeoutExpired as error:

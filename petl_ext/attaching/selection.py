@@ -1,25 +1,54 @@
 """Which modules get a layer and which of the model's own parameters stay trainable."""
 
-import re
+from typing import NamedTuple
 
-from petl_ext.attaching.families import FAMILIES, SITE_CLASSES, SKIPPABLE, family_of
-from petl_ext.attaching.methods.config import ClassTokenConfig
-from petl_ext.attaching.sites.site import Place
-from petl_ext.composing import has_device_hook
+from petl_ext.attaching.families import FAMILIES, Family
+from petl_ext.attaching.methods.class_token import ClassTokenConfig
+from petl_ext.attaching.patterns import is_part, matches
+from petl_ext.attaching.sites.site import Place, candidates_of
+from petl_ext.composing import has_foreign_forward
 from petl_ext.printing import listed
 
 
-def select_places(model, config):
+class Selection(NamedTuple):
+    """What of a model `attach` changes.
+
+    Attributes:
+        family: the model's.
+        places: a list of `Place`: where new layers go.
+        keep: the entries given to `attach`.
+        kept: the state-dict names of what trains although the model brought it.
+    """
+
+    family: Family
+    places: list
+    keep: tuple
+    kept: set
+
+
+def select(model, config, family, keep):
+    """The `Selection` for a model of that family.
+
+    Raises:
+        ValueError: as `select_places` and `_select_kept`, or nothing would train.
+    """
+    selection = Selection(family, select_places(model, config, family), keep, _select_kept(model, config, keep))
+    if not selection.places and not selection.kept:
+        raise ValueError(f"attach: {config} adds nothing and keep is empty, so nothing would train")
+    return selection
+
+
+def select_places(model, config, family):
     """Where `config` puts new layers: a list of `Place`.
 
     Raises:
         ValueError: nothing, or nothing for one of the patterns, matches; or a site cannot take a layer.
     """
-    places = [] if config.placement is None else _own_places(model, config)
-    return [*places, *select_places(model, ClassTokenConfig())] if config.class_token else places
+    places = [] if config.row is None else _own_places(model, config, family)
+    return [*places, *select_places(model, ClassTokenConfig(), family)] if config.class_token else places
 
 
-def select_kept(model, config, keep):
+def _select_kept(model, config, keep):
     """The state-dict names of what trains although the model brought it.
 
     Args:
@@ -42,95 +71,58 @@ def select_kept(model, config, keep):
     return kept
 
 
-def is_part(entry, name):
-    """Whether the dotted `entry` is a run of whole components of the dotted `name`."""
-    return f".{entry}." in f".{name}."
-
-
-def _own_places(model, config):
-    patterns = _patterns(model, config)
-    places = _matching(model, config, patterns)
+def _own_places(model, config, family):
+    patterns = config.sites or _patterns(model, config, family)
+    places = _matching(model, config, family, patterns)
     if config.sites is None:
-        _check_all_fit(model, config, patterns, places)
-    if config.placement == "bypass":
-        places = _with_adapters(model, config, places)
+        _check_all_fit(model, config, family, {place.name for place in places})
+    places = config.with_inner_places(places, model, family)
     for place in places:
         _check_site(place, model.get_submodule(place.name))
     return places
 
 
-def _patterns(model, config):
-    if config.sites is not None:
-        return config.sites
-    sites = FAMILIES.get(family_of(model), {})
-    if config.placement not in sites:
-        known = ", ".join(family for family, sites in FAMILIES.items() if config.placement in sites)
+def _patterns(model, config, family):
+    if config.row not in family.sites:
+        known = ", ".join(other.name for other in FAMILIES.values() if config.row in other.sites)
         raise ValueError(
             f"attach: {type(model).__name__} belongs to none of the families with sites for {config.method} ({known}), "
-            f"so {config} must name them. {_candidates_text(model, config.placement)}"
+            f"so {config} must name them. {_candidates_text(model, config.site_classes_in(family))}"
         )
-    patterns = sites[config.placement]
-    return [patterns] if isinstance(patterns, str) else patterns
+    return family.patterns(config.row)
 
 
-def _matching(model, config, patterns):
+def _matching(model, config, family, patterns):
     """The places that the patterns match, by pattern and then in the model's order."""
-    candidates = _candidates(model, config.placement)
+    site_classes = config.site_classes_in(family)
+    candidates = candidates_of(model, site_classes)
     order = [name for name, _ in model.named_modules()]
     chosen = {}
     for pattern in patterns:
-        matching = {name: found for name, found in candidates.items() if _matches(pattern, name)}
+        matching = {name: found for name, found in candidates.items() if matches(pattern, name)}
         if not matching:
             raise ValueError(
                 f"attach: {config} matches nothing in {type(model).__name__} with the pattern {pattern!r}. "
-                f"{_candidates_text(model, config.placement)}"
+                f"{_candidates_text(model, site_classes)}"
             )
         chosen |= {name: matching[name] for name in order if name in matching and name not in chosen}
     return [Place(name, site_class) for name, site_class in chosen.items()]
 
 
-def _check_all_fit(model, config, patterns, places):
-    """Raises a ValueError if a module stands where the family's table wants a layer, but is none of the candidates."""
-    fitting = {place.name for place in places}
+def _check_all_fit(model, config, family, fitting):
+    """Raises a ValueError if a module stands where the family's record wants a layer, but is none of the candidates."""
+    patterns = family.patterns(config.row)
     for name, module in model.named_modules():
-        if name not in fitting and any(_matches(pattern, name) for pattern in patterns):
+        if name not in fitting and any(matches(pattern, name) for pattern in patterns):
             raise ValueError(
                 f"attach: {name}, a {type(module).__name__}, stands where {config} puts a layer, but is not what it "
-                f"looks for. {_candidates_text(model, config.placement)}"
+                f"looks for. {_candidates_text(model, config.site_classes_in(family))}"
             )
 
 
-def _candidates(model, placement):
-    """{dotted name: what it can become}."""
-    classes = _site_classes(model, placement)
-    return {name: site_class for site_class in classes for name in site_class.candidates(model)}
-
-
-def _site_classes(model, placement):
-    if placement == "bypass":
-        return SKIPPABLE.get(family_of(model), SITE_CLASSES[placement])
-    return SITE_CLASSES[placement]
-
-
-def _with_adapters(model, config, bypasses):
-    """The bypasses, each told how many adapters are lost with its layer, and these adapters."""
-    pattern = FAMILIES.get(family_of(model), {}).get("das_adapter")
-    candidates = _candidates(model, "das_adapter") if pattern and config.bottleneck else {}
-    adapters = {name: site_class for name, site_class in candidates.items() if _matches(pattern, name)}
-    places = []
-    for name, site_class, _ in bypasses:
-        inside = [Place(inner, adapters[inner]) for inner in adapters if f"{inner}.".startswith(f"{name}.")]
-        places += [Place(name, site_class, lost=len(inside)), *inside]
-    return places
-
-
-def _matches(pattern, name):
-    return re.fullmatch(rf"(.*\.)?({pattern})", name)
-
-
-def _candidates_text(model, placement):
-    looked_for = " and ".join(dict.fromkeys(site_class.looked_for for site_class in _site_classes(model, placement)))
-    places = [Place(name, site_class) for name, site_class in _candidates(model, placement).items()]
+def _candidates_text(model, site_classes):
+    looked_for = " and ".join(dict.fromkeys(site_class.looked_for for site_class in site_classes))
+    places = [Place(name, site_class) for name, site_class in candidates_of(model, site_classes).items()]
     problems = {place.name: _problem(place, model.get_submodule(place.name)) for place in places}
     fitting = [name for name, problem in problems.items() if problem is None]
     if fitting:
@@ -156,7 +148,7 @@ def _check_site(place, module):
     child = place.site_class.child
     if hasattr(module, child):
         raise ValueError(f"attach: {place.name} already has a child {child!r}; detach what is attached there first")
-    if "forward" in vars(module) and not has_device_hook(module):
+    if has_foreign_forward(module):
         raise ValueError(
             f"attach: {place.name} has a forward of its own, put there by another library, that would bypass the layer"
         )

@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 
 from petl_ext.attaching.handle import Attachment
+from petl_ext.attaching.methods.das import SkippableLayer, strip
 from petl_ext.attaching.report import LayerCosts
-from petl_ext.attaching.skippable import SkippableLayer, layer_kinds, numbered_modules, strip
+from petl_ext.attaching.saved import check_same
+from petl_ext.attaching.stacks import Stacks
 from petl_ext.counting import count_macs
 
 
@@ -21,14 +23,13 @@ class SkippingAttachment(Attachment):
         layers: dotted names of the layers that can be skipped; their indices are those of `skip`.
     """
 
-    def __init__(self, model, config, keep, kept, layers):
-        places = [place for place in layers if issubclass(place.site_class, SkippableLayer)]
-        self.layers = tuple(place.name for place in places)
-        self._rewire = places[0].site_class.rewire
-        self._stacks = dict.fromkeys(name.rpartition(".")[0] for name in self.layers)
+    def __init__(self, model, config, selection, layers):
+        bypasses = [place for place in layers if issubclass(place.site_class, SkippableLayer)]
+        self.layers = tuple(place.name for place in bypasses)
+        self._stacks = Stacks(model, self.layers, bypasses[0].site_class.rewire)
         self._chosen = ()
         self._removed = False
-        super().__init__(model, config, keep, kept, layers)
+        super().__init__(model, config, selection, layers)
         self.skip(config.skip)
         if config.permanent:
             self.remove_skipped()
@@ -64,7 +65,7 @@ class SkippingAttachment(Attachment):
         self._check_switchable("skip")
         chosen = self._indices_of(layers)
         if decodes:
-            self._check_decodes(chosen)
+            self._stacks.check_decodes(self._names_of(chosen))
         self._switch(chosen)
         self._chosen = chosen
 
@@ -80,20 +81,16 @@ class SkippingAttachment(Attachment):
         """
         self._check_attached()
         self._check_switchable("remove_skipped")
-        skipped = {self.layers[index] for index in self.skipped}
+        skipped = self._names_of(self.skipped)
         if not skipped:
             raise ValueError(f"remove_skipped: none of the {len(self.layers)} layers is skipped; call skip first")
-        self._leave_sites()
-        remaining = [place for place in self._places if self._remains(place, skipped)]
-        for place in set(self._places) - set(remaining):
-            self.model.get_submodule(place.name)._modules.pop(place.site_class.child, None)
-        self._places = tuple(remaining)
-        self._enter_sites()
+        gone = {place for place in self.installed.places if not _remains(place, skipped)}
+        self._reinstall(lambda installed: installed.minus(gone))
         for name in skipped:
             strip(self._layer(name))
-        self._stacks.clear()  # it holds parts of the layers
-        self._removed = True
         self._saved_names = tuple(self._tensors())
+        self._stacks = None  # it holds parts of the layers
+        self._removed = True
 
     def layer_costs(self, inputs):
         """Multiply-accumulates of every layer, of its bypass and of the bare backbone.
@@ -110,7 +107,13 @@ class SkippingAttachment(Attachment):
         """
         self._check_attached()
         self._check_switchable("layer_costs")
-        return self._count_layers(inputs, self._count_backbone(inputs))
+        return self._count_layers(inputs, self._count_backbone(inputs).total)
+
+    def report(self, tokens=None, inputs=None):
+        report = super().report(tokens, inputs)
+        if inputs is None or self._removed or self._disabled:
+            return report
+        return dataclasses.replace(report, layer_costs=self._count_layers(inputs, report.backbone_macs))
 
     @contextmanager
     def disable(self):
@@ -136,9 +139,7 @@ class SkippingAttachment(Attachment):
     def _count_backbone(self, inputs):
         return None if self._removed else super()._count_backbone(inputs)
 
-    def _count_layers(self, inputs, backbone):
-        if self._removed or self._disabled:
-            return None
+    def _count_layers(self, inputs, backbone_macs):
         try:
             self._switch(())
             whole = count_macs(self.model, inputs)
@@ -146,33 +147,29 @@ class SkippingAttachment(Attachment):
             bypassed = count_macs(self.model, inputs)
         finally:
             self._switch(self._chosen)
-        costs = LayerCosts(
-            backbone.total, whole.total, {name: [whole.of(name), bypassed.of(name)] for name in self.layers}
-        )
+        macs = {name: [whole.of(name), bypassed.of(name)] for name in self.layers}
+        costs = LayerCosts(backbone_macs, whole.total, macs)
         if whole.total - sum(costs.savings) != bypassed.total:
             raise ValueError("layer_costs: what the layers save does not add up; does a layer contain another one?")
         return costs
 
-    def _remains(self, place, skipped):
-        inside = any(f"{place.name}.".startswith(f"{name}.") for name in skipped)
-        return inside == issubclass(place.site_class, SkippableLayer)
-
-    def _idle(self, place):
-        skipped = [self.layers[index] for index in self.skipped]
-        inside = any(f"{place.name}.".startswith(f"{name}.") for name in skipped)
+    def idle_because(self, place):
+        if self._disabled:
+            return super().idle_because(place)
+        inside = _is_inside(place, self._names_of(self.skipped))
         if issubclass(place.site_class, SkippableLayer):
             return "" if inside else "its layer is not skipped"
         return "its layer is skipped" if inside else ""
 
-    def _take_over(self, saved, folder):
+    def take_over(self, saved, folder):
         ours, theirs = self.config, saved.config
-        self._check_same(saved._replace(config=_with_skips_of(ours, theirs)), folder)
+        check_same(saved._replace(config=_with_skips_of(ours, theirs)), ours, self.keep, folder)
         if ours.permanent:
-            self._fill(saved.tensors, folder)
+            self.fill(saved.tensors, folder)
             return
         self._check_switchable("load")
         chosen = self._indices_of(theirs.skip)
-        self._fill(saved.tensors, folder)
+        self.fill(saved.tensors, folder)
         self.skip(chosen)
 
     def _layer(self, name):
@@ -190,43 +187,12 @@ class SkippingAttachment(Attachment):
             return self.layers.index(layer)
         raise ValueError(f"skip: expected indices below {len(self.layers)} or names of layers, got {layer!r}")
 
+    def _names_of(self, indices):
+        return {self.layers[index] for index in indices}
+
     def _switch(self, skipped):
         """Makes these layers, and no others, the ones that are skipped at this moment."""
-        skipped = {self.layers[index] for index in skipped}
-        for name in self._stacks:
-            stack = dict(self.model.get_submodule(name).named_children())
-            for child, layer in stack.items():
-                is_skipped = f"{name}.{child}".lstrip(".") in skipped
-                if isinstance(layer, SkippableLayer) and layer.skipped != is_skipped:
-                    layer.skipped = is_skipped
-            layers = tuple(stack.values())
-            self._rewire(layers, *self._numbers_and_kinds(name, layers))
-
-    def _numbers_and_kinds(self, name, layers):
-        """For each layer of a stack its modules that know the layer's number, and its kind.
-
-        Looked for only when the stack has other layers than before: a search switches at every step, and the walk over
-        all modules takes longer than the rest of it.
-        """
-        if self._stacks[name] is None or self._stacks[name][0] != layers:
-            self._stacks[name] = layers, [numbered_modules(layer) for layer in layers], layer_kinds(layers)
-        return self._stacks[name][1:]
-
-    def _check_decodes(self, skipped):
-        """Raises a ValueError if a cache of several kinds of slots would have none left of one."""
-        skipped = {self.layers[index] for index in skipped}
-        for name in self._stacks:
-            stack = dict(self.model.get_submodule(name).named_children())
-            numbered, kinds = self._numbers_and_kinds(name, tuple(stack.values()))
-            running = {
-                kind for child, kind in zip(stack, kinds, strict=True) if f"{name}.{child}".lstrip(".") not in skipped
-            }
-            lacking = sorted(map(str, set(kinds) - running))
-            if lacking and len(set(kinds)) > 1 and any(numbered):
-                raise ValueError(
-                    f"skip: no layer of {name} that is {lacking[0]} would run, from which the model's cache takes its "
-                    "length; keep one of them"
-                )
+        self._stacks.switch(self._names_of(skipped))
 
     def _check_switchable(self, method):
         self._check_whole(method)
@@ -236,6 +202,16 @@ class SkippingAttachment(Attachment):
     def _check_whole(self, method):
         if self._removed:
             raise RuntimeError(f"{method}: the layers {list(self.skipped)} have been removed for good")
+
+
+def _is_inside(place, layers):
+    """Whether the place is one of the layers of these names, or inside one."""
+    return any(f"{place.name}.".startswith(f"{name}.") for name in layers)
+
+
+def _remains(place, skipped):
+    """Whether the layer at that place is still there once the layers of these names are removed."""
+    return _is_inside(place, skipped) == issubclass(place.site_class, SkippableLayer)
 
 
 def _with_skips_of(ours, theirs):

@@ -77,11 +77,11 @@ class APTLayer(nn.Module):
         check_switch("APTLayer: train_scale", train_scale)
         self.activation = activation
         self.dropout = dropout
-        place = {"device": device, "dtype": dtype}
-        self.prompts = nn.Parameter(torch.empty(num_prompts, dim, **place))
-        self.down = nn.Parameter(torch.empty(rank, dim, **place))
-        self.up = nn.Parameter(torch.empty(dim, rank, **place))
-        self.log_scale = nn.Parameter(torch.empty(1, **place), requires_grad=train_scale)
+        factory = {"device": device, "dtype": dtype}
+        self.prompts = nn.Parameter(torch.empty(num_prompts, dim, **factory))
+        self.down = nn.Parameter(torch.empty(rank, dim, **factory))
+        self.up = nn.Parameter(torch.empty(dim, rank, **factory))
+        self.log_scale = nn.Parameter(torch.empty(1, **factory), requires_grad=train_scale)
         self._frozen = None
         self.reset_parameters()
 

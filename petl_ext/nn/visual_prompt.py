@@ -1,8 +1,8 @@
 """The layer of dynamic visual prompting."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional as F
 
 from petl_ext.checks import check_positive_integer, check_probability
 from petl_ext.ops.attention_pool import attention_pool
@@ -47,11 +47,11 @@ class VisualPromptLayer(nn.Module):
         check_probability("VisualPromptLayer: dropout", dropout)
         self.num_heads = num_heads
         self.dropout = dropout
-        place = {"device": device, "dtype": dtype}
-        self.query = nn.Linear(dim, inner_dim, **place)
-        self.key = nn.Linear(visual_dim, inner_dim, **place)
-        self.value = nn.Linear(visual_dim, inner_dim, **place)
-        self.output = nn.Linear(inner_dim, dim, **place)
+        factory = {"device": device, "dtype": dtype}
+        self.query = nn.Linear(dim, inner_dim, **factory)
+        self.key = nn.Linear(visual_dim, inner_dim, **factory)
+        self.value = nn.Linear(visual_dim, inner_dim, **factory)
+        self.output = nn.Linear(inner_dim, dim, **factory)
 
     def forward(self, visual, query, mask=None):
         """

@@ -7,10 +7,21 @@ stream and adds it. Where there are no output modules (CLIP, T5, LLaMA, diffuser
 normalised stream and leave the residual to the block.
 """
 
-from petl_ext.attaching.sites.output_modules import AttentionOutputSite, MLPOutputSite, attention_outputs
+from dataclasses import dataclass
+from typing import ClassVar
+
+from petl_ext.attaching.methods.config import Config
+from petl_ext.attaching.sites.output_modules import AttentionOutputSite, MLPOutputSite
 from petl_ext.attaching.sites.projections import ATTENTIONS, MLPS, ProjectionSite
 from petl_ext.attaching.sites.site import Site, fused_kernel
 from petl_ext.counting import adapter_macs
+from petl_ext.nn import AdapterLayer
+
+# By kind of adapter: what None stands for.
+KINDS = {
+    "sequential": {"layer_norm": False, "scale": 1.0},
+    "parallel": {"layer_norm": True, "scale": 4.0},
+}
 
 
 class AdapterSite(Site):
@@ -93,37 +104,53 @@ class ParallelAdapterProjection(SequentialAdapterProjection):
         return self.adapter(x, residual=y)
 
 
-class StreamAdapterSelfOutput(AttentionOutputSite, AdapterSite):
-    """DAS beside a post-norm attention: its adapter reads the residual and is added before the LayerNorm."""
+@dataclass(frozen=True)
+class AdapterConfig(Config):
+    """Bottleneck adapters: an `AdapterLayer`, whose documentation explains the sizes, at every site.
 
-    looked_for = "output modules of attentions that end in a LayerNorm"
+    The defaults are those of the APT paper's baselines (arXiv 2306.15706). "sequential": behind every attention and
+    every MLP, before the residual is added. "parallel": beside every attention, with LayerNorm and a scale of 4; MLPs
+    too where `sites` says so.
 
-    @staticmethod
-    def candidates(model):
-        return {name: module for name, module in attention_outputs(model).items() if hasattr(module, "LayerNorm")}
+    Attributes:
+        kind: "sequential" (arXiv 1902.00751) or "parallel" (arXiv 2110.04366).
+        layer_norm: None stands for the kind's own: False, True.
+        scale: None stands for the kind's own: 1.0, 4.0.
+    """
 
-    def forward(self, hidden_states, input_tensor):
-        attended = self.dropout(self.dense(hidden_states)) + input_tensor
-        return self.LayerNorm(self.adapter(input_tensor, residual=attended))
+    method: ClassVar[str] = "adapter"
+    site_classes: ClassVar[dict] = {
+        "sequential_adapter": (SequentialAdapterSelfOutput, SequentialAdapterOutput, SequentialAdapterProjection),
+        "parallel_adapter": (ParallelAdapterSelfOutput, ParallelAdapterOutput, ParallelAdapterProjection),
+    }
+    kind: str = "sequential"
+    bottleneck: int = 96
+    activation: str = "relu"
+    layer_norm: bool | None = None
+    scale: float | None = None
+    dropout: float = 0.0
+    trainable_scale: bool = False
+    zero_init: bool = False
+    sites: tuple[str, ...] | None = None
+    class_token: bool = False
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f'AdapterConfig: kind must be "sequential" or "parallel", got {self.kind!r}')
+        self.new_layer(1, device="meta")
+        super().__post_init__()
+
+    @property
+    def row(self):
+        return f"{self.kind}_adapter"
+
+    def new_layer(self, dim, **factory):
+        return AdapterLayer(dim, **adapter_options(self), **factory)
 
 
-class StreamAdapterBlock(AdapterSite):
-    """DAS beside a pre-norm attention: its adapter reads the stream before the block's first LayerNorm, which only the
-    block itself sees. So `forward` is the whole of ViLT's block."""
-
-    looked_for = "pre-norm blocks (layernorm_before, attention, layernorm_after, intermediate, output)"
-
-    @staticmethod
-    def candidates(model):
-        parts = {"layernorm_before", "attention", "layernorm_after", "intermediate", "output"}
-        return {name: module for name, module in model.named_modules() if parts <= module._modules.keys()}
-
-    @staticmethod
-    def neighbour(module):
-        return module.layernorm_before
-
-    def forward(self, hidden_states, *arguments, **named):
-        attended, *attentions = self.attention(self.layernorm_before(hidden_states), *arguments, **named)
-        hidden_states = self.adapter(hidden_states, residual=attended + hidden_states)
-        output = self.output(self.intermediate(self.layernorm_after(hidden_states)), hidden_states)
-        return output, *attentions
+def adapter_options(config):
+    """The `AdapterLayer`'s keyword arguments that `config` has as fields."""
+    names = ("bottleneck", "activation", "layer_norm", "scale", "dropout", "trainable_scale", "zero_init")
+    options = {name: getattr(config, name) for name in names}
+    defaults = KINDS.get(getattr(config, "kind", None), {})
+    return options | {name: value for name, value in defaults.items() if options[name] is None}

@@ -1,9 +1,14 @@
 """APT between an attention's projection and the dropout behind it."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
+from petl_ext.attaching.methods.config import Config
 from petl_ext.attaching.sites.output_modules import AttentionOutputSite
 from petl_ext.attaching.sites.projections import ATTENTIONS, ProjectionSite
 from petl_ext.attaching.sites.site import Site, fused_kernel
 from petl_ext.counting import apt_macs
+from petl_ext.nn import APTLayer
 
 
 class APTSite(Site):
@@ -46,3 +51,34 @@ class APTAttention(ProjectionSite, APTSite):
 
     def changed(self, x, y):
         return self.apt(x, y)
+
+
+@dataclass(frozen=True)
+class APTConfig(Config):
+    """Approximated prompt tuning: one `APTLayer` per attention, whose documentation explains the sizes.
+
+    In cross-attention (METER, T5, diffusers) the prompts are scored by the stream that asks.
+
+    Attributes:
+        train_scale: whether `log_scale` trains. The authors' ViLT trains it; in their METER it stays frozen at 0.
+    """
+
+    method: ClassVar[str] = "apt"
+    row: ClassVar[str] = "apt"
+    site_classes: ClassVar[dict] = {"apt": (APTSelfOutput, APTAttention)}
+    later_fields: ClassVar[frozenset] = Config.later_fields | {"train_scale"}
+    num_prompts: int = 200
+    rank: int = 4
+    activation: str = "relu"
+    dropout: float = 0.0
+    sites: tuple[str, ...] | None = None
+    train_scale: bool = True
+    class_token: bool = False
+
+    def __post_init__(self):
+        self.new_layer(1, device="meta")  # the layer knows which sizes are right
+        super().__post_init__()
+
+    def new_layer(self, dim, **factory):
+        sizes = (self.num_prompts, self.rank, self.activation, self.dropout, self.train_scale)
+        return APTLayer(dim, *sizes, **factory)

@@ -5,9 +5,13 @@ takes the place of what the text embeddings of a ViLT, or the text transform of 
 whether these were given tokens or embeddings.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import nn
 
+from petl_ext.attaching.methods.config import Config
 from petl_ext.attaching.sites.site import Site, location_beside, width_of
 
 INITIAL_STD = 0.02
@@ -106,6 +110,21 @@ class TransformedClassToken(EmbeddedClassToken):
     def embeddings(model, place):
         around = model.get_submodule(place.name.rpartition(".")[0])
         return getattr(getattr(around, "text_transformer", None), "embeddings", None)
+
+
+@dataclass(frozen=True)
+class ClassTokenConfig(Config):
+    """A class token alone: a trained vector in place of the first text token of every sample.
+
+    It takes the place of the first row of what ViLT's text embeddings, METER's text transform or, by `sites`, other
+    text embeddings or linear layers give. Beside the layers of another method, `class_token=True` of that one's
+    configuration does the same.
+    """
+
+    method: ClassVar[str] = "class_token"
+    row: ClassVar[str] = "class_token"
+    site_classes: ClassVar[dict] = {"class_token": (EmbeddedClassToken, TransformedClassToken)}
+    sites: tuple[str, ...] | None = None
 
 
 def _are_text_embeddings(module):

@@ -6,11 +6,14 @@ see N rows, as without prompts.
 """
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional as F
 
+from petl_ext.attaching.methods.config import Config
 from petl_ext.attaching.sites.site import Site
 from petl_ext.checks import check_positive_integer
 from petl_ext.counting import deep_prompt_macs
@@ -100,6 +103,25 @@ class DeepPromptSelfAttention(Site):
 
     def _split_heads(self, rows):
         return rows.unflatten(-1, (self.num_attention_heads, self.attention_head_size)).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class DeepPromptConfig(Config):
+    """Deep prompts: `num_prompts` learned rows that every attention can attend to, new ones in each block."""
+
+    method: ClassVar[str] = "deep_prompts"
+    row: ClassVar[str] = "deep_prompts"
+    site_classes: ClassVar[dict] = {"deep_prompts": (DeepPromptSelfAttention,)}
+    num_prompts: int = 200
+    sites: tuple[str, ...] | None = None
+    class_token: bool = False
+
+    def __post_init__(self):
+        self.new_layer(1, device="meta")
+        super().__post_init__()
+
+    def new_layer(self, dim, **factory):
+        return DeepPrompts(dim, self.num_prompts, **factory)
 
 
 def _append(rows, prompt_rows):

@@ -1,6 +1,6 @@
 """A place in a model that carries a new layer, and the class that its module becomes there."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -8,18 +8,17 @@ from petl_ext.composing import Composable
 from petl_ext.ops.kernels import kernel_for
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Where one new layer goes.
 
     Attributes:
-        name: the dotted name of the module that carries it.
-        site_class: the `Site` that the module becomes.
-        lost: how many adapters inside that module fall away where it is skipped.
+        name: the dotted name of the module that carries it, "" for the model itself.
+        site_class: what the module becomes: a `Site`, or another `Composable` with a `child`.
     """
 
     name: str
     site_class: type
-    lost: int = 0
 
     @property
     def layer_name(self):
@@ -70,6 +69,11 @@ class Site(Composable):
     def kernel(layer):
         """(what computes the layer, why it is not a kernel)."""
         raise NotImplementedError
+
+
+def candidates_of(model, site_classes):
+    """{dotted name: which of `site_classes` it can become}; the last, where it can become several."""
+    return {name: site_class for site_class in site_classes for name in site_class.candidates(model)}
 
 
 def width_of(layer):

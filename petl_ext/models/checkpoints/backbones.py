@@ -43,7 +43,7 @@ PARALLEL_ADAPTER = LayerNames(
         "up_proj.bias": "up_bias",
     },
 )
-DAS_ADAPTER = PARALLEL_ADAPTER._replace(config="DASConfig(bottleneck={bottleneck})", placement="bypass")
+DAS_ADAPTER = PARALLEL_ADAPTER._replace(config="DASConfig(bottleneck={bottleneck})", row="bypass")
 DAS_BYPASS = DAS_ADAPTER._replace(config="DASConfig(bypass_bottleneck={bottleneck})")
 
 # By root in the file; the names are those of whole models.

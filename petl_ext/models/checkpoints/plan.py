@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from petl_ext.attaching.methods import CONFIGS
 from petl_ext.composing import HANDLE
 from petl_ext.models.checkpoints.origins import check_origin
 from petl_ext.models.checkpoints.read import read
@@ -16,7 +17,12 @@ from petl_ext.printing import listed
 UNKNOWN = "unknown keys"
 TIED = "two tensors in the file, one in the model; set config.tie_word_embeddings = False before it is made"
 # The children under which petl_ext.attach puts its layers into a model.
-LAYER_CHILDREN = ("apt", "adapter", "bypass", "deep_prompts", "class_token")
+LAYER_CHILDREN = {
+    site_class.child
+    for config in CONFIGS.values()
+    for site_classes in config.site_classes.values()
+    for site_class in site_classes
+}
 
 
 class Layout(NamedTuple):
@@ -236,15 +242,15 @@ class _Plan:
     def _layer_problem(self, key, rule):
         """Why the key of an attached layer cannot fill these tensors, or an empty string."""
         layer, attached = rule.layer, self.layout.attached
-        placements = {config.placement for config in attached} - {None, "class_token"}  # which stands beside any
-        if placements and layer.placement not in placements:
+        rows = {config.row for config in attached} - {None, "class_token"}  # which stands beside any
+        if rows and layer.row not in rows:
             return (
                 f"layers of another method than is attached: the file's are those of {self._config(key, layer)}, "
                 f"the model's of {', '.join(map(str, attached))}"
             )
         if not all(name in self.places for name in rule.names):
             return f"layers that the model does not have there; attach {self._config(key, layer)} first"
-        if not placements:  # the model is a part of the one that knows
+        if not rows:  # the model is a part of the one that knows
             return "layers whose method cannot be told; load into the model that petl_ext.attach was given"
         return ""
 

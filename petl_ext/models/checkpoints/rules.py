@@ -42,13 +42,13 @@ class LayerNames(NamedTuple):
 
     Attributes:
         config: what attaches it here, with sizes in braces.
-        placement: of that config. Several methods give their tensors the same names here, but compute something else.
+        row: of that config. Several methods give their tensors the same names here, but compute something else.
         sizes: {size: the tensor in the file whose first axis it is}.
         parts: {tensor in the file: tensor here}.
     """
 
     config: str
-    placement: str
+    row: str
     sizes: dict
     parts: dict
 

@@ -1,81 +1,73 @@
-"""The adapters of DVP_adp: behind modules of a language model, by forward hooks that read the layer from the module.
+"""The adapters of DVP_adp, behind modules of a language model."""
 
-So the backbone's state-dict keys stay, and copies and pickles of the model carry the layers with them.
-"""
-
-import re
 from typing import NamedTuple
 
+from petl_ext.attaching.patterns import matches
+from petl_ext.attaching.sites.installed import Installed
+from petl_ext.attaching.sites.site import Place
+from petl_ext.composing import Composable
 from petl_ext.nn import AdapterLayer
-
-CHILD = "adapter"
 
 
 class AdapterPlan(NamedTuple):
     """Where a family's adapters go and what they are.
 
     Attributes:
-        places: regular expression over the dotted names of modules, whose output, or its first part, is adapted.
+        sites: regular expression over the dotted names of modules, whose output, or its first part, is adapted.
         reduction: how many times narrower than the model they are in the authors' code.
         activation: the `AdapterLayer`'s.
-        initialise: what fills `down` and `up`.
+        initialize: what fills `down` and `up`.
     """
 
-    places: str
+    sites: str
     reduction: int
     activation: str
-    initialise: object
+    initialize: object
 
     def default_bottleneck(self, dim):
         return max(1, dim // self.reduction)
 
-    def new_layer(self, dim, bottleneck, **place):
-        layer = AdapterLayer(dim, bottleneck, self.activation, **place)
+    def new_layer(self, dim, bottleneck, **factory):
+        layer = AdapterLayer(dim, bottleneck, self.activation, **factory)
         for weight in (layer.down, layer.up):
-            self.initialise(weight)
+            self.initialize(weight)
         return layer
 
 
-def adapter_places(model, plan):
-    """{dotted name: module} of what the plan names.
+class AdaptedOutput(Composable):
+    """What a module becomes behind whose output [..., D], or the first part of a tuple, stands the child `adapter`.
+
+    Not a `Site`: those are of what `attach` has put in, and it puts nothing into a model that carries some. These stay
+    for good, and it may put other layers beside them.
+    """
+
+    child = "adapter"
+
+    def forward(self, hidden_states, *arguments, **named):
+        output = super().forward(hidden_states, *arguments, **named)
+        if isinstance(output, tuple):
+            return self.adapter(output[0]), *output[1:]
+        return self.adapter(output)
+
+
+def add_adapters(model, plan, new_layer):
+    """Puts an adapter behind each module that the plan names.
 
     Raises:
-        ValueError: one of them carries an adapter already.
+        ValueError: one of them carries an adapter already. The model has not changed.
     """
-    found = {name: module for name, module in model.named_modules() if re.fullmatch(plan.places, name)}
-    for name, module in found.items():
-        if hasattr(module, CHILD):
-            raise ValueError(f"{name} of {type(model).__name__} already has a child {CHILD!r}: use a fresh model")
-    return found
-
-
-def add_adapters(modules, new_layer):
-    """Gives each module an adapter."""
-    for module in modules:
-        module.add_module(CHILD, new_layer())
-        module.register_forward_hook(_adapted)
+    places = [Place(name, AdaptedOutput) for name, _ in model.named_modules() if matches(plan.sites, name)]
+    for place in places:
+        if hasattr(model.get_submodule(place.name), place.site_class.child):
+            raise ValueError(
+                f"{place.name} of {type(model).__name__} already has a child {place.site_class.child!r}: "
+                "use a fresh model"
+            )
+    Installed(model).plus({place: new_layer() for place in places}).enter()
 
 
 def replace_adapters(model, new_layer):
     """Other adapters in place of all that `add_adapters` has put into the model."""
     for module in list(model.modules()):
-        if _hooks_of(module):
-            setattr(module, CHILD, new_layer().train(module.training))
-
-
-def remove_adapters(model):
-    """Takes out all that `add_adapters` has put into the model."""
-    for module in list(model.modules()):
-        for key in _hooks_of(module):
-            del module._forward_hooks[key]
-            delattr(module, CHILD)
-
-
-def _hooks_of(module):
-    """The keys of the hooks by which the module has an adapter."""
-    return [key for key, hook in module._forward_hooks.items() if hook is _adapted]
-
-
-def _adapted(module, arguments, output):
-    layer = getattr(module, CHILD)
-    return (layer(output[0]), *output[1:]) if isinstance(output, tuple) else layer(output)
+        if isinstance(module, AdaptedOutput):
+            module.adapter = new_layer().train(module.training)

@@ -7,7 +7,8 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from petl_ext.checks import check_positive_integer, check_switch
-from petl_ext.models.dvp.adapters import AdapterPlan, adapter_places, add_adapters, remove_adapters, replace_adapters
+from petl_ext.composing import unchanged_on_error
+from petl_ext.models.dvp.adapters import AdapterPlan, add_adapters, replace_adapters
 from petl_ext.models.heads import checked_class_loss, checked_soft_target_loss, mlp_head
 from petl_ext.nn import VisualPromptLayer
 from petl_ext.saving import check_keys, check_sizes, fill, read_files, write_files
@@ -100,13 +101,13 @@ class DVPModel(nn.Module):
         }
         self._check_switches()
         if adapter_bottleneck is None and use_adapters:
-            adapter_bottleneck = self.adapters.default_bottleneck(self._place()["dim"])
+            adapter_bottleneck = self.adapters.default_bottleneck(self._dim)
         if adapter_bottleneck is not None:
             self.options["adapter_bottleneck"] = self._checked_bottleneck(adapter_bottleneck)
         self.insert_layer = insert_layer
         self._add_layers()
         if use_adapters:
-            add_adapters(adapter_places(self._base, self.adapters).values(), self._new_adapter)
+            add_adapters(self._base, self.adapters, self._new_adapter)
         self._freeze()
         self.train(language_model.training)
         self.register_state_dict_post_hook(_leave_out_twins)
@@ -167,15 +168,9 @@ class DVPModel(nn.Module):
         """
         options, tensors = read_files(folder, cls._parse)
         check_sizes(options, tensors, folder)
-        required_grad = [(parameter, parameter.requires_grad) for parameter in language_model.parameters()]
-        model = cls(language_model, vision_model, **options)
-        try:
+        with unchanged_on_error(language_model):
+            model = cls(language_model, vision_model, **options)
             fill(model._trained(), tensors, folder)
-        except BaseException:
-            remove_adapters(language_model)
-            for parameter, required in required_grad:
-                parameter.requires_grad_(required)
-            raise
         return model
 
     @property
@@ -196,26 +191,30 @@ class DVPModel(nn.Module):
     def _trained(self):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def _place(self):
+    @property
+    def _dim(self):
+        return self.language_model.get_input_embeddings().weight.size(1)
+
+    def _factory(self):
+        """The device and dtype of new layers."""
         weight = self.language_model.get_input_embeddings().weight
-        return {"dim": weight.size(1), "device": weight.device, "dtype": weight.dtype}
+        return {"device": weight.device, "dtype": weight.dtype}
 
     def _new_adapter(self):
-        return self.adapters.new_layer(bottleneck=self.options["adapter_bottleneck"], **self._place())
+        return self.adapters.new_layer(self._dim, self.options["adapter_bottleneck"], **self._factory())
 
     def _add_layers(self):
-        place, options = self._place(), self.options
+        dim, factory, options = self._dim, self._factory(), self.options
         count = self.num_layers if options["candidates"] else 1
         sizes = {name: options[name] for name in ("num_heads", "visual_dim", "inner_dim", "dropout")}
-        self.visual_prompts = nn.ModuleList(VisualPromptLayer(**sizes, **place) for _ in range(count))
-        dim = place.pop("dim")
+        self.visual_prompts = nn.ModuleList(VisualPromptLayer(dim, **sizes, **factory) for _ in range(count))
         # Normal(0, 1), as the authors start it, far beyond the states to which it is added.
         self.type_embeddings = nn.ModuleList(
-            nn.Embedding(self.num_token_types, dim, **place) for _ in range(count if self.num_token_types else 0)
+            nn.Embedding(self.num_token_types, dim, **factory) for _ in range(count if self.num_token_types else 0)
         )
         self.classifier = None
         if options["num_labels"] is not None:
-            self.classifier = mlp_head(dim, self._head_width(dim), options["num_labels"], **place)
+            self.classifier = mlp_head(dim, self._head_width(dim), options["num_labels"], **factory)
             for layer in (self.classifier[0], self.classifier[-1]):
                 nn.init.normal_(layer.weight, std=HEAD_STD)
                 nn.init.zeros_(layer.bias)

@@ -23,10 +23,10 @@ class DVPBert(DVPModel):
     parts = ("embeddings", "encoder")
     norms = (("encoder.", "LayerNorm"),)
     adapters = AdapterPlan(
-        places=r"encoder\.layer\.\d+\.(attention\.)?output\.dropout",
+        sites=r"encoder\.layer\.\d+\.(attention\.)?output\.dropout",
         reduction=8,
         activation="relu",
-        initialise=partial(nn.init.normal_, std=0.01),
+        initialize=partial(nn.init.normal_, std=0.01),
     )
 
     @property

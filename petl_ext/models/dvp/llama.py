@@ -39,10 +39,10 @@ class DVPLlama(DVPModel):
     parts = ("embed_tokens", "layers", "norm")
     norms = (("layers.", "layernorm"), ("norm.", ""))
     adapters = AdapterPlan(
-        places=r"layers\.\d+\.(self_attn|mlp)",
+        sites=r"layers\.\d+\.(self_attn|mlp)",
         reduction=64,
         activation="silu",
-        initialise=nn.init.xavier_uniform_,
+        initialize=nn.init.xavier_uniform_,
     )
     num_token_types = 0
     default_sizes: ClassVar[dict] = {"num_heads": 16, "inner_dim": 512}

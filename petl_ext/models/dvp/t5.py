@@ -25,10 +25,10 @@ class DVPT5(DVPModel):
     parts = ("shared", "encoder", "decoder")
     norms = (("encoder.", "layer_norm"), ("decoder.", "layer_norm"))
     adapters = AdapterPlan(
-        places=r"(en|de)coder\.block\.\d+\.layer\.\d\.(SelfAttention|EncDecAttention|DenseReluDense)",
+        sites=r"(en|de)coder\.block\.\d+\.layer\.\d\.(SelfAttention|EncDecAttention|DenseReluDense)",
         reduction=8,
         activation="relu",
-        initialise=partial(nn.init.normal_, std=0.01),
+        initialize=partial(nn.init.normal_, std=0.01),
     )
 
     @property

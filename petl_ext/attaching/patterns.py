@@ -1,0 +1,27 @@
+"""What the entries of `sites` and of `keep` mean: regular expressions, and runs of parts, of dotted names."""
+
+import re
+
+
+def whole_name(pattern):
+    """The regular expression of the whole names that `pattern` matches from a dot or from the start to the end."""
+    return rf"(.*\.)?({pattern})"
+
+
+def matches(pattern, name):
+    """Whether a pattern of `sites` or of a family matches a dotted name."""
+    return re.fullmatch(whole_name(pattern), name) is not None
+
+
+def check_patterns(owner, patterns):
+    """Raises a ValueError that begins with `owner` if one of `patterns` is no regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(whole_name(pattern))  # it is not matched alone: global flags inside would fail then
+        except re.error as error:
+            raise ValueError(f"{owner}: {pattern!r} is not a regular expression: {error}") from error
+
+
+def is_part(entry, name):
+    """Whether the dotted `entry`, of `keep`, is a run of whole components of the dotted `name`."""
+    return f".{entry}." in f".{name}."
