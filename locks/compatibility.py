@@ -60,15 +60,16 @@ class Found(NamedTuple):
 
 
 def door_tests():
-    """The test files that import a library which petl_ext has a door to, themselves or through a module beside them."""
-    texts = {path.stem: path.read_text(encoding="utf-8") for path in TESTS.glob("*.py")}
+    """The test files that import a library which petl_ext has a door to, themselves or through a module of support/."""
+    paths = {path.stem: path for path in TESTS.rglob("*.py")}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
 
     def importing(names):
         pattern = re.compile(rf"^\s*(?:import|from) (?:{'|'.join(names)})\b", re.MULTILINE)
         return {name for name, text in texts.items() if pattern.search(text)}
 
     direct = importing(["transformers", "peft", "diffusers", "accelerate"])
-    return [TESTS / f"{name}.py" for name in sorted(direct | importing(direct)) if name.startswith("test_")]
+    return [paths[name] for name in sorted(direct | importing(direct)) if name.startswith("test_")]
 
 
 def output_of(*command, check=True):
@@ -134,7 +135,7 @@ def run_tests(environment, edge):
 def refusals(environment):
     """What the libraries say of each other, and what pip finds that their requirements forbid."""
     python = environment.programs / "python"
-    asked = json.loads(output_of(python, TESTS / "refusals.py"))
+    asked = json.loads(output_of(python, TESTS / "support" / "refusals.py"))
     broken = output_of(python, "-m", "pip", "check", check=False).splitlines()
     return [*asked, *(line for line in broken if not line.startswith("No broken"))]
 

@@ -14,7 +14,7 @@ TOOL_PATTERNS = {
     "compute-sanitizer": ("{cuda}/bin", "{cuda}/compute-sanitizer"),
     "ncu": ("{cuda}/bin", "{cuda}/nsight-compute*", "/opt/nvidia/nsight-compute/*"),
 }
-PYTHON_PATH = os.pathsep.join(str(ROOT / folder) for folder in ("bench", "python_tests"))
+PYTHON_PATH = os.pathsep.join(str(ROOT / folder) for folder in ("bench", "python_tests/support"))
 
 
 def find_tool(name):
@@ -29,7 +29,7 @@ def build():
     install = ["-m", "pip", "install", "--verbose", "--no-index", "--no-build-isolation", "--no-deps", "--editable"]
     return Step(
         "build",
-        ([sys.executable, *install, ROOT], [sys.executable, ROOT / "python_tests" / "emulated_build.py"]),
+        ([sys.executable, *install, ROOT], [sys.executable, ROOT / "python_tests" / "support" / "emulated_build.py"]),
         limit=240,
         environment={"PETL_CUDA": "1", "MAX_JOBS": cores, "PYTHONUNBUFFERED": "1"},
     )
@@ -81,12 +81,12 @@ def counters(report):
 
 def steps(counter_report):
     # Not asked of petl_ext, which is about to be built.
-    named = [ROOT / "python_tests" / f"test_{source.stem}.py" for source in (ROOT / "csrc/kernels").glob("*.h")]
+    named = [ROOT / "python_tests" / "ops" / f"test_{source.stem}.py" for source in (ROOT / "csrc/kernels").glob("*.h")]
     op_tests = sorted(path for path in named if path.exists())
     return (
         build(),
         tests("op tests", op_tests, 90, "--on", "cuda"),
-        tests("device tests", [ROOT / "python_tests" / "test_cuda_device.py"], 90),
+        tests("device tests", [ROOT / "python_tests" / "building" / "test_cuda_device.py"], 90),
         sanitizers(),
         module("speed", "speed", limit=170, least=45),
         module("calls", "calls", limit=60, least=20),

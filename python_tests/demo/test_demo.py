@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
+from pictures import assert_legible
 
 import petl_ext
 from petl_ext.cli import main
@@ -45,11 +45,6 @@ def rows_of(report):
 
 def number(cell):
     return float(cell.replace(",", "").rstrip(" M%"))
-
-
-def assert_legible(path):
-    with Image.open(path) as picture:
-        assert picture.width > 800 and len(picture.convert("RGB").getcolors(1 << 20)) > 10
 
 
 def test_report(tiny, tmp_path, capsys):

@@ -5,7 +5,7 @@ The restatements take weights by name from the model's parameters, mask by -inf,
 
 import tiny_families
 import torch
-from test_visual_prompt_layer import with_all_projections
+from prompt_projections import with_all_projections
 from tiny_families import DIM, TOKENS, WORDS
 
 from petl_ext.models import DVPT5, DVPBert, DVPLlama

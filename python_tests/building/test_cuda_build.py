@@ -14,7 +14,7 @@ import pytest
 import register_report
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(*command, env=None, cwd=ROOT):

@@ -12,7 +12,7 @@ import cuda_toolkit
 import install
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 MADE_BY_MAKE = (Path(sys.prefix) / "made-from").exists()

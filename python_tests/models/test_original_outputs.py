@@ -6,8 +6,8 @@ import pytest
 import tiny_meter
 import tiny_vilt
 import torch
+from checkpoint_checks import METER, METHODS, VILT, assert_refused, outcome_of
 from safetensors.torch import save_file
-from test_checkpoints import METER, METHODS, VILT, assert_refused, outcome_of, save
 from tiny_vilt import randomise, snapshot
 from transformers import ViltForImageAndTextRetrieval, ViltForMaskedLM, ViltForQuestionAnswering, ViltModel
 

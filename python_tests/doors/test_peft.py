@@ -16,12 +16,12 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from refusals import needs_add_adapter
-from test_search_callback import Questions, make_arguments
 from tiny_families import ALL_FAMILIES, make_inputs, make_model, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
 from transformers.models.vilt.modeling_vilt import ViltSelfOutput
 from transformers_names import enable_checkpointing
+from vilt_training import Questions, make_arguments
 
 import petl_ext
 from petl_ext.attaching.families import FAMILIES, Family

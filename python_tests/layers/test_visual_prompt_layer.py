@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from prompt_projections import with_all_projections
 
 from petl_ext import VisualPromptLayer
 
@@ -30,20 +31,6 @@ def make_inputs(layer, masked=False):
     mask = torch.rand(B, N, generator=generator) > 0.5
     mask[:, 2] = True
     return visual, query, mask if masked else None
-
-
-def with_all_projections(layer, visual, query, mask=None, kept=None):
-    """As the authors compute it: every token gets a key and a value. `kept` [B, H, 1, N] multiplies the weights."""
-
-    def heads(rows):
-        return rows.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
-
-    q, k, v = heads(layer.query(query[:, None])), heads(layer.key(visual)), heads(layer.value(visual))
-    scores = q @ k.mT / k.size(-1) ** 0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
-    weights = scores.softmax(-1) * (1 if kept is None else kept)
-    return layer.output((weights @ v).transpose(1, 2).flatten(2))[:, 0]
 
 
 def gradients(function, layer, tensors):

@@ -20,7 +20,7 @@ from gpu.steps import PYTHON_PATH, find_tool, steps
 from places import emulation
 from tolerance import outputs_and_gradients
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECORDS = "from gpu.records import record; record('number', value={}); record('summary', text='{} found');"
 
 

@@ -8,6 +8,7 @@ import pytest
 import tiny_meter
 import tiny_vilt
 import torch
+from checkpoint_checks import METER, METHODS, VILT, assert_equal, assert_refused, outcome_of
 from safetensors.torch import save_file
 from torch.nn.functional import interpolate
 from transformers import (
@@ -29,8 +30,6 @@ from petl_ext.models import (
 )
 from petl_ext.models.checkpoints import load_meter_checkpoint, load_vilt_checkpoint
 
-VILT = (tiny_vilt, originals.vilt_checkpoint, load_vilt_checkpoint)
-METER = (tiny_meter, originals.meter_checkpoint, load_meter_checkpoint)
 HEADS = [
     (VILT, ViltModel, None),
     (VILT, ViltForQuestionAnswering, "vqa_classifier"),
@@ -45,42 +44,7 @@ HEADS = [
     (METER, MeterForImagesAndTextClassification, "nlvr2_classifier"),
     (METER, MeterForImageAndTextRetrieval, "rank_output"),
 ]
-METHODS = {
-    "apt": APTConfig(num_prompts=5, rank=2),
-    "sequential": AdapterConfig(bottleneck=3),
-    "parallel": AdapterConfig(kind="parallel", bottleneck=3),
-    "das": DASConfig(bottleneck=3, bypass_bottleneck=4),
-}
 BUFFERS = ("position_ids", "token_type_ids")
-
-
-@pytest.fixture
-def save(tmp_path):
-    def save(content):
-        path = tmp_path / "model.ckpt"
-        torch.save(content, path)
-        return path
-
-    return save
-
-
-def outcome_of(report, key):
-    (outcome,) = (outcome for outcome in report.keys if outcome.key == key)
-    return outcome
-
-
-def assert_equal(model, expected):
-    ours, theirs = model.state_dict(), expected.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-
-
-def assert_refused(load, model, path, message, ignore=(), error=ValueError):
-    before = tiny_vilt.snapshot(model)
-    with pytest.raises(error, match=message) as caught:
-        load(model, path, ignore)
-    assert tiny_vilt.snapshot(model) == before
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("bare", [False, True], ids=["lightning", "bare"])

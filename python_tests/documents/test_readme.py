@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel, BertTokenizer, CLIPImageProcesso
 from petl_ext.demo.digits import BACKBONE
 from petl_ext.demo.digits.write import write_digits
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def words_of(text):

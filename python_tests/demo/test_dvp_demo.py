@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_demo import assert_legible
+from pictures import assert_legible
 
 from petl_ext.cli import main
 from petl_ext.demo.dvp import models, run

@@ -7,7 +7,7 @@ import tiny_dvp
 import tiny_vilt
 import torch
 import torch.nn.functional as F
-from test_checkpoints import assert_equal, assert_refused, outcome_of, save
+from checkpoint_checks import assert_equal, assert_refused, outcome_of
 from tiny_dvp import CLASSES, DIM, LABELS, LAYERS, SIZES, VISUAL_DIM, restated
 from tiny_families import FAMILIES
 from transformers import BertForMaskedLM, BertForPreTraining, T5Model

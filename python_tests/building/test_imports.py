@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "petl_ext"
 
 # From the bottom up; a module imports from its own entry and from lower lines. "" is petl_ext/__init__.py.
@@ -126,6 +126,11 @@ def test_a_circle_of_imports_is_seen():
         "petl_ext.demo": "",
     }
     assert {"petl_ext.demo.scenes", "petl_ext.demo.gqa"} == set(first_circle(sources))
+
+
+def test_no_test_imports_a_test():
+    for path in (ROOT / "python_tests").rglob("*.py"):
+        assert not re.search(r"^\s*(?:from|import) test_", path.read_text(encoding="utf-8"), re.MULTILINE), path
 
 
 def wrong_includes(source, folder):

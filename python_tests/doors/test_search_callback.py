@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_vilt import LABELS, make_inputs, make_model
+from tiny_vilt import make_model
 from torch.utils.data import DataLoader, Dataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from two_processes import in_two_processes
+from vilt_training import Questions, make_arguments
 
 import petl_ext
 from petl_ext.hf import SearchCallback
@@ -21,36 +22,10 @@ from petl_ext.search import DepthSearch
 LAYERS = 5
 
 
-class Questions(Dataset):
-    def __init__(self, model, size=8, seed=1):
-        inputs = make_inputs(model, seed, batch=size)
-        self.columns = inputs | {"labels": torch.eye(LABELS)[torch.arange(size) % LABELS]}
-
-    def __len__(self):
-        return len(self.columns["labels"])
-
-    def __getitem__(self, index):
-        return {name: column[index] for name, column in self.columns.items()}
-
-
 def make_search(num_skip=2, **arguments):
     model = make_model(num_hidden_layers=LAYERS)
     petl_ext.attach(model, petl_ext.DASConfig(bottleneck=4), keep=["classifier", "vilt.pooler"])
     return DepthSearch(model, num_skip, **{"interval": 3, "seed": 1, **arguments})
-
-
-def make_arguments(folder, **changes):
-    defaults = {
-        "max_steps": 12,
-        "save_strategy": "no",
-        "per_device_train_batch_size": 2,
-        "learning_rate": 0.01,
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "logging_strategy": "no",
-    }
-    return TrainingArguments(str(folder), **defaults | changes)
 
 
 class Recorder(TrainerCallback):
