@@ -18,8 +18,6 @@ every_family = pytest.mark.parametrize("family", CLASSES)
 KINDS = {"plain": {}, "adapters": {"use_adapters": True}, "search": {"candidates": "all"}}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
-__all__ = ["save"]  # a fixture
-
 
 def make_model(family, seed=0, **options):
     vision = FAMILIES["clip_vision_model"].make(2, seed=seed)
