@@ -15,7 +15,6 @@ import petl_ext
 from petl_ext import APTConfig, ClassTokenConfig, DASConfig, FullTuningConfig
 from petl_ext.models import load_meter_checkpoint, load_vilt_checkpoint
 
-
 FAMILIES = {"vilt": (*VILT, original_models.vilt), "meter": (*METER, original_models.meter)}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 SKIPPED = {"vilt": (1,), "meter": (0, 4)}
