@@ -49,7 +49,7 @@ class Measured:
 
     @classmethod
     def of(cls, name, report, all_macs, score, step, inference):
-        new = sum(row.parameters for row in report.rows if row.layer not in ("kept", "its own"))
+        new = sum(row.parameters for row in report.rows if row.class_name not in ("kept", "its own"))
         return cls(name, report.trained, new, report.macs, all_macs, score, step, inference)
 
     def cells(self):
