@@ -1,6 +1,7 @@
 """A text and an image as a model's inputs: data sets of them, and batches."""
 
 import os
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,14 +122,31 @@ def read_image(file: ImageFile, where: str) -> "PIL.Image.Image":
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images in a folder; `name` makes a file name of an `image_id`: "{image_id}.jpg"."""
+    """Images in a folder; `name` makes a file name of an `image_id`: "{image_id}.jpg".
+
+    Raises ValueError if `name` holds no {image_id}, or another field.
+    """
 
     folder: Path
     name: str
 
+    def __post_init__(self):
+        expected = 'image_name must be a file name with {image_id} in it, such as "{image_id}.jpg"'
+        try:
+            fields = {field for _, field, _, _ in string.Formatter().parse(self.name) if field is not None}
+        except ValueError as error:
+            raise ValueError(f"{expected}, got {self.name!r}: {error}") from error
+        if fields != {"image_id"}:
+            raise ValueError(f"{expected}, and no other field, got {self.name!r}")
+
     def of(self, entry: Entry) -> Path:
-        """Where the entry's image is."""
-        return self.folder / self.name.format(image_id=entry.image_id)
+        """Where the entry's image is. Raises ValueError if its `image_id` does not fit the file name's format."""
+        try:
+            return self.folder / self.name.format(image_id=entry.image_id)
+        except ValueError as error:
+            raise ValueError(
+                f"image_name must fit every image_id, {entry.image_id!r} ({entry.where}) too, got {self.name!r}: {error}"
+            ) from error
 
     def require(self, entries: Sequence[Entry], plural: str) -> None:
         """Raises FileNotFoundError naming the first of `entries` whose image is missing, and how many there are.

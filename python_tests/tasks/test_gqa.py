@@ -291,3 +291,23 @@ def test_missing_and_broken_images_are_named(files, processor):
         dataset(files, processor)
     with pytest.raises(FileNotFoundError, match="expected the folder of the images"):
         dataset(files, processor, images=files / "allImages")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("image.jpg", r"image_name must be a file name with \{image_id\} in it.*, got 'image.jpg'"),
+        ("{imageid}.jpg", r"and no other field, got '\{imageid\}.jpg'"),
+        ("{0}.jpg", r"and no other field, got '\{0\}.jpg'"),
+        ("{image_id.__class__}.jpg", "and no other field"),
+        ("{image_id}_{split}.jpg", "and no other field"),
+        ("{image_id.jpg", r"got '\{image_id.jpg': expected '\}' before end of string"),
+        (
+            "{image_id:012d}.jpg",
+            r"image_name must fit every image_id, '\d+' \(image_id .*\) too, got '\{image_id:012d\}.jpg'",
+        ),
+    ],
+)
+def test_a_mistyped_pattern_of_file_names(files, processor, pattern, message):
+    with pytest.raises(ValueError, match=message):
+        dataset(files, processor, image_name=pattern)
