@@ -145,7 +145,8 @@ class ImageFolder:
             return self.folder / self.name.format(image_id=entry.image_id)
         except ValueError as error:
             raise ValueError(
-                f"image_name must fit every image_id, {entry.image_id!r} ({entry.where}) too, got {self.name!r}: {error}"
+                f"image_name must fit every image_id, {entry.image_id!r} ({entry.where}) too, "
+                f"got {self.name!r}: {error}"
             ) from error
 
     def require(self, entries: Sequence[Entry], plural: str) -> None:
