@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from record import RESULTS, commit, file_stem, machine_folder
+from results import RESULTS, commit, file_stem, machine_folder
 
 import petl_ext
 

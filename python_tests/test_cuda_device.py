@@ -6,8 +6,8 @@ import pytest
 import torch
 from gpu.every_kernel import DTYPES
 from gpu.graphs import captured
-from gpu.problems import OPS, draw, forward, forward_backward
 from places import emulation
+from problems import OPS, draw, forward, forward_backward
 from tolerance import assert_as_good_as_torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

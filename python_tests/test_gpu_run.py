@@ -12,16 +12,16 @@ import pytest
 import torch
 from clock import host_clock
 from gpu import __main__ as command
-from gpu import every_kernel, report, speed, traffic, vilt
-from gpu.problems import OPS, draw, forward, forward_backward
-from gpu.records import read_records
+from gpu import every_kernel, speed, summary, traffic, vilt
 from gpu.runner import FAILED, OK, SKIPPED, TIME_LIMIT, Files, Runner, Step
+from gpu.step_log import read_records
 from gpu.steps import PYTHON_PATH, find_tool, steps
 from places import emulation
+from problems import OPS, draw, forward, forward_backward
 from tolerance import outputs_and_gradients
 
 ROOT = Path(__file__).parent.parent
-RECORDS = "from gpu.records import record; record('number', value={}); record('summary', text='{} found');"
+RECORDS = "from gpu.step_log import record; record('number', value={}); record('summary', text='{} found');"
 
 
 def python(code):
@@ -249,7 +249,7 @@ def test_comparison_tells_wrong_results_and_contenders_that_fail():
     result = speed.compare(case, contenders, BENCH)
     assert result["failures"] == {"compile": "RuntimeError: cannot compile this"}
     assert "vs eager" in result["speed_up"] and "vs compile" not in result["speed_up"]
-    assert "vs compile" not in report.of_comparison(result)
+    assert "vs compile" not in summary.of_comparison(result)
     problem = draw(op, 40, 64, 24, torch.bfloat16, torch.float32)
     for ours in (
         lambda *arguments: 1.5 * op.reference(*arguments),
@@ -319,7 +319,7 @@ def test_vilt_with_and_without_apt():
     assert set(times_as_long) == {"50 prompts", "200 prompts"}
 
 
-def test_report_shows_comparisons_goals_and_steps():
+def test_summary_shows_comparisons_goals_and_steps():
     comparison = {
         "kind": "comparison",
         "name": "apt forward",
@@ -331,7 +331,7 @@ def test_report_shows_comparisons_goals_and_steps():
         "goals": {"vs eager": {"goal": 2.5, "reached": 3.1, "met": True}},
     }
     entry = {"name": "speed", "verdict": FAILED, "seconds": 9.0, "why": "dx", "records": [comparison]}
-    measured, goals, step = report.lines({"steps": [entry]})
+    measured, goals, step = summary.lines({"steps": [entry]})
     assert "21.5 us" in measured and "vs eager  3.10" in measured and "0.77 of a copy  WRONG" in measured
     assert goals == "goals: apt forward: vs eager 3.10 of 2.50 met"
     assert step.split() == ["speed", "FAILED", "9.0", "s", "dx"]

@@ -4,11 +4,11 @@ import sys
 
 import torch
 from clock import call_clock, race, speed_up
+from problems import OPS, draw, forward, forward_backward
 
 from gpu.kernel_log import kernels_of
-from gpu.problems import OPS, draw, forward, forward_backward
-from gpu.records import record
 from gpu.speed import compiled
+from gpu.step_log import record
 
 FEW_ROWS = 240  # of one picture with its question: the device is faster than the host
 MANY_ROWS = 15360

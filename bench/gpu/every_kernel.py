@@ -5,9 +5,9 @@ import itertools
 import sys
 
 import torch
+from problems import OPS, draw, forward, forward_backward
 
-from gpu.problems import OPS, draw, forward, forward_backward
-from gpu.records import record
+from gpu.step_log import record
 
 # Of activations and weights.
 DTYPES = {

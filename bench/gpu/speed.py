@@ -14,14 +14,13 @@ from dataclasses import dataclass
 
 import torch
 from clock import cuda_clock, race, speed_up
+from problems import OPS, Op, draw, forward, forward_backward
 
-from gpu import problems as problems_module
 from gpu.graphs import captured
-from gpu.problems import OPS, Op, draw
-from gpu.records import record, seconds_granted
+from gpu.step_log import record, seconds_granted
 from gpu.traffic import FORWARD, FORWARD_BACKWARD, LEAST, OWN, verdicts
 
-DIRECTIONS = {FORWARD: problems_module.forward, FORWARD_BACKWARD: problems_module.forward_backward}
+DIRECTIONS = {FORWARD: forward, FORWARD_BACKWARD: forward_backward}
 ROWS = (61440, 15360)
 ROUNDS = 25
 FEWEST_CALLS = 12  # in a graph, so that launching the graph itself does not count
