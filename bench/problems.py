@@ -213,6 +213,10 @@ class Problem:
     options: dict = field(default_factory=dict)
     same: dict = field(default_factory=dict)
 
+    def __getitem__(self, name):
+        """An argument."""
+        return self.tensors[name] if name in self.tensors else self.options[name]
+
     def call(self, function, tensors=None):
         """The output of a function with the op's signature, of its own tensors or of others."""
         arguments = {**self.options, **(self.tensors if tensors is None else tensors)}
@@ -223,8 +227,10 @@ class Problem:
         return forward_backward(self.trained(), function)
 
     def change(self, **arguments):
+        """With other arguments in the place of some; None takes a tensor away."""
         options = {name: arguments.pop(name, option) for name, option in self.options.items()}
-        return replace(self, tensors={**self.tensors, **arguments}, options=options)
+        tensors = {name: tensor for name, tensor in {**self.tensors, **arguments}.items() if tensor is not None}
+        return replace(self, tensors=tensors, options=options)
 
     def to(self, device=None, dtype=None):
         """On another device, or in another dtype but for masks."""

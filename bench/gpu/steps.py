@@ -81,7 +81,7 @@ def counters(report):
 
 
 def steps(counter_report):
-    op_tests = [ROOT / "python_tests" / f"test_{op}.py" for op in TESTED_OPS]
+    op_tests = [ROOT / "python_tests" / f"test_{op}.py" for op in ("every_op", *TESTED_OPS)]
     return (
         build(),
         tests("op tests", [path for path in op_tests if path.exists()], 90, "--on", "cuda"),
