@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from record import RESULTS, commit, file_stem, machine_folder
+from clock import host_clock, race, speed_up
+from results import RESULTS, commit, file_stem, machine_folder
 
 import petl_ext
 
@@ -18,9 +19,42 @@ def pytest_addoption(parser):
     parser.addoption("--keep", action="store_true", help="write the ratios to bench/results")
 
 
+def pytest_configure(config):
+    # torch.compile's own compiler causes it when it is loaded.
+    config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+
+
 @pytest.fixture
 def rounds(request):
     return request.config.getoption("--rounds")
+
+
+@pytest.fixture
+def compare(rounds, benchmark, record_property):
+    """Lets contenders run in turns, and keeps how many times faster than each of the others one of them is."""
+
+    def run(name, shape, contenders, ours="ours", clock=host_clock, **more):
+        """
+        Args:
+            name: of the comparison.
+            shape: one of shapes.py.
+            contenders: name to function without arguments.
+            ours: name of the contender that is compared with all others.
+            clock: one of clock.py.
+            more: what else is to be kept.
+        """
+        seconds = race(contenders, rounds, clock)
+        comparison = {
+            "name": name,
+            "rows": shape.rows,
+            "dim": shape.dim,
+            "milliseconds": round(1e3 * sorted(seconds[ours])[rounds // 2], 3),
+            "speed_up": {f"vs {other}": speed_up(seconds, other, ours) for other in contenders if other != ours},
+        }
+        record_property("comparison", comparison | more)
+        benchmark.pedantic(contenders[ours], rounds=rounds)
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from clock import race, speed_up
+from memory import saved_for_backward
 from shapes import CLIP_IMAGE, CLIP_IMAGE_ONE, METER_IMAGE
 
 from petl_ext import ops
@@ -85,18 +85,7 @@ def forward_backward(function, inputs):
 
 def saved_bytes(function, inputs):
     """What autograd keeps beyond the arguments."""
-    saved = {}
-
-    def pack(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = function(*inputs.values())
-    for tensor in inputs.values():
-        saved.pop(tensor.untyped_storage().data_ptr(), None)
-    del out
-    return sum(saved.values())
+    return sum(saved_for_backward(lambda: function(*inputs.values()), inputs.values()))
 
 
 # What runs, and whether the tokens need a gradient.
@@ -110,21 +99,12 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [CLIP_IMAGE_ONE, CLIP_IMAGE, METER_IMAGE], ids=str)
-def test_attention_pool(shape, dtype, case, functions, rounds, benchmark, record_property):
+def test_attention_pool(shape, dtype, case, functions, compare):
     direction, visual_trains = CASES[case]
     inputs = make_inputs(shape, DTYPES[dtype], visual_trains, direction is forward_backward)
     contenders = {name: direction(function, inputs) for name, function in functions.items()}
-    seconds = race(contenders, rounds)
-    comparison = {
-        "name": f"attention_pool {case} {dtype} {shape} N={shape.tokens}",
-        "rows": shape.rows,
-        "dim": shape.dim,
-        "milliseconds": round(1e3 * sorted(seconds["ours"])[rounds // 2], 3),
-        "speed_up": {f"vs {name}": speed_up(seconds, name, "ours") for name in functions if name != "ours"},
-    }
+    kept = {}
     if direction is forward_backward:
-        comparison["saved_bytes"] = {
-            name: saved_bytes(functions[name], inputs) for name in ("eager", "pooled eager", "ours")
-        }
-    record_property("comparison", comparison)
-    benchmark.pedantic(contenders["ours"], rounds=rounds)
+        rivals = ("eager", "pooled eager", "ours")
+        kept["saved_bytes"] = {name: saved_bytes(functions[name], inputs) for name in rivals}
+    compare(f"attention_pool {case} {dtype} {shape} N={shape.tokens}", shape, contenders, **kept)

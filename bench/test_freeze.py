@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from clock import race, speed_up, thread_clock
+from clock import thread_clock
 from shapes import VILT, VILT_ONE
 
 import petl_ext
@@ -10,22 +10,11 @@ import petl_ext
 
 @pytest.mark.parametrize("num_prompts", [50, 200])
 @pytest.mark.parametrize("shape", [VILT_ONE, VILT], ids=str)
-def test_freeze(shape, num_prompts, rounds, benchmark, record_property):
+def test_freeze(shape, num_prompts, compare):
     torch.manual_seed(0)
     layers = {name: petl_ext.APTLayer(shape.dim, num_prompts).eval() for name in ("computed", "frozen")}
     layers["frozen"].freeze()
     x, y = torch.randn(2, shape.rows, shape.dim)
     with torch.no_grad():
         contenders = {name: lambda layer=layer: layer(x, y) for name, layer in layers.items()}
-        seconds = race(contenders, rounds, thread_clock)
-        record_property(
-            "comparison",
-            {
-                "name": f"APTLayer forward float32 {shape} P={num_prompts}",
-                "rows": shape.rows,
-                "dim": shape.dim,
-                "milliseconds": round(1e3 * sorted(seconds["frozen"])[rounds // 2], 3),
-                "speed_up": {"vs computed": speed_up(seconds, "computed", "frozen")},
-            },
-        )
-        benchmark.pedantic(contenders["frozen"], rounds=rounds)
+        compare(f"APTLayer forward float32 {shape} P={num_prompts}", shape, contenders, "frozen", thread_clock)

@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from clock import race, speed_up, thread_clock
+from clock import thread_clock
 from original_modules import (
     Adapter,
     Cross_Attention,
@@ -76,21 +76,11 @@ def forward_backward(module, arguments):
 @pytest.mark.parametrize("direction", [forward, forward_backward], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "shape"), CASES, ids=str)
-def test_patch(name, shape, dtype, direction, rounds, benchmark, record_property):
+def test_patch(name, shape, dtype, direction, compare):
     torch.manual_seed(0)
     module = MODULES[name](shape.dim).to(DTYPES[dtype])
     patched = petl_ext.patch(copy.deepcopy(module)).model
     arguments = arguments_of(name, shape, DTYPES[dtype], trained=direction is forward_backward)
     contenders = {"unpatched": direction(module, arguments), "patched": direction(patched, arguments)}
-    seconds = race(contenders, rounds, thread_clock)
-    record_property(
-        "comparison",
-        {
-            "name": f"patch {name} {direction.__name__} {dtype} {shape}",
-            "rows": shape.rows,
-            "dim": shape.dim,
-            "milliseconds": round(1e3 * sorted(seconds["patched"])[rounds // 2], 3),
-            "speed_up": {"vs unpatched": speed_up(seconds, "unpatched", "patched")},
-        },
-    )
-    benchmark.pedantic(contenders["patched"], rounds=rounds)
+    title = f"patch {name} {direction.__name__} {dtype} {shape}"
+    compare(title, shape, contenders, "patched", thread_clock)

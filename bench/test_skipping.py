@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from clock import race, speed_up
 from shapes import VILT, VILT_ONE
 from transformers import ViltConfig, ViltModel
 
@@ -40,19 +39,8 @@ def forward(model, inputs):
 
 
 @pytest.mark.parametrize("shape", [VILT_ONE, VILT], ids=str)
-def test_skipping(shape, rounds, benchmark, record_property):
+def test_skipping(shape, compare):
     inputs = make_inputs(shape)
     models = {"backbone": make_model(), "nothing skipped": make_model([]), "skipped": make_model(SKIPPED)}
     contenders = {name: forward(model, inputs) for name, model in models.items()}
-    seconds = race(contenders, rounds)
-    record_property(
-        "comparison",
-        {
-            "name": f"skipping {len(SKIPPED)} of 12 layers forward float32 {shape}",
-            "rows": shape.rows,
-            "dim": shape.dim,
-            "milliseconds": round(1e3 * sorted(seconds["skipped"])[rounds // 2], 3),
-            "speed_up": {f"vs {name}": speed_up(seconds, name, "skipped") for name in ("backbone", "nothing skipped")},
-        },
-    )
-    benchmark.pedantic(contenders["skipped"], rounds=rounds)
+    compare(f"skipping {len(SKIPPED)} of 12 layers forward float32 {shape}", shape, contenders, "skipped")

@@ -8,7 +8,7 @@ import pytest
 from places import PLACES
 
 # The longest, so that no process is left alone with one of them at the end.
-FIRST = ("test_cuda_build", "test_kernels_cpp", "test_attention_pool", "test_adapter")
+FIRST = ("test_cuda_build", "test_kernels_cpp", "test_every_op")
 
 
 def pytest_collection_modifyitems(items):

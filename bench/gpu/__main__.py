@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import torch
-from record import commit, file_stem, machine_folder
+from results import commit, file_stem, machine_folder
 
-from gpu import report
+from gpu import summary
 from gpu.runner import Files, Runner
 from gpu.steps import PYTHON_PATH, ROOT, steps
 
@@ -55,9 +55,9 @@ def run(all_steps, runner):
     """Returns the exit code."""
     for step in all_steps:
         print(f"{step.name} ...", flush=True)
-        print(report.of_step(runner.run(step)), flush=True)
+        print(summary.of_step(runner.run(step)), flush=True)
     runner.finish()
-    print(f"\n{chr(10).join(report.lines(runner.document))}\n\n{runner.files.result}\n{runner.files.log}")
+    print(f"\n{chr(10).join(summary.lines(runner.document))}\n\n{runner.files.result}\n{runner.files.log}")
     return 0 if runner.document["passed"] else 1
 
 

@@ -4,11 +4,12 @@ import sys
 
 import torch
 from clock import call_clock, race, speed_up
+from memory import saved_for_backward
+from problems import OPS, draw_rows, forward, forward_backward
 
 from gpu.kernel_log import kernels_of
-from gpu.problems import OPS, draw, forward, forward_backward
-from gpu.records import record
 from gpu.speed import compiled
+from gpu.step_log import record
 
 FEW_ROWS = 240  # of one picture with its question: the device is faster than the host
 MANY_ROWS = 15360
@@ -21,7 +22,7 @@ def functions_of(op):
 
 
 def host_time(op, inner, step):
-    problem = draw(op, FEW_ROWS, 768, inner, torch.bfloat16, torch.float32, device="cuda")
+    problem = draw_rows(op, FEW_ROWS, 768, inner, torch.bfloat16, torch.float32, device="cuda")
 
     def repeat(function):
         def run():
@@ -44,7 +45,7 @@ def host_time(op, inner, step):
 
 def launches(op, inner):
     """Of one forward call of ours."""
-    problem = draw(op, FEW_ROWS, 768, inner, torch.bfloat16, torch.float32, device="cuda")
+    problem = draw_rows(op, FEW_ROWS, 768, inner, torch.bfloat16, torch.float32, device="cuda")
     forward(problem, op.ours)
     kernels_of(lambda: forward(problem, op.ours))
     names = [name for name, _ in kernels_of(lambda: forward(problem, op.ours))]
@@ -52,21 +53,9 @@ def launches(op, inner):
     return len(names)
 
 
-def bytes_saved(problem, function):
+def saved_bytes(problem, function):
     """For backward, beyond the inputs themselves."""
-    saved = {}
-
-    def pack(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        # The result holds the graph, and the graph what it saved: no address is used twice meanwhile.
-        out = problem.op.call(function, problem.activation, *problem.inputs)
-    for tensor in problem.inputs:
-        saved.pop(tensor.untyped_storage().data_ptr(), None)
-    del out
-    return sum(saved.values())
+    return sum(saved_for_backward(lambda: problem.call(function), problem.tensors.values()))
 
 
 def peak_bytes(problem, function):
@@ -81,7 +70,7 @@ def peak_bytes(problem, function):
 
 
 def memory(op, inner):
-    problem = draw(op, MANY_ROWS, 768, inner, torch.bfloat16, torch.float32, device="cuda")
+    problem = draw_rows(op, MANY_ROWS, 768, inner, torch.bfloat16, torch.float32, device="cuda")
     functions = functions_of(op)
     record(
         "memory",
@@ -89,7 +78,7 @@ def memory(op, inner):
         inner=inner,
         rows=MANY_ROWS,
         peak_bytes={name: peak_bytes(problem, f) for name, f in functions.items()},
-        saved_bytes={name: bytes_saved(problem, f) for name, f in functions.items()},
+        saved_bytes={name: saved_bytes(problem, f) for name, f in functions.items()},
     )
 
 

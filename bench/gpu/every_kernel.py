@@ -5,9 +5,9 @@ import itertools
 import sys
 
 import torch
+from problems import OPS, draw_rows, forward, forward_backward
 
-from gpu.problems import OPS, draw, forward, forward_backward
-from gpu.records import record
+from gpu.step_log import record
 
 # Of activations and weights.
 DTYPES = {
@@ -25,14 +25,14 @@ def problems(rows, dims, dtypes, measured_sizes, every_activation, device):
         sizes = op.sizes if measured_sizes else op.every_size
         for dtype, dim, size, activation in itertools.product(dtypes, dims, sizes, activations):
             name = f"{op} {activation} {dtype} D={dim} {op.inner}={size}"
-            yield name, draw(op, rows, dim, size, *DTYPES[dtype], activation=activation, device=device)
+            yield name, draw_rows(op, rows, dim, size, *DTYPES[dtype], activation=activation, device=device)
 
 
 def run_all(**choice):
     """How many problems were solved, and which of them with results that are no numbers."""
     solved, flawed = 0, []
     for name, problem in problems(**choice):
-        results = [*forward(problem, problem.op.ours), *forward_backward(problem, problem.op.ours)]
+        results = [*forward(problem, problem.op.ours).values(), *forward_backward(problem, problem.op.ours).values()]
         solved += 1
         if not all(result.isfinite().all() for result in results):
             flawed.append(name)

@@ -3,11 +3,11 @@
 from collections import defaultdict
 
 import torch
+from problems import OPS
 
 from gpu.kernel_log import kernels_of
-from gpu.problems import OPS
-from gpu.records import record
 from gpu.speed import DIRECTIONS, Case, calls_of, draw_cold, on_the_gpu
+from gpu.step_log import record
 
 ROWS = 61440
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from gpu.records import record
+from gpu.step_log import record
 
 SHOWN = 8  # names of failures on the terminal
 

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpu.records import FILE, SECONDS, read_records
+from gpu.step_log import FILE, SECONDS, read_records
 
 POLL = 0.2  # seconds
 KEEP = 5  # seconds between two looks at what a step has told so far

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 
 import torch
 from clock import cuda_clock, race, speed_up
+from problems import OPS, Op, draw_rows, forward, forward_backward
 
-from gpu import problems as problems_module
 from gpu.graphs import captured
-from gpu.problems import OPS, Op, draw
-from gpu.records import record, seconds_granted
+from gpu.step_log import record, seconds_granted
 from gpu.traffic import FORWARD, FORWARD_BACKWARD, LEAST, OWN, verdicts
 
-DIRECTIONS = {FORWARD: problems_module.forward, FORWARD_BACKWARD: problems_module.forward_backward}
+DIRECTIONS = {FORWARD: forward, FORWARD_BACKWARD: forward_backward}
 ROWS = (61440, 15360)
 ROUNDS = 25
 FEWEST_CALLS = 12  # in a graph, so that launching the graph itself does not count
@@ -82,7 +81,7 @@ def draw_cold(case, bench):
     bytes_of_one = 2 * case.rows * case.dim * (len(case.op.rows) + (case.direction == FORWARD_BACKWARD))
     count = max(2, -(-bench.cold_bytes // bytes_of_one))
     return [
-        draw(
+        draw_rows(
             case.op, case.rows, case.dim, case.inner, torch.bfloat16, case.weight_dtype, device=bench.device, seed=seed
         )
         for seed in range(count)
@@ -113,18 +112,20 @@ def copies_of(bytes_moved, bench, count):
 
 def relative_errors(case, problem, function, oracle):
     results = DIRECTIONS[case.direction](problem, function)
-    return [float((r.double() - o).norm() / o.norm()) for r, o in zip(results, oracle, strict=True)]
+    return {
+        name: float((result.double() - oracle[name]).norm() / oracle[name].norm()) for name, result in results.items()
+    }
 
 
 def wrong_results(case, problem, ours):
     """Name to relative error of what is not right, at the very sizes that are measured."""
-    oracle = DIRECTIONS[case.direction](problem.to(torch.float64), case.op.reference)
+    oracle = DIRECTIONS[case.direction](problem.double(), case.op.reference)
     our_errors, eager_errors = (relative_errors(case, problem, f, oracle) for f in (ours, case.op.reference))
     # Written so that NaN is wrong.
     return {
         name: our_error
-        for name, our_error, eager_error in zip(case.op.results, our_errors, eager_errors, strict=False)
-        if not our_error <= max(2 * eager_error, MOST_ERROR)
+        for name, our_error in our_errors.items()
+        if not our_error <= max(2 * eager_errors[name], MOST_ERROR)
     }
 
 

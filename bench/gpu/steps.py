@@ -81,8 +81,9 @@ def counters(report):
 
 def steps(counter_report):
     # Not asked of petl_ext, which is about to be built.
-    named = [ROOT / "python_tests" / "ops" / f"test_{source.stem}.py" for source in (ROOT / "csrc/kernels").glob("*.h")]
-    op_tests = sorted(path for path in named if path.exists())
+    names = ["every_op", *(source.stem for source in (ROOT / "csrc/kernels").glob("*.h"))]
+    op_tests = [ROOT / "python_tests" / "ops" / f"test_{name}.py" for name in names]
+    op_tests = sorted(path for path in op_tests if path.exists())
     return (
         build(),
         tests("op tests", op_tests, 90, "--on", "cuda"),

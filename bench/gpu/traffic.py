@@ -6,7 +6,7 @@ kernel reads twice within one tile of rows comes from the cache the second time 
 
 from dataclasses import dataclass
 
-from gpu.problems import TOKENS
+from problems import TOKENS
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 ELEMENT = 2  # bytes, of bfloat16

@@ -6,7 +6,7 @@ from transformers import ViltConfig, ViltModel
 
 import petl_ext
 from gpu.graphs import captured
-from gpu.records import record
+from gpu.step_log import record
 
 TOKENS = 240
 PROMPTS = (50, 200)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from gpu.every_kernel import DTYPES
 from gpu.graphs import captured
-from gpu.problems import OPS, draw, forward, forward_backward
 from places import emulation
+from problems import OPS, draw_rows, forward, forward_backward
 from tolerance import assert_as_good_as_torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -29,30 +29,30 @@ ACTIVATIONS_AND_SIZES = [
 
 
 def same_bits(results, expected):
-    return all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    return all(torch.equal(result, expected[name]) for name, result in results.items())
 
 
 def large_problem(op, dtypes, inner, seed=0):
     """More rows than a slab of the weights' gradients, more blocks than multiprocessors."""
-    return draw(op, 20_000, 72, inner, *dtypes, device="cuda", seed=seed)
+    return draw_rows(op, 20_000, 72, inner, *dtypes, device="cuda", seed=seed)
 
 
 @every_dtype
 @pytest.mark.parametrize(("op", "activation", "dim", "inner"), ACTIVATIONS_AND_SIZES)
 def test_hardware_and_emulator_agree(op, activation, dim, inner, dtypes, record_property):
-    problem = draw(op, ROWS, dim, inner, *dtypes, activation=activation)
+    problem = draw_rows(op, ROWS, dim, inner, *dtypes, activation=activation)
     with emulation():
-        emulated = [result.cuda() for result in forward_backward(problem, op.ours)]
+        emulated = {name: result.cuda() for name, result in forward_backward(problem, op.ours).items()}
     problem = problem.to("cuda")
     hardware, torchs = forward_backward(problem, op.ours), forward_backward(problem, op.reference)
-    oracle = forward_backward(problem.to(torch.float64), op.reference)
+    oracle = forward_backward(problem.double(), op.reference)
     difference = {
-        name: float((a.double() - b.double()).abs().max() / b.double().abs().max())
-        for name, a, b in zip(op.results, hardware, emulated, strict=True)
+        name: float((result.double() - emulated[name].double()).abs().max() / emulated[name].double().abs().max())
+        for name, result in hardware.items()
     }
     record_property("largest difference from the emulator", {"difference": difference})
-    for name, *results in zip(op.results, hardware, emulated, torchs, oracle, strict=True):
-        ours, emulators, theirs, exact = (result.double() for result in results)
+    for name in hardware:
+        ours, emulators, theirs, exact = (results[name].double() for results in (hardware, emulated, torchs, oracle))
         if exact.numel() == 1:
             continue  # how far torch is off a single number is chance
         assert_as_good_as_torch(f"{name} on the GPU", ours, theirs, exact)
@@ -106,10 +106,11 @@ def test_graph_gives_the_same_bits(op, dtypes, inner, step):
     problem, other = (large_problem(op, dtypes, inner, seed) for seed in range(2))
     expected, expected_of_other = step(problem, op.ours), step(other, op.ours)
     replay = captured(lambda: step(problem, op.ours))
-    for result in replay():
+    for result in replay().values():
         result.fill_(torch.nan)
     assert same_bits(replay(), expected)
     with torch.no_grad():
-        for tensor, value in zip([*problem.inputs, problem.dout], [*other.inputs, other.dout], strict=True):
-            tensor.copy_(value)
+        for name, tensor in problem.tensors.items():
+            tensor.copy_(other.tensors[name])
+        problem.dout.copy_(other.dout)
     assert same_bits(replay(), expected_of_other)

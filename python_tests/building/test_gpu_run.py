@@ -12,16 +12,15 @@ import pytest
 import torch
 from clock import host_clock
 from gpu import __main__ as command
-from gpu import every_kernel, report, speed, traffic, vilt
-from gpu.problems import OPS, draw, forward, forward_backward
-from gpu.records import read_records
+from gpu import every_kernel, speed, summary, traffic, vilt
 from gpu.runner import FAILED, OK, SKIPPED, TIME_LIMIT, Files, Runner, Step
+from gpu.step_log import read_records
 from gpu.steps import PYTHON_PATH, find_tool, steps
 from places import emulation
-from tolerance import outputs_and_gradients
+from problems import OPS, draw_rows, forward, forward_backward
 
 ROOT = Path(__file__).parents[2]
-RECORDS = "from gpu.records import record; record('number', value={}); record('summary', text='{} found');"
+RECORDS = "from gpu.step_log import record; record('number', value={}); record('summary', text='{} found');"
 
 
 def python(code):
@@ -196,20 +195,15 @@ def test_pytest_plugin_chooses_a_place_and_counts(tmp_path):
 
 @pytest.mark.parametrize("op", OPS.values(), ids=str)
 def test_problems_hold_what_the_op_takes(op):
-    problem = draw(op, 6, 16, 5, torch.float64)
-    results = forward_backward(problem, op.ours)
-    assert len(results) == len(op.results) == 1 + len(problem.inputs)
-    expected = outputs_and_gradients(
-        lambda *inputs: op.call(op.reference, problem.activation, *inputs), *_parts(problem)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
-    assert torch.equal(forward(problem, op.ours)[0], results[0])
-    copy = problem.to(torch.float32)
-    assert copy.inputs[0].dtype is copy.dout.dtype is torch.float32 and copy.inputs[0].requires_grad
-
-
-def _parts(problem):
-    return problem.inputs, problem.dout
+    problem = draw_rows(op, 6, 16, 5, torch.float64)
+    results, expected = (forward_backward(problem, function) for function in (op.ours, op.reference))
+    assert list(results) == ["out", *(f"d{name}" for name in problem.tensors)]
+    assert all(torch.equal(result, expected[name]) for name, result in results.items())
+    assert torch.equal(forward(problem, op.ours)["out"], results["out"])
+    assert {*op.rows} <= problem.tensors.keys() <= {*op.rows, *op.weights} and op.out_like in problem.tensors
+    copy = problem.to(dtype=torch.float32)
+    assert copy.dout.dtype is torch.float32
+    assert all(tensor.dtype is torch.float32 and tensor.requires_grad for tensor in copy.tensors.values())
 
 
 def run_once(run):
@@ -242,18 +236,18 @@ def test_comparison_tells_wrong_results_and_contenders_that_fail():
     op = OPS["apt"]
     case = small_case(op, speed.FORWARD_BACKWARD)
 
-    def failing(*_):
+    def failing(**_):
         raise RuntimeError("cannot compile this")
 
     contenders = {"ours": op.ours, "eager": op.reference, "compile": failing}
     result = speed.compare(case, contenders, BENCH)
     assert result["failures"] == {"compile": "RuntimeError: cannot compile this"}
     assert "vs eager" in result["speed_up"] and "vs compile" not in result["speed_up"]
-    assert "vs compile" not in report.of_comparison(result)
-    problem = draw(op, 40, 64, 24, torch.bfloat16, torch.float32)
+    assert "vs compile" not in summary.of_comparison(result)
+    problem = draw_rows(op, 40, 64, 24, torch.bfloat16, torch.float32)
     for ours in (
-        lambda *arguments: 1.5 * op.reference(*arguments),
-        lambda *arguments: torch.nan * op.reference(*arguments),
+        lambda **arguments: 1.5 * op.reference(**arguments),
+        lambda **arguments: torch.nan * op.reference(**arguments),
     ):
         wrong = speed.wrong_results(case, problem, ours)
         assert "out" in wrong
@@ -262,7 +256,7 @@ def test_comparison_tells_wrong_results_and_contenders_that_fail():
 def test_inputs_exceed_the_cache_and_none_is_used_twice_in_a_row():
     case = small_case(OPS["apt"], speed.FORWARD)
     problems = speed.draw_cold(case, BENCH)
-    tensors = [tensor for problem in problems for tensor in problem.inputs[:2]]
+    tensors = [problem.tensors[name] for problem in problems for name in problem.op.rows]
     assert sum(tensor.nbytes for tensor in tensors) >= BENCH.cold_bytes
     assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
 
@@ -319,7 +313,7 @@ def test_vilt_with_and_without_apt():
     assert set(times_as_long) == {"50 prompts", "200 prompts"}
 
 
-def test_report_shows_comparisons_goals_and_steps():
+def test_summary_shows_comparisons_goals_and_steps():
     comparison = {
         "kind": "comparison",
         "name": "apt forward",
@@ -331,7 +325,7 @@ def test_report_shows_comparisons_goals_and_steps():
         "goals": {"vs eager": {"goal": 2.5, "reached": 3.1, "met": True}},
     }
     entry = {"name": "speed", "verdict": FAILED, "seconds": 9.0, "why": "dx", "records": [comparison]}
-    measured, goals, step = report.lines({"steps": [entry]})
+    measured, goals, step = summary.lines({"steps": [entry]})
     assert "21.5 us" in measured and "vs eager  3.10" in measured and "0.77 of a copy  WRONG" in measured
     assert goals == "goals: apt forward: vs eager 3.10 of 2.50 met"
     assert step.split() == ["speed", "FAILED", "9.0", "s", "dx"]

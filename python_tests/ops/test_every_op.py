@@ -1,0 +1,268 @@
+"""What holds of every op: values and gradients against its reference, and every way in which PyTorch may call it."""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from op_problems import TESTED, assert_equal, check
+from places import CPU_PLACES, CUDA_PLACES, DEVICE_PLACES, emulation
+from problems import OPS, draw
+
+from petl_ext import ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+on_cpu = pytest.mark.parametrize("place", CPU_PLACES, ids=str, indirect=True)
+on_cuda = pytest.mark.parametrize("place", CUDA_PLACES, ids=str, indirect=True)
+on_each_device = pytest.mark.parametrize("place", DEVICE_PLACES, ids=str, indirect=True)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_op = pytest.mark.parametrize("tested", TESTED.values(), ids=str)
+
+
+def of_each(names, values_of):
+    """Parametrizes by each op and what `values_of(tested)` gives of it."""
+    cases = [
+        pytest.param(tested, *values, id="-".join(map(str, (tested, *values))))
+        for tested in TESTED.values()
+        for values in values_of(tested)
+    ]
+    return pytest.mark.parametrize(("tested", *names), cases)
+
+
+every_form = of_each(["form"], lambda tested: [(form,) for form in tested.op.forms])
+
+
+def test_every_op_is_tested():
+    public = {name.removesuffix("_reference") for name in ops.__all__ if name.endswith("_reference")}
+    assert TESTED.keys() == OPS.keys() == public
+
+
+@every_dtype
+@of_each(["sizes", "form"], lambda tested: itertools.product(tested.sizes, tested.op.forms))
+def test_values_and_gradients(place, tested, sizes, form, dtype):
+    activation = tested.sizes[sizes]
+    options = {"activation": activation} if activation else {}
+    check(place, tested.problem(*sizes, form=form, dtype=dtype, **options))
+
+
+@on_cpu
+@every_dtype
+@every_form
+def test_width_that_is_no_multiple_of_eight(place, tested, form, dtype):
+    for sizes in tested.odd_sizes:
+        check(place, tested.problem(*sizes, form=form, dtype=dtype))
+
+
+@on_cuda
+@of_each(["message"], lambda tested: [(message,) for message in tested.unsupported])
+def test_sizes_that_cuda_does_not_support(place, tested, message):
+    problem = tested.problem(*tested.unsupported[message]).to(place.device)
+    with pytest.raises(RuntimeError, match=message):
+        problem.call(tested.op.ours)
+
+
+@pytest.mark.parametrize("tested", [tested for tested in TESTED.values() if tested.slabs], ids=str)
+def test_more_rows_than_one_slab(place, tested):
+    check(place, tested.problem(*tested.slabs))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"), [*itertools.permutations(DTYPES, 2)], ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
+@every_op
+def test_weights_in_another_dtype(place, tested, dtype, weight_dtype):
+    """Between two narrow ones with a smooth activation: whether rounding lets a value near zero through is luck."""
+    activations = tested.op.activations
+    activation = activations[0 if torch.float32 in (dtype, weight_dtype) else -1]
+    for form in tested.usual:
+        sizes, dtypes = tested.mixed, {"dtype": dtype, "weight_dtype": weight_dtype}
+        check(place, tested.problem(*sizes, form=form, activation=activation, **dtypes))
+
+
+@every_op
+def test_infinity_stays_in_its_row(place, tested):
+    """An odd inner size and columns beyond it: what is padded must not turn an infinity into NaN elsewhere."""
+    first = tested.op.rows[0]
+    for form, dtype, infinity in itertools.product(tested.op.forms, DTYPES, (torch.inf, -torch.inf)):
+        problem = tested.problem(*tested.small[:-1], 7, form=form, dtype=dtype).to(place.device)
+        problem[first][1] = infinity
+        for name in tested.op.weights:
+            if name in problem.tensors and problem[name].dim() == 2:
+                problem[name].abs_()
+        results, expected = problem.run(tested.op.ours), problem.double().run(tested.op.reference)
+        for name in ("out", f"d{first}"):
+            assert torch.equal(results[name].isfinite(), expected[name].isfinite()), (form, dtype, infinity, name)
+
+
+@every_form
+def test_any_leading_shape_and_strides(place, tested, form):
+    for dtype in DTYPES:
+        problem = tested.problem(*tested.laid_out_sizes, form=form, dtype=dtype).to(place.device)
+        expected = problem.run(tested.op.ours)
+        for layout_name, layout in tested.layouts.items():
+            trained = problem.trained()
+            laid_out = {name: layout(t) for name, t in trained.tensors.items() if name in tested.laid_out}
+            out = trained.call(tested.op.ours, {**trained.tensors, **laid_out})
+            dout = layout(problem.dout)
+            assert out.shape == dout.shape and out.is_contiguous(), layout_name
+            gradients = torch.autograd.grad(out, list(trained.tensors.values()), dout)
+            for got, (name, wanted) in zip((out, *gradients), expected.items(), strict=True):
+                assert torch.equal(got.reshape(wanted.shape), wanted), f"{dtype}, {layout_name}: {name}"
+
+
+@pytest.mark.parametrize("tested", [tested for tested in TESTED.values() if tested.rows_alone], ids=str)
+def test_one_row_without_leading_axes(tested):
+    problem = tested.problem(1, *tested.small[1:])
+    alone = problem.change(**{name: problem[name][0] for name in tested.op.rows})
+    assert torch.equal(alone.call(tested.op.ours), problem.call(tested.op.ours)[0])
+
+
+@every_op
+def test_expanded_gradient(tested):
+    problem = tested.problem().trained()
+    leaves, out = list(problem.tensors.values()), problem.call(tested.op.ours)
+    by_sum = torch.autograd.grad(out.sum(), leaves)
+    by_ones = torch.autograd.grad(problem.call(tested.op.ours), leaves, torch.ones(out.shape))
+    assert all(torch.equal(a, b) for a, b in zip(by_sum, by_ones, strict=True))
+
+
+@every_form
+def test_empty_input(place, tested, form):
+    problem = tested.problem(0, *tested.small[1:], form=form).to(place.device)
+    results = problem.run(tested.op.ours)
+    assert results.pop("out").shape == problem.dout.shape
+    assert_equal(results, {f"d{name}": torch.zeros_like(t) for name, t in problem.tensors.items()})
+
+
+@every_dtype
+@every_op
+def test_two_runs_are_bit_equal(place, tested, dtype):
+    for form in tested.usual:
+        problem = tested.problem(*tested.long, form=form, dtype=dtype).to(place.device)
+        assert_equal(problem.run(tested.op.ours), problem.run(tested.op.ours))
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+@pytest.mark.parametrize("copies", ["lazy", "eager"])
+@every_op
+def test_cuda_kernels_give_the_same_bits_in_whatever_order_they_run(tested, order, copies):
+    """A missing barrier or wait would show: warps run in either order, asynchronous copies land early or late."""
+    for sizes, dtype in tested.ordered:
+        problem = tested.problem(*sizes, dtype=dtype)
+        with emulation():
+            expected = problem.run(tested.op.ours)
+        with emulation(order=order, copies=copies):
+            assert_equal(problem.run(tested.op.ours), expected)
+
+
+@every_dtype
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@every_op
+def test_bit_equal_whatever_the_number_of_threads(tested, threads, dtype):
+    problem = tested.problem(*tested.long, dtype=dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = problem.run(tested.op.ours)
+    try:
+        torch.set_num_threads(threads)
+        for _ in range(2):
+            assert_equal(problem.run(tested.op.ours), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@every_form
+def test_only_the_gradients_asked_for(place, tested, form):
+    problem = tested.problem(form=form).to(place.device)
+    expected = problem.run(tested.op.ours)
+    for wanted in problem.tensors:
+        leaves = {name: t.clone().requires_grad_(name == wanted) for name, t in problem.tensors.items()}
+        problem.call(tested.op.ours, leaves).backward(problem.dout)
+        assert torch.equal(leaves[wanted].grad, expected[f"d{wanted}"]), wanted
+        assert all(t.grad is None for name, t in leaves.items() if name != wanted)
+
+
+@every_op
+def test_float64_runs_the_reference(tested):
+    problem = tested.problem(dtype=torch.float64)
+    assert_equal(problem.run(tested.op.ours), problem.run(tested.op.reference))
+
+
+@on_each_device
+@every_form
+def test_opcheck(place, tested, form):
+    problem = tested.problem(form=form).to(place.device)
+    torch.library.opcheck(tested.op.raw("forward"), tested.raw(problem))
+    for arguments in tested.raw_backward(problem):
+        torch.library.opcheck(tested.op.raw("backward"), arguments)
+
+
+@on_each_device
+@every_form
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph(place, tested, form, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(tested.op.ours, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for sizes in (tested.small, tested.other):
+        problem = tested.problem(*sizes, form=form).to(place.device)
+        assert_equal(problem.run(compiled), problem.run(tested.op.ours))
+
+
+@every_op
+def test_integers_are_refused(place, tested):
+    problem = draw(tested.op, *tested.small, **tested.everything).to(place.device)
+    for name, tensor in problem.tensors.items():
+        said = tested.int_message.get(name, f"{name} must be float32, bfloat16 or float16, got Int")
+        with pytest.raises(RuntimeError, match=f"{tested}: {said}"):
+            problem.change(**{name: tensor.int()}).call(tested.op.ours)
+
+
+@of_each(["message"], lambda tested: [(message,) for message in tested.wrong_for_kernels | tested.wrong])
+def test_wrong_arguments_are_named(place, tested, message):
+    with pytest.raises(RuntimeError, match=f"{tested}: ({message})"):
+        tested.wrong_problem(message).to(place.device).call(tested.op.ours)
+
+
+@of_each(["message"], lambda tested: [(message,) for message in tested.wrong])
+def test_wrong_arguments_in_float64_and_under_compile(tested, message):
+    problem = tested.wrong_problem(message)
+    for elsewhere in (problem.double(), problem.to("meta")):
+        with pytest.raises(RuntimeError, match=f"{tested}: ({message})"):
+            elsewhere.call(tested.op.ours)
+
+
+@every_op
+def test_tensors_on_two_devices(tested):
+    problem = draw(tested.op, *tested.small, **tested.everything)
+    for name in tested.op.weights:
+        with pytest.raises(RuntimeError, match="all arguments must be on one device, got cpu, meta"):
+            problem.change(**{name: problem[name].to("meta")}).call(tested.op.ours)
+
+
+@every_op
+def test_several_python_threads_at_once(place, tested):
+    problems = [tested.problem(*tested.several, 10 + i, seed=i).to(place.device) for i in range(4)]
+    expected = [problem.run(tested.op.ours) for problem in problems]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            results = pool.map(lambda problem: problem.run(tested.op.ours), problems)
+            for result, wanted in zip(results, expected, strict=True):
+                assert_equal(result, wanted)
+
+
+@every_op
+def test_works_after_an_error(place, tested):
+    problem = tested.problem().to(place.device)
+    expected = problem.run(tested.op.ours)
+    for message in tested.wrong:
+        with pytest.raises(RuntimeError):
+            tested.wrong_problem(message).to(place.device).call(tested.op.ours)
+    assert_equal(problem.run(tested.op.ours), expected)
+
+
+@every_op
+def test_device_without_kernel(tested):
+    problem = tested.problem().to("meta")
+    for direction, arguments in (("forward", tested.raw(problem)), ("backward", next(tested.raw_backward(problem)))):
+        with pytest.raises(NotImplementedError, match=rf"no kernel for meta.*{tested}_reference"):
+            tested.op.raw(direction).redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.XPU), *arguments)
