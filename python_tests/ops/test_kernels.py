@@ -2,9 +2,9 @@
 
 import re
 
+import problems
 import pytest
 import torch
-from gpu import problems
 from gpu.steps import steps
 from ops_called import OpsCalled
 from torch import nn
