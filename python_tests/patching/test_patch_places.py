@@ -9,15 +9,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import petl_ext
-from petl_ext.ops import kernels
 from petl_ext.patching.patch import kind_of
 
+pytestmark = pytest.mark.usefixtures("no_floors")
 DIM = 32
-
-
-@pytest.fixture(autouse=True)
-def no_floors(monkeypatch):
-    monkeypatch.setattr(kernels, "FLOORS", {})
 
 
 def stream():

@@ -17,6 +17,7 @@ from petl_ext import (
     DASConfig,
     DeepPromptConfig,
     FullTuningConfig,
+    attach,
 )
 
 TEXT, IMAGE, PATCH, DIM, LAYERS, LABELS = 6, 32, 8, 32, 2, 5
@@ -84,6 +85,11 @@ def make_model(model_class=ViltForQuestionAnswering, seed=0, **changes):
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=parameter[0].item(), std=0.1)
     return model
+
+
+def attached(config=CONFIGS[0], keep=("classifier",)):
+    model = make_model()
+    return model, attach(model, config, keep)
 
 
 def make_inputs(model, seed=1, batch=2):

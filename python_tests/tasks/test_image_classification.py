@@ -1,15 +1,15 @@
-"""CLIP image classification: folders, draws, zero-shot head, training with APT, metrics, and what bad input says."""
+"""CLIP image classification: draws, zero-shot head, training with APT, metrics, the example."""
 
 import copy
 import json
 
-import numpy as np
 import pytest
 import torch
+from empty_folders import empty_folder
 from example_scripts import load_example
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from PIL import ExifTags, Image
+from PIL import Image
 from refusals import needs_add_adapter, needs_auto_image_processor
 from safetensors.torch import load_file
 from transformers import CLIPModel, Trainer, TrainingArguments
@@ -26,7 +26,6 @@ from petl_ext.demo.digits.pretrain_clip import (
 )
 from petl_ext.models import CLIPClassifier
 from petl_ext.tasks import image_classification as ic
-from petl_ext.tasks.inputs import read_image
 
 PROMPTS = ic.class_prompts(CLASSES)
 BASE, NEW = ic.base_and_new(CLASSES)
@@ -72,35 +71,6 @@ def dataset(images, classes=tuple(PROMPTS), **changes):
 def pixels(images, count=4):
     data = dataset(images[:: len(images) // count][:count])
     return torch.stack([data[index]["pixel_values"] for index in range(count)])
-
-
-def empty_folder(tmp_path, *files):
-    for file in files:
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).touch()
-    return tmp_path
-
-
-def test_a_folder_is_read_class_by_class(tmp_path):
-    files = ("tree_frog/b.JPG", "tree_frog/more/a.png", "tree_frog/notes.txt", "cat/c.webp", ".cache/d.jpg", "e.jpg")
-    hidden = ("cat/.c.webp", "cat/._c.webp", "tree_frog/more/.ipynb_checkpoints/a-checkpoint.png")
-    images = ic.read_image_folder(empty_folder(tmp_path, *files, *hidden))
-    assert [(str(image.path.relative_to(tmp_path)), image.class_name) for image in images] == [
-        ("cat/c.webp", "cat"),
-        ("tree_frog/b.JPG", "tree_frog"),
-        ("tree_frog/more/a.png", "tree_frog"),
-    ]
-
-
-def test_links_are_followed_but_not_in_circles(tmp_path):
-    empty_folder(tmp_path, "photos/cat/a.png", "elsewhere/b.png")
-    link = tmp_path / "photos" / "cat" / "more"
-    link.symlink_to(tmp_path / "elsewhere")
-    assert [image.path.name for image in ic.read_image_folder(tmp_path / "photos")] == ["a.png", "b.png"]
-    link.unlink()
-    link.symlink_to(tmp_path / "photos" / "cat")
-    with pytest.raises(ValueError, match=r"cat/more: expected a folder of images, got a link to a folder that it"):
-        ic.read_image_folder(tmp_path / "photos")
 
 
 def test_digits_are_written_as_a_folder(folder, images, tmp_path):
@@ -149,26 +119,6 @@ def test_prompts_name_the_classes():
         ic.class_prompts(["cat"], "a photo")
     with pytest.raises(TypeError, match="classes: expected several names, got the text 'cat'"):
         ic.class_prompts("cat")
-
-
-# The orientation of EXIF, and how the upright picture was turned before it was written.
-TURNED = {1: None, 3: "ROTATE_180", 6: "ROTATE_90", 8: "ROTATE_270", 2: "FLIP_LEFT_RIGHT", 5: "TRANSPOSE"}
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".png"])
-@pytest.mark.parametrize(("orientation", "turn"), TURNED.items())
-def test_every_reader_turns_photographs_upright(orientation, turn, suffix, tmp_path):
-    upright = Image.new("RGB", (40, 24))
-    upright.paste((255, 255, 255), (0, 0, 40, 12))
-    upright.paste((200, 0, 0), (0, 0, 10, 12))
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
-    lying = upright if turn is None else upright.transpose(Image.Transpose[turn])
-    lying.save(tmp_path / f"photo{suffix}", exif=exif, quality=95)
-    found = read_image(tmp_path / f"photo{suffix}", "here")
-    assert found.size == (40, 24)
-    difference = torch.from_numpy(np.array(found)).float() - torch.from_numpy(np.array(upright)).float()
-    assert difference.abs().mean() < 5
 
 
 def test_zero_shot_logits_are_those_of_clip(images):
@@ -323,15 +273,6 @@ def test_accuracy_by_class_and_harmonic_mean():
         ic.accuracy_by_class(logits, labels, ("a", "b"))
     with pytest.raises(ValueError, match="labels: expected 4, one per row of logits, got 2"):
         ic.accuracy_by_class(logits, labels[:2], ("a", "b", "c"))
-
-
-def test_a_folder_without_classes_or_images_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: expected a folder of one folder per class"):
-        ic.read_image_folder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="expected one folder per class, got none"):
-        ic.read_image_folder(empty_folder(tmp_path, "a.jpg"))
-    with pytest.raises(ValueError, match=r"dog: expected images of the class .*, got none"):
-        ic.read_image_folder(empty_folder(tmp_path, "cat/a.jpg", "dog/a.txt"))
 
 
 def test_images_that_do_not_fit_are_refused(images, tmp_path):
