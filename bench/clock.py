@@ -1,6 +1,6 @@
 """The clocks: contenders run in turns in one process, and are compared round by round.
 
-Machines are shared and their speed drifts within seconds; a ratio of neighbours in time survives that, an absolute
+Machines are shared and their speed drifts within seconds; a ratio of neighbors in time survives that, an absolute
 time does not.
 
 A clock is called with what is to be timed, and returns a function that says how many seconds it took.

@@ -87,7 +87,7 @@ class Experiment:
         return [self.accuracy(classifier, of, seed) for of in tested]
 
     def accuracy(self, classifier, classes, seed):
-        """Share of the test images of `classes` that are recognised among these."""
+        """Share of the test images of `classes` that are recognized among these."""
         classifier.set_classes(classes)
         classifier.eval().freeze()
         images = tasks.images_of(self.tested(seed), classes)

@@ -112,7 +112,7 @@ def count_macs(model, inputs):
 
     Counted are matrix products, convolutions and attention, padding and masked positions included, as torch's flop
     counter has them (element-wise arithmetic, LayerNorm and softmax count nothing), and what petl_ext's kernels
-    multiply. Not seen: nn.LSTM on the CPU, quantised layers, and kernels of other libraries. Afterwards the model is as
+    multiply. Not seen: nn.LSTM on the CPU, quantized layers, and kernels of other libraries. Afterwards the model is as
     it was: training flags, hooks and the states of torch's random number generators.
 
     Args:

@@ -16,7 +16,7 @@ struct AdapterInputs {
   AdapterSizes size;
   AdapterActivation activation;
   ConstRows x;            // [R, D]
-  ConstRows norm_weight;  // [1, D]; null: x is not normalised
+  ConstRows norm_weight;  // [1, D]; null: x is not normalized
   ConstRows norm_bias;    // [1, D]
   ConstRows down;         // [B, D]
   ConstRows down_bias;    // [1, B]
@@ -24,7 +24,7 @@ struct AdapterInputs {
   ConstRows up_bias;      // [1, D]
   ConstRows gain;         // [1, 1], a trained factor; null: 1
   float scale;            // scale * gain multiplies what is added
-  float epsilon;          // of the normalisation
+  float epsilon;          // of the normalization
 };
 
 struct AdapterForward {
@@ -39,7 +39,7 @@ struct AdapterBackward {
   bool residual_is_input;  // dx gains dout
   // A gradient whose data is null is not computed. Those of the weights are computed all or none.
   Rows dx;              // [R, D]
-  float* dnorm_weight;  // [D]; null also where x is not normalised
+  float* dnorm_weight;  // [D]; null also where x is not normalized
   float* dnorm_bias;    // [D]
   float* ddown;         // [B, D]
   float* ddown_bias;    // [B]

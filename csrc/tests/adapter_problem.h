@@ -27,7 +27,7 @@ using stored::Stored;
 
 enum class Residual { none, input, other };
 
-// The normalised adapter has a gain, the other has none.
+// The normalized adapter has a gain, the other has none.
 struct Problem {
   int64_t R, D, B;
   AdapterActivation activation;
@@ -85,10 +85,10 @@ inline Results expected(const Problem& p) {
     for (int64_t d = 0; d < D; ++d) mean += x[d] / double(D);
     for (int64_t d = 0; d < D; ++d) variance += (x[d] - mean) * (x[d] - mean) / D;
     const double inverse = 1 / std::sqrt(variance + double{Problem::kEpsilon});
-    Doubles normalised(D), input(D), dinput(D), added(D);
+    Doubles normalized(D), input(D), dinput(D), added(D);
     for (int64_t d = 0; d < D; ++d) {
-      normalised[d] = (x[d] - mean) * inverse;
-      input[d] = p.norm ? normalised[d] * p.norm_weight[d] + p.norm_bias[d] : x[d];
+      normalized[d] = (x[d] - mean) * inverse;
+      input[d] = p.norm ? normalized[d] * p.norm_weight[d] + p.norm_bias[d] : x[d];
       added[d] = p.up_bias[d];
     }
     for (int64_t b = 0; b < B; ++b) {
@@ -109,8 +109,8 @@ inline Results expected(const Problem& p) {
     double sum = 0, product = 0;
     for (int64_t d = 0; d < D; ++d) {
       sum += dinput[d] * p.norm_weight[d] / D;
-      product += dinput[d] * p.norm_weight[d] * normalised[d] / D;
-      r.dnorm_weight[d] += dinput[d] * normalised[d];
+      product += dinput[d] * p.norm_weight[d] * normalized[d] / D;
+      r.dnorm_weight[d] += dinput[d] * normalized[d];
       r.dnorm_bias[d] += dinput[d];
       r.dup_bias[d] += factor * dout[d];
       r.dgain[0] += Problem::kScale * dout[d] * added[d];
@@ -120,7 +120,7 @@ inline Results expected(const Problem& p) {
       if (p.residual_is == Residual::other) r.out[row * D + d] += p.residual[row * D + d];
     }
     for (int64_t d = 0; d < D; ++d) {
-      double dx = p.norm ? inverse * (dinput[d] * p.norm_weight[d] - sum - normalised[d] * product) : dinput[d];
+      double dx = p.norm ? inverse * (dinput[d] * p.norm_weight[d] - sum - normalized[d] * product) : dinput[d];
       if (p.residual_is == Residual::input) dx += dout[d];
       r.dx[row * D + d] = dx;
     }

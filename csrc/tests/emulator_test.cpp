@@ -153,7 +153,7 @@ struct Format {
   uint32_t low(double value) const { return pack(static_cast<float>(value), 0) & 0xffff; }
 };
 
-// Each value, each midpoint between neighbours (to the even one) and what is next to the midpoints.
+// Each value, each midpoint between neighbors (to the even one) and what is next to the midpoints.
 void test_rounding(const Format& format) {
   bool exact = true, ties = true, near_ties = true;
   for (const uint32_t sign : {0u, 0x8000u}) {
@@ -168,8 +168,8 @@ void test_rounding(const Format& format) {
   }
   const std::string name = format.name;
   expect(exact, name + ": values that need no rounding");
-  expect(ties, name + ": ties go to the even neighbour");
-  expect(near_ties, name + ": what is beside a tie goes to the nearer neighbour");
+  expect(ties, name + ": ties go to the even neighbor");
+  expect(near_ties, name + ": what is beside a tie goes to the nearer neighbor");
   expect(format.low(std::nanf("")) == 0x7fff, name + ": NaN");
   expect(format.pack(1, 2) == (format.low(1) | format.low(2) << 16), name + ": the first is in the lower half");
 }

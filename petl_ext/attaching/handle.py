@@ -56,7 +56,7 @@ class Attachment:
                 yield name, parameter
 
     def parameters(self):
-        """The parameters of `named_parameters`, as an optimiser takes them."""
+        """The parameters of `named_parameters`, as an optimizer takes them."""
         return (parameter for _, parameter in self.named_parameters())
 
     def report(self, tokens=None, inputs=None):

@@ -139,7 +139,7 @@ def _problem(place, module):
     """Why a candidate is none after all, or None."""
     try:
         place.site_class.check(module)
-        place.site_class.neighbour(module)
+        place.site_class.neighbor(module)
     except ValueError as error:
         return str(error)
 
@@ -155,7 +155,7 @@ def _check_site(place, module):
     problem = _problem(place, module)
     if problem is not None:
         raise ValueError(f"attach: {place.name}: {problem}")
-    _check_loaded(f"{place.name}'s weight", place.site_class.neighbour(module).weight)
+    _check_loaded(f"{place.name}'s weight", place.site_class.neighbor(module).weight)
 
 
 def _check_loaded(name, weight):

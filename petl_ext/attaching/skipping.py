@@ -72,7 +72,7 @@ class SkippingAttachment(Attachment):
     def remove_skipped(self):
         """Deletes the weights of the skipped layers and the bypasses of all others, for good.
 
-        State dict, memory and saved folders shrink; `load` does the same to a fresh model. Call it before an optimiser
+        State dict, memory and saved folders shrink; `load` does the same to a fresh model. Call it before an optimizer
         is made. After it the set is fixed, and `disable` and `detach` raise: the backbone is gone.
 
         Raises:

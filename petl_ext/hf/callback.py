@@ -34,7 +34,7 @@ class SearchCallback(TrainerCallback, ExportableState):
         trainer.train()
 
     Every micro-batch has its own draw, as in DAS and KAB-APP. Validation batches advance from update to update and
-    begin again when they are used up. Between optimiser steps, so in evaluations and checkpoints, the model has the
+    begin again when they are used up. Between optimizer steps, so in evaluations and checkpoints, the model has the
     present selection. A run that resumes from a checkpoint resumes its search too, from trainer_state.json, whether or
     not `restore_callback_states_from_checkpoint` is set.
 

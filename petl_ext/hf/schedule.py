@@ -40,7 +40,7 @@ def check_time(search, args, state):
     if search.finished or search.history:
         return
     constants = search.constants
-    # At most: the last optimiser step of an epoch may have fewer micro-batches.
+    # At most: the last optimizer step of an epoch may have fewer micro-batches.
     end = search.step + (state.max_steps - state.global_step) * args.gradient_accumulation_steps
     if end < constants.first_update:
         raise ValueError(

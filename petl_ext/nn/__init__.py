@@ -1,4 +1,4 @@
-"""Layers: they own parameters and their initialisation, and call one op."""
+"""Layers: they own parameters and their initialization, and call one op."""
 
 from petl_ext.nn.adapter import AdapterLayer
 from petl_ext.nn.apt import APTLayer

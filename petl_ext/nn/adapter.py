@@ -21,8 +21,8 @@ class AdapterLayer(nn.Module):
     It holds `down` [B, D], `down_bias` [B], `up` [D, B] and `up_bias` [D]; with layer_norm also `norm_weight` [D] and
     `norm_bias` [D], and with trainable_scale `gain` [1]: 2 B D + B + D parameters, 2 D more for the norm.
 
-    Initialisation: down and up are drawn from Normal(0, 0.02), biases are 0, the norm is 1 and 0. The APT paper's
-    code asks for Normal(0, 0.01) in its adapter, but the initialisers of its ViLT and METER overwrite that with 0.02
+    Initialization: down and up are drawn from Normal(0, 0.02), biases are 0, the norm is 1 and 0. The APT paper's
+    code asks for Normal(0, 0.01) in its adapter, but the initializers of its ViLT and METER overwrite that with 0.02
     before training starts; 0.02 is what its results were made with. Without zero_init the layer is not the identity at
     the start.
 

@@ -38,8 +38,8 @@ class APTLayer(nn.Module):
     It holds `prompts` [P, D], the low-rank pair `down` [r, D] and `up` [D, r] that turns prompts into keys, and
     `log_scale` [1]: P D + 2 r D + 1 parameters.
 
-    Initialisation: prompts, down and up are drawn from Normal(0, 0.02), log_scale is 0. The paper's code asks for
-    Normal(0, 1) and zeros in `down` and `up`, but the initialisers of its ViLT and METER overwrite both with 0.02
+    Initialization: prompts, down and up are drawn from Normal(0, 0.02), log_scale is 0. The paper's code asks for
+    Normal(0, 1) and zeros in `down` and `up`, but the initializers of its ViLT and METER overwrite both with 0.02
     before training starts; 0.02 is what its results were made with. The layer is not the identity at the start.
 
     Each forward makes the keys from the parameters. Who serves can have them made once, by `freeze`.

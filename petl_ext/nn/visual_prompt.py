@@ -14,11 +14,11 @@ class VisualPromptLayer(nn.Module):
     It is multi-head attention with one query per sample, computed without a projected token: the key projection is
     folded into the query, and the value projection comes after pooling. That is exact. The key bias adds one number to
     all scores of a head, which softmax takes out again, and the weights of a head sum to 1 before the value bias.
-    Where `key` or `value` has been replaced, wrapped or hooked, as by LoRA, quantisation or offloading, its weight does
+    Where `key` or `value` has been replaced, wrapped or hooked, as by LoRA, quantization or offloading, its weight does
     not say what it computes: then both project every token, as in ordinary attention.
 
     It holds the four linear layers `query` [I, D], `key` and `value` [I, Dv] and `output` [D, I], with biases: the
-    authors' `linear_q`, `linear_k`, `linear_v` and `linear_merge`, initialised as torch's nn.Linear. `key.bias` is
+    authors' `linear_q`, `linear_k`, `linear_v` and `linear_merge`, initialized as torch's nn.Linear. `key.bias` is
     there for their checkpoints; its gradient is exactly zero.
 
     Args:

@@ -11,7 +11,7 @@ from torch._guards import detect_fake_mode
 from petl_ext.patching.kind import own_forward
 from petl_ext.patching.kinds import KINDS
 from petl_ext.patching.patch import kind_of, known, release, take_in
-from petl_ext.patching.recognise import Recognised, recognise, takes_as
+from petl_ext.patching.recognize import Recognized, recognize, takes_as
 from petl_ext.patching.report import PatchReport, left_alone_row, patched_row
 
 logger = logging.getLogger("petl_ext")
@@ -39,8 +39,8 @@ class ClassPatch:
         patched = [module for module in self._patched if kind_of(module)]
         rows = [patched_row(f"instance {i}", module, kind_of(module)) for i, module in enumerate(patched, 1)]
         rows += [
-            left_alone_row(f"instance {i}", module, recognised)
-            for i, (module, recognised) in enumerate(self._left_alone.items(), 1 + len(rows))
+            left_alone_row(f"instance {i}", module, recognized)
+            for i, (module, recognized) in enumerate(self._left_alone.items(), 1 + len(rows))
         ]
         return PatchReport(f"petl_ext.patch_class of {self.cls.__name__}", rows)
 
@@ -65,14 +65,14 @@ class ClassPatch:
         # One that was patched and comes here again has been unpatched.
         if module in self._left_alone or module in self._patched:
             return False
-        recognised = recognise(module, self._probed) or Recognised("unknown", None, None, f"none of: {known()}")
-        if not recognised.reason:
-            take_in(module, recognised)
+        recognized = recognize(module, self._probed) or Recognized("unknown", None, None, f"none of: {known()}")
+        if not recognized.reason:
+            take_in(module, recognized)
             self._patched.add(module)
             return True
-        if recognised.reason not in {other.reason for other in self._left_alone.values()}:
-            logger.warning("patch_class: a %s is left alone: %s", self.cls.__name__, recognised.reason)
-        self._left_alone[module] = recognised
+        if recognized.reason not in {other.reason for other in self._left_alone.values()}:
+            logger.warning("patch_class: a %s is left alone: %s", self.cls.__name__, recognized.reason)
+        self._left_alone[module] = recognized
         return False
 
     def _undo(self):

@@ -10,7 +10,7 @@ from petl_ext.composing import Composable
 
 
 class Settings(NamedTuple):
-    """What was found out about a module when it was recognised; the module keeps it as `petl_settings`.
+    """What was found out about a module when it was recognized; the module keeps it as `petl_settings`.
 
     Attributes:
         activation: as the op names it; "" where there is none.

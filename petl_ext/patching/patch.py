@@ -5,7 +5,7 @@ from torch import nn
 from petl_ext.composing import become, composed
 from petl_ext.ops.kernels import adjust_floors
 from petl_ext.patching.kinds import KINDS
-from petl_ext.patching.recognise import recognise
+from petl_ext.patching.recognize import recognize
 from petl_ext.patching.report import PatchReport, left_alone_row, patched_row
 
 
@@ -32,7 +32,7 @@ def patch(model):
     """Runs those modules of `model` by our kernels that compute what they compute, under the same parameters.
 
     Known are the prompt diffusion of APT's code, the bottleneck and parallel adapters of APT, DAS and DVP, the
-    cross-attention of DVP, and the bottlenecks of the library `adapters`. A module is recognised by the names and
+    cross-attention of DVP, and the bottlenecks of the library `adapters`. A module is recognized by the names and
     shapes of its parts, wherever its class comes from, and checked by what its own forward returns, passes back and
     leaves behind: that of a copy runs on random parameters and inputs in float64, and whatever it does outside of the
     module happens then. The module becomes an instance of a subclass of its class; parameters, state-dict keys,
@@ -52,20 +52,20 @@ def patch(model):
 
     Raises:
         TypeError: model is no nn.Module.
-        ValueError: no module is recognised, or all that are must be left alone. The model has not changed.
+        ValueError: no module is recognized, or all that are must be left alone. The model has not changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
     probed = {}
     found = [
-        (name, module, recognised)
+        (name, module, recognized)
         for name, module in model.named_modules()
-        if not kind_of(module) and (recognised := recognise(module, probed))
+        if not kind_of(module) and (recognized := recognize(module, probed))
     ]
     if not any(kind_of(module) for module in model.modules()):
-        _check_some(model, [(name, recognised) for name, _, recognised in found])
-    for _, module, recognised in found:
-        take_in(module, recognised)
+        _check_some(model, [(name, recognized) for name, _, recognized in found])
+    for _, module, recognized in found:
+        take_in(module, recognized)
     return Patch(model)
 
 
@@ -90,12 +90,12 @@ def kind_of(module):
     return next((base for base in type(module).__mro__ if base in KINDS), None)
 
 
-def take_in(module, recognised):
+def take_in(module, recognized):
     """Patches one module, unless it must be left alone."""
-    if not recognised.reason:
+    if not recognized.reason:
         adjust_floors()
-        become(module, composed(type(module), (recognised.found,)), (type(module),))
-        vars(module)["petl_settings"] = recognised.settings
+        become(module, composed(type(module), (recognized.found,)), (type(module),))
+        vars(module)["petl_settings"] = recognized.settings
 
 
 def release(module):
@@ -109,14 +109,14 @@ def release(module):
 
 
 def known():
-    """What is recognised, for error messages."""
+    """What is recognized, for error messages."""
     return "; ".join(kind.petl_published for kind in KINDS)
 
 
 def _check_some(model, found):
     if not found:
         raise ValueError(f"patch: {type(model).__name__} holds nothing that is known. Looked for: {known()}")
-    if all(recognised.reason for _, recognised in found):
+    if all(recognized.reason for _, recognized in found):
         rows = [f"  {name or '(the model)'}, {r.kind}: {r.reason}" for name, r in found]
         raise ValueError("\n".join([f"patch: all known modules of {type(model).__name__} must be left alone:", *rows]))
 
@@ -126,6 +126,6 @@ def _rows(model):
     for name, module in model.named_modules():
         if kind := kind_of(module):
             rows.append(patched_row(name, module, kind))
-        elif recognised := recognise(module, probed):
-            rows.append(left_alone_row(name, module, recognised))
+        elif recognized := recognize(module, probed):
+            rows.append(left_alone_row(name, module, recognized))
     return rows

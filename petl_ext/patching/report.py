@@ -12,12 +12,12 @@ COLUMNS = ("module", "class", "kind", "computed by", "because")
 
 @dataclass(frozen=True)
 class PatchRow:
-    """One module that was recognised.
+    """One module that was recognized.
 
     Attributes:
         name: its dotted name.
         class_name: its class.
-        kind: what it was recognised as.
+        kind: what it was recognized as.
         kernel: "adapter (cpu, avx512)"; "its own forward" where it was left alone, or does not run the kernel in the
             state that it is in.
         reason: why it is its own forward.
@@ -45,7 +45,7 @@ class PatchReport:
 
     Attributes:
         title: whose report it is.
-        rows: a list of `PatchRow`, of all modules that were recognised.
+        rows: a list of `PatchRow`, of all modules that were recognized.
     """
 
     title: str
@@ -81,5 +81,5 @@ def patched_row(name, module, kind):
     return PatchRow(name, type(module).__name__, kind.petl_name, kernel, exception=exception)
 
 
-def left_alone_row(name, module, recognised):
-    return PatchRow(name, type(module).__name__, recognised.kind, "its own forward", recognised.reason)
+def left_alone_row(name, module, recognized):
+    return PatchRow(name, type(module).__name__, recognized.kind, "its own forward", recognized.reason)

@@ -27,7 +27,7 @@ model = PeftModel.from_pretrained(model, folder)
 @dataclass
 class APTConfig(PeftConfig):
     """Approximated prompt tuning (arXiv 2306.15706): an `APTLayer`, whose documentation explains the sizes and the
-    initialisation, for every attention that is a target.
+    initialization, for every attention that is a target.
 
     A target is the attention module that ends in its output projection (CLIP, T5, LLaMA, diffusers), or the output
     module `dense -> dropout -> (LayerNorm)` of an attention (ViLT, BERT, RoBERTa, METER).

@@ -37,8 +37,8 @@ class APTTunerLayer(nn.Module, BaseTunerLayer):
         self.petl_apt_frozen = {}  # of some the `frozen_keys`
 
     def update_layer(self, adapter_name, config, model):
-        neighbour = self.neighbour(self.base_layer)
-        layer = config.new_layer(width_of(neighbour), **location_beside(neighbour, model))
+        neighbor = self.neighbor(self.base_layer)
+        layer = config.new_layer(width_of(neighbor), **location_beside(neighbor, model))
         for name in self.adapter_layer_names:
             getattr(self, name)[adapter_name] = getattr(layer, name.removeprefix(PREFIX))
         self.petl_apt_options[adapter_name] = (config.activation, config.dropout)
@@ -104,7 +104,7 @@ class APTTunerLayer(nn.Module, BaseTunerLayer):
 
     def _get_base_layer_device_and_dtype(self, base_layer):
         # PEFT asks for them to move an adapter that it has loaded.
-        location = location_beside(self.neighbour(base_layer), self)
+        location = location_beside(self.neighbor(base_layer), self)
         return location["device"], location["dtype"]
 
     def _changed(self, adapter_name, x, y):

@@ -22,7 +22,7 @@ class PlacementConstants(Constants):
     Attributes:
         warmup_steps: steps before the first update; None stands for 0, also under `petl_ext.hf.SearchCallback`.
         search_steps: steps after which the selection is fixed; None: it is fixed by `finish` or `apply`.
-        interval: steps from one update to the next. The authors update after every optimiser step, so with gradients
+        interval: steps from one update to the next. The authors update after every optimizer step, so with gradients
             accumulated over n micro-batches theirs is n.
         num_samples: draws that an update compares, at least 2; the authors take 10 for LLaMA.
         step_size: factor of every update, for scores in percent; their code for ScienceQA takes 10.
@@ -97,7 +97,7 @@ class PlacementSearch(Search):
 
     The authors then train a new model with this insert_layer. KAB-APP trains a prompt layer of its own for each layer
     of the model, candidates="all"; with one that all share, the search compares places for the same prompt layer. Each
-    candidate sees about one step in num_layers. Let the optimiser's zero_grad set gradients to None, as it does by
+    candidate sees about one step in num_layers. Let the optimizer's zero_grad set gradients to None, as it does by
     default: AdamW then leaves the candidates that were not drawn alone; in the authors' code they decayed.
 
     With several processes give each the same seed: the draws are the same everywhere, and scores are averaged over the
@@ -106,7 +106,7 @@ class PlacementSearch(Search):
 
     `update` takes a function that returns the score of one batch, larger for better. The authors' is in percent: the
     accuracy; for VQA the mean target score of the likeliest answer; for ScienceQA 100 * exp(-loss). Call it after the
-    optimiser's step. A score that is not finite counts as 0, as if no answer were right.
+    optimizer's step. A score that is not finite counts as 0, as if no answer were right.
 
     What differs from the authors' code: layers are compared in eval mode (there with dropout) and each from the same
     state of the random number generators, so that a layer that is drawn twice is scored once; draws are seeded, and the

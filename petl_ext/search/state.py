@@ -37,7 +37,7 @@ class StoredSearch:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where the search that gave the state was. Weights and optimiser are the training's own.
+        """Goes on where the search that gave the state was. Weights and optimizer are the training's own.
 
         Raises:
             ValueError: it is no state, or not of this search: other layers, goal or constants. Nothing has changed.

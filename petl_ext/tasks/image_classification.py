@@ -3,7 +3,7 @@
     image folder   <folder>/<class>/<anything>.jpg, as torchvision's ImageFolder has it
     prompts        one text per class, "a photo of a {}.": their features are the weights of `models.CLIPClassifier`
 
-k shots are k training images of every class (CoOp, arXiv 2109.01134). For generalisation to new classes a model is
+k shots are k training images of every class (CoOp, arXiv 2109.01134). For generalization to new classes a model is
 trained on the first half of the sorted classes, the base, and tested on either half among its own classes; the harmonic
 mean of the two accuracies says whether both are good (CoCoOp, arXiv 2203.05557).
 """
@@ -225,7 +225,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
 
 
 def accuracy_by_class(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, float]:
-    """Share of each class's images that are recognised, classes without an image left out.
+    """Share of each class's images that are recognized, classes without an image left out.
 
     Args:
         logits: [n, classes].

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_vilt import CONFIGS, KEEP, LABELS, make_inputs, make_model, new_keys, randomise, run, snapshot
+from tiny_vilt import CONFIGS, KEEP, LABELS, make_inputs, make_model, new_keys, randomize, run, snapshot
 from transformers import BertConfig, BertModel, Trainer, TrainingArguments, ViltForQuestionAnswering
 from transformers_names import enable_checkpointing
 from two_processes import in_two_processes
@@ -39,7 +39,7 @@ def test_disable_and_detach_give_the_backbone_bit_for_bit(config, model_class):
     inputs, before, output = make_inputs(model), snapshot(model), run(model, make_inputs(model))
     attachment = petl_ext.attach(model, config, KEEP[model_class])
     kept = {name: tensor.clone() for name, tensor in attachment.named_parameters() if name in before[0]}
-    randomise(attachment)
+    randomize(attachment)
     with torch.no_grad():
         for name, tensor in kept.items():
             model.get_parameter(name).copy_(tensor)
@@ -87,7 +87,7 @@ def test_backbone_keys_stay_and_new_ones_are_the_layers(config, model_class):
 @every_method
 def test_save_and_load_are_exact(config, model_class, tmp_path):
     model, attachment = attached(config, model_class)
-    randomise(attachment)
+    randomize(attachment)
     attachment.save(tmp_path / "saved")
     fresh = make_model(model_class)
     loaded = petl_ext.load(fresh, tmp_path / "saved")
@@ -105,7 +105,7 @@ def test_copies_are_independent(config, model_class):
     model, attachment = attached(config, model_class)
     twin = copy.deepcopy(model)
     inputs, output = make_inputs(model), run(model, make_inputs(model))
-    randomise(attachment)
+    randomize(attachment)
     assert twin.petl_attachment.model is twin
     assert torch.equal(run(twin, inputs), output)
     assert not torch.equal(run(model, inputs), output)
@@ -119,7 +119,7 @@ def test_copies_are_independent(config, model_class):
 @every_method
 def test_a_pickled_model_keeps_its_attachment(config, model_class, tmp_path):
     model, attachment = attached(config, model_class)
-    randomise(attachment)
+    randomize(attachment)
     torch.save(model, tmp_path / "model.pt")
     again = torch.load(tmp_path / "model.pt", weights_only=False)
     assert snapshot(again) == snapshot(model)
@@ -150,7 +150,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(config, reentrant):
 @methods_with_layers
 def test_autocast_trains_float32_layers(config):
     model, attachment = attached(config)
-    randomise(attachment)
+    randomize(attachment)
     expected = run(model, make_inputs(model))
     with torch.autocast("cpu", torch.bfloat16):
         output = run(model, make_inputs(model))
@@ -174,7 +174,7 @@ def test_layers_take_the_dtype_and_mode_of_their_site(config):
 @methods_with_layers
 def test_the_encoder_compiles_in_one_graph(config):
     model, attachment = attached(config)
-    randomise(attachment)
+    randomize(attachment)
     encoder = model.vilt.encoder
     hidden = torch.randn(2, 7, model.config.hidden_size)
     compiled = torch.compile(encoder, backend="aot_eager", fullgraph=True)
@@ -201,7 +201,7 @@ def apt_by_hand(layer, x, y):
 
 def test_apt_in_vilt_is_the_formula():
     model, attachment = attached(CONFIGS[0])
-    randomise(attachment)
+    randomize(attachment)
     seen = []
     for block in model.vilt.encoder.layer:
         block.layernorm_before.register_forward_hook(lambda _, args, output: seen.append(output))
@@ -229,7 +229,7 @@ def test_apt_in_a_post_norm_encoder_named_by_sites():
         petl_ext.attach(bert, APTConfig())
     attachment = petl_ext.attach(bert, APTConfig(num_prompts=5, sites=[r"layer\.[12]\.attention\.output"]))
     assert attachment.sites == ("encoder.layer.1.attention.output", "encoder.layer.2.attention.output")
-    randomise(attachment)
+    randomize(attachment)
     output = bert.encoder.layer[1].attention.output
     heads, x = torch.randn(2, 4, 32), torch.randn(2, 4, 32)
     expected = output.LayerNorm(apt_by_hand(output.apt, x, output.dense(heads)) + x)

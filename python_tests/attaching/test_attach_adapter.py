@@ -5,7 +5,7 @@ import tiny_meter
 import tiny_vilt
 import torch
 from tiny_families import make_inputs, make_model, run
-from tiny_vilt import randomise
+from tiny_vilt import randomize
 
 import petl_ext
 from petl_ext import AdapterConfig, APTConfig, DASConfig
@@ -49,7 +49,7 @@ def check(actual, expected):
 def attached(family, config):
     model = make_model(family)
     attachment = petl_ext.attach(model, config)
-    randomise(attachment)
+    randomize(attachment)
     return model, attachment
 
 
@@ -102,7 +102,7 @@ def test_sequential_in_vilt():
         check(one_call(calls, block)[1][0], output)
 
 
-def test_parallel_in_vilt_reads_the_normalised_stream():
+def test_parallel_in_vilt_reads_the_normalized_stream():
     attachment, blocks, calls = vilt_calls(AdapterConfig(kind="parallel", bottleneck=5))
     assert len(attachment.sites) == len(blocks)
     for block in blocks:

@@ -7,7 +7,7 @@ import tiny_meter
 import tiny_vilt
 import torch
 from tiny_families import FAMILIES
-from tiny_vilt import CLASS_TOKEN, make_inputs, make_model, randomise, run, snapshot
+from tiny_vilt import CLASS_TOKEN, make_inputs, make_model, randomize, run, snapshot
 from torch.nn.functional import layer_norm
 
 import petl_ext
@@ -36,7 +36,7 @@ def test_it_is_row_0_of_the_text_and_nothing_else(family):
     model = tiny.make_model()
     attachment = petl_ext.attach(model, ClassTokenConfig())
     assert attachment.sites == (site,)
-    randomise(attachment)
+    randomize(attachment)
     (vector,) = attachment.parameters()
     seen = []
     model.get_submodule(site).register_forward_hook(lambda *hooked: seen.append(hooked[2]))
@@ -83,7 +83,7 @@ def test_in_meter_it_starts_as_the_embedding_of_the_start_of_text():
 @torch.no_grad()
 def test_every_text_of_an_image_gets_it():
     model = tiny_meter.make_model(MeterForImageAndTextRetrieval)
-    randomise(petl_ext.attach(model, ClassTokenConfig()))
+    randomize(petl_ext.attach(model, ClassTokenConfig()))
     inputs = tiny_meter.make_inputs(model)
     texts = {name: torch.stack([inputs[name], inputs[name].flip(0)], 1) for name in ("input_ids", "attention_mask")}
     both = model(**texts, pixel_values=inputs["pixel_values"]).logits
@@ -108,7 +108,7 @@ def test_vilt_reads_embeddings_of_text_and_image(config):
     """The class token takes the place of row 0 of the text there too."""
     model = make_model()
     attachment = petl_ext.attach(model, config)
-    randomise(attachment)
+    randomize(attachment)
     inputs = make_inputs(model)
     expected = run(model, inputs)
     words = model.vilt.embeddings.text_embeddings.word_embeddings(inputs["input_ids"])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny_vilt import CONFIGS, make_inputs, make_model, randomise, run
+from tiny_vilt import CONFIGS, make_inputs, make_model, randomize, run
 from torch.nn.functional import gelu, layer_norm, linear
 
 import petl_ext
@@ -41,7 +41,7 @@ def block_by_hand(block, hidden, mask):
 @pytest.fixture
 def model():
     model = make_model().double()
-    randomise(petl_ext.attach(model, CONFIGS[1]))
+    randomize(petl_ext.attach(model, CONFIGS[1]))
     return model
 
 

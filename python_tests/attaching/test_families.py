@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from tiny_families import ALL_FAMILIES, VISION, make_inputs, make_model, run
-from tiny_vilt import randomise, snapshot
+from tiny_vilt import randomize, snapshot
 from tolerance import assert_as_good_as_torch
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -81,7 +81,7 @@ def test_the_life_of_an_attachment(family, config, tmp_path):
     model = frozen(family)
     inputs, before, output = make_inputs(model), snapshot(model), run(model, make_inputs(model))
     attachment = petl_ext.attach(model, config)
-    randomise(attachment)
+    randomize(attachment)
     changed = run(model, inputs)
     assert not torch.allclose(changed, output, rtol=0.01, atol=0.01 * output.abs().max().item())
     changed.square().mean().backward()
@@ -129,7 +129,7 @@ def by_kernel_and_reference(family, config, monkeypatch, dtype=torch.float32, au
     model = frozen(family).to(dtype)
     inputs = to_dtype(make_inputs(model), dtype)
     attachment = petl_ext.attach(model, config)
-    randomise(attachment)
+    randomize(attachment)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         ours = at_every_site(model, attachment, inputs)
         monkeypatch.setattr(nn.apt, "apt", apt_reference)
@@ -175,7 +175,7 @@ def test_kernels_are_as_good_as_references_in_bfloat16(family, config, autocast,
 def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
     model = make_model(family, LAYERS)
     attachment, inputs, calls = petl_ext.attach(model, CONFIGS[0]), make_inputs(model), []
-    randomise(attachment)
+    randomize(attachment)
     model.train().get_submodule(attachment.sites[0]).register_forward_hook(lambda *_: calls.append(1))
     _, plain = at_every_site(model, attachment, inputs)
     if family == "unet":
@@ -209,7 +209,7 @@ def test_blocks_compile_in_one_graph(family, config):
     model = frozen(family)
     name, inputs = BLOCKS[family]
     attachment = petl_ext.attach(model, config)
-    randomise(attachment)
+    randomize(attachment)
     block = model.get_submodule(name)
     weights = [parameter for parameter in block.parameters() if parameter.requires_grad]
     found = []
@@ -223,7 +223,7 @@ def test_blocks_compile_in_one_graph(family, config):
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_generation_with_a_cache_is_that_without(family):
     model = frozen(family)
-    randomise(petl_ext.attach(model, CONFIGS[0]))
+    randomize(petl_ext.attach(model, CONFIGS[0]))
     inputs = {name: make_inputs(model)[name] for name in ("input_ids", "attention_mask")}
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1}
     words = [model.generate(**inputs, **settings, use_cache=cached) for cached in (True, False)]
@@ -250,7 +250,7 @@ def test_lora_goes_inside_the_same_attentions(family):
     model = frozen(family)
     inputs = make_inputs(model)
     attachment = petl_ext.attach(model, CONFIGS[0])
-    randomise(attachment)
+    randomize(attachment)
     output = run(model, inputs)
     projections = {"clip": "out_proj", "t5": "o", "llama": "o_proj", "bert": "attention.output.dense"}
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=[projections[family]], init_lora_weights=True))
@@ -271,7 +271,7 @@ def test_what_diffusers_does_to_attentions_leaves_the_layers():
     inputs = make_inputs(model)
     bare = run(model, inputs)
     attachment = petl_ext.attach(model, CONFIGS[0])
-    randomise(attachment)
+    randomize(attachment)
     output = run(model, inputs)
     model.set_attn_processor(AttnProcessor())
     torch.testing.assert_close(run(model, inputs), output, rtol=1e-4, atol=1e-4)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_vilt import CONFIGS, LAYERS, TOKENS, attached, make_inputs, make_model, randomise, run, snapshot
+from tiny_vilt import CONFIGS, LAYERS, TOKENS, attached, make_inputs, make_model, randomize, run, snapshot
 
 import petl_ext
 from petl_ext import APTConfig, ClassifierOnlyConfig, DeepPromptConfig, FullTuningConfig
@@ -103,7 +103,7 @@ def test_report_of_methods_that_add_nothing():
 def test_disable_restores_after_an_exception_and_nests():
     model, attachment = attached()
     inputs = make_inputs(model)
-    randomise(attachment)
+    randomize(attachment)
     output = run(model, inputs)
     with pytest.raises(RuntimeError, match="user"), attachment.disable():
         raise RuntimeError("user")
@@ -119,7 +119,7 @@ def test_disable_restores_after_an_exception_and_nests():
 def test_disable_contexts_may_overlap():
     model, attachment = attached()
     inputs = make_inputs(model)
-    randomise(attachment)
+    randomize(attachment)
     output = run(model, inputs)
     first, second = attachment.disable(), attachment.disable()
     first.__enter__()

@@ -6,7 +6,7 @@ import logging
 import pytest
 import safetensors.torch
 import torch
-from tiny_vilt import CONFIGS, attached, make_inputs, make_model, randomise, run, snapshot
+from tiny_vilt import CONFIGS, attached, make_inputs, make_model, randomize, run, snapshot
 from transformers import BertConfig, BertModel, ViltModel
 
 import petl_ext
@@ -54,7 +54,7 @@ def test_a_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch, exists
         attachment.save(target)
         (target / "notes.txt").write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    randomise(attachment)
+    randomize(attachment)
 
     def run_out_of_space(*arguments, **_):
         raise OSError("no space left on device")
@@ -71,7 +71,7 @@ def test_a_save_that_fails_between_its_two_files_puts_the_first_back(tmp_path, m
     attachment = attached()[1]
     attachment.save(tmp_path / "saved")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    randomise(attachment)
+    randomize(attachment)
     replace = saving.os.replace
 
     def fail_at_the_configuration(source, target):
@@ -89,7 +89,7 @@ def test_saving_over_a_folder_replaces_both_files_and_keeps_others(tmp_path):
     attached()[1].save(tmp_path / "saved")
     (tmp_path / "saved" / "notes.txt").write_text("mine")
     model, attachment = attached(CONFIGS[1], keep=())
-    randomise(attachment)
+    randomize(attachment)
     attachment.save(tmp_path / "saved")
     fresh = make_model()
     petl_ext.load(fresh, tmp_path / "saved")
@@ -167,7 +167,7 @@ REFUSALS = {
 @pytest.mark.parametrize(("edit", "message"), REFUSALS.values(), ids=REFUSALS)
 def test_a_folder_that_does_not_fit_is_refused_whole(tmp_path, edit, message, attach_first):
     _, attachment = attached()
-    randomise(attachment)
+    randomize(attachment)
     attachment.save(tmp_path / "saved")
     edit(tmp_path / "saved")
     model = make_model()
@@ -224,7 +224,7 @@ def test_another_precision_is_converted_and_logged(tmp_path, caplog):
 
 def test_loading_refreshes_what_a_layer_has_cached(tmp_path):
     model, attachment = attached()
-    randomise(attachment)
+    randomize(attachment)
     attachment.save(tmp_path / "saved")
     expected = run(model, make_inputs(model))
     other, _ = attached()

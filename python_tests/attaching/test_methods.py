@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from tiny_vilt import make_model as make_vilt
-from tiny_vilt import randomise, snapshot
+from tiny_vilt import randomize, snapshot
 from torch import nn
 
 import petl_ext
@@ -148,7 +148,7 @@ def test_a_method_is_one_file(shift_config, toy_family, tmp_path):
         assert torch.equal(model(x)[0], expected)
         plain = attention(given)
     assert torch.equal(attention(given), plain + 0.75)
-    randomise(attachment)
+    randomize(attachment)
     attachment.save(tmp_path / "saved")
     again = made()
     assert petl_ext.load(again, tmp_path / "saved").config == attachment.config
@@ -180,7 +180,7 @@ def test_a_family_is_one_record(toy_family, tmp_path):
     apt.detach()
     expected = model(x)
     attachment = petl_ext.attach(model, DASConfig(bypass_bottleneck=2, skip=[1]))
-    randomise(attachment)
+    randomize(attachment)
     output, depth = model(x)
     assert depth == 2 and not torch.allclose(output, expected[0], atol=0.01)
     attachment.save(tmp_path / "saved")

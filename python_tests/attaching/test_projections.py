@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention as DiffusersAttention
 from tiny_families import make_model
-from tiny_vilt import randomise, snapshot
+from tiny_vilt import randomize, snapshot
 from torch import nn
 
 import petl_ext
@@ -129,7 +129,7 @@ def test_a_new_family_takes_one_table(config, model_class, monkeypatch, tmp_path
     before, output = snapshot(model), model(x)
     attachment = petl_ext.attach(model, config)
     assert {SITES[model_class].format(index) for index in range(2)} <= set(attachment.sites)
-    randomise(attachment)
+    randomize(attachment)
     changed = model(x)
     assert not torch.allclose(changed, output, atol=0.1)
     changed.sum().backward()
@@ -152,7 +152,7 @@ def test_what_comes_out_is_the_formula():
     block = model.blocks[0]
     (y, weights), mlp = block.attention(x), block.mlp(x)
     attachment = petl_ext.attach(model, APTConfig(num_prompts=5, sites=["attention"]))
-    randomise(attachment)
+    randomize(attachment)
     apt = block.attention.apt
     expected = apt_reference(x, y, apt.prompts, apt.keys(), apt.log_scale)
     for output in (block.attention(x), block.attention(hidden_states=x)):

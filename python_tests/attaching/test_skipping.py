@@ -9,7 +9,7 @@ import tiny_meter
 import torch
 from skipping_checks import SKIPS, Passing, attached, every_family, layer_indices, stacks, without_layers
 from tiny_families import DIM, LAYERS, make_inputs, make_model, run
-from tiny_vilt import randomise, snapshot
+from tiny_vilt import randomize, snapshot
 from transformers_names import enable_checkpointing
 
 import petl_ext
@@ -56,7 +56,7 @@ def test_all_layers_can_be_skipped(family):
 @every_family
 def test_a_skipped_layer_is_its_bypass(family):
     model, attachment = attached(family)
-    randomise(attachment)
+    randomize(attachment)
     attachment.skip([0, len(attachment.layers) - 1])
     seen = []
     for index in attachment.skipped:
@@ -80,7 +80,7 @@ def test_a_skipped_layer_is_its_bypass(family):
 @every_family
 def test_skipping_ends_where_it_began(family):
     model, attachment = attached(family)
-    randomise(attachment)
+    randomize(attachment)
     inputs = make_inputs(model)
     before, output = snapshot(model), run(model, inputs)
     attachment.skip([0, 1])
@@ -99,7 +99,7 @@ def test_disable_and_detach_restore_the_backbone(family):
     inputs = make_inputs(model)
     before, output, indices = snapshot(model), run(model, inputs), layer_indices(model)
     attachment = petl_ext.attach(model, DASConfig(bottleneck=4))
-    randomise(attachment)
+    randomize(attachment)
     attachment.skip([0])
     skipped = run(model, inputs)
     with attachment.disable(), attachment.disable():
@@ -176,7 +176,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
 def test_a_compiled_model_follows_the_skips():
     torch._dynamo.reset()
     model, attachment = attached("bert")
-    randomise(attachment)
+    randomize(attachment)
     inputs = make_inputs(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for skip in ([], [1], [0, 2]):

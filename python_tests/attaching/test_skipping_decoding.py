@@ -7,7 +7,7 @@ import torch
 import transformers
 from skipping_checks import attached
 from tiny_families import LAYERS, make_inputs
-from tiny_vilt import randomise
+from tiny_vilt import randomize
 from transformers_names import CACHE
 
 import petl_ext
@@ -17,7 +17,7 @@ import petl_ext
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_the_cache_gives_what_the_whole_sequence_gives(family, skip):
     model, attachment = attached(family)
-    randomise(attachment)
+    randomize(attachment)
     first = len(attachment.layers) - LAYERS  # of the decoder
     attachment.skip([first + index for index in skip])
     torch.manual_seed(0)
@@ -111,7 +111,7 @@ def test_a_search_may_draw_what_cannot_decode():
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_generation_is_the_same_with_and_without_a_cache(family):
     model, attachment = attached(family)
-    randomise(attachment)
+    randomize(attachment)
     attachment.skip([0, len(attachment.layers) - LAYERS])
     inputs = {
         "input_ids": make_inputs(model)["input_ids"],

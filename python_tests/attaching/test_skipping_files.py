@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from skipping_checks import attached, every_family, layer_indices
 from tiny_families import make_inputs, make_model, run
-from tiny_vilt import randomise, snapshot
+from tiny_vilt import randomize, snapshot
 
 import petl_ext
 from petl_ext import DASConfig
@@ -16,7 +16,7 @@ from petl_ext import DASConfig
 @every_family
 def test_removing_the_skipped_layers(family, tmp_path):
     model, attachment = attached(family)
-    randomise(attachment)
+    randomize(attachment)
     layers = [0, len(attachment.layers) - 1]
     attachment.skip(layers)
     inputs = make_inputs(model)
@@ -91,7 +91,7 @@ def test_saving_and_loading_while_disabled(tmp_path):
         attachment.save(tmp_path / "saved")
         assert attachment.skipped == (1,)
     fresh, other = attached("vilt")
-    randomise(other)
+    randomize(other)
     before = snapshot(fresh)
     with other.disable(), pytest.raises(RuntimeError, match="load: the attachment is disabled"):
         petl_ext.load(fresh, tmp_path / "saved")
@@ -105,7 +105,7 @@ def test_loading_skips_that_there_are_not_changes_nothing(tmp_path):
     path = tmp_path / "saved" / "petl_config.json"
     path.write_text(path.read_text().replace('"skip": []', '"skip": [99]'))
     model, attachment = attached("vilt")
-    randomise(attachment)
+    randomize(attachment)
     before = snapshot(model)
     with pytest.raises(ValueError, match="expected indices below 3"):
         petl_ext.load(model, tmp_path / "saved")
@@ -143,7 +143,7 @@ def test_t5_lends_its_table_and_takes_it_back():
 @pytest.mark.parametrize("family", ["vilt", "t5"])
 def test_what_is_skipped_is_saved_and_loaded(family, tmp_path):
     model, attachment = attached(family)
-    randomise(attachment)
+    randomize(attachment)
     attachment.skip([0, 2])
     attachment.save(tmp_path / "saved")
     fresh = make_model(family)
@@ -164,7 +164,7 @@ def test_what_is_skipped_is_saved_and_loaded(family, tmp_path):
 @pytest.mark.parametrize("family", ["vilt", "meter", "t5", "llama"])
 def test_copies_and_pickles_skip_on_their_own(family, tmp_path):
     model, attachment = attached(family)
-    randomise(attachment)
+    randomize(attachment)
     inputs, whole = make_inputs(model), run(model, make_inputs(model))
     attachment.skip([0])
     skipped = run(model, inputs)

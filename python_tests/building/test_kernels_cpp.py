@@ -41,7 +41,7 @@ def passed(folder, option, targets=("all",)):
     return set(re.findall(r"Test +#\d+: (\w+) \.+ +Passed", report))
 
 
-def test_no_address_and_no_undefined_behaviour_is_reported(tmp_path):
+def test_no_address_and_no_undefined_behavior_is_reported(tmp_path):
     planted = ("shared_overrun", "shared_underrun", "global_overrun", "copy_overrun")
     assert passed(tmp_path, "-DPETL_SANITIZE=ON") >= {
         "apt",

@@ -56,7 +56,7 @@ def test_split_is_the_one_that_the_backbone_was_trained_with():
     assert hashlib.sha256(train.astype("<i8").tobytes()).hexdigest()[:16] == "a72073fdcea1d511"
 
 
-def test_scenes_show_the_labelled_digits_in_their_colors(monkeypatch):
+def test_scenes_show_the_labeled_digits_in_their_colors(monkeypatch):
     monkeypatch.setattr("petl_ext.demo.digits.scenes.NOISE", 0.0)
     maker = SceneMaker("val")
     scenes = maker.make(20, rng())

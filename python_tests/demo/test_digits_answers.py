@@ -261,7 +261,7 @@ def test_how_hypotheses_are_read_here(hypothesis, expected):
 
 
 @pytest.mark.parametrize("objects", [OBJECTS, TWO], ids=["one dark cell", "two dark cells"])
-def test_hypotheses_are_labelled_by_what_the_dark_cells_may_hold(objects):
+def test_hypotheses_are_labeled_by_what_the_dark_cells_may_hold(objects):
     cells = dict.fromkeys(POSITIONS) | {it.position: it for it in objects}
     worlds = possible(objects)
     for template, judge in digits_snli_ve.TEMPLATES.items():

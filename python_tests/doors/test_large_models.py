@@ -1,4 +1,4 @@
-"""Attaching to models that are loaded as large ones are: with hooks that move tensors, or with quantised weights."""
+"""Attaching to models that are loaded as large ones are: with hooks that move tensors, or with quantized weights."""
 
 import pytest
 import tiny_vilt
@@ -18,7 +18,7 @@ configs = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.r
 
 @configs
 def test_layers_attached_after_from_pretrained_start_as_on_a_new_model(config, tmp_path):
-    """transformers loads into uninitialised memory, and knows nothing of the layers."""
+    """transformers loads into uninitialized memory, and knows nothing of the layers."""
     new = tiny_vilt.make_model()
     new.save_pretrained(tmp_path)
     loaded = ViltForQuestionAnswering.from_pretrained(tmp_path)
@@ -42,7 +42,7 @@ def test_hooks_of_a_device_map_stay_and_the_layers_run(family, config):
     for model in (expected, found):
         torch.manual_seed(3)
         attachments.append(petl_ext.attach(model, config))
-        tiny_vilt.randomise(attachments[-1])
+        tiny_vilt.randomize(attachments[-1])
     bare = make_model(family)
     with torch.no_grad():
         assert torch.equal(run(found, inputs), run(expected, inputs))
@@ -81,7 +81,7 @@ class Float8Linear(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
 
 
-def quantise(model, linear=PackedLinear):
+def quantize(model, linear=PackedLinear):
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear:
@@ -93,8 +93,8 @@ def quantise(model, linear=PackedLinear):
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("linear", [PackedLinear, Float8Linear])
-def test_quantised_layers_stay_and_what_is_attached_trains(linear, family, config, dtype):
-    model = quantise(make_model(family).to(dtype), linear)
+def test_quantized_layers_stay_and_what_is_attached_trains(linear, family, config, dtype):
+    model = quantize(make_model(family).to(dtype), linear)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attachment = petl_ext.attach(model, config)
     assert {parameter.dtype for parameter in attachment.parameters()} == {dtype}
@@ -108,8 +108,8 @@ def test_quantised_layers_stay_and_what_is_attached_trains(linear, family, confi
         assert torch.equal(after[name].to(torch.float32), tensor.to(torch.float32)), name
 
 
-def test_peft_puts_apt_beside_quantised_layers():
-    model = quantise(make_model("llama").bfloat16())
+def test_peft_puts_apt_beside_quantized_layers():
+    model = quantize(make_model("llama").bfloat16())
     inputs = make_inputs(model)
     with torch.no_grad():
         bare = run(model, inputs)

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from peft_checks import LAYERS, SIZES, close, make, outputs, randomise
+from peft_checks import LAYERS, SIZES, close, make, outputs, randomize
 from tiny_families import ALL_FAMILIES, make_inputs, make_model, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
@@ -32,7 +32,7 @@ def test_every_family(family, tmp_path):
     layers = [module for module in tuned.modules() if isinstance(module, APTTunerLayer)]
     assert len(layers) == SITES.get(family, 1)
     assert all("petl_apt_" in name for name, p in tuned.named_parameters() if p.requires_grad)
-    randomise(tuned)
+    randomize(tuned)
     after = outputs(tuned, inputs)
     assert not close(after, before)
 
@@ -65,7 +65,7 @@ def test_same_as_attached(family):
     inputs = make_inputs(make_model(family, LAYERS))
     attached, tuned = make_model(family, LAYERS), make(family)
     petl_ext.attach(attached, petl_ext.APTConfig(**SIZES))
-    randomise(tuned)
+    randomize(tuned)
     values = iter(p for name, p in tuned.named_parameters() if "petl_apt_" in name)
     with torch.no_grad():
         for name, parameter in attached.named_parameters():
@@ -120,7 +120,7 @@ def test_frozen_keys(monkeypatch):
             layer.freeze()
         assert len(computed) == 3 * LAYERS
         assert torch.equal(run(model, inputs), before) and len(computed) == 3 * LAYERS
-        randomise(model)
+        randomize(model)
         assert not close(run(model, inputs), before) and len(computed) == 4 * LAYERS
         for layer in layers:
             layer.freeze()
@@ -139,7 +139,7 @@ def test_several_adapters():
     inputs = make_inputs(model)
     model.add_adapter("second", APTConfig(num_prompts=3, activation="softmax"))
     model.add_adapter("third", APTConfig(**SIZES, layers_to_transform=[1]))
-    randomise(model)
+    randomize(model)
     first = outputs(model, inputs)
     assert all(".default" in name for name, p in model.named_parameters() if p.requires_grad)
     model.set_adapter("second")
@@ -176,7 +176,7 @@ def test_what_is_saved(tmp_path):
     keys, before = list(backbone.state_dict()), outputs(backbone, inputs)
     model = get_peft_model(backbone, APTConfig(**SIZES, modules_to_save=["classifier"]))
     model.add_adapter("second", APTConfig(**SIZES, modules_to_save=["classifier"]))
-    randomise(model)
+    randomize(model)
     model.set_adapter("second")
     with torch.no_grad():
         for parameter in model.base_model.model.classifier.modules_to_save["second"].parameters():
@@ -240,7 +240,7 @@ def test_adapters_in_float32_on_a_model_in_bfloat16():
 def test_compiled_without_graph_breaks(family):
     model = make(family)
     inputs = make_inputs(model)
-    randomise(model)
+    randomize(model)
     expected = run(model, inputs)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(run(compiled, inputs), expected)
@@ -251,7 +251,7 @@ def test_compiled_without_graph_breaks(family):
 def test_gradient_checkpointing(family, reentrant):
     model = make(family)
     inputs = make_inputs(model)
-    randomise(model)
+    randomize(model)
     expected = gradients(model, inputs)
     base = model.base_model.model
     enable_checkpointing(base, use_reentrant=reentrant)

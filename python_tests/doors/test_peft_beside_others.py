@@ -6,7 +6,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft_checks import LAYERS, SIZES, close, make, outputs, randomise, state
+from peft_checks import LAYERS, SIZES, close, make, outputs, randomize, state
 from refusals import needs_add_adapter
 from tiny_families import make_inputs, make_model, run
 from transformers.models.vilt.modeling_vilt import ViltSelfOutput
@@ -22,7 +22,7 @@ def test_transformers_own_methods(tmp_path):
     before = outputs(model, inputs)
     model.add_adapter(APTConfig(**SIZES))
     model.add_adapter(APTConfig(**SIZES), "second")
-    randomise(model)
+    randomize(model)
     second = outputs(model, inputs)
     model.disable_adapters()
     assert torch.equal(outputs(model, inputs), before)
@@ -45,7 +45,7 @@ def test_unet(tmp_path):
     inputs = make_inputs(unet)
     before = outputs(unet, inputs)
     unet.add_adapter(APTConfig(**SIZES, target_modules=["attn1"]), "style")
-    randomise(unet)
+    randomize(unet)
     after = outputs(unet, inputs)
     assert not close(after, before)
     unet.disable_adapters()
@@ -139,7 +139,7 @@ def test_hooks_of_accelerate_are_no_hindrance():
         if isinstance(module, torch.nn.Linear | ViltSelfOutput):
             add_hook_to_module(module, AlignDevicesHook("cpu"))
     tuned = get_peft_model(model, APTConfig(**SIZES))
-    randomise(tuned)
+    randomize(tuned)
     after = outputs(tuned, inputs)
     assert not close(after, before)
     remove_hook_from_submodules(tuned)

@@ -139,6 +139,6 @@ def test_a_model_without_a_loss_is_named(tmp_path):
     search = make_search(warmup_steps=0)
     data = Questions(search.model)
     del data.columns["labels"]
-    data.__class__ = type("Unlabelled", (Questions,), {"__len__": lambda self: 8})
+    data.__class__ = type("Unlabeled", (Questions,), {"__len__": lambda self: 8})
     with pytest.raises(ValueError, match=r"the model gave no loss for input_ids, .*give compute_loss="):
         train(tmp_path, search, SearchCallback(search, data))

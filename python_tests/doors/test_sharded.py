@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny_families import make_inputs, make_model, run
-from tiny_vilt import randomise
+from tiny_vilt import randomize
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from two_processes import in_two_processes
 
@@ -20,7 +20,7 @@ CASES = [
 def attached(family, config):
     model = make_model(family)
     attachment = petl_ext.attach(model, config)
-    randomise(attachment)
+    randomize(attachment)
     return model, attachment
 
 

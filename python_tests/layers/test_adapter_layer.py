@@ -1,4 +1,4 @@
-"""AdapterLayer: initialisation, formula, residuals, dropout, training."""
+"""AdapterLayer: initialization, formula, residuals, dropout, training."""
 
 import copy
 import pickle
@@ -13,7 +13,7 @@ def sizes(layer):
     return {name: tuple(p.shape) for name, p in layer.named_parameters()}
 
 
-def test_initialisation():
+def test_initialization():
     torch.manual_seed(0)
     layer = AdapterLayer(768, layer_norm=True, scale=4.0, trainable_scale=True)
     for weight in (layer.down, layer.up):

@@ -1,4 +1,4 @@
-"""APTLayer: initialisation, formula, the cached keys, dropout, training."""
+"""APTLayer: initialization, formula, the cached keys, dropout, training."""
 
 import copy
 import pickle
@@ -10,7 +10,7 @@ from petl_ext import APTLayer, ops
 from petl_ext.nn.apt import apt_keys
 
 
-def test_initialisation():
+def test_initialization():
     torch.manual_seed(0)
     layer = APTLayer(768, num_prompts=200)
     assert sum(p.numel() for p in layer.parameters()) == 159_745

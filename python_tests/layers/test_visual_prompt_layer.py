@@ -104,7 +104,7 @@ def test_published_sizes(sizes, parameters):
     assert sum(p.numel() for p in layer.parameters()) == parameters
 
 
-def test_names_and_initialisation():
+def test_names_and_initialization():
     layer = VisualPromptLayer(40, 2, visual_dim=24, inner_dim=16)
     shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
     weights = {"query": (16, 40), "key": (16, 24), "value": (16, 24), "output": (40, 16)}

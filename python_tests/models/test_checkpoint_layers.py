@@ -16,7 +16,7 @@ from petl_ext.models.checkpoints import load_vilt_checkpoint
 def test_attached_layers(save, family, method):
     tiny, checkpoint, load = family
     trained, fresh = originals.with_original_norms(tiny.make_model(seed=1)), tiny.make_model(seed=0)
-    tiny_vilt.randomise(petl_ext.attach(trained, METHODS[method], keep=["classifier"]))
+    tiny_vilt.randomize(petl_ext.attach(trained, METHODS[method], keep=["classifier"]))
     petl_ext.attach(fresh, METHODS[method])
     state = checkpoint(trained, "vqa_classifier", method)
     report = load(fresh, save(state))

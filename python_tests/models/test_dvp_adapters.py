@@ -4,7 +4,7 @@ import pytest
 import torch
 from dvp_checks import ADAPTER_PLACES, assert_same, every_family, filled, logits
 from tiny_dvp import CLASSES, DIM, LABELS, SIZES, make_inputs, make_language_model, make_model, restated
-from tiny_vilt import randomise
+from tiny_vilt import randomize
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config, T5Model
 
 import petl_ext
@@ -141,7 +141,7 @@ def test_adapters_leave_room_for_what_is_attached():
     own = {name: type(module) for name, module in model.named_modules()}
     before = logits(model, inputs)
     attachment = petl_ext.attach(model, petl_ext.APTConfig(num_prompts=3, sites=[r"attention\.output"]))
-    randomise(attachment)
+    randomize(attachment)
     assert not torch.allclose(logits(model, inputs), before)
     with attachment.disable():
         assert torch.equal(logits(model, inputs), before)

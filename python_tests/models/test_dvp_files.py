@@ -1,4 +1,4 @@
-"""DVP models saved, loaded, copied, offloaded, quantised and exported."""
+"""DVP models saved, loaded, copied, offloaded, quantized and exported."""
 
 import copy
 import json
@@ -139,18 +139,18 @@ def test_weights_that_accelerate_offloads():
         torch.testing.assert_close(cpu_offload(model, torch.device("cpu"))(**inputs).logits, expected)
 
 
-def test_dynamic_quantisation_of_the_visual_prompt():
+def test_dynamic_quantization_of_the_visual_prompt():
     model = make_model("bert", insert_layer=1).float().eval()
-    quantised = copy.deepcopy(model.visual_prompts[0])
+    quantized = copy.deepcopy(model.visual_prompts[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao is deprecated
-        torch.ao.quantization.quantize_dynamic(quantised, {torch.nn.Linear}, inplace=True)
+        torch.ao.quantization.quantize_dynamic(quantized, {torch.nn.Linear}, inplace=True)
     visual, query = torch.randn(3, VISUAL, VISUAL_DIM), torch.randn(3, DIM)
-    heads = [quantised.query(query)[:, None], quantised.key(visual), quantised.value(visual)]
-    q, k, v = (t.unflatten(-1, (quantised.num_heads, -1)).transpose(1, 2) for t in heads)
-    expected = quantised.output(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1))
-    torch.testing.assert_close(quantised(visual, query), expected, rtol=1e-3, atol=1e-3)
-    model.visual_prompts[0] = quantised
+    heads = [quantized.query(query)[:, None], quantized.key(visual), quantized.value(visual)]
+    q, k, v = (t.unflatten(-1, (quantized.num_heads, -1)).transpose(1, 2) for t in heads)
+    expected = quantized.output(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1))
+    torch.testing.assert_close(quantized(visual, query), expected, rtol=1e-3, atol=1e-3)
+    model.visual_prompts[0] = quantized
     assert model(**make_inputs(model)).logits.isfinite().all()
 
 

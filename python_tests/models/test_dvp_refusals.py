@@ -123,7 +123,7 @@ def test_wrong_caches_are_refused():
     with pytest.raises(ValueError, match=r"labels must be tokens \[3, 6\], got \[3, 5\]"):
         model(**inputs, labels=inputs["input_ids"][:, 1:])
     classifier = make_model("llama")
-    with pytest.raises(ValueError, match="a cache is for language modelling"):
+    with pytest.raises(ValueError, match="a cache is for language modeling"):
         classifier(**inputs, past_key_values=DynamicCache())
 
 

@@ -37,7 +37,7 @@ def test_positions_of_the_same_grid_are_untouched(dtype):
 
 def test_positions_grow_where_they_were():
     """A patch of row 1 and column 2 of 4 x 4: after doubling, its four quarters hold the most, and weights are those
-    of Keys' cubic with a = -0.75 at a quarter of a patch from its centre."""
+    of Keys' cubic with a = -0.75 at a quarter of a patch from its center."""
     weight = torch.zeros(17, 2)
     weight[1 + 1 * 4 + 2, 1] = 1.0
     resized = resize_position_embeddings(weight, 8)[1:, 1].view(8, 8)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from tiny_meter import DIM, LAYERS, MODELS, make_config, make_inputs, make_model, run
-from tiny_vilt import randomise, snapshot
+from tiny_vilt import randomize, snapshot
 
 import petl_ext
 from petl_ext import AdapterConfig, APTConfig, ClassTokenConfig, DASConfig
@@ -30,7 +30,7 @@ def test_attach_save_load_and_detach(config, model_class, tmp_path):
     model = make_model(model_class)
     inputs, before, output = make_inputs(model), snapshot(model), run(model, make_inputs(model))
     attachment = petl_ext.attach(model, config, keep=["cross_modal_text_pooler"])
-    randomise(attachment)
+    randomize(attachment)
     attachment.save(tmp_path / "saved")
     fresh = make_model(model_class)
     petl_ext.load(fresh, tmp_path / "saved")
@@ -64,7 +64,7 @@ def test_given_embeddings_pass_the_new_layers(config):
     model = make_model()
     if config.row != "class_token":
         config = dataclasses.replace(config, class_token=True)
-    randomise(petl_ext.attach(model, config))
+    randomize(petl_ext.attach(model, config))
     inputs = make_inputs(model)
     given = {
         "inputs_embeds": model.meter.text_transformer.embeddings.word_embeddings(inputs["input_ids"]),
@@ -78,7 +78,7 @@ def test_apt_scores_the_prompts_with_its_own_stream():
     """In cross-attention too it reads the query's side, never the other stream."""
     model = make_model()
     attachment = petl_ext.attach(model, APTConfig(num_prompts=5, rank=2))
-    randomise(attachment)
+    randomize(attachment)
     fusion = model.meter.cross_modal_text_layers, model.meter.cross_modal_image_layers
     blocks = [block for layers in fusion for layer in layers for block in (layer.attention, layer.crossattention)]
     assert attachment.sites == tuple(

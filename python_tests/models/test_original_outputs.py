@@ -8,7 +8,7 @@ import tiny_vilt
 import torch
 from checkpoint_checks import METER, METHODS, VILT, assert_refused, outcome_of
 from safetensors.torch import save_file
-from tiny_vilt import randomise, snapshot
+from tiny_vilt import randomize, snapshot
 from transformers import ViltForImageAndTextRetrieval, ViltForMaskedLM, ViltForQuestionAnswering, ViltModel
 
 import petl_ext
@@ -29,7 +29,7 @@ def checkpoint_of(family, method=None, token=True):
     tiny, checkpoint, *_ = FAMILIES[family]
     model = tiny.make_model(seed=1)
     if method:
-        randomise(petl_ext.attach(model, METHODS[method]))
+        randomize(petl_ext.attach(model, METHODS[method]))
     state = checkpoint(model, "vqa_classifier", method)
     if family == "meter":
         for key in state:

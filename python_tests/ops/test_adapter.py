@@ -71,7 +71,7 @@ def test_hidden_values_beyond_float16(place):
 
 @pytest.mark.parametrize("mean", [1e2, 1e5])
 def test_mean_far_greater_than_deviations(place, mean):
-    """The normalised row keeps its digits, which x * inverse - mean * inverse would lose."""
+    """The normalized row keeps its digits, which x * inverse - mean * inverse would lose."""
     problem = make_problem(100, 768, 20, norm=True, residual="another").to(place.device)
     problem = problem.change(x=problem["x"] + mean)
     check(place, problem)
@@ -112,7 +112,7 @@ def test_nan_stays_in_its_row(place, activation, form):
 def test_gradients_are_ten_times_better_than_eager_in_bfloat16(place, seed):
     """A rounded row flips ReLU's mask; the kernels' mask is that of the unrounded one (Frobenius norm, float64).
 
-    On CUDA the normalised row is rounded for the tensor cores, as in PyTorch, and the gradients are as good as eager's.
+    On CUDA the normalized row is rounded for the tensor cores, as in PyTorch, and the gradients are as good as eager's.
     """
     problem = make_problem(
         1920, 768, 96, dtype=torch.bfloat16, weight_dtype=torch.float32, std=0.02, seed=seed, **FORMS["parallel"]

@@ -74,7 +74,7 @@ CASES = {
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-def penalised(function, tensors, which):
+def penalized(function, tensors, which):
     """All gradients of the output and of a penalty on its gradient to tensor `which`."""
     tensors = [tensor.clone().requires_grad_() for tensor in tensors]
     out = function(*tensors)
@@ -86,7 +86,7 @@ def penalised(function, tensors, which):
 @every_case
 def test_a_gradient_penalty(case):
     for which in range(len(case.tensors)):
-        ours, expected = (penalised(f, case.tensors, which) for f in (case.ours, case.reference))
+        ours, expected = (penalized(f, case.tensors, which) for f in (case.ours, case.reference))
         for found, wanted in zip(ours, expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
 

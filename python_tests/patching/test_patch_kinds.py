@@ -1,4 +1,4 @@
-"""A kind is one class: defined anywhere, it is recognised, computes, reports and is given back as the others are."""
+"""A kind is one class: defined anywhere, it is recognized, computes, reports and is given back as the others are."""
 
 import copy
 import pickle

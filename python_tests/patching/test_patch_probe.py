@@ -10,7 +10,7 @@ from torch import nn
 
 import petl_ext
 from petl_ext.ops import kernels
-from petl_ext.patching import probe, recognise
+from petl_ext.patching import probe, recognize
 from petl_ext.patching.patch import kind_of
 
 DIM = 32
@@ -270,7 +270,7 @@ def takes_no_branch(module, x):
 
 def test_layers_of_one_structure_are_probed_once(monkeypatch):
     probed = []
-    monkeypatch.setattr(recognise, "probe", lambda *given: probed.append(given) or probe.probe(*given))
+    monkeypatch.setattr(recognize, "probe", lambda *given: probed.append(given) or probe.probe(*given))
     model = nn.Sequential(*(Branching(takes_no_branch) for _ in range(5)), Adapter(DIM))
     for index, module in enumerate(model[:5]):
         module.calls = 7 * (index == 3)

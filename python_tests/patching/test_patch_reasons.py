@@ -170,7 +170,7 @@ def test_looking_at_an_activation_leaves_it_as_it_was():
 
 
 class Linear(nn.Linear):
-    """As those that quantise or carry LoRA are called."""
+    """As those that quantize or carry LoRA are called."""
 
 
 class LayerNorm(nn.LayerNorm):

@@ -125,7 +125,7 @@ def test_what_almost_matches_is_left_alone_and_says_why(make, reason):
     assert "1 of 2 fused" in str(report)
 
 
-def test_recognising_draws_no_random_numbers_and_runs_no_hook():
+def test_recognizing_draws_no_random_numbers_and_runs_no_hook():
     model = made(lambda: prompts(0.1))
     model[0].register_forward_hook(pytest.fail)
     state, before = torch.get_rng_state(), copy.deepcopy(model.state_dict())

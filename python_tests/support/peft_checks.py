@@ -14,7 +14,7 @@ def make(family="vilt", **changes):
     return get_peft_model(make_model(family, LAYERS), APTConfig(**SIZES, **changes))
 
 
-def randomise(model, seed=3):
+def randomize(model, seed=3):
     """Makes the adapters differ from their initial values by much, as training does."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -27,8 +27,8 @@ def make_model(family, seed=0, **options):
     torch.manual_seed(seed + 1)
     for name, parameter in model.named_parameters():
         if not name.startswith(("language_model", "vision_model")) or ".adapter." in name:
-            centre = parameter.dim() == 1 and name.endswith("classifier.1.weight")
-            torch.nn.init.normal_(parameter, mean=float(centre), std=0.3)
+            center = parameter.dim() == 1 and name.endswith("classifier.1.weight")
+            torch.nn.init.normal_(parameter, mean=float(center), std=0.3)
     return model.double().eval()
 
 
@@ -73,8 +73,8 @@ class Weights:
         return x @ self.of[f"{name}.weight"].T + (0 if bias is None else bias)
 
     def layer_norm(self, name, x):
-        centred = x - x.mean(-1, keepdim=True)
-        x = centred / (centred.square().mean(-1, keepdim=True) + 1e-12).sqrt()
+        centered = x - x.mean(-1, keepdim=True)
+        x = centered / (centered.square().mean(-1, keepdim=True) + 1e-12).sqrt()
         return x * self.of[f"{name}.weight"] + self.of[f"{name}.bias"]
 
     def rms_norm(self, name, x):

@@ -111,7 +111,7 @@ def run(model, inputs):
     return output.logits if "logits" in output else output.pooler_output
 
 
-def randomise(attachment):
+def randomize(attachment):
     """Makes what trains differ from its initial value by much, as training does."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

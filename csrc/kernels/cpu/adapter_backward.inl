@@ -15,7 +15,7 @@ struct AdapterSlab {
 
 // The sums over a row that LayerNorm's backward needs are known before the product dhidden down: with n = norm(x),
 //   sum_d(dn * norm_weight)              = sum_b(dhidden[b] * weight_sums[b])
-//   sum_d(dn * norm_weight * normalised) = sum_b(dhidden[b] * products[b])
+//   sum_d(dn * norm_weight * normalized) = sum_b(dhidden[b] * products[b])
 // where weight_sums[b] = sum_d(down[b, d] * norm_weight[d]). These are the two sums of one row, divided by D.
 struct RowGradient {
   float mean, slope;
@@ -28,7 +28,7 @@ struct AdapterInputGradient {
   const char* dout;  // null: dx gains nothing
   char* dx;
   int64_t x_stride, dout_stride, D;
-  const float* norm_weight;         // null: x is not normalised
+  const float* norm_weight;         // null: x is not normalized
   const RowStatistics* statistics;  // [rows]
   const RowGradient* gradients;     // [rows]
 
@@ -71,7 +71,7 @@ struct AdapterBackwardTile {
   const float* packed_up;    // up
   const float* packed_down;  // down
   float factor;
-  const float* weight_sums;  // [B]; null: x is not normalised
+  const float* weight_sums;  // [B]; null: x is not normalized
   AdapterSlab slab;
 
   void operator()(int64_t begin, int64_t rows, float* scratch) const {
@@ -188,7 +188,7 @@ inline void finish_up_gradient(const AdapterBackward& args, float factor, const 
   for (int64_t d = 0; d < D; ++d) args.dup_bias[d] *= factor;
 }
 
-// ddown comes as g = dhidden^T normalised, from which all three gradients follow:
+// ddown comes as g = dhidden^T normalized, from which all three gradients follow:
 //   ddown = g * norm_weight + ddown_bias norm_bias^T
 //   dnorm_weight = sum_b(down[b] * g[b])    dnorm_bias = sum_b(down[b] * ddown_bias[b])
 inline void finish_norm_gradients(const AdapterBackward& args, const AdapterRows& weights) {

@@ -37,7 +37,7 @@ inline char* row_of(const Rows& rows, int64_t row, int64_t width) {
   return static_cast<char*>(rows.data) + row * width * size_of(rows.dtype);
 }
 
-// The operands of a product hold words of 32 bits: a float32, or a pair of bfloat16 that are neighbours along the depth
+// The operands of a product hold words of 32 bits: a float32, or a pair of bfloat16 that are neighbors along the depth
 // (see Arithmetic below). Element (m, k) of the left one is data[m * row + k * step], k counting words.
 struct Left {
   const float* data;

@@ -1,4 +1,4 @@
-// LayerNorm's statistics, and values normalised by them.
+// LayerNorm's statistics, and values normalized by them.
 // A part of path.inl.
 
 struct RowStatistics {

@@ -176,9 +176,9 @@ class RowOperand {
   }
 
   int64_t count() const { return count_; }
-  // Words hold neighbours of a row, words<Arithmetic>(D) of them.
+  // Words hold neighbors of a row, words<Arithmetic>(D) of them.
   const float* const* along() const { return along_.data(); }
-  // Words hold neighbours of a column: words<Arithmetic>(count) rows of D.
+  // Words hold neighbors of a column: words<Arithmetic>(count) rows of D.
   const float* const* across() const { return across_.data(); }
 
  private:

@@ -11,7 +11,7 @@ class Scratch {
   static constexpr size_t kKept = size_t{8} << 20;
 
   ~Scratch();
-  // At least `count` floats, aligned to a cache line, uninitialised. Throws std::bad_alloc.
+  // At least `count` floats, aligned to a cache line, uninitialized. Throws std::bad_alloc.
   float* reserve(size_t count);
   void release_excess();
 

@@ -12,7 +12,7 @@ struct WeightGradient {
   const float* left;  // [words of the slab, stride], gathered by an Arithmetic
   int64_t stride;
   ConstRows right;                  // [R, D]
-  const RowStatistics* statistics;  // of the slab's rows: `right` is normalised by them; null: it is taken as it is
+  const RowStatistics* statistics;  // of the slab's rows: `right` is normalized by them; null: it is taken as it is
 };
 
 // Epilogue: adds to a weight's gradient, or begins it.
@@ -31,7 +31,7 @@ struct AddToWeight {
   }
 };
 
-// One panel of `depth` rows, from first_row on, normalised. `statistics` are those of these rows.
+// One panel of `depth` rows, from first_row on, normalized. `statistics` are those of these rows.
 template <class Arithmetic>
 inline void pack_normalized_panel(const ConstRows& source, const RowStatistics* statistics, int64_t first_row,
                                   int64_t depth, int64_t columns, Panel panel, float* wide, float* packed) {

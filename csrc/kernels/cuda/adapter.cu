@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) adapter_norm_terms(const __grid_cons
 }
 
 struct AdapterSums {
-  float* sums[2];  // [slabs, B, D]: dhidden^T x (normalised, if x is) and hidden^T dout; their sums replace the first
+  float* sums[2];  // [slabs, B, D]: dhidden^T x (normalized, if x is) and hidden^T dout; their sums replace the first
   int slabs;
   int64_t count;
 };

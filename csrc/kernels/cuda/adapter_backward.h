@@ -4,7 +4,7 @@
 
 namespace petl::cuda {
 
-// What the normalisation's backward needs of the weights alone, for each hidden unit b.
+// What the normalization's backward needs of the weights alone, for each hidden unit b.
 struct NormTerms {
   float* mean_weight;  // [B], mean over d of norm_weight[d] down[b, d]
   float* bias;         // [B], what both biases give the hidden unit: norm_bias down[b]^T + down_bias[b]
@@ -40,7 +40,7 @@ struct AdapterBackwardOp {
   const RowStatistics* statistics;  // [R]
   bool residual_is_input;
   T* dx;
-  const float* hidden_products;  // [R, kept], of normalised x with down
+  const float* hidden_products;  // [R, kept], of normalized x with down
   Weights hidden_bias;           // [1, B], which makes the hidden units of them
   T* hidden;                     // [R, kept], after the activation; null: no weight has a gradient
   T* dhidden;                    // [R, kept], likewise

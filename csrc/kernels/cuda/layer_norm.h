@@ -1,4 +1,4 @@
-// LayerNorm's statistics, and values normalised by them.
+// LayerNorm's statistics, and values normalized by them.
 #pragma once
 #include "kernels/cuda/elements.h"
 #include "kernels/cuda/reduce.h"

@@ -40,7 +40,7 @@ struct Sums {
     for_each([&](float& sum, int i) { sum += other.parts[i / 16 / kGroups][i / 16 % kGroups][i / 4 % 4][i % 4]; });
   }
 
-  // Eight neighbouring columns of one row, of tiles whose columns lie as slot_of says.
+  // Eight neighboring columns of one row, of tiles whose columns lie as slot_of says.
   __device__ __forceinline__ void get(int group, int row, float (&values)[8]) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) values[i] = parts[row / 2][group][i / 2][2 * (row % 2) + i % 2];
@@ -67,7 +67,7 @@ __device__ __forceinline__ void multiply_step(float (&sums)[4], const uint32_t (
   multiply_float16(sums, left, right);
 }
 
-// Two neighbouring 8-column blocks of 16 rows of depth; `right` points at the first element of the first.
+// Two neighboring 8-column blocks of 16 rows of depth; `right` points at the first element of the first.
 template <class T, Order kOrder>
 __device__ __forceinline__ void load_right(uint32_t (&parts)[4], const T* right, int stride) {
   const int lane = threadIdx.x % 32;
@@ -78,7 +78,7 @@ __device__ __forceinline__ void load_right(uint32_t (&parts)[4], const T* right,
   }
 }
 
-// Two neighbouring 8-column blocks of the sums, 16 rows deep.
+// Two neighboring 8-column blocks of the sums, 16 rows deep.
 template <class T, Order kOrder, int kBlocks, int kGroups>
 __device__ __forceinline__ void multiply_pair(Sums<kBlocks, kGroups>& sums, int group, int pair,
                                               const uint32_t (&left)[kBlocks][4], const T* right, int stride) {

@@ -154,7 +154,7 @@ class GradientBlock {
     });
   }
 
-  // Each thread normalises what it copied itself.
+  // Each thread normalizes what it copied itself.
   __device__ __forceinline__ void normalize_right(int chunk) const {
     for_each_vector<Shape::kColumns>([&](int chunk_row, int column) {
       const int64_t row = begin_ + int64_t{chunk} * Shape::kChunk + chunk_row;

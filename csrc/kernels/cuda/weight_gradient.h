@@ -13,7 +13,7 @@ struct GradientProblem {
   int64_t left_stride;  // at least `inner`, in whole 16-byte words
   const T* right;       // [R, D], rows right_stride apart
   int64_t right_stride;
-  const RowStatistics* statistics;  // [R]: right is normalised by them; null: it is not
+  const RowStatistics* statistics;  // [R]: right is normalized by them; null: it is not
   float* sums;                      // [slabs, inner, D]
   float* left_sums;                 // [slabs, inner], sums of left over the rows; null: not wanted
   float* right_sums;                // [slabs, D], the same of right

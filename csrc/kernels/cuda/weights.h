@@ -57,7 +57,7 @@ struct Weights {
 };
 
 // Where column `column` of a right operand lies in shared memory. Within 32 columns they are dealt out so that a
-// thread's sums of four neighbouring 8-column blocks belong to eight neighbouring columns, which it can store at once:
+// thread's sums of four neighboring 8-column blocks belong to eight neighboring columns, which it can store at once:
 // column 8 t + 2 q + i lies in slot 8 q + 2 t + i, where lane 4 g + t has its sums of block q.
 __device__ __forceinline__ int slot_of(int column) {
   return (column & ~31) | (column & 6) << 2 | (column >> 2 & 6) | (column & 1);
@@ -113,7 +113,7 @@ class WeightStage {
     if constexpr (kOrder == Order::columns) {
       cuda::store(tile + slot_of(place.row) * kStride + place.column, packed);
     } else {
-      // Neighbouring columns 2 q and 2 q + 1 stay neighbours; the pairs go to four different blocks.
+      // Neighboring columns 2 q and 2 q + 1 stay neighbors; the pairs go to four different blocks.
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const auto pair = pair_of(packed, q);

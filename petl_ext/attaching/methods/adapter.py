@@ -2,9 +2,9 @@
 
 An output module, `dense -> dropout -> (LayerNorm)`, takes (hidden_states, input_tensor). In post-norm blocks (BERT,
 METER) input_tensor is the residual, and the module adds it and ends in a LayerNorm. In pre-norm blocks (ViLT) there is
-no LayerNorm: an attention's module takes the normalised stream and leaves the residual to the block, an MLP's takes the
+no LayerNorm: an attention's module takes the normalized stream and leaves the residual to the block, an MLP's takes the
 stream and adds it. Where there are no output modules (CLIP, T5, LLaMA, diffusers), whole attentions and MLPs take the
-normalised stream and leave the residual to the block.
+normalized stream and leave the residual to the block.
 """
 
 from dataclasses import dataclass

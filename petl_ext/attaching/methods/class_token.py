@@ -59,13 +59,13 @@ class EmbeddedClassToken(Site):
         return {name: module for name, module in model.named_modules() if _are_text_embeddings(module)}
 
     @staticmethod
-    def neighbour(module):
+    def neighbor(module):
         return module.LayerNorm
 
     @classmethod
     def new_layer(cls, config, model, place):
-        neighbour = cls.neighbour(model.get_submodule(place.name))
-        layer = ClassToken(width_of(neighbour), **location_beside(neighbour, model))
+        neighbor = cls.neighbor(model.get_submodule(place.name))
+        layer = ClassToken(width_of(neighbor), **location_beside(neighbor, model))
         start = _first_embedding(cls.embeddings(model, place), cls.first_token)
         if start is not None and start.shape == layer.vector.shape:
             with torch.no_grad():
@@ -103,7 +103,7 @@ class TransformedClassToken(EmbeddedClassToken):
         return {name: module for name, module in model.named_modules() if hasattr(module, "out_features")}
 
     @staticmethod
-    def neighbour(module):
+    def neighbor(module):
         return module
 
     @staticmethod

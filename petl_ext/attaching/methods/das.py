@@ -64,11 +64,11 @@ class SkippableLayer(AdapterSite):
         return _arguments(layer)[:1] == ["hidden_states"]
 
     @staticmethod
-    def neighbour(module):
+    def neighbor(module):
         """The norm whose width most of the layer's matrices have: norms of single heads are narrower."""
         norms = [inner for inner in module.modules() if _is_norm(inner)]
         widths = Counter(size for p in module.parameters() if p.dim() == 2 for size in p.shape)
-        # The shapes of quantised weights may be others.
+        # The shapes of quantized weights may be others.
         linear = [inner for inner in module.modules() if hasattr(inner, "out_features")]
         widths.update(size for inner in linear for size in (inner.in_features, inner.out_features))
         if not norms:
@@ -77,9 +77,9 @@ class SkippableLayer(AdapterSite):
 
     @classmethod
     def new_layer(cls, config, model, place):
-        neighbour = cls.neighbour(model.get_submodule(place.name))
-        size = {"dim": width_of(neighbour), "lost": place.lost}
-        location = location_beside(neighbour, model)
+        neighbor = cls.neighbor(model.get_submodule(place.name))
+        size = {"dim": width_of(neighbor), "lost": place.lost}
+        location = location_beside(neighbor, model)
         return config.new_bypass(**size, own_norm=cls.own_norm is not None, **location)
 
     def forward(self, hidden_states, *arguments, **named):
@@ -150,7 +150,7 @@ class StreamAdapterBlock(AdapterSite):
         return {name: module for name, module in model.named_modules() if parts <= module._modules.keys()}
 
     @staticmethod
-    def neighbour(module):
+    def neighbor(module):
         return module.layernorm_before
 
     def forward(self, hidden_states, *arguments, **named):

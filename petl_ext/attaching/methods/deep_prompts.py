@@ -18,7 +18,7 @@ from petl_ext.attaching.sites.site import Site
 from petl_ext.checks import check_positive_integer
 from petl_ext.counting import deep_prompt_macs
 
-# The initialisation of the ViLT baseline has 16 x 16 RGB patches in it whatever the model's patches are.
+# The initialization of the ViLT baseline has 16 x 16 RGB patches in it whatever the model's patches are.
 PATCH_INPUTS = 3 * 16 * 16
 
 
@@ -65,7 +65,7 @@ class DeepPromptSelfAttention(Site):
         return found
 
     @staticmethod
-    def neighbour(module):
+    def neighbor(module):
         return module.key
 
     @classmethod

@@ -45,7 +45,7 @@ class ProjectionSite(Site):
         return {name: module for name, module in model.named_modules() if _names(module, cls.kinds)}
 
     @classmethod
-    def neighbour(cls, module):
+    def neighbor(cls, module):
         return module.get_submodule(_names(module, cls.kinds)[-1])
 
     @classmethod

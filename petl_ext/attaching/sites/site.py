@@ -42,7 +42,7 @@ class Site(Composable):
         raise NotImplementedError
 
     @staticmethod
-    def neighbour(module):
+    def neighbor(module):
         """The linear layer or norm in `module` that is as wide as the new layer and lies where it must lie."""
         return module.dense
 
@@ -52,8 +52,8 @@ class Site(Composable):
 
     @classmethod
     def new_layer(cls, config, model, place):
-        neighbour = cls.neighbour(model.get_submodule(place.name))
-        return config.new_layer(width_of(neighbour), **location_beside(neighbour, model))
+        neighbor = cls.neighbor(model.get_submodule(place.name))
+        return config.new_layer(width_of(neighbor), **location_beside(neighbor, model))
 
     @staticmethod
     def macs(layer, tokens):
@@ -77,17 +77,17 @@ def candidates_of(model, site_classes):
 
 
 def width_of(layer):
-    """How many features a linear layer, quantised or not, or a norm gives."""
+    """How many features a linear layer, quantized or not, or a norm gives."""
     return layer.out_features if hasattr(layer, "out_features") else layer.weight.size(0)
 
 
-def location_beside(neighbour, model):
-    """The device and dtype of a layer that joins `neighbour` in `model`, as a dict.
+def location_beside(neighbor, model):
+    """The device and dtype of a layer that joins `neighbor` in `model`, as a dict.
 
-    A quantised weight is a tensor of bytes or of 8-bit floats, or none at all (torch.ao). Then the dtype is that of the
+    A quantized weight is a tensor of bytes or of 8-bit floats, or none at all (torch.ao). Then the dtype is that of the
     model's first floating-point parameter.
     """
-    weight = neighbour.weight
+    weight = neighbor.weight
     if isinstance(weight, torch.Tensor) and _can_compute(weight):
         return {"device": weight.device, "dtype": weight.dtype}
     floating = next((parameter for parameter in model.parameters() if _can_compute(parameter)), torch.empty(0))

@@ -14,7 +14,7 @@ from petl_ext.tasks import gqa, labels, snli_ve
 from petl_ext.tasks.inputs import TextAndImage
 
 READING = {"max_length": 16, "cache_images": True}  # tokens of a text: the authors' limit
-NUM_INITIAL_TEXTS = 256  # that the queries are initialised on
+NUM_INITIAL_TEXTS = 256  # that the queries are initialized on
 
 
 class SeenDataset(torch.utils.data.Dataset):
@@ -70,7 +70,7 @@ def read_tasks(folder, names):
 
 
 def initial_texts(task):
-    """Questions that the queries are initialised on."""
+    """Questions that the queries are initialized on."""
     batch = task.batch("train", NUM_INITIAL_TEXTS)
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 

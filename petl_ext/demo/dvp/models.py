@@ -173,7 +173,7 @@ def share_prompt_layers(model):
 def _initialize_queries(model, texts):
     """Sets each `query` so that over `texts` its outputs have mean 0 and standard deviation 1, number by number.
 
-    A data-dependent initialisation as in arXiv 1511.06856. MiniLM's sentence is the mean of all its states: below the
+    A data-dependent initialization as in arXiv 1511.06856. MiniLM's sentence is the mean of all its states: below the
     last layer [CLS] is almost the same for every text, and a query drawn as usual asks almost the same of every image.
     """
     model.eval()

@@ -96,7 +96,7 @@ Every method also trains the classifier, the pooler and the token-type embedding
 validation split (`petl-ext demo --tune`). Added MACs: of the new layers that run, for one question, by formula; all
 MACs: of the whole model for one question, counted, over those of the bare backbone. Times are medians of turns in one
 process with one thread and batches of {size.batch} (torch {torch.__version__}, {platform.machine()}); a training step
-is forward, backward and optimiser."""
+is forward, backward and optimizer."""
 
 
 def _search(trained):

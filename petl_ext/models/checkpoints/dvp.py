@@ -92,7 +92,7 @@ def load_dvp_checkpoint(model, checkpoint, ignore=()):
 
     Make the model as the file's was: use_adapters=True for DVP_adp, candidates="all" for a file of a search. The head
     is the file's `vqa_classifier`, `gqa_classifier` or `snli_ve_classifier`; a file without one leaves the model's as
-    it is. Adapters of another width than the model's give it new ones: make optimisers afterwards. insert_layer becomes
+    it is. Adapters of another width than the model's give it new ones: make optimizers afterwards. insert_layer becomes
     the one that the search of the file prefers, as the original evaluates it; a file without a search leaves it.
     What the file does not say stays as it was: num_heads and `original`, with which the model computes what the weights
     were trained for.

@@ -142,7 +142,7 @@ class DVPModel(Refusals, nn.Module):
         self.language_model.gradient_checkpointing_enable(**options)
 
     def resize_adapters(self, bottleneck):
-        """New adapters of another width in place of those that the model has. Make optimisers afterwards.
+        """New adapters of another width in place of those that the model has. Make optimizers afterwards.
 
         Raises:
             ValueError: the model has no adapters, or bottleneck is no positive integer.
@@ -285,7 +285,7 @@ def with_prompt(attention_mask):
 
 
 def _dtype_of(module):
-    """In which it computes. Quantised weights are integers, or no parameters at all, and compute in float32."""
+    """In which it computes. Quantized weights are integers, or no parameters at all, and compute in float32."""
     dtypes = (parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
     return next(dtypes, torch.float32)
 

@@ -26,7 +26,7 @@ class DVPLlama(DVPModel):
     The question's end is its first end-of-sequence token or, without one, its last token. Positions count what the
     mask does not hide, so that texts can be padded on either side.
 
-    Without num_labels and from a model with a language modelling head, it continues texts (`generate`).
+    Without num_labels and from a model with a language modeling head, it continues texts (`generate`).
 
     `original=True` takes the first token, as the authors' code does, for the end of a question without an
     end-of-sequence token. Their heads for GQA and SNLI-VE start as torch's layers do; here all start as that for VQA.
@@ -147,7 +147,7 @@ class DVPLlama(DVPModel):
         return states
 
     def _worded(self, states, labels, cache):
-        """The output of the language modelling head."""
+        """The output of the language modeling head."""
         logits, loss = self.language_model.lm_head(states), None
         if labels is not None:
             loss = label_loss(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device))
@@ -175,7 +175,7 @@ class DVPLlama(DVPModel):
             raise self._wrong("cache and past_key_values are two names of one argument, but both were given")
         given = past_key_values if cache is None else cache
         if given is not None and self.classifier is not None:
-            raise self._wrong("a cache is for language modelling, but num_labels made a classifier")
+            raise self._wrong("a cache is for language modeling, but num_labels made a classifier")
         return given
 
     def _seen(self, cache):

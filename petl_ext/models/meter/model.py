@@ -81,7 +81,7 @@ class MeterPreTrainedModel(PreTrainedModel):
     def resize_images(self, image_size):
         """Makes the model take images of `image_size` x `image_size` pixels; position embeddings are interpolated.
 
-        The position embedding gets a new weight: make optimisers afterwards.
+        The position embedding gets a new weight: make optimizers afterwards.
 
         Raises:
             ValueError: image_size is no positive multiple of the patch size; the model has not changed.
@@ -104,7 +104,7 @@ class MeterPreTrainedModel(PreTrainedModel):
     def resize_token_types(self, num_types):
         """Makes room for `num_types` token types; new ones start as copies of the last, as METER starts NLVR2's third.
 
-        The token-type embedding gets a new weight: make optimisers afterwards.
+        The token-type embedding gets a new weight: make optimizers afterwards.
 
         Raises:
             ValueError: num_types is no integer, or fewer than there are; the model has not changed.

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 @every_layer
 @torch.no_grad()
-def test_language_modelling_is_the_formula(insert_layer):
+def test_language_modeling_is_the_formula(insert_layer):
     model = make_model("llama", insert_layer=insert_layer, num_labels=None)
     inputs = words_and_images(model)
     states = llama_states(model, *inputs.values(), ends=[TOKENS // 2 - 1, TOKENS - 1, TOKENS - 1])[:, 1:]
@@ -94,7 +94,7 @@ def test_generation_stops_at_the_end():
 
 
 @torch.no_grad()
-def test_language_modelling_loss_does_not_show_the_answer():
+def test_language_modeling_loss_does_not_show_the_answer():
     model = make_model("llama", insert_layer=1, num_labels=None)
     inputs = words_and_images(model)
     labels = inputs["input_ids"].clone()
@@ -114,7 +114,7 @@ def test_language_modelling_loss_does_not_show_the_answer():
     assert_same(changed[:, : TOKENS - 2], output.logits[:, : TOKENS - 2])
 
 
-def test_language_modelling_trains_its_head():
+def test_language_modeling_trains_its_head():
     for use_adapters in (False, True):
         model = make_model("llama", num_labels=None, use_adapters=use_adapters)
         inputs = words_and_images(model)

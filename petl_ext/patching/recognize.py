@@ -15,7 +15,7 @@ from petl_ext.patching.probe import Difference, probe
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class Recognised(NamedTuple):
+class Recognized(NamedTuple):
     """Attributes:
     kind: what it is, in words.
     found: its `Kind`, None for a pair that no kind is.
@@ -29,8 +29,8 @@ class Recognised(NamedTuple):
     reason: str = ""
 
 
-def recognise(module, probed):
-    """What `module` is to `patch`, a `Recognised`; None where it has no names that are known.
+def recognize(module, probed):
+    """What `module` is to `patch`, a `Recognized`; None where it has no names that are known.
 
     Args:
         probed: a dictionary in which is kept what was found out about modules, for others of the same structure: a
@@ -39,7 +39,7 @@ def recognise(module, probed):
     for kind in KINDS:
         if kind.petl_looks_like(module):
             if reason := _refusal(kind, module):
-                return Recognised(kind.petl_name, kind, None, reason)
+                return Recognized(kind.petl_name, kind, None, reason)
             return _probed_as(kind, module, probed)
     return _pair(module)
 
@@ -49,9 +49,9 @@ def _probed_as(kind, module, probed):
     found = probed.get(same) if same else None
     if found is None:
         try:
-            found = Recognised(kind.petl_name, kind, probe(kind, module))
+            found = Recognized(kind.petl_name, kind, probe(kind, module))
         except Difference as difference:
-            found = Recognised(kind.petl_name, kind, None, str(difference))
+            found = Recognized(kind.petl_name, kind, None, str(difference))
         if same:
             probed[same] = found
     if found.reason:
@@ -68,10 +68,10 @@ def _pair(module):
     pair = module.conv_A, module.conv_B
     if all(isinstance(part, _CONVOLUTIONS) for part in pair):
         grouped = "grouped " if any(part.groups > 1 for part in pair) else ""
-        return Recognised("pair of convolutions", None, None, f"no op computes {grouped}convolutions")
+        return Recognized("pair of convolutions", None, None, f"no op computes {grouped}convolutions")
     if all(isinstance(part, nn.Linear) for part in pair):
         unknown = "projections of the names conv_A and conv_B are no known kind's"
-        return Recognised("pair of projections", None, None, refuse_bottleneck(*pair) or _autocast(module) or unknown)
+        return Recognized("pair of projections", None, None, refuse_bottleneck(*pair) or _autocast(module) or unknown)
     return None
 
 
