@@ -35,6 +35,14 @@ def write_models():
 
 
 @needs_auto_image_processor
+def with_ours(example, ours):
+    """README's Python with files that are here, and few steps."""
+    for theirs, mine in ours.items():
+        assert theirs in example, f"README no longer has {theirs}"
+        example = example.replace(theirs, str(mine))
+    return example
+
+
 def test_example(tmp_path, monkeypatch, capsys):
     files = write_digits(tmp_path / "digits", {"train": 60}, progress=False)["train"]
     _, example, handle, search, dvp = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
@@ -47,12 +55,9 @@ def test_example(tmp_path, monkeypatch, capsys):
         "AnswerVocabulary.from_annotations([annotations])": "AnswerVocabulary.from_annotations([annotations], 1)",
         "max_steps=1000": "max_steps=2, use_cpu=True, report_to=[]",
     }
-    for theirs, mine in ours.items():
-        assert theirs in example, f"README no longer has {theirs}"
-        example = example.replace(theirs, str(mine))
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(example, names)
+    exec(with_ours(example, ours), names)
     trained = {name: parameter.clone() for name, parameter in names["apt"].named_parameters()}
     assert (tmp_path / "apt-vqa" / "petl_config.json").exists()
     exec(handle, names)
@@ -62,10 +67,7 @@ def test_example(tmp_path, monkeypatch, capsys):
         "num_skip=4": "num_skip=1, warmup_steps=0, interval=1",
         "vocabulary, annotations)": ours["vocabulary, annotations)"],
     }
-    for theirs, mine in ours.items():
-        assert theirs in search, f"README no longer has {theirs}"
-        search = search.replace(theirs, mine)
-    exec(search, names)
+    exec(with_ours(search, ours), names)
     assert (tmp_path / "gates.png").stat().st_size > 10_000
     assert len(names["search"].history) == 2
     (skipped,) = names["search"].selection()
@@ -78,10 +80,7 @@ def test_example(tmp_path, monkeypatch, capsys):
         "openai/clip-vit-base-patch16": "clip",
         "vocabulary, annotations)": ours["vocabulary, annotations)"],
     }
-    for theirs, mine in ours.items():
-        assert theirs in dvp, f"README no longer has {theirs}"
-        dvp = dvp.replace(theirs, mine)
-    exec(dvp, names)
+    exec(with_ours(dvp, ours), names)
     assert len(names["search"].history) == 2
     assert names["model"].insert_layer == names["search"].selection()
     fresh = BertModel.from_pretrained("bert"), CLIPVisionModel.from_pretrained("clip")
