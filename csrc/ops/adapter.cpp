@@ -117,9 +117,20 @@ class AdapterInputRows {
   }
 
   AdapterInputs view() const {
-    return {size_,        activation_,       x_.view(),  norm_weight_.view(), norm_bias_.view(),
-            down_.view(), down_bias_.view(), up_.view(), up_bias_.view(),     gain_.view(),
-            scale_,       epsilon_};
+    return {
+        .size = size_,
+        .activation = activation_,
+        .x = x_.view(),
+        .norm_weight = norm_weight_.view(),
+        .norm_bias = norm_bias_.view(),
+        .down = down_.view(),
+        .down_bias = down_bias_.view(),
+        .up = up_.view(),
+        .up_bias = up_bias_.view(),
+        .gain = gain_.view(),
+        .scale = scale_,
+        .epsilon = epsilon_,
+    };
   }
 
  private:
@@ -162,8 +173,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapt
       ddown_bias(down_bias, needs_dweights), dup(up, needs_dweights), dup_bias(up_bias, needs_dweights),
       dgain(gain.value_or(down_bias), needs_dgain && gain);
   run(device,
-      AdapterBackward{rows.view(), dout_rows.view(), residual_is_input, dx.rows(), dnorm_weight.data(),
-                      dnorm_bias.data(), ddown.data(), ddown_bias.data(), dup.data(), dup_bias.data(), dgain.data()},
+      AdapterBackward{
+          .inputs = rows.view(),
+          .dout = dout_rows.view(),
+          .residual_is_input = residual_is_input,
+          .dx = dx.rows(),
+          .dnorm_weight = dnorm_weight.data(),
+          .dnorm_bias = dnorm_bias.data(),
+          .ddown = ddown.data(),
+          .ddown_bias = ddown_bias.data(),
+          .dup = dup.data(),
+          .dup_bias = dup_bias.data(),
+          .dgain = dgain.data(),
+      },
       x);
   return {dx.tensor(),         dnorm_weight.tensor(), dnorm_bias.tensor(), ddown.tensor(),
           ddown_bias.tensor(), dup.tensor(),          dup_bias.tensor(),   dgain.tensor()};

@@ -72,16 +72,18 @@ std::tuple<Tensor, Tensor, Tensor> apt_forward(const Tensor& x, const Tensor& y,
   const auto kept = keep_scores ? std::vector<int64_t>{size.R, size.kept()} : std::vector<int64_t>{0};
   const Tensor scores = torch::stable::new_empty(y, kept, kept_dtype(x, y));
   run(device,
-      AptForward{size,
-                 activation_named(activation),
-                 x_rows.view(),
-                 y_rows.view(),
-                 prompts_rows.view(),
-                 keys_rows.view(),
-                 log_scale_rows.view(),
-                 out.rows(),
-                 static_cast<float*>(gate.mutable_data_ptr()),
-                 {keep_scores ? scores.mutable_data_ptr() : nullptr, Argument{"apt", "scores", scores}.dtype()}});
+      AptForward{
+          .size = size,
+          .activation = activation_named(activation),
+          .x = x_rows.view(),
+          .y = y_rows.view(),
+          .prompts = prompts_rows.view(),
+          .keys = keys_rows.view(),
+          .log_scale = log_scale_rows.view(),
+          .out = out.rows(),
+          .gate = static_cast<float*>(gate.mutable_data_ptr()),
+          .scores = {keep_scores ? scores.mutable_data_ptr() : nullptr, Argument{"apt", "scores", scores}.dtype()},
+      });
   return {out.tensor(), gate, scores};
 }
 
@@ -112,10 +114,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward(const Tensor& do
   const Result dx(x, widen, needs_dx), dy(dout, widen, needs_dy);
   const WeightGradient dprompts(prompts, needs_dprompts), dkeys(keys, needs_dkeys), dlog_scale(log_scale, bool(y));
   run(device,
-      AptBackward{size, activation_named(activation), dout_rows.view(), x_rows.view(), y_rows.view(),
-                  prompts_rows.view(), keys_rows.view(), log_scale_rows.view(),
-                  static_cast<const float*>(gate.const_data_ptr()), scores_rows.view(), dx.rows(), dy.rows(),
-                  dprompts.data(), dkeys.data(), dlog_scale.data()},
+      AptBackward{
+          .size = size,
+          .activation = activation_named(activation),
+          .dout = dout_rows.view(),
+          .x = x_rows.view(),
+          .y = y_rows.view(),
+          .prompts = prompts_rows.view(),
+          .keys = keys_rows.view(),
+          .log_scale = log_scale_rows.view(),
+          .gate = static_cast<const float*>(gate.const_data_ptr()),
+          .scores = scores_rows.view(),
+          .dx = dx.rows(),
+          .dy = dy.rows(),
+          .dprompts = dprompts.data(),
+          .dkeys = dkeys.data(),
+          .dlog_scale = dlog_scale.data(),
+      },
       x);
   return {dx.tensor(), dy.tensor(), dprompts.tensor(), dkeys.tensor(), dlog_scale.tensor()};
 }

@@ -276,17 +276,18 @@ int finish_weights(const AdapterBackward& args, const AdapterWorkspace<T>& works
   const dim3 vectors(static_cast<unsigned>(divide_up(B * D, 4 * kThreads)), 2);
   const int error = launch(queue, {vectors, kThreads, 0}, &adapter_add_slabs, sums);
   if (error) return error;
-  const AdapterFinish task{workspace.sums[0],
-                           workspace.sums[1],
-                           workspace.dhidden_sums,
-                           workspace.dout_sums,
-                           workspace.slabs,
-                           static_cast<int>(D),
-                           static_cast<int>(B),
-                           weights_of(args.inputs.down, B, D),
-                           norm_of(args.inputs),
-                           scale_of(args.inputs),
-                           args};
+  AdapterFinish task = {};
+  task.down_sums = workspace.sums[0];
+  task.up_sums = workspace.sums[1];
+  task.dhidden_sums = workspace.dhidden_sums;
+  task.dout_sums = workspace.dout_sums;
+  task.slabs = workspace.slabs;
+  task.D = static_cast<int>(D);
+  task.inner = static_cast<int>(B);
+  task.down = weights_of(args.inputs.down, B, D);
+  task.norm = norm_of(args.inputs);
+  task.scale = scale_of(args.inputs);
+  task.targets = args;
   const int shared_bytes = static_cast<int>(B + 2 * kThreads) * sizeof(float);
   const dim3 columns(static_cast<unsigned>(divide_up(D, kFinishColumns)));
   return launch(queue, {columns, kThreads, shared_bytes}, &adapter_finish, task);

@@ -105,17 +105,17 @@ int backward_weights(const AptBackward& args, const AptWorkspace<T>& workspace, 
   task.D = static_cast<int>(D);
   task.inner = static_cast<int>(P);
   task.slabs = workspace.slabs;
-  const GradientProblem<T> of_keys{workspace.dscores, kept,    static_cast<const T*>(args.x.data),
-                                   args.x.stride,     nullptr, workspace.sums[0],
-                                   nullptr,           nullptr};
-  const GradientProblem<T> of_prompts{workspace.weighted,
-                                      kept,
-                                      static_cast<const T*>(args.dout.data),
-                                      args.dout.stride,
-                                      nullptr,
-                                      workspace.sums[1],
-                                      nullptr,
-                                      nullptr};
+  GradientProblem<T> of_keys = {}, of_prompts = {};
+  of_keys.left = workspace.dscores;
+  of_keys.left_stride = kept;
+  of_keys.right = static_cast<const T*>(args.x.data);
+  of_keys.right_stride = args.x.stride;
+  of_keys.sums = workspace.sums[0];
+  of_prompts.left = workspace.weighted;
+  of_prompts.left_stride = kept;
+  of_prompts.right = static_cast<const T*>(args.dout.data);
+  of_prompts.right_stride = args.dout.stride;
+  of_prompts.sums = workspace.sums[1];
   int problems = 0;
   if (args.dkeys) task.problems[problems++] = of_keys;
   if (args.dprompts) task.problems[problems++] = of_prompts;
@@ -133,13 +133,16 @@ int backward(const AptBackward& args, void* memory, Queue queue) {
   }
   if (error || (!of_weights && !args.dlog_scale)) return error;
   const int64_t count = args.size.P * args.size.D;
-  const AptFinish task{{workspace.sums[0], workspace.sums[1]},
-                       {args.dkeys, args.dprompts},
-                       workspace.slabs,
-                       count,
-                       workspace.shares,
-                       workspace.blocks,
-                       args.dlog_scale};
+  AptFinish task = {};
+  task.sums[0] = workspace.sums[0];
+  task.sums[1] = workspace.sums[1];
+  task.targets[0] = args.dkeys;
+  task.targets[1] = args.dprompts;
+  task.slabs = workspace.slabs;
+  task.count = count;
+  task.shares = workspace.shares;
+  task.blocks = workspace.blocks;
+  task.dlog_scale = args.dlog_scale;
   const dim3 blocks(static_cast<unsigned>(of_weights ? divide_up(count, 4 * kFinishThreads) : 1), of_weights ? 2 : 1);
   return launch(queue, {blocks, kFinishThreads, kFinishThreads / 32 * sizeof(double)}, &apt_finish, task);
 }

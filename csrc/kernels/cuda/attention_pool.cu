@@ -111,16 +111,30 @@ int launch_finish(Queue queue, const PoolFinish& task) {
 template <class T>
 PoolProblem<T> problem_of(const AttentionPoolInputs& args) {
   const auto [B, N, D, H] = args.size;
-  return {static_cast<const T*>(args.visual.data),
-          args.visual_sample,
-          args.visual.stride,
-          args.mask,
-          weights_of(args.query, H, D),
-          args.scale,
-          static_cast<int>(N),
-          static_cast<int>(D),
-          static_cast<int>(H),
-          static_cast<int>(divide_up(N, kTokens))};
+  PoolProblem<T> problem = {};
+  problem.visual = static_cast<const T*>(args.visual.data);
+  problem.visual_sample = args.visual_sample;
+  problem.visual_stride = args.visual.stride;
+  problem.mask = args.mask;
+  problem.query = weights_of(args.query, H, D);
+  problem.scale = args.scale;
+  problem.N = static_cast<int>(N);
+  problem.D = static_cast<int>(D);
+  problem.H = static_cast<int>(H);
+  problem.splits = static_cast<int>(divide_up(N, kTokens));
+  return problem;
+}
+
+// Of the sums of all splits, as they are.
+PoolFinish finish_of(const AttentionPoolInputs& args, const float* sums) {
+  const auto [B, N, D, H] = args.size;
+  PoolFinish finish = {};
+  finish.sums = sums;
+  finish.splits = static_cast<int>(divide_up(N, kTokens));
+  finish.H = static_cast<int>(H);
+  finish.D = static_cast<int>(D);
+  finish.rows = B * H;
+  return finish;
 }
 
 struct PoolForwardWorkspace {
@@ -174,9 +188,12 @@ int forward(const AttentionPoolForward& args, void* memory, Queue queue) {
   const unsigned blocks = static_cast<unsigned>(B * task.problem.splits);
   const int error = H <= 32 ? launch_forward<T, 1>(queue, task, blocks) : launch_forward<T, 2>(queue, task, blocks);
   if (error) return error;
-  return launch_finish(
-      queue, PoolFinish{workspace.sums, workspace.best, workspace.total, task.problem.splits, static_cast<int>(H),
-                        static_cast<int>(D), args.pooled, args.statistics, B * H});
+  PoolFinish finish = finish_of(args.inputs, workspace.sums);
+  finish.best = workspace.best;
+  finish.total = workspace.total;
+  finish.out = args.pooled;
+  finish.statistics = args.statistics;
+  return launch_finish(queue, finish);
 }
 
 template <class T>
@@ -186,14 +203,15 @@ int backward(const AttentionPoolBackward& args, void* memory, Queue queue) {
   const PoolBackwardWorkspace workspace(args, memory);
   const int64_t rows = B * H;
   const Weights dpooled = weights_of(args.dpooled, H, D);
-  const PoolBackwardTask<T> task{problem_of<T>(args.inputs),
-                                 dpooled,
-                                 args.statistics,
-                                 args.statistics + rows,
-                                 workspace.mean,
-                                 workspace.rests,
-                                 static_cast<T*>(args.dvisual.data),
-                                 workspace.sums};
+  PoolBackwardTask<T> task = {};
+  task.problem = problem_of<T>(args.inputs);
+  task.dpooled = dpooled;
+  task.best = args.statistics;
+  task.total = args.statistics + rows;
+  task.mean = workspace.mean;
+  task.rests = workspace.rests;
+  task.dvisual = static_cast<T*>(args.dvisual.data);
+  task.sums = workspace.sums;
   PoolMeansTask<T> means{task.problem, task};
   means.pooled.visual = static_cast<const T*>(args.pooled.data);
   means.pooled.visual_sample = H * args.pooled.stride;
@@ -205,15 +223,9 @@ int backward(const AttentionPoolBackward& args, void* memory, Queue queue) {
   const unsigned blocks = static_cast<unsigned>(B * task.problem.splits);
   const int error = H <= 32 ? launch_backward<T, 1>(queue, means, blocks) : launch_backward<T, 2>(queue, means, blocks);
   if (error || !args.dquery) return error;
-  return launch_finish(queue, PoolFinish{workspace.sums,
-                                         nullptr,
-                                         nullptr,
-                                         task.problem.splits,
-                                         static_cast<int>(H),
-                                         static_cast<int>(D),
-                                         {args.dquery, DType::float32},
-                                         nullptr,
-                                         rows});
+  PoolFinish finish = finish_of(args.inputs, workspace.sums);
+  finish.out = {args.dquery, DType::float32};
+  return launch_finish(queue, finish);
 }
 
 }  // namespace
