@@ -11,6 +11,16 @@ from petl_ext.ops.adapter import ACTIVATIONS, adapter
 INITIAL_STD = 0.02
 
 
+def adapter_parameters(dim, bottleneck, layer_norm=False):
+    """Of one adapter: down [B, D], down_bias [B], up [D, B] and up_bias [D]; LayerNorm's weight [D] and bias [D]."""
+    return 2 * bottleneck * dim + bottleneck + dim + (2 * dim if layer_norm else 0)
+
+
+def adapter_macs(tokens, dim, bottleneck):
+    """Of one adapter: down and up, N D B each. LayerNorm is not counted, nor are the activation and the biases."""
+    return 2 * tokens * dim * bottleneck
+
+
 class AdapterLayer(nn.Module):
     """Adds `scale * (act(norm(x) down^T + down_bias) up^T + up_bias)` to a residual, which by default is x itself.
 

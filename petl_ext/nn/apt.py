@@ -32,6 +32,16 @@ def current_keys(frozen, *parameters):
     return apt_keys(*parameters)
 
 
+def apt_parameters(dim, num_prompts, rank):
+    """Of one layer: prompts [P, D], down [r, D], up [D, r] and log_scale [1]."""
+    return num_prompts * dim + 2 * rank * dim + 1
+
+
+def apt_macs(tokens, dim, num_prompts, rank):
+    """Of one layer: scores and their product with the prompts, 2 N P D, and the keys, 2 P r D."""
+    return 2 * tokens * num_prompts * dim + 2 * num_prompts * rank * dim
+
+
 class APTLayer(nn.Module):
     """Diffuses `num_prompts` learned prompts into the output of one attention (APT, arXiv 2306.15706).
 

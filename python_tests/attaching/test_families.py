@@ -25,7 +25,8 @@ from transformers_names import enable_checkpointing
 
 import petl_ext
 from petl_ext import AdapterConfig, APTConfig, nn
-from petl_ext.counting import adapter_macs, apt_macs, apt_parameters
+from petl_ext.nn.adapter import adapter_macs
+from petl_ext.nn.apt import apt_macs, apt_parameters
 from petl_ext.ops import adapter_reference, apt_reference
 
 LAYERS = 1

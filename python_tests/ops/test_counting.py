@@ -10,6 +10,9 @@ from torch_macs import counted_macs
 
 import petl_ext
 from petl_ext import AdapterLayer, APTConfig, DeepPromptConfig, counting
+from petl_ext.attaching.methods.deep_prompts import deep_prompt_macs, deep_prompt_parameters
+from petl_ext.nn.adapter import adapter_macs, adapter_parameters
+from petl_ext.nn.apt import apt_macs, apt_parameters
 from petl_ext.ops import adapter, adapter_reference, apt, apt_reference, attention_pool, attention_pool_reference
 
 VILT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "initializer_range": 0.02}
@@ -20,23 +23,23 @@ ROWS, PROMPTS, BOTTLENECK, HEADS = 10, 7, 6, 3
 
 def test_published_parameters():
     """Of the APT and the DAS repository."""
-    assert 12 * counting.apt_parameters(dim=768, num_prompts=200, rank=4) == 1_916_940
-    assert 24 * counting.apt_parameters(dim=768, num_prompts=200, rank=4) == 3_833_880
-    assert 12 * counting.deep_prompt_parameters(dim=768, num_prompts=200) == 1_843_200
-    assert 24 * counting.adapter_parameters(dim=768, bottleneck=96) == 3_559_680
-    assert 36 * counting.adapter_parameters(dim=768, bottleneck=96) == 5_339_520
-    assert 12 * counting.adapter_parameters(dim=768, bottleneck=96, layer_norm=True) == 1_798_272
-    assert 24 * counting.adapter_parameters(dim=768, bottleneck=102, layer_norm=True) == 3_817_872
-    assert counting.adapter_parameters(dim=768, bottleneck=192, layer_norm=True) == 297_408
-    assert counting.adapter_parameters(dim=768, bottleneck=288, layer_norm=True) == 444_960
+    assert 12 * apt_parameters(dim=768, num_prompts=200, rank=4) == 1_916_940
+    assert 24 * apt_parameters(dim=768, num_prompts=200, rank=4) == 3_833_880
+    assert 12 * deep_prompt_parameters(dim=768, num_prompts=200) == 1_843_200
+    assert 24 * adapter_parameters(dim=768, bottleneck=96) == 3_559_680
+    assert 36 * adapter_parameters(dim=768, bottleneck=96) == 5_339_520
+    assert 12 * adapter_parameters(dim=768, bottleneck=96, layer_norm=True) == 1_798_272
+    assert 24 * adapter_parameters(dim=768, bottleneck=102, layer_norm=True) == 3_817_872
+    assert adapter_parameters(dim=768, bottleneck=192, layer_norm=True) == 297_408
+    assert adapter_parameters(dim=768, bottleneck=288, layer_norm=True) == 444_960
 
 
 def apt_of_width_768(tokens):
-    return counting.apt_macs(tokens, dim=768, num_prompts=200, rank=4)
+    return apt_macs(tokens, dim=768, num_prompts=200, rank=4)
 
 
 def adapter_of_width_96(tokens):
-    return counting.adapter_macs(tokens, dim=768, bottleneck=96)
+    return adapter_macs(tokens, dim=768, bottleneck=96)
 
 
 def scaled_adapter_of_width_96(tokens):
@@ -53,7 +56,7 @@ def scaled_adapter_of_width_96(tokens):
         (adapter_of_width_96, 18, METER_TOKENS, 1.64),
         (scaled_adapter_of_width_96, 12, VILT_TOKENS, 0.44),
         (scaled_adapter_of_width_96, 12, METER_TOKENS, 1.12),
-        (lambda tokens: counting.deep_prompt_macs(tokens, 768, 200, projections=3), 12, VILT_TOKENS, 5.14),
+        (lambda tokens: deep_prompt_macs(tokens, 768, 200, projections=3), 12, VILT_TOKENS, 5.14),
     ],
 )
 def test_published_macs(macs_of_site, sites, tokens, published):
@@ -74,7 +77,7 @@ def test_apt_macs_are_what_torch_counts():
     layer = petl_ext.APTLayer(DIM, num_prompts=7, rank=3)
     x = torch.randn(1, TOKENS, DIM)
     counted = counted_macs(lambda: apt_reference(x, x, layer.prompts, layer.keys(), layer.log_scale))
-    assert counted == counting.apt_macs(TOKENS, DIM, num_prompts=7, rank=3)
+    assert counted == apt_macs(TOKENS, DIM, num_prompts=7, rank=3)
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
@@ -83,8 +86,8 @@ def test_adapter_macs_and_parameters_are_what_torch_counts(layer_norm):
     x, weights = torch.randn(1, TOKENS, DIM), (layer.down, layer.down_bias, layer.up, layer.up_bias)
     norm = {"norm_weight": layer.norm_weight, "norm_bias": layer.norm_bias}
     counted = counted_macs(lambda: adapter_reference(x, *weights, **norm))
-    assert counted == counting.adapter_macs(TOKENS, DIM, BOTTLENECK)
-    assert counting.count_parameters(layer)[1] == counting.adapter_parameters(DIM, BOTTLENECK, layer_norm)
+    assert counted == adapter_macs(TOKENS, DIM, BOTTLENECK)
+    assert counting.count_parameters(layer)[1] == adapter_parameters(DIM, BOTTLENECK, layer_norm)
 
 
 def test_deep_prompt_macs_are_what_torch_counts():
@@ -94,7 +97,7 @@ def test_deep_prompt_macs_are_what_torch_counts():
     with attachment.disable():
         backbone = counted_macs(lambda: run(model, inputs))
     counted = counted_macs(lambda: run(model, inputs)) - backbone
-    assert counted == attachment.report(TOKENS).macs == LAYERS * counting.deep_prompt_macs(TOKENS, DIM, num_prompts=3)
+    assert counted == attachment.report(TOKENS).macs == LAYERS * deep_prompt_macs(TOKENS, DIM, num_prompts=3)
 
 
 def test_shared_parameters_count_once():

@@ -14,8 +14,8 @@ from petl_ext.attaching.methods.config import Config
 from petl_ext.attaching.sites.output_modules import AttentionOutputSite, MLPOutputSite
 from petl_ext.attaching.sites.projections import ATTENTIONS, MLPS, ProjectionSite
 from petl_ext.attaching.sites.site import Site, fused_kernel
-from petl_ext.counting import adapter_macs
 from petl_ext.nn import AdapterLayer
+from petl_ext.nn.adapter import adapter_macs
 
 # By kind of adapter: what None stands for.
 KINDS = {

@@ -7,8 +7,8 @@ from petl_ext.attaching.methods.config import Config
 from petl_ext.attaching.sites.output_modules import AttentionOutputSite
 from petl_ext.attaching.sites.projections import ATTENTIONS, ProjectionSite
 from petl_ext.attaching.sites.site import Site, fused_kernel
-from petl_ext.counting import apt_macs
 from petl_ext.nn import APTLayer
+from petl_ext.nn.apt import apt_macs
 
 
 class APTSite(Site):

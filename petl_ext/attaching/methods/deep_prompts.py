@@ -16,10 +16,24 @@ from torch.nn import functional as F
 from petl_ext.attaching.methods.config import Config
 from petl_ext.attaching.sites.site import Site
 from petl_ext.checks import check_positive_integer
-from petl_ext.counting import deep_prompt_macs
 
 # The initialization of the ViLT baseline has 16 x 16 RGB patches in it whatever the model's patches are.
 PATCH_INPUTS = 3 * 16 * 16
+
+
+def deep_prompt_parameters(dim, num_prompts):
+    """Of one layer: prompts [P, D]."""
+    return num_prompts * dim
+
+
+def deep_prompt_macs(tokens, dim, num_prompts, projections=2):
+    """Of one layer: the prompts' projections, P D^2 each, and N queries' attention to P more rows, 2 N P D.
+
+    Args:
+        projections: 2, key and value, is what petl_ext computes. The published total counts 3: it projects the
+            prompts to queries as well and drops them.
+    """
+    return projections * num_prompts * dim**2 + 2 * tokens * num_prompts * dim
 
 
 class DeepPrompts(nn.Module):
