@@ -34,7 +34,6 @@ def write_models():
     CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=16)).save_pretrained("clip")
 
 
-@needs_auto_image_processor
 def with_ours(example, ours):
     """README's Python with files that are here, and few steps."""
     for theirs, mine in ours.items():
@@ -43,6 +42,7 @@ def with_ours(example, ours):
     return example
 
 
+@needs_auto_image_processor
 def test_example(tmp_path, monkeypatch, capsys):
     files = write_digits(tmp_path / "digits", {"train": 60}, progress=False)["train"]
     _, example, handle, search, dvp = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
