@@ -131,7 +131,8 @@ class _AttentionPool(torch.autograd.Function):
 def attention_pool(visual, query, mask=None, scale=1.0, dropout=0.0):
     """Pools each sample's tokens by one softmax per head: `pooled = softmax(scale * query visual^T) visual`.
 
-    The tokens are read once forward and once backward; no weights are kept for backward, where they are computed again.
+    The tokens are read once forward and once backward, in samples of which one token has most of a head's weight twice;
+    no weights are kept for backward, where they are computed again.
 
     Args:
         visual: [B, N, D], the tokens. Any strides; tokens whose rows are not contiguous are copied.

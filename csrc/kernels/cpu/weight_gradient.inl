@@ -1,4 +1,4 @@
-// Gradients of weights: sums over rows, by slabs of rows (see tiles.h) in a fixed order.
+// Gradients of weights: sums over rows, by slabs of rows (see tiles.inl) in a fixed order.
 // A part of path.inl.
 
 // Words of rows of a right operand that are packed at a time: a panel of 64 kB at most, which stays in the second-level
