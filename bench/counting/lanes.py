@@ -1,6 +1,7 @@
 """Registers and predicates of all lanes of a block. What comes from memory is unknown.
 
-A value is a pair of arrays, one element for each lane: what it is, and whether that is known.
+A value is a pair of arrays, one element for each lane: what it is, and whether that is known. Of words it may be known
+in part; then it is told bit by bit.
 """
 
 import re
@@ -49,9 +50,10 @@ class Lanes:
         self.count, self.constants, self.special = count, constants, special
         self.words = np.zeros((NUM_REGISTERS, count), np.uint64)
         self.known = np.zeros((NUM_REGISTERS, count), bool)
+        self.known_bits = np.zeros((NUM_REGISTERS, count), np.uint64)
         self.flags = np.zeros((NUM_FLAGS, count), bool)
         self.flags_known = np.zeros((NUM_FLAGS, count), bool)
-        self.known[list(ZEROS)] = True
+        self.known[list(ZEROS)], self.known_bits[list(ZEROS)] = True, WORD
         self.flags[list(TRUES)] = self.flags_known[list(TRUES)] = True
         self.everywhere = np.ones(count, bool)
 
@@ -59,6 +61,13 @@ class Lanes:
         if number not in ZEROS:
             np.copyto(self.words[number], value[0] & WORD, where=where)
             np.copyto(self.known[number], value[1], where=where)
+            np.copyto(self.known_bits[number], value[1] * WORD, where=where)
+
+    def put_bits(self, number, value, where):
+        """`value`: a word, and which bits of it are known."""
+        self.put(number, (value[0], value[1] == WORD), where)
+        if number not in ZEROS:
+            np.copyto(self.known_bits[number], value[1], where=where)
 
     def put_pair(self, number, value, where):
         if number not in ZEROS:
@@ -74,6 +83,7 @@ class Lanes:
         for number in numbers:
             if number not in ZEROS:
                 self.known[number] &= ~where
+                self.known_bits[number] *= ~where
         for number in flags:
             if number not in TRUES:
                 self.flags_known[number] &= ~where
@@ -120,6 +130,17 @@ class Operands:
     def pair(self, index):
         """64 bits, of two registers."""
         return self._read(index, 8)
+
+    def bits(self, index):
+        """32 bits, and which of them are known."""
+        words, known = self.word(index)
+        number = register(self.texts[index].lstrip("-~").strip("|"))
+        if number is None or number in ZEROS:
+            return words & WORD, known * WORD
+        # A sum with unknown bits below is unknown above.
+        if self.texts[index].startswith("-"):
+            return words & WORD, known * WORD
+        return words & WORD, self.lanes.known_bits[number]
 
     def flag(self, index):
         return self.lanes.get_flag(self.texts[index])

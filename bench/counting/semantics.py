@@ -125,30 +125,35 @@ def _logic(values, table, ones):
     return result
 
 
+def _known_logic(values, table, ones):
+    """The same, and of which bits it is known: it is the same whatever the unknown ones are."""
+    if all((known == ones).all() for _, known in values):
+        return _logic([value for value, _ in values], table, ones), np.full_like(values[0][0], ones)
+    results = [
+        _logic([value & known | (ones ^ known) * guess for (value, known), guess in zip(values, guesses, strict=True)], table, ones)
+        for guesses in np.ndindex(2, 2, 2)
+    ]
+    always, ever = np.bitwise_and.reduce(results), np.bitwise_or.reduce(results)
+    return always, always ^ ever ^ ones
+
+
 def logic(lanes, op, where, modifiers):
     """LOP3.LUT [p,] d, a, b, c, table, q: p says whether any bit is set, or q does; with PAND, and q."""
     outs, first = _outs(op, 0)
-    words = [op.word(index) for index in range(first + 1, first + 4)]
-    result = _logic([word & WORD for word, _ in words], int(op.word(first + 4)[0][0]), WORD)
-    known = np.logical_and.reduce([is_known for _, is_known in words])
+    words = [op.bits(index) for index in range(first + 1, first + 4)]
+    result, known = _known_logic(words, int(op.word(first + 4)[0][0]), WORD)
     merge = "AND" if "PAND" in modifiers else "OR"
     for out in outs:
-        lanes.put_flag(out, _merged(merge, (result != 0, known), op.flag(first + 5)), where)
-    lanes.put(register(op.texts[first]), (result, known), where)
+        lanes.put_flag(out, _merged(merge, (result != 0, (known == WORD) | (result & known != 0)), op.flag(first + 5)), where)
+    lanes.put_bits(register(op.texts[first]), (result, known), where)
 
 
 def flag_logic(lanes, op, where, modifiers):
     """PLOP3.LUT p, q, a, b, c, table of p, table of q."""
     flags = [op.flag(index) for index in (2, 3, 4)]
     for index in (0, 1):
-        table = int(op.word(5 + index)[0][0])
-        results = [
-            _logic([np.where(known, value, bool(guess)) for (value, known), guess in zip(flags, guesses, strict=True)], table, True)
-            for guesses in np.ndindex(2, 2, 2)
-        ]
-        # Known where it is the same whatever the unknown ones are.
-        known = np.all(results, axis=0) | ~np.any(results, axis=0)
-        lanes.put_flag(flag(op.texts[index]), (results[0], known), where)
+        value = _known_logic(flags, int(op.word(5 + index)[0][0]), np.True_)
+        lanes.put_flag(flag(op.texts[index]), value, where)
 
 
 def compare(lanes, op, where, modifiers):
@@ -190,9 +195,9 @@ def compare_floats(lanes, op, where, modifiers):
 
 
 def select(lanes, op, where, modifiers):
-    (a, a_known), (b, b_known), (first, flag_known) = op.word(1), op.word(2), op.flag(3)
-    known = np.where(first, a_known, b_known) & (flag_known | a_known & b_known & (a == b))
-    lanes.put(register(op.texts[0]), (np.where(first, a, b), known), where)
+    (a, a_known), (b, b_known), (first, flag_known) = op.bits(1), op.bits(2), op.flag(3)
+    known = np.where(flag_known, np.where(first, a_known, b_known), a_known & b_known & ~(a ^ b))
+    lanes.put_bits(register(op.texts[0]), (np.where(first, a, b), known), where)
 
 
 def _least(values, least, is_signed):
@@ -215,7 +220,7 @@ def add_minimum(lanes, op, where, modifiers):
 
 
 def move(lanes, op, where, modifiers):
-    lanes.put(register(op.texts[0]), op.word(1), where)
+    lanes.put_bits(register(op.texts[0]), op.bits(1), where)
 
 
 def absolute(lanes, op, where, modifiers):
@@ -245,14 +250,18 @@ def read_special(lanes, op, where, modifiers):
 
 def permute(lanes, op, where, modifiers):
     """PRMT d, a, bytes, b: four of the eight bytes of b and a."""
-    (a, a_known), (chosen, chosen_known), (b, b_known) = op.word(1), op.word(2), op.word(3)
-    both = (a & WORD) | b << THIRTY_TWO
-    result = np.zeros_like(a)
-    for byte in range(4):
-        place = chosen >> np.uint64(4 * byte) & np.uint64(7)
-        result |= (both >> place * np.uint64(8) & np.uint64(0xFF)) << np.uint64(8 * byte)
-    is_plain = (chosen & np.uint64(0x8888)) == 0  # no copies of a sign
-    lanes.put(register(op.texts[0]), (result, a_known & b_known & chosen_known & is_plain), where)
+    (a, a_known), (chosen, chosen_known), (b, b_known) = op.bits(1), op.word(2), op.bits(3)
+    results = []
+    for both in (a | b << THIRTY_TWO, a_known | b_known << THIRTY_TWO):
+        result = np.zeros_like(a)
+        for byte in range(4):
+            place = chosen >> np.uint64(4 * byte)
+            found = both >> (place & np.uint64(7)) * np.uint64(8) & np.uint64(0xFF)
+            # The fourth bit asks for eight copies of the byte's sign.
+            found = np.where(place & np.uint64(8), (found >> np.uint64(7)) * np.uint64(0xFF), found)
+            result |= found << np.uint64(8 * byte)
+        results.append(result)
+    lanes.put_bits(register(op.texts[0]), (results[0], results[1] * chosen_known), where)
 
 
 def half_constant(lanes, op, where, modifiers):
@@ -267,21 +276,21 @@ def half_constant(lanes, op, where, modifiers):
 
 def flags_to_register(lanes, op, where, modifiers):
     """P2R d, PR, a, mask."""
-    (a, known), mask = op.word(2), int(op.word(3)[0][0])
-    result = a & np.uint64(0xFFFFFFFF ^ mask)
+    (a, a_known), mask = op.bits(2), int(op.word(3)[0][0])
+    result, known = a & ~np.uint64(mask), a_known & ~np.uint64(mask)
     for bit in range(7):
         if mask >> bit & 1:
             result = result | lanes.flags[bit].astype(np.uint64) << np.uint64(bit)
-            known = known & lanes.flags_known[bit]
-    lanes.put(register(op.texts[0]), (result, known), where)
+            known = known | lanes.flags_known[bit].astype(np.uint64) << np.uint64(bit)
+    lanes.put_bits(register(op.texts[0]), (result, known), where)
 
 
 def register_to_flags(lanes, op, where, modifiers):
     """R2P PR, a, mask."""
-    (a, known), mask = op.word(1), int(op.word(2)[0][0])
+    (a, known), mask = op.bits(1), int(op.word(2)[0][0])
     for bit in range(7):
         if mask >> bit & 1:
-            lanes.put_flag(bit, ((a >> np.uint64(bit) & np.uint64(1)) != 0, known), where)
+            lanes.put_flag(bit, tuple((bits >> np.uint64(bit) & np.uint64(1)) != 0 for bits in (a, known)), where)
 
 
 # The way of unsigned integers to a float and back, by which they are divided; it tolerates what MUFU rounds otherwise.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from counting.lanes import Lanes, Operands
-from counting.semantics import SEMANTICS, UnknownInstruction, results_of
+from counting.semantics import SEMANTICS, results_of
 from counting.sass import BYTES
 
 WARP = 32
@@ -26,7 +26,7 @@ class Walk:
         issued: how often each warp issued each instruction, [instructions, warps].
         off: how often its predicate switched the instruction off for all lanes.
         steps: (instruction, which warps) in an order in which they may have been issued.
-        by_rule: {instruction: how often a branch there depended on data}.
+        by_rule: {instruction: how often a branch there depended on data and went straight on}.
     """
 
     issued: np.ndarray
@@ -125,21 +125,22 @@ class Walker:
     def _bra(self, here, instruction, active, taken, known):
         if "DIV" in instruction.name:
             taken = self._diverged(active)
-        elif any(self.operands_flag(text) for text in instruction.operands[:-1]):
-            raise UnknownInstruction(f"{instruction.name} {', '.join(instruction.operands)}")
-        elif not known[active].all():
-            self.walk.by_rule[here] = self.walk.by_rule.get(here, 0) + 1
-            taken = np.where(known, taken, active & self._takes_by_rule(here, instruction.target))
+        else:
+            for text in instruction.operands[:-1]:
+                value, value_known = self.lanes.get_flag(text)
+                taken, known = taken & value, known & value_known | (known & ~taken)
+            if not known[active].all():
+                taken = np.where(known, taken, active & self._takes_by_rule(here, instruction.target))
         self.place[active] = here + 1
         self.place[taken] = instruction.target
 
-    @staticmethod
-    def operands_flag(text):
-        return text.lstrip("!").startswith(("P", "UP"))
-
     def _takes_by_rule(self, here, target):
-        """Data that a compiler's fast path cannot take is rare: no call of a slow one. Otherwise: straight on."""
-        return self.sides.get(here, self._calls_before(here + 1, target))
+        """A slow path, for data that the compiler's fast one cannot take, is not entered. Otherwise: straight on."""
+        return True if self._calls_before(here + 1, target) else self._side(here)
+
+    def _side(self, here):
+        self.walk.by_rule[here] = self.walk.by_rule.get(here, 0) + 1
+        return self.sides.get(here, False)
 
     def _calls_before(self, first, end):
         """Whether a function is called on the way straight on to `end`."""
@@ -169,9 +170,11 @@ class Walker:
     _brxu = _brx
 
     def _exit(self, here, instruction, active, taken, known):
+        if not known[active].all():
+            taken = np.where(known, taken, active & self._side(here))
         self.place[active] = here + 1
-        self.place[taken & known] = NOWHERE
-        self.members[:, taken & known] = False
+        self.place[taken] = NOWHERE
+        self.members[:, taken] = False
         self._release()
 
     def _call(self, here, instruction, active, taken, known):
@@ -223,8 +226,7 @@ def walk_as_counted(kernel, launch, index):
     if _is_as_counted(kernel, walk, counts):
         return walk, True
     for here in walk.by_rule:
-        taken = Walker(kernel, launch, index)._takes_by_rule(here, kernel.instructions[here].target)
-        other = Walker(kernel, launch, index, {here: not taken}).run()
+        other = Walker(kernel, launch, index, {here: True}).run()
         if _is_as_counted(kernel, other, counts):
             return other, True
     return walk, False

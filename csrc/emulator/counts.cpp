@@ -108,17 +108,28 @@ bool continues(const Event& event, const Event& next) {
          (event.kind == Kind::load || event.kind == Kind::store) && next.address == event.address + event.bytes;
 }
 
-// What a function reads or writes member by member, as unoptimized code does with a float2, is one access to a compiler
-// that knows how it is aligned.
+// Whether so much is a vector, or two of 16 bytes, as eight floats are.
+bool is_vector(uintptr_t begin, uintptr_t bytes) {
+  return (bytes == 4 || bytes == 8 || bytes == 16 || bytes == 32) && begin % std::min<uintptr_t>(bytes, 16) == 0;
+}
+
+// What a function reads or writes member by member, as the host's compiler does with a float2 that it has just made, is
+// one access on the device. It is taken for a vector by its size and its place alone, for the type is not known here: a
+// struct of two floats is, too.
 std::vector<Event> merged(const std::vector<Event>& events) {
   std::vector<Event> all;
   for (size_t i = 0; i < events.size();) {
     size_t end = i + 1;
     while (end < events.size() && continues(events[end - 1], events[end])) ++end;
     const uintptr_t begin = events[i].address, bytes = events[end - 1].address + events[end - 1].bytes - begin;
-    for (const Access& access : cut_into_accesses(begin, bytes)) {
-      all.push_back({events[i].path, events[i].instruction + (access.address - begin), access.address, access.bytes,
-                     events[i].kind});
+    if (end > i + 1 && is_vector(begin, bytes)) {
+      const Event& first = events[i];
+      for (const Access& access : cut_into_accesses(begin, bytes)) {
+        const uint64_t instruction = first.instruction + (access.address - begin);
+        all.push_back({first.path, instruction, access.address, access.bytes, first.kind});
+      }
+    } else {
+      all.insert(all.end(), events.begin() + i, events.begin() + end);
     }
     i = end;
   }
