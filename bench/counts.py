@@ -1,75 +1,57 @@
-"""What the CUDA kernels ask of the machine, counted without a GPU, as a table: python bench/counts.py
+"""What the CUDA kernels ask of the machine, counted without a GPU: python bench/counts.py
 
-Writes bench/results/cuda-counts.json and .md: see csrc/README.md, "Counts".
+Prints tables; with --write it makes bench/results/cuda-counts.json and .md anew, as `make counts` does. csrc/README.md
+says what is counted and how, under "Counts".
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "build_backend")]
 
-from counting import analysis, emulated, machine_code  # noqa: E402
-from counting.cases import CASES, ROWS  # noqa: E402
-
-
-def count(case, rows, counter, kernels):
-    """One entry for each launch of a call."""
-    entries = []
-    for launch in counter.launches(case, rows):
-        entry = analysis.emulated(launch)
-        code = analysis.compiled(launch, kernels[launch.kernel]) if kernels else None
-        entry["code"] = code
-        entry["bounds"] = analysis.bounds(entry, code)._asdict()
-        entries.append(entry)
-    return entries
-
-
-def show(case, rows, entries):
-    for entry in entries:
-        code, bounds = entry["code"], entry["bounds"]
-        largest = max(bounds, key=bounds.get)
-        blocks = entry["grid"][0] * entry["grid"][1] * entry["grid"][2]
-        print(
-            f"{case} rows {rows}: {entry['kernel']} {blocks} blocks of {entry['threads']}, {entry['shared_bytes']} B; products {entry['products'] // blocks} a block,"
-            f" wanted {entry['products_wanted']} of {entry['products']}; wavefronts {entry['wavefronts'] // blocks} least {entry['least_wavefronts'] // blocks};"
-            f" L2 {entry['second_level_bytes'] // blocks} B a block; device {entry['device_bytes']} B"
-        )
-        if code:
-            print(
-                f"    registers {code['registers']}, {code['resident_blocks']} a multiprocessor; stall {code['stall']}, instructions {code['instructions']}, dead products {code['dead_products']}"
-                f", {code['by_rule']} branches by rule{'' if code['is_as_counted'] else ', NOT AS COUNTED'}"
-            )
-            for loop in code["loops"]:
-                n = loop["rounds"]
-                print(
-                    f"      loop {loop['at']:#x}: {n} rounds; a round: {loop['instructions'] / n:.1f} instructions, stall {loop['stall'] / n:.1f},"
-                    f" HMMA {loop['products'] / n:.1f} ({loop['dead_products'] / n:.1f} dead), LDSM {loop['matrices'] / n:.1f}"
-                )
-        print("    us: " + ", ".join(f"{name} {value / 1000:.1f}" for name, value in bounds.items()) + f"; largest: {largest}")
+from counting import machine_code, measure, record, tables  # noqa: E402
+from counting.cases import CASES  # noqa: E402
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", help="only ops of this name, such as apt_forward")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="only cases with this in their names, such as apt_forward_200")
     parser.add_argument("--rows", type=int, nargs="*", help="only these numbers of rows")
     parser.add_argument("--emulator", action="store_true", help="only what the emulator counts: needs no nvcc")
-    return parser.parse_args(arguments)
+    parser.add_argument("--model", action="store_true", help="times by a model that no GPU has calibrated")
+    parser.add_argument("--write", action="store_true", help="write the table of all cases")
+    options = parser.parse_args(arguments)
+    if options.write and (options.only or options.rows or options.emulator or options.model):
+        parser.error("--write must stand alone, since the table is of all cases")
+    return options
+
+
+def tasks(only="", rows=None):
+    cases = [case for case in CASES if only in str(case).replace(" ", "_")]
+    chosen = [measure.Task(case, number) for case in cases for number in case.sizes if not rows or number in rows]
+    if not chosen:
+        raise SystemExit(f"--only and --rows must leave something; there are {', '.join(map(str, CASES))}")
+    return chosen
 
 
 def main(arguments=None):
     options = parse(arguments)
-    counter = emulated.Counter(emulated.build())
-    kernels = None if options.emulator else machine_code.Kernels(machine_code.compilation())
-    for case in CASES:
-        if options.only and options.only not in str(case).replace(" ", "_"):
-            continue
-        for rows in case.sizes:
-            if options.rows and rows not in options.rows:
-                continue
-            show(case, rows, count(case, rows, counter, kernels))
+    chosen = tasks(options.only, options.rows)
+    try:
+        compilation = None if options.emulator else machine_code.compilation()
+    except machine_code.Missing as missing:
+        raise SystemExit(f"{missing}; --emulator does without") from None
+    if options.model:
+        print(tables.modeled(measure.run_model(chosen, compilation)))
+        return
+    cases, compilers = measure.count(chosen, compilation), measure.compilers(compilation)
+    if options.write:
+        record.JSON_FILE.write_text(record.as_text(compilers, cases))
+        record.MARKDOWN_FILE.write_text(tables.counts(compilers, cases))
+    else:
+        print(tables.counts(compilers, cases))
 
 
 if __name__ == "__main__":

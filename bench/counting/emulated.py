@@ -23,8 +23,8 @@ class Launch:
         grid, threads: blocks, and threads of a block, by dimensions.
         shared_bytes: dynamic shared memory of a block.
         parameters: the kernel's parameters as they lie in constant memory.
-        memory: {address: (name, bytes)} of the tensors.
-        counts: what the first, the middle and the last block asked for, by their indices; of all in small launches.
+        memory: (name, begin, end) of each tensor.
+        counts: {index of a block: what it asked for}, of all blocks or of the first, the middle and the last.
     """
 
     kernel: str
@@ -44,9 +44,24 @@ class Launch:
         return index[0] + self.grid[0] * (index[1] + self.grid[1] * index[2])
 
     @property
+    def is_whole(self):
+        return len(self.counts) == self.blocks
+
+    @property
+    def sizes(self):
+        """{name: bytes}; several tensors may have one name."""
+        names = {name for name, _, _ in self.memory}
+        return {name: sum(end - begin for other, begin, end in self.memory if other == name) for name in sorted(names)}
+
+    @property
     def middle(self):
-        """The index of the block that stands for all between the first and the last."""
+        """The index of the block that stands for all between the first and the last where not all ran."""
         return next(index for index in self.counts if self.number_of(index) == self.blocks // 2)
+
+    @property
+    def busiest(self):
+        """The index of the block that asks for most."""
+        return max(self.counts, key=lambda index: _weight(self.counts[index]))
 
     def total(self, what):
         """Of all blocks; where not all ran, those between the first and the last count as the middle one."""
@@ -54,10 +69,20 @@ class Launch:
         return ran + (self.blocks - len(self.counts)) * self.counts[self.middle].get(what, 0)
 
 
+def _weight(counts):
+    return sum(number for name, number in counts.items() if name.endswith((" wavefronts", " sectors")))
+
+
 def readable(mangled):
     """The names without parameters and namespaces, in their order."""
     names = subprocess.run(["c++filt", "-p"], input="\n".join(mangled), capture_output=True, text=True, check=True)
     return [re.sub(r"petl::(cuda::)?|\(anonymous namespace\)::", "", name) for name in names.stdout.splitlines()]
+
+
+def host_compiler():
+    """That of CMake's defaults, which compiles the kernels for the emulator."""
+    command = [os.environ.get("CXX", "c++").split()[0], "--version"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
 def build(folder=ROOT / "build" / "count"):

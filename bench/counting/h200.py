@@ -1,8 +1,8 @@
-"""What an H200 can do, and the times that counts take at least. Sources: NVIDIA's data sheet and CUDA's programming guide
-for sizes; for speeds reached, micro-benchmarks of Hopper in the literature: they are leads, no measurements of ours.
-"""
+"""What an H200 can do.
 
-from typing import NamedTuple
+Sizes are those of NVIDIA's data sheet and of CUDA's programming guide. Speeds that are reached are from
+micro-benchmarks of Hopper in the literature: they are leads, no measurements of ours.
+"""
 
 MULTIPROCESSORS = 132
 REGISTERS, SHARED_BYTES, THREADS, BLOCKS = 65536, 228 * 1024, 2048, 32  # of a multiprocessor
@@ -14,20 +14,6 @@ SECOND_LEVEL_SPEED = 5500  # GB/s, from the second-level cache to all multiproce
 PRODUCTS_PER_HUNDRED_CLOCKS = 62
 SECTOR = 32
 WARP = 32
-
-
-class Bounds(NamedTuple):
-    """Times in nanoseconds that a launch cannot fall short of, whatever overlaps with what."""
-
-    device_memory: int
-    second_level: int
-    shared_memory: int
-    tensor_cores: int
-    stalls: int
-
-    @property
-    def largest(self):
-        return max(self._fields, key=lambda name: getattr(self, name))
 
 
 def divide_up(count, by):

@@ -178,7 +178,9 @@ class Operands:
             bank, base, offset = int(match[1], 16), match[2], int(match[3] or "0", 16)
             if base:
                 number = register(base)
-                return lambda: lanes.constants_at(bank, (signed(lanes.words[number]) + offset, lanes.known[number]), size)
+                return lambda: lanes.constants_at(
+                    bank, (signed(lanes.words[number]) + offset, lanes.known[number]), size
+                )
             value = lanes.constant(bank, offset, size)
             return lambda: value
         return lambda: None
@@ -188,3 +190,11 @@ def _immediate(text):
     if re.fullmatch(r"-?0x[0-9a-f]+", text):
         return int(text, 16) & 0xFFFFFFFF
     return int(np.float32(text.replace("QNAN", "nan")).view(np.uint32))
+
+
+def flags_from(op, first):
+    """The numbers of the predicates that stand there one after the other, and the operand behind them."""
+    end = first
+    while op.is_flag(end):
+        end += 1
+    return [flag(text) for text in op.texts[first:end]], end

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import cuda_kernels
 import cuda_toolkit
 import register_report
-
 from counting import sass
 
 ARCHITECTURE = "90a"
@@ -46,6 +45,12 @@ def compilation():
     if all(cuda_kernels.is_current(path, everything) for path in objects):
         return everything
     return everything._replace(architectures=(ARCHITECTURE,))
+
+
+def version(compilation):
+    """As nvcc tells it."""
+    told = subprocess.run([compilation.toolkit.nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release .*", told)[0]
 
 
 def _text(object_file, toolkit):

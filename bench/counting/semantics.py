@@ -1,29 +1,16 @@
-"""What the instructions compute that decide about branches, predicates and addresses; of all others, what they write.
+"""What the instructions compute that decide about branches, predicates and addresses; of others, what they write.
 
-Sizes, indices and pointers come from the launch's parameters, so they are known. What comes from memory, and what floats
-compute, is not.
+Sizes, indices and pointers come from the launch's parameters, so they are known. What comes from memory, and what
+floats compute, is not.
 """
 
 import operator
 
 import numpy as np
-
-from counting.lanes import THIRTY_TWO, WORD, extended, flag, register, signed
+from counting.lanes import THIRTY_TWO, WORD, extended, flag, flags_from, register, signed
 
 COMPARISONS = {name.upper(): getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 MERGES = {"AND": np.logical_and, "OR": np.logical_or, "XOR": np.logical_xor}
-
-
-class UnknownInstruction(LookupError):
-    """One that has no entry here."""
-
-
-def _outs(op, first):
-    """The predicates that an instruction writes, from that operand on, and where what it reads begins."""
-    end = first
-    while op.is_flag(end):
-        end += 1
-    return [flag(text) for text in op.texts[first:end]], end
 
 
 def _plus_carries(op, first, total, known):
@@ -42,7 +29,7 @@ def _merged(merge, mine, other):
 
 def multiply_add(lanes, op, where, modifiers):
     """IMAD d, [carry,] a, b, c [, carry in]."""
-    outs, first = _outs(op, 1)
+    outs, first = flags_from(op, 1)
     is_wide, is_high = "WIDE" in modifiers, "HI" in modifiers
     (a, a_known), (b, b_known) = op.word(first), op.word(first + 1)
     c, c_known = op.pair(first + 2) if is_wide or is_high else op.word(first + 2)
@@ -61,7 +48,7 @@ def multiply_add(lanes, op, where, modifiers):
 
 def add_three(lanes, op, where, modifiers):
     """IADD3 d, [carries,] a, b, c [, carries in]."""
-    outs, first = _outs(op, 1)
+    outs, first = flags_from(op, 1)
     words = [op.word(index) for index in range(first, first + 3)]
     total, known = _plus_carries(
         op, first + 3, sum(word for word, _ in words), np.logical_and.reduce([is_known for _, is_known in words])
@@ -78,7 +65,7 @@ def add_two(lanes, op, where, modifiers):
 
 def shift_add(lanes, op, where, modifiers):
     """LEA d, [carry,] a, b, [upper,] shift [, carry in]: b + (a << shift), or the upper word of what is shifted."""
-    outs, first = _outs(op, 1)
+    outs, first = flags_from(op, 1)
     (a, a_known), (b, b_known) = op.word(first), op.word(first + 1)
     known, next_one = a_known & b_known, first + 2
     wide = extended(a) if "SX32" in modifiers else a & WORD
@@ -130,7 +117,11 @@ def _known_logic(values, table, ones):
     if all((known == ones).all() for _, known in values):
         return _logic([value for value, _ in values], table, ones), np.full_like(values[0][0], ones)
     results = [
-        _logic([value & known | (ones ^ known) * guess for (value, known), guess in zip(values, guesses, strict=True)], table, ones)
+        _logic(
+            [value & known | (ones ^ known) * guess for (value, known), guess in zip(values, guesses, strict=True)],
+            table,
+            ones,
+        )
         for guesses in np.ndindex(2, 2, 2)
     ]
     always, ever = np.bitwise_and.reduce(results), np.bitwise_or.reduce(results)
@@ -139,12 +130,14 @@ def _known_logic(values, table, ones):
 
 def logic(lanes, op, where, modifiers):
     """LOP3.LUT [p,] d, a, b, c, table, q: p says whether any bit is set, or q does; with PAND, and q."""
-    outs, first = _outs(op, 0)
+    outs, first = flags_from(op, 0)
     words = [op.bits(index) for index in range(first + 1, first + 4)]
     result, known = _known_logic(words, int(op.word(first + 4)[0][0]), WORD)
     merge = "AND" if "PAND" in modifiers else "OR"
     for out in outs:
-        lanes.put_flag(out, _merged(merge, (result != 0, (known == WORD) | (result & known != 0)), op.flag(first + 5)), where)
+        lanes.put_flag(
+            out, _merged(merge, (result != 0, (known == WORD) | (result & known != 0)), op.flag(first + 5)), where
+        )
     lanes.put_bits(register(op.texts[first]), (result, known), where)
 
 
@@ -320,67 +313,3 @@ def to_integer(lanes, op, where, modifiers):
     floats = (word & WORD).astype(np.uint32).view(np.float32).astype(np.float64)
     result = np.nan_to_num(np.clip(floats, 0, 2**32 - 1)).astype(np.uint64)
     lanes.put(register(op.texts[0]), (result, known), where)
-
-
-SEMANTICS = {
-    **dict.fromkeys(("IMAD", "UIMAD"), multiply_add),
-    **dict.fromkeys(("IADD3", "UIADD3"), add_three),
-    "VIADD": add_two,
-    **dict.fromkeys(("LEA", "ULEA"), shift_add),
-    **dict.fromkeys(("SHF", "USHF"), shift),
-    **dict.fromkeys(("LOP3", "ULOP3"), logic),
-    **dict.fromkeys(("PLOP3", "UPLOP3"), flag_logic),
-    **dict.fromkeys(("ISETP", "UISETP"), compare),
-    "FSETP": compare_floats,
-    **dict.fromkeys(("SEL", "USEL", "FSEL"), select),
-    **dict.fromkeys(("VIMNMX", "IMNMX", "UIMNMX"), minimum),
-    "VIADDMNMX": add_minimum,
-    **dict.fromkeys(("MOV", "UMOV", "R2UR"), move),
-    "IABS": absolute,
-    **dict.fromkeys(("LDC", "ULDC"), load_constant),
-    **dict.fromkeys(("S2R", "S2UR", "CS2R"), read_special),
-    **dict.fromkeys(("PRMT", "UPRMT"), permute),
-    "HFMA2": half_constant,
-    "P2R": flags_to_register,
-    "R2P": register_to_flags,
-    "I2F": to_float,
-    "MUFU": approximate,
-    "F2I": to_integer,
-}
-
-# What writes registers, but nothing that is known here.
-UNKNOWN = {
-    *("FADD", "FMUL", "FFMA", "FMNMX", "DADD", "DMUL", "DFMA", "HADD2", "HMUL2", "HMNMX2", "F2F", "F2FP", "I2FP", "FRND"),
-    *("DSETP", "FCHK", "LDG", "LDS", "LDSM", "HMMA", "SHFL", "VOTE", "VOTEU", "POPC", "FLO", "SGXT"),
-}
-# What writes none.
-NOTHING = {
-    *("NOP", "STG", "STS", "LDGSTS", "BAR", "DEPBAR", "LDGDEPBAR", "MEMBAR", "ERRBAR", "CCTL", "WARPSYNC", "ENDCOLLECTIVE"),
-    "YIELD",
-}
-
-
-def _width(opcode, modifiers):
-    """Registers that a result takes."""
-    if opcode == "HMMA":
-        return 4 if "F32" in modifiers else 2
-    if "128" in modifiers or opcode == "LDSM" and "4" in modifiers:
-        return 4
-    is_double = opcode in ("DADD", "DMUL", "DFMA") or opcode == "F2F" and "F64" in modifiers
-    is_pair = bool(modifiers & {"64", "WIDE", "U64"}) or opcode == "CS2R" or opcode == "LDSM" and "2" in modifiers
-    return 2 if is_double or is_pair else 1
-
-
-def results_of(instruction, op):
-    """The registers and the predicates that an instruction writes."""
-    if instruction.opcode in NOTHING:
-        return [], []
-    if instruction.opcode not in UNKNOWN and instruction.opcode not in SEMANTICS:
-        raise UnknownInstruction(f"{instruction.name} {', '.join(instruction.operands)}")
-    flags, first = _outs(op, 0)
-    number = register(op.texts[first]) if first < len(op) and not instruction.opcode.endswith("SETP") else None
-    if number is None:
-        return [], flags
-    carries, _ = _outs(op, first + 1)
-    width = _width(instruction.opcode, set(instruction.name.split(".")))
-    return list(range(number, number + width)), [*flags, *carries]

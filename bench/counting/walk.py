@@ -7,14 +7,14 @@ the device. A branch that depends on data takes a side by a rule, and is told: s
 from dataclasses import dataclass, field
 
 import numpy as np
-
+from counting.instructions import SEMANTICS, results_of
 from counting.lanes import Lanes, Operands
-from counting.semantics import SEMANTICS, results_of
 from counting.sass import BYTES
 
 WARP = 32
 PARAMETERS = 0x210  # where they begin in constant bank 0, on sm_90
 SHARED_WINDOW = 0x400  # what the driver keeps of shared memory comes first
+MEMORY_OPCODES = {"LDS", "STS", "LDSM", "LDGSTS", "LDG", "STG"}
 NOWHERE = np.iinfo(np.int64).max
 
 
@@ -26,12 +26,14 @@ class Walk:
         issued: how often each warp issued each instruction, [instructions, warps].
         off: how often its predicate switched the instruction off for all lanes.
         steps: (instruction, which warps) in an order in which they may have been issued.
+        off_steps: {step: for which warps the instruction was switched off}, where it was for any.
         by_rule: {instruction: how often a branch there depended on data and went straight on}.
     """
 
     issued: np.ndarray
     off: np.ndarray
     steps: list = field(default_factory=list)
+    off_steps: dict = field(default_factory=dict)
     by_rule: dict = field(default_factory=dict)
 
 
@@ -62,13 +64,14 @@ class Walker:
 
     Args:
         sides: {instruction: whether it is taken} of branches that depend on data, in place of the rule.
+        requests: a `Requests` that notes what the memory instructions ask for; None: nothing is noted.
     """
 
-    def __init__(self, kernel, launch, index, sides=None):
+    def __init__(self, kernel, launch, index, sides=None, requests=None):
         count = int(np.prod(launch.threads))
         if count % WARP:
             raise ValueError(f"a block must have whole warps, got {count} threads")
-        self.kernel, self.sides = kernel, sides or {}
+        self.kernel, self.sides, self.requests = kernel, sides or {}, requests
         banks = {0: constant_bank(launch), 2: kernel.tables}
         self.lanes = Lanes(count, banks, special_registers(launch, index))
         self.operands = {}
@@ -99,7 +102,12 @@ class Walker:
         if instruction.guard:
             guard = self.lanes.get_flag(instruction.guard)
         value, known = active & guard[0], guard[1]
-        self.walk.off[here] += warps & ~(value | active & ~known).reshape(-1, WARP).any(axis=1)
+        off = warps & ~(value | active & ~known).reshape(-1, WARP).any(axis=1)
+        if off.any():
+            self.walk.off[here] += off
+            self.walk.off_steps[len(self.walk.steps) - 1] = off
+        if self.requests and instruction.opcode in MEMORY_OPCODES:
+            self.requests.note(self.lanes, len(self.walk.steps) - 1, instruction, value | active & ~known)
         act = getattr(self, f"_{instruction.opcode.lower()}", None)
         if act:
             act(here, instruction, active, value, known)
@@ -216,17 +224,19 @@ class Walker:
             self.place[free] = here + 1
 
 
-def walk_as_counted(kernel, launch, index):
+def walk_as_counted(kernel, launch, index, requests=None):
     """The walk of a block that multiplies, loads matrices and meets as often as the emulator counted.
 
     A branch that depends on data takes its other side if that makes it so. The second result says whether it is so.
     """
     counts = launch.counts[index]
-    walk = Walker(kernel, launch, index).run()
+    walk = Walker(kernel, launch, index, {}, requests).run()
     if _is_as_counted(kernel, walk, counts):
         return walk, True
     for here in walk.by_rule:
-        other = Walker(kernel, launch, index, {here: True}).run()
+        if requests:
+            requests.clear()
+        other = Walker(kernel, launch, index, {here: True}, requests).run()
         if _is_as_counted(kernel, other, counts):
             return other, True
     return walk, False
