@@ -4,10 +4,6 @@ from counting import semantics
 from counting.lanes import flags_from, register
 
 
-class UnknownInstruction(LookupError):
-    """One that has no entry here."""
-
-
 SEMANTICS = {
     **dict.fromkeys(("IMAD", "UIMAD"), semantics.multiply_add),
     **dict.fromkeys(("IADD3", "UIADD3"), semantics.add_three),
@@ -35,43 +31,12 @@ SEMANTICS = {
 }
 
 # What writes registers, but nothing that is known here.
-UNKNOWN = {
-    *(
-        "FADD",
-        "FMUL",
-        "FFMA",
-        "FMNMX",
-        "DADD",
-        "DMUL",
-        "DFMA",
-        "HADD2",
-        "HMUL2",
-        "HMNMX2",
-        "F2F",
-        "F2FP",
-        "I2FP",
-        "FRND",
-    ),
-    *("DSETP", "FCHK", "LDG", "LDS", "LDSM", "HMMA", "SHFL", "VOTE", "VOTEU", "POPC", "FLO", "SGXT"),
-}
+UNKNOWN = set(
+    "FADD FMUL FFMA FMNMX DADD DMUL DFMA HADD2 HMUL2 HMNMX2 F2F F2FP I2FP FRND DSETP FCHK "
+    "LDG LDS LDSM HMMA SHFL VOTE VOTEU POPC FLO SGXT".split()
+)
 # What writes none.
-NOTHING = {
-    *(
-        "NOP",
-        "STG",
-        "STS",
-        "LDGSTS",
-        "BAR",
-        "DEPBAR",
-        "LDGDEPBAR",
-        "MEMBAR",
-        "ERRBAR",
-        "CCTL",
-        "WARPSYNC",
-        "ENDCOLLECTIVE",
-    ),
-    "YIELD",
-}
+NOTHING = set("NOP STG STS LDGSTS BAR DEPBAR LDGDEPBAR MEMBAR ERRBAR CCTL WARPSYNC ENDCOLLECTIVE YIELD".split())
 
 
 def _width(opcode, modifiers):
@@ -90,7 +55,7 @@ def results_of(instruction, op):
     if instruction.opcode in NOTHING:
         return [], []
     if instruction.opcode not in UNKNOWN and instruction.opcode not in SEMANTICS:
-        raise UnknownInstruction(f"{instruction.name} {', '.join(instruction.operands)}")
+        raise semantics.UnknownInstruction(f"{instruction.name} {', '.join(instruction.operands)}")
     flags, first = flags_from(op, 0)
     number = register(op.texts[first]) if first < len(op) and not instruction.opcode.endswith("SETP") else None
     if number is None:

@@ -13,6 +13,10 @@ COMPARISONS = {name.upper(): getattr(operator, name) for name in ("eq", "ne", "l
 MERGES = {"AND": np.logical_and, "OR": np.logical_or, "XOR": np.logical_xor}
 
 
+class UnknownInstruction(LookupError):
+    """One of which nobody here knows what it does."""
+
+
 def _plus_carries(op, first, total, known):
     for index in range(first, len(op)):
         carry, is_known = op.flag(index)
@@ -233,7 +237,7 @@ def load_constant(lanes, op, where, modifiers):
 def read_special(lanes, op, where, modifiers):
     number, name = register(op.texts[0]), op.texts[1]
     if name == "SRZ":
-        lanes.put_pair(number, lanes.same(0), where)
+        (lanes.put if "32" in modifiers else lanes.put_pair)(number, lanes.same(0), where)
     elif name in lanes.special:
         words, known = lanes.same(0)
         lanes.put(number, (words + lanes.special[name], known), where)
