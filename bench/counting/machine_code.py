@@ -12,7 +12,9 @@ from typing import NamedTuple
 import cuda_kernels
 import cuda_toolkit
 import register_report
+
 from counting import sass
+from counting.emulated import FOLDER
 
 ARCHITECTURE = "90a"
 
@@ -56,7 +58,7 @@ def version(compilation):
 
 def _text(object_file, toolkit):
     """What nvdisasm writes, kept for the next time."""
-    folder = cuda_kernels.ROOT / "build" / "count" / "code"
+    folder = FOLDER / "code"
     folder.mkdir(parents=True, exist_ok=True)
     kept, key = folder / f"{object_file.stem}.sass", object_file.with_suffix(".key").read_text()
     if kept.exists():
