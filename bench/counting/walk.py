@@ -14,7 +14,6 @@ from counting.sass import BYTES
 
 WARP = 32
 PARAMETERS = 0x210  # where they begin in constant bank 0, on sm_90
-SHARED_WINDOW = 0x400  # what the driver keeps of shared memory comes first
 MEMORY_OPCODES = {"LDS", "STS", "LDSM", "LDGSTS", "LDG", "STG"}
 NOWHERE = np.iinfo(np.int64).max
 
@@ -28,7 +27,7 @@ class Walk:
         off: how often its predicate switched the instruction off for all lanes.
         steps: (instruction, which warps) in an order in which they may have been issued.
         off_steps: {step: for which warps the instruction was switched off}, where it was for any.
-        by_rule: {instruction: how often a branch there depended on data and went straight on}.
+        by_rule: {instruction: how often a branch or an exit there depended on data}.
     """
 
     issued: np.ndarray

@@ -54,6 +54,20 @@ def changes(before, after):
     ]
 
 
+def test_what_changed_is_told(table):
+    _, cases = table
+    case = CASES[0]
+    rows = case.detailed[0]
+    entry = cases[case][rows][0]
+    other = {**entry, "wavefronts": entry["wavefronts"] + 5, "block": {**entry["block"], "barriers": 1}}
+    assert changes({case: {rows: [entry]}}, {case: {rows: [other]}}) == [
+        f"{case}, {rows} rows: {entry['kernel']}: wavefronts {entry['wavefronts']} -> {other['wavefronts']}",
+        f"{case}, {rows} rows: {entry['kernel']}: block/barriers {entry['block']['barriers']} -> 1",
+    ]
+    more = [{**entry, "kernel": "pack"}, entry]
+    assert record.differences([entry], more) == [f"launches: {entry['kernel']} -> pack, {entry['kernel']}"]
+
+
 def of_emulator(cases):
     return {
         case: {rows: [record.without_code(entry) for entry in entries] for rows, entries in sizes.items()}
