@@ -185,6 +185,27 @@ def test_bits_that_are_known_beside_others_that_are_not():
     assert not walker.lanes.known[1].any() and walker.lanes.known[4].all() and (walker.lanes.words[4] == 16).all()
 
 
+@pytest.mark.parametrize(
+    ("instruction", "forgotten"),
+    [
+        ("LDG.E.128 R4, desc[UR4][R2.64]", {4, 5, 6, 7}),
+        ("LDSM.16.M88.4 R4, [R2]", {4, 5, 6, 7}),
+        ("HMMA.16816.F32.BF16 R4, R8, R12, R4", {4, 5, 6, 7}),
+        ("DADD R4, R2, R8", {4, 5}),
+        ("F2F.F64.F32 R4, R2", {4, 5}),
+        ("F2F.F32.F64 R4, R2", {4}),
+        ("I2F.F64 R4, R2", {4, 5}),
+        ("SHFL.BFLY PT, R4, R2, 0x1, 0x1f", {4}),
+        ("FADD R4, R2, R3", {4}),
+        ("STG.E.128 desc[UR4][R2.64], R4", set()),
+    ],
+)
+def test_what_is_not_known_any_more(instruction, forgotten):
+    filled = [f"MOV R{number}, 0x{number:x}" for number in range(12)]
+    walker, _ = walked(kernel_of(*filled, instruction, "EXIT"), launch_of())
+    assert {number for number in range(12) if not walker.lanes.known[number].any()} == forgotten
+
+
 BY_DATA = (
     "LDG.E R1, desc[UR4][R2.64]",
     "ISETP.NE.AND P0, PT, R1, RZ, PT",
