@@ -5,6 +5,11 @@
 
 namespace {
 
+void forward(const petl::AdapterForward& args) {
+  std::vector<double> workspace = emulated::workspace(petl::cuda::adapter_forward_workspace(args));
+  emulated::expect_success(petl::cuda::adapter_forward(args, workspace.data(), emulated::kQueue));
+}
+
 void backward(const petl::AdapterBackward& args) {
   std::vector<double> workspace = emulated::workspace(petl::cuda::adapter_backward_workspace(args));
   emulated::expect_success(petl::cuda::adapter_backward(args, workspace.data(), emulated::kQueue));
@@ -16,11 +21,7 @@ int main() {
   using adapter_problem::Residual;
   using petl::AdapterActivation;
   using petl::DType;
-  const adapter_problem::Device device{"emulated",
-                                       [](const petl::AdapterForward& args) {
-                                         emulated::expect_success(petl::cuda::adapter_forward(args, emulated::kQueue));
-                                       },
-                                       backward};
+  const adapter_problem::Device device{"emulated", forward, backward};
   int checked = 0, failed = 0;
   for (const DType dtype : {DType::float32, DType::bfloat16}) {
     for (const bool norm : {false, true}) {

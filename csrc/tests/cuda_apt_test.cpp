@@ -5,6 +5,11 @@
 
 namespace {
 
+void forward(const petl::AptForward& args) {
+  std::vector<double> workspace = emulated::workspace(petl::cuda::apt_forward_workspace(args));
+  emulated::expect_success(petl::cuda::apt_forward(args, workspace.data(), emulated::kQueue));
+}
+
 void backward(const petl::AptBackward& args) {
   std::vector<double> workspace = emulated::workspace(petl::cuda::apt_backward_workspace(args));
   emulated::expect_success(petl::cuda::apt_backward(args, workspace.data(), emulated::kQueue));
@@ -15,10 +20,7 @@ void backward(const petl::AptBackward& args) {
 int main() {
   using petl::Activation;
   using petl::DType;
-  const apt_problem::Device device{
-      "emulated",
-      [](const petl::AptForward& args) { emulated::expect_success(petl::cuda::apt_forward(args, emulated::kQueue)); },
-      backward};
+  const apt_problem::Device device{"emulated", forward, backward};
   int checked = 0, failed = 0;
   for (const Activation activation : {Activation::relu, Activation::softmax}) {
     for (const DType dtype : {DType::float32, DType::bfloat16}) {

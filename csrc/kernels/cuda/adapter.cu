@@ -1,5 +1,6 @@
-// The bottleneck adapter on CUDA. Forward is one launch. Backward computes the first product anew, and
-// then the rows' gradients, slabs of the weights' gradients, and from their sums the gradients of the parameters.
+// The bottleneck adapter on CUDA. Forward packs the weights and computes the rows. Backward packs them, computes the
+// first product anew, and then the rows' gradients, slabs of the weights' gradients, and from their sums the gradients
+// of the parameters.
 #include "kernels/cuda/adapter.h"
 #include "kernels/cuda/adapter_backward.h"
 #include "kernels/cuda/adapter_forward.h"
@@ -9,35 +10,6 @@ namespace petl::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-struct NormTermsTask {
-  NormTerms terms;
-  Weights down, down_bias;
-  Norm norm;
-};
-
-// One block per hidden unit.
-__global__ void __launch_bounds__(kThreads) adapter_norm_terms(const __grid_constant__ NormTermsTask task) {
-  double weighted = 0, biased = 0;
-  for (int column = 8 * threadIdx.x; column < task.down.columns; column += 8 * kThreads) {
-    float down[8], weight[8], bias[8];
-    unpack(task.down.load(blockIdx.x, column), task.down.dtype, down);
-    load_row(task.norm.weight, column, weight);
-    load_row(task.norm.bias, column, bias);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      weighted += double{down[i]} * weight[i];
-      biased += double{down[i]} * bias[i];
-    }
-  }
-  double* scratch = reinterpret_cast<double*>(shared_memory());
-  weighted = sum_block(weighted, scratch);
-  biased = sum_block(biased, scratch);
-  if (threadIdx.x > 0) return;
-  task.terms.mean_weight[blockIdx.x] = static_cast<float>(weighted / task.down.columns);
-  task.terms.bias[blockIdx.x] =
-      static_cast<float>(biased + load_scalar(task.down_bias.data, task.down_bias.dtype, blockIdx.x));
-}
 
 struct AdapterSums {
   float* sums[2];  // [slabs, B, D]: dhidden^T x (normalized, if x is) and hidden^T dout; their sums replace the first
@@ -138,29 +110,64 @@ Scale scale_of(const AdapterInputs& inputs) { return {inputs.scale, inputs.gain.
 
 int64_t kept_width(const AdapterSizes& size) { return round_up(size.B, kVectorWidth); }
 
-// Computes the hidden units; the caller adds where they or the output go.
-template <class T>
-AdapterForwardOp<T> forward_op(const AdapterInputs& inputs) {
-  const auto [R, D, B] = inputs.size;
-  AdapterForwardOp<T> op = {};
-  set_operands(op, inputs.x, weights_of(inputs.down, B, D), weights_of(inputs.up, D, B), R, D, B);
-  op.activation = inputs.activation;
-  op.norm = norm_of(inputs);
-  op.down_bias = weights_of(inputs.down_bias, 1, B);
-  op.up_bias = weights_of(inputs.up_bias, 1, D);
-  op.scale = scale_of(inputs);
-  op.kept = static_cast<int>(kept_width(inputs.size));
-  return op;
-}
+// The parameters as the kernels of a pass take them.
+template <class T, class Layout, class Shape>
+struct AdapterPacking {
+  AdapterVectors vectors;
+  PackTask<AdapterRows> task;
+  const T* down;  // of the first product with x
+
+  AdapterPacking(const AdapterInputs& inputs, Partition& partition)
+      : vectors(AdapterVectors::in(partition, inputs.size)) {
+    const auto [R, D, B] = inputs.size;
+    task = {};
+    task.rows = {weights_of(inputs.down, B, D), weights_of(inputs.down_bias, 1, B), weights_of(inputs.up_bias, 1, D),
+                 norm_of(inputs), vectors};
+    task.operands[0] = first_operand<Layout>(task.rows.down, Order::columns, D, B);
+    if (kFolds<T>) task.operands[0].gain = task.rows.norm.weight;
+    down = place_operand<T>(task.operands[0], partition);
+  }
+};
 
 template <class T>
-int forward(const AdapterForward& args, Queue queue) {
-  AdapterForwardOp<T> op = forward_op<T>(args.inputs);
-  op.residual = static_cast<const T*>(args.residual.data);
-  op.residual_stride = args.residual.stride;
-  op.out = static_cast<T*>(args.out.data);
-  return op.R > 0 ? launch_sandwich(queue, op) : 0;
+void set_first(AdapterFirst<T>& op, const AdapterInputs& inputs, const T* down, const T* up,
+               const AdapterVectors& vectors) {
+  const auto [R, D, B] = inputs.size;
+  set_operands(op, inputs.x, down, up, R, D, B);
+  op.has_norm = inputs.norm_weight.data != nullptr;
+  op.epsilon = inputs.epsilon;
+  op.vectors = vectors;
 }
+
+template <class T, class Shape>
+struct AdapterForwardPass {
+  using Layout = SandwichLayout<Shape, false>;
+
+  const AdapterForward& args;
+  Partition partition;
+  AdapterPacking<T, Layout, Shape> packing;
+  const T* up;
+
+  AdapterForwardPass(const AdapterForward& args, void* memory)
+      : args(args), partition(memory), packing(args.inputs, partition) {
+    const auto [R, D, B] = args.inputs.size;
+    PackedOperand& operand = packing.task.operands[1];
+    operand = second_operand<Layout, Shape>(weights_of(args.inputs.up, D, B), Order::columns, D, B);
+    up = place_operand<T>(operand, partition);
+  }
+
+  int run(Queue queue) const {
+    AdapterForwardOp<T> op = {};
+    set_first(op, args.inputs, packing.down, up, packing.vectors);
+    op.activation = args.inputs.activation;
+    op.scale = scale_of(args.inputs);
+    op.residual = static_cast<const T*>(args.residual.data);
+    op.residual_stride = args.residual.stride;
+    op.out = static_cast<T*>(args.out.data);
+    const int error = launch_packing<T>(queue, packing.task);
+    return error ? error : launch_sandwich<Shape>(queue, op);
+  }
+};
 
 // What backward keeps between its launches.
 template <class T>
@@ -168,25 +175,20 @@ struct AdapterWorkspace {
   int slabs;
   int64_t blocks;
   RowStatistics* statistics;
-  float* hidden_products;
-  NormTerms norm_terms;
+  float* products;
   double* shares = nullptr;
   T* hidden = nullptr;
   T* dhidden = nullptr;
   float* sums[2] = {};
   float* dhidden_sums = nullptr;
   float* dout_sums = nullptr;
-  int64_t bytes;
 
-  AdapterWorkspace(const AdapterBackward& args, void* memory) {
+  AdapterWorkspace(const AdapterBackward& args, int64_t blocks, Partition& partition) : blocks(blocks) {
     const auto [R, D, B] = args.inputs.size;
     const int64_t kept = kept_width(args.inputs.size);
-    Partition partition(memory);
     slabs = R > 0 ? slab_count(R, D, B, 2) : 0;
-    blocks = blocks_of_rows<T>(R, B);
     statistics = partition.take<RowStatistics>(R);
-    hidden_products = partition.take<float>(R * kept);
-    norm_terms = {partition.take<float>(B), partition.take<float>(B)};
+    products = partition.take<float>(R * kept);
     if (args.dgain) shares = partition.take<double>(blocks);
     if (args.ddown) {
       hidden = partition.take<T>(R * kept);
@@ -196,50 +198,8 @@ struct AdapterWorkspace {
       dhidden_sums = partition.take<float>(slabs * B);
       dout_sums = partition.take<float>(slabs * D);
     }
-    bytes = partition.bytes();
   }
 };
-
-template <class T>
-int backward_products(const AdapterBackward& args, const AdapterWorkspace<T>& workspace, Queue queue) {
-  AdapterForwardOp<T> op = forward_op<T>(args.inputs);
-  op.hidden_products = workspace.hidden_products;
-  op.statistics = workspace.statistics;
-  if (op.norm.exists()) {
-    const NormTermsTask task{workspace.norm_terms, op.first, op.down_bias, op.norm};
-    const dim3 blocks(static_cast<unsigned>(op.inner));
-    const int error = launch(queue, {blocks, kThreads, kThreads / 32 * sizeof(double)}, &adapter_norm_terms, task);
-    if (error) return error;
-    op.norm.bias = {};  // of no elements: it is loaded as zeros
-  }
-  return launch_sandwich(queue, op);
-}
-
-template <class T>
-int backward_rows(const AdapterBackward& args, const AdapterWorkspace<T>& workspace, Queue queue) {
-  const AdapterInputs& inputs = args.inputs;
-  const auto [R, D, B] = inputs.size;
-  AdapterBackwardOp<T> op = {};
-  set_operands(op, args.dout, weights_of(inputs.up, D, B), weights_of(inputs.down, B, D), R, D, B);
-  op.activation = inputs.activation;
-  op.norm = norm_of(inputs);
-  op.mean_weight = workspace.norm_terms.mean_weight;
-  op.up_bias = weights_of(inputs.up_bias, 1, D);
-  op.scale = scale_of(inputs);
-  op.x = static_cast<const T*>(inputs.x.data);
-  op.x_stride = inputs.x.stride;
-  op.statistics = workspace.statistics;
-  op.residual_is_input = args.residual_is_input;
-  op.dx = static_cast<T*>(args.dx.data);
-  op.hidden_products = workspace.hidden_products;
-  const ConstRows both_biases{workspace.norm_terms.bias, B, DType::float32};
-  op.hidden_bias = weights_of(op.norm.exists() ? both_biases : inputs.down_bias, 1, B);
-  op.hidden = workspace.hidden;
-  op.dhidden = workspace.dhidden;
-  op.kept = static_cast<int>(kept_width(inputs.size));
-  op.shares = workspace.shares;
-  return launch_sandwich(queue, op);
-}
 
 template <class T>
 int backward_weights(const AdapterBackward& args, const AdapterWorkspace<T>& workspace, Queue queue) {
@@ -294,34 +254,105 @@ int finish_weights(const AdapterBackward& args, const AdapterWorkspace<T>& works
 }
 
 template <class T>
-int backward(const AdapterBackward& args, void* memory, Queue queue) {
-  const AdapterWorkspace<T> workspace(args, memory);
-  int error = 0;
-  if (args.inputs.size.R > 0) {
-    error = backward_products(args, workspace, queue);
-    if (!error) error = backward_rows(args, workspace, queue);
-    if (!error && args.ddown) error = backward_weights(args, workspace, queue);
-  }
-  if (!error && args.ddown) error = finish_weights(args, workspace, queue);
+int finish(const AdapterBackward& args, const AdapterWorkspace<T>& workspace, Queue queue) {
+  const int error = args.ddown ? finish_weights(args, workspace, queue) : 0;
   if (error || !args.dgain) return error;
   const DgainTask task{workspace.shares, workspace.blocks, args.dgain};
   return launch(queue, {dim3(1), kThreads, kThreads / 32 * sizeof(double)}, &adapter_dgain, task);
 }
 
+template <class T, class Shape>
+struct AdapterBackwardPass {
+  using Layout = SandwichLayout<Shape, false>;
+
+  const AdapterBackward& args;
+  Partition partition;
+  AdapterPacking<T, Layout, Shape> packing;
+  const T *up, *down;  // of the products with dout and dhidden
+  AdapterWorkspace<T> workspace;
+
+  AdapterBackwardPass(const AdapterBackward& args, void* memory)
+      : args(args),
+        partition(memory),
+        packing(args.inputs, partition),
+        workspace(args, blocks_of_rows<Shape>(args.inputs.size.R), partition) {
+    const auto [R, D, B] = args.inputs.size;
+    PackedOperand* const operands = packing.task.operands;
+    operands[1] = first_operand<Layout>(weights_of(args.inputs.up, D, B), Order::depth, D, B);
+    operands[2] = second_operand<Layout, Shape>(weights_of(args.inputs.down, B, D), Order::depth, D, B);
+    up = place_operand<T>(operands[1], partition);
+    down = place_operand<T>(operands[2], partition);
+  }
+
+  int run(Queue queue) const {
+    int error = 0;
+    if (args.inputs.size.R > 0) {
+      error = launch_packing<T>(queue, packing.task);
+      if (!error) error = products(queue);
+      if (!error) error = rows(queue);
+      if (!error && args.ddown) error = backward_weights(args, workspace, queue);
+    }
+    return error ? error : finish(args, workspace, queue);
+  }
+
+ private:
+  int products(Queue queue) const {
+    AdapterProductsOp<T> op = {};
+    set_first<T>(op, args.inputs, packing.down, nullptr, packing.vectors);
+    op.products = workspace.products;
+    op.statistics = workspace.statistics;
+    op.kept = static_cast<int>(kept_width(args.inputs.size));
+    return launch_sandwich<Shape>(queue, op);
+  }
+
+  int rows(Queue queue) const {
+    const AdapterInputs& inputs = args.inputs;
+    AdapterBackwardOp<T> op = {};
+    set_operands(op, args.dout, up, down, inputs.size.R, inputs.size.D, inputs.size.B);
+    op.activation = inputs.activation;
+    op.vectors = packing.vectors;
+    op.scale = scale_of(inputs);
+    op.x = inputs.norm_weight.data ? static_cast<const T*>(inputs.x.data) : nullptr;
+    op.x_stride = inputs.x.stride;
+    op.statistics = workspace.statistics;
+    op.residual_is_input = args.residual_is_input;
+    op.dx = static_cast<T*>(args.dx.data);
+    op.products = workspace.products;
+    op.hidden = workspace.hidden;
+    op.dhidden = workspace.dhidden;
+    op.kept = static_cast<int>(kept_width(inputs.size));
+    op.shares = workspace.shares;
+    return launch_sandwich<Shape>(queue, op);
+  }
+};
+
+// Calls function with the pass of a call.
+template <template <class, class> class Pass, class Args, class Function>
+auto with_pass(const Args& args, void* memory, const Function& function) {
+  return with_element(args.inputs.x.dtype, [&](auto element) {
+    using T = decltype(element);
+    return with_shape<T>(args.inputs.size.B,
+                         [&](auto shape) { return function(Pass<T, decltype(shape)>(args, memory)); });
+  });
+}
+
 }  // namespace
 
-int adapter_forward(const AdapterForward& args, Queue queue) {
-  return with_element(args.inputs.x.dtype, [&](auto element) { return forward<decltype(element)>(args, queue); });
+int64_t adapter_forward_workspace(const AdapterForward& args) {
+  return with_pass<AdapterForwardPass>(args, nullptr, [](const auto& pass) { return pass.partition.bytes(); });
+}
+
+int adapter_forward(const AdapterForward& args, void* workspace, Queue queue) {
+  if (args.inputs.size.R == 0) return 0;
+  return with_pass<AdapterForwardPass>(args, workspace, [&](const auto& pass) { return pass.run(queue); });
 }
 
 int64_t adapter_backward_workspace(const AdapterBackward& args) {
-  return with_element(args.inputs.x.dtype,
-                      [&](auto element) { return AdapterWorkspace<decltype(element)>(args, nullptr).bytes; });
+  return with_pass<AdapterBackwardPass>(args, nullptr, [](const auto& pass) { return pass.partition.bytes(); });
 }
 
 int adapter_backward(const AdapterBackward& args, void* workspace, Queue queue) {
-  return with_element(args.inputs.x.dtype,
-                      [&](auto element) { return backward<decltype(element)>(args, workspace, queue); });
+  return with_pass<AdapterBackwardPass>(args, workspace, [&](const auto& pass) { return pass.run(queue); });
 }
 
 }  // namespace petl::cuda

@@ -11,14 +11,15 @@ template <class T>
 struct AptBackwardOp {
   using Element = T;
   using Kept = typename KeptOf<T>::Type;
-  static constexpr Order kFirstOrder = Order::columns, kSecondOrder = Order::depth;
-  static constexpr bool kSplits = false, kTransforms = false;
+  template <class>
+  using Watch = NoWatch;
+  static constexpr bool kRest = false, kWritesRows = true;
   static constexpr int most_resident_blocks(int groups) { return groups <= 2 ? 3 : 2; }
 
   const T* left;  // dout
   int64_t left_stride;
-  Weights first;   // prompts
-  Weights second;  // keys
+  const T* first;   // prompts
+  const T* second;  // keys
   int64_t R;
   int D, inner;
   Activation activation;
@@ -43,14 +44,32 @@ struct AptBackwardOp {
     Packed<T> dout, y;
   };
 
-  template <class Block>
-  __device__ __forceinline__ void begin(const Block&) const {}
-  __device__ __forceinline__ bool splits() const { return false; }
+  struct Rows {
+    RowWalk<const T> dout, y;
+    RowWalk<T> dx, dy;
+
+    __device__ __forceinline__ Rows(const AptBackwardOp& op, int64_t row, int column)
+        : dout(RowWalk<const T>::from(op.left, op.left_stride, row, column)),
+          y(RowWalk<const T>::from(op.y, op.y_stride, row, column)),
+          dx(RowWalk<T>::from(op.dx, op.D, row, column)),
+          dy(RowWalk<T>::from(op.dy, op.D, row, column)) {}
+    __device__ __forceinline__ void advance(int columns) {
+      dout.first += columns;
+      y.first += columns;
+      dx.first += columns;
+      dy.first += columns;
+    }
+  };
+
+  struct Columns {
+    __device__ __forceinline__ Columns(const AptBackwardOp&, int) {}
+  };
+
   __device__ __forceinline__ bool writes_rows() const { return dx || dy || y; }
   __device__ __forceinline__ bool multiplies() const { return dx; }
 
-  __device__ __forceinline__ void load_scores(int64_t row, int column, float (&values)[8]) const {
-    unpack(load_if(row < R && column < kept, scores + row * kept + column), values);
+  __device__ __forceinline__ void load_scores(bool valid, int64_t row, int column, float (&values)[8]) const {
+    unpack(load_if(valid && column < kept, scores + row * kept + column), values);
   }
 
   // sum over the row of scores * products
@@ -61,28 +80,28 @@ struct AptBackwardOp {
     for (float& total : totals) total = 0;
     block.for_each(sums, inner, [&](int line, int column, float (&products)[8]) {
       float values[8];
-      load_scores(block.row(line), column, values);
+      load_scores(block.has(line), block.row(line), column, values);
 #pragma unroll
       for (int i = 0; i < 8; ++i) totals[line] += values[i] * products[i];
     });
     block.reduce_rows(totals, Add());
   }
 
-  template <class Block, class SumsOfThread>
-  __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Tile<T> hidden) const {
+  template <class Block, class SumsOfThread, class Hidden>
+  __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Hidden hidden) const {
     const float scale = expf(load_scalar(log_scale, log_scale_dtype, 0));
     float totals[Block::kThreadRows], factor[Block::kThreadRows];
     sum_rows(sums, block, totals);
     Terms terms{scale, 0};
 #pragma unroll
     for (int line = 0; line < Block::kThreadRows; ++line) {
-      factor[line] = block.row(line) < R ? scale * gate[block.row(line)] : 0;
+      factor[line] = block.has(line) ? scale * gate[block.row(line)] : 0;
       if (block.column_warp() == 0 && threadIdx.x % 4 == 0) terms.share += double{factor[line]} * totals[line];
     }
     const bool relu = activation == Activation::relu;
     block.for_each(sums, inner, [&](int line, int column, float (&products)[8]) {
       float values[8];
-      load_scores(block.row(line), column, values);
+      load_scores(block.has(line), block.row(line), column, values);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         // A comparison written so that the gradient at a NaN is NaN, not zero.
@@ -91,8 +110,8 @@ struct AptBackwardOp {
         values[i] = masked(column + i < inner, factor[line] * values[i]);
       }
       const Packed<T> packed = pack<T>(products);
-      store(hidden.data + block.local_row(line) * hidden.stride + column, packed);
-      if (column >= kept || block.row(line) >= R) return;
+      hidden.store(block.local_row(line), column, packed);
+      if (column >= kept || !block.has(line)) return;
       if (!dscores) return;
       store(dscores + block.row(line) * kept + column, packed);
       store(weighted + block.row(line) * kept + column, pack<T>(values));
@@ -100,32 +119,27 @@ struct AptBackwardOp {
     return terms;
   }
 
-  __device__ __forceinline__ Inputs prefetch(int64_t row, int column) const {
-    Inputs inputs = {};
-    if (dy || y) inputs.dout = load(left + row * left_stride + column);
-    if (y) inputs.y = load(y + row * y_stride + column);
-    return inputs;
+  __device__ __forceinline__ Inputs prefetch(bool valid, const Rows& rows, int line, int column) const {
+    return {load_if(valid && (dy || y), rows.dout.at(line, column)), load_if(valid && y, rows.y.at(line, column))};
   }
 
-  __device__ __forceinline__ void write(int64_t row, int column, const float (&products)[8], const Inputs& inputs,
-                                        const Terms& terms, int, double& share) const {
-    if (dx) store(dx + row * D + column, pack<T>(products));
+  __device__ __forceinline__ void write(bool valid, const Rows& rows, int line, int column, const float (&products)[8],
+                                        const Inputs& inputs, const Columns&, const Terms& terms, float& share) const {
     float values[8], other[8];
     unpack(inputs.dout, values);
     unpack(inputs.y, other);
-    float sum = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      sum += values[i] * other[i];
+      share += values[i] * other[i];
       values[i] *= terms.scale;
     }
-    share += double{terms.scale} * sum;
-    if (dy) store(dy + row * D + column, pack<T>(values));
+    store_if(valid && dx, rows.dx.at(line, column), pack<T>(products));
+    store_if(valid && dy, rows.dy.at(line, column), pack<T>(values));
   }
 
   template <class Block>
   __device__ __forceinline__ void end(const Block& block, const Terms& terms, double share) const {
-    const double total = sum_block(terms.share + share, block.block_scratch);
+    const double total = sum_block(terms.share + double{terms.scale} * share, block.block_scratch);
     if (threadIdx.x == 0) shares[blockIdx.x] = total;
   }
 };
