@@ -11,13 +11,40 @@ namespace petl::cuda {
 // LayerNorm's backward needs two sums over a row of dnormalized, mean(w dnormalized) and mean(w dnormalized
 // normalized). Both follow from dhidden before the second product: sum_b dhidden[b] mean_weight[b], and sum_b
 // dhidden[b] products[b] / D. The products are kept without the biases, which may be far greater.
+// Sums dout up_bias^T of the block's rows, which is their bias' share of dgain.
+template <class Op, class Copy>
+class BiasShare {
+ public:
+  template <class Block>
+  __device__ __forceinline__ BiasShare(const Op& op, const Block& block) : op_(op), rows_(block.rows) {}
+
+  __device__ __forceinline__ bool wants(int column) const { return op_.shares && column < op_.D; }
+
+  template <class T>
+  __device__ __forceinline__ void look(const T* vector, int copy, int column) {
+    constexpr int kValues = 16 / sizeof(T);
+    if (Copy::row() + copy * Copy::kRowStep >= rows_) return;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) sum_ = fmaf(to_float(vector[i]), op_.vectors.up_bias[column + i], sum_);
+  }
+
+  template <class Block>
+  __device__ __forceinline__ void end(const Block&) const {}
+  __device__ __forceinline__ double share() const { return sum_; }
+
+ private:
+  const Op& op_;
+  const int rows_;
+  float sum_ = 0;
+};
+
 template <class T>
 struct AdapterBackwardOp {
   using Element = T;
   static constexpr bool kRest = false, kWritesRows = true;
   static constexpr int most_resident_blocks(int) { return 2; }
-  template <class>
-  using Watch = NoWatch;
+  template <class Copy>
+  using Watch = BiasShare<AdapterBackwardOp, Copy>;
 
   const T* left;  // dout
   int64_t left_stride;
@@ -39,7 +66,7 @@ struct AdapterBackwardOp {
   double* shares;  // of dgain, one per block of rows; null: not wanted
 
   struct Terms {
-    RowStatistics statistics[kMaxThreadRows];
+    const RowStatistics* statistics;  // of the thread's first line, in shared memory
     float mean[kMaxThreadRows], slope[kMaxThreadRows];
     double share;
   };
@@ -63,14 +90,14 @@ struct AdapterBackwardOp {
   };
 
   struct Columns {
-    EightFloats weight, bias;
+    EightFloats weight;
 
     __device__ __forceinline__ Columns(const AdapterBackwardOp& op, int column)
-        : weight(op.vectors.norm_weight + column), bias(op.vectors.up_bias + column) {}
+        : weight(op.vectors.norm_weight + column) {}
   };
 
-  __device__ __forceinline__ bool writes_rows() const { return dx || shares; }
-  __device__ __forceinline__ bool multiplies() const { return dx; }
+  __device__ __forceinline__ bool writes_rows() const { return dx; }
+  __device__ __forceinline__ bool multiplies() const { return true; }
 
   template <class Block, class SumsOfThread, class Hidden>
   __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Hidden tile) const {
@@ -93,17 +120,13 @@ struct AdapterBackwardOp {
         }
       });
     });
-    if (!x) {
-#pragma unroll
-      for (RowStatistics& row : terms.statistics) row = {0, 0, 1};
-      return terms;
-    }
     block.reduce_rows(terms.mean, Add());
     block.reduce_rows(terms.slope, Add());
-#pragma unroll
-    for (int line = 0; line < Block::kThreadRows; ++line) {
-      if (block.has(line)) terms.statistics[line] = statistics[block.row(line)];
+    terms.statistics = block.row_statistics + block.local_row(0);
+    for (int row = threadIdx.x; row < block.rows; row += blockDim.x) {
+      block.row_statistics[row] = statistics[block.first_row() + row];
     }
+    // The second product's first barrier is between these and their readers.
     return terms;
   }
 
@@ -130,25 +153,25 @@ struct AdapterBackwardOp {
   }
 
   __device__ __forceinline__ Inputs prefetch(bool valid, const Rows& rows, int line, int column) const {
-    return {load_if(valid && (residual_is_input || shares), rows.dout.at(line, column)),
-            load_if(valid && x && dx, rows.x.at(line, column))};
+    return {load_if(valid && residual_is_input, rows.dout.at(line, column)),
+            load_if(valid && x, rows.x.at(line, column))};
   }
 
   __device__ __forceinline__ void write(bool valid, const Rows& rows, int line, int column, const float (&products)[8],
                                         const Inputs& inputs, const Columns& columns, const Terms& terms,
-                                        float& share) const {
+                                        float&) const {
     float dout[8], values[8];
     unpack(inputs.dout, dout);
     unpack(inputs.x, values);
-    const RowStatistics& row = terms.statistics[line];
+    const RowStatistics row = terms.statistics[8 * line];
+    const float slope = -row.inverse * terms.slope[line];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      share += dout[i] * columns.bias.values[i];
-      const float slope = row.normalized(values[i]) * terms.slope[line];
-      values[i] = row.inverse * (columns.weight.values[i] * products[i] - terms.mean[line] - slope) +
-                  (residual_is_input ? dout[i] : 0);
+      const float centered = values[i] - row.mean - row.mean_rest;
+      const float gradient = fmaf(slope, centered, fmaf(columns.weight.values[i], products[i], -terms.mean[line]));
+      values[i] = fmaf(row.inverse, gradient, dout[i]);
     }
-    store_if(valid && dx, rows.dx.at(line, column), pack<T>(values));
+    store_if(valid, rows.dx.at(line, column), pack<T>(values));
   }
 
   template <class Block>

@@ -120,7 +120,9 @@ struct AdapterForwardOp : AdapterFirst<T> {
           products.apply(line, unit_sums.values, values);
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
-            values[i] = column + i < this->inner ? cuda::activate<decltype(kind)::value>(values[i] + biases.values[i]).value : 0;
+            values[i] = column + i < this->inner
+                            ? cuda::activate<decltype(kind)::value>(values[i] + biases.values[i]).value
+                            : 0;
           }
           hidden.store(block.local_row(line), column, pack<T>(values));
         }

@@ -23,9 +23,10 @@ class FindStatistics {
     }
   }
 
+  __device__ __forceinline__ bool wants(int column) const { return wanted_ && column < op_.D; }
+
   template <class T>
-  __device__ __forceinline__ void look(T* vector, int copy, int column) {
-    if (!wanted_ || column >= op_.D) return;
+  __device__ __forceinline__ void look(T* vector, int copy, int) {
     float values[8];
     unpack(load(vector), values);
 #pragma unroll
@@ -48,6 +49,8 @@ class FindStatistics {
     }
     __syncthreads();
   }
+
+  __device__ __forceinline__ double share() const { return 0; }
 
  private:
   // By the lanes that share a row.
@@ -76,7 +79,10 @@ class Normalize {
   template <class Block>
   __device__ __forceinline__ Normalize(const Op& op, const Block& block)
       : op_(op), block_statistics_(block.row_statistics) {
-    if (!op.has_norm) return;
+    if (!op.has_norm) {
+      if (op.statistics) keep_nothing(block);
+      return;
+    }
     constexpr int kTogether = 4;
     const int warps = static_cast<int>(blockDim.x) / 32;
     for (int row = kTogether * block.warp(); row < block.rows; row += kTogether * warps) {
@@ -90,9 +96,10 @@ class Normalize {
     __syncthreads();
   }
 
+  __device__ __forceinline__ bool wants(int column) const { return op_.has_norm && column < op_.D; }
+
   __device__ __forceinline__ void look(float* vector, int copy, int column) const {
     const int row = Copy::row() + copy * Copy::kRowStep;
-    if (!op_.has_norm || column >= op_.D) return;
     const RowStatistics statistics = block_statistics_[row];
     float4& values = *reinterpret_cast<float4*>(vector);
     const float4 weight = *reinterpret_cast<const float4*>(op_.vectors.norm_weight + column);
@@ -102,8 +109,16 @@ class Normalize {
 
   template <class Block>
   __device__ __forceinline__ void end(const Block&) const {}
+  __device__ __forceinline__ double share() const { return 0; }
 
  private:
+  template <class Block>
+  __device__ __forceinline__ void keep_nothing(const Block& block) const {
+    for (int row = threadIdx.x; row < block.rows; row += blockDim.x) {
+      op_.statistics[block.first_row() + row] = {0, 0, 1};
+    }
+  }
+
   template <int kRows>
   __device__ __forceinline__ void keep(const RowStatistics (&values)[kRows], int row, int64_t first, int rows) const {
 #pragma unroll

@@ -10,7 +10,9 @@
 //     kRest                         whether the first product also sees what rounding its weights left out
 //     most_resident_blocks(groups)  how many a multiprocessor can run at once without spilling registers
 //     left, left_stride, R, D, inner, and first, second: the weights, packed for SandwichLayout
-//     Watch<Copy>(op, block)        sees left on its way: look(vector, copy, column) what the thread copied, end(block)
+//     Watch<Copy>(op, block)        sees left on its way: if wants(column), look(vector, copy, column) at
+//                                   what the thread copied; end(block),
+//                                   share(), its part of what end() below gets
 //     kWritesRows                   false: there is no second product, and end(sums, block) is all that follows
 //     activate(sums, block, hidden) -> Terms
 //                                   by all threads; Terms is what write() needs of the thread's rows
@@ -45,10 +47,12 @@ struct RowWalk {
 struct NoWatch {
   template <class Op, class Block>
   __device__ __forceinline__ NoWatch(const Op&, const Block&) {}
+  __device__ __forceinline__ bool wants(int) const { return false; }
   template <class T>
   __device__ __forceinline__ void look(T*, int, int) {}
   template <class Block>
   __device__ __forceinline__ void end(const Block&) const {}
+  __device__ __forceinline__ double share() const { return 0; }
 };
 
 template <class Shape, class Op>
@@ -82,7 +86,7 @@ class Sandwich {
     watch.end(block_);
     if constexpr (Op::kWritesRows) {
       const auto terms = op_.activate(sums.finish(), block_, HiddenTile<Layout>{tiles_});
-      double share = 0;
+      double share = watch.share();
       if (op_.writes_rows()) second_product(terms, share);
       op_.end(block_, terms, share);
     } else {
@@ -133,6 +137,7 @@ class Sandwich {
     int depth = 0;
     sums.clear();
     const auto arrived = [&](int place) {
+      if (!watch.wants(depth + LeftCopy::column())) return;
       T* const stage = tiles_ + place * Layout::kFirstStage + LeftCopy::offset();
       LeftCopy::template for_each<Shape::kRows>(Shape::kRows, [&](int i, int) {
         watch.look(stage + i * LeftCopy::kSharedStep, i, depth + LeftCopy::column());
@@ -183,7 +188,7 @@ class Sandwich {
         count, copy, [](int) {},
         [&](int place) {
           if (depth == 0) sums.begin();
-      if (op_.multiplies()) {
+          if (op_.multiplies()) {
             product.template add<false>(sums.sums, depth * Layout::kHiddenTile, place * Layout::kSecondStage, 0,
                                         Shape::kSecondGroups, steps - depth * SecondProduct::kSteps, depth == 0);
             sums.end_of((depth + 1) * SecondTile::kColumns);
