@@ -130,6 +130,7 @@ struct Launch {
   const char* kernel_type;  // as typeid names it
   void (*call)(const void* kernel, const void* arguments);
   const void* arguments;
+  std::vector<unsigned char> parameters;  // the arguments as they lie in the device's constant memory, if counted
   Settings settings;
 };
 

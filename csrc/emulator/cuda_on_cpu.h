@@ -9,6 +9,7 @@
 #include <typeinfo>
 
 #include "emulator/block.h"
+#include "emulator/counts.h"
 #include "emulator/cuda_types.h"
 #include "emulator/ptx_on_cpu.h"
 #include "emulator/warp.h"
@@ -151,6 +152,20 @@ cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute attribute, int val
 
 namespace emulator {
 
+// Each parameter at the next address that is aligned for it, as the device has them.
+template <class... Parameters>
+std::vector<unsigned char> in_constant_memory(const std::tuple<Parameters...>& stored) {
+  std::vector<unsigned char> bytes;
+  const auto append = [&](const auto& parameter) {
+    const size_t alignment = alignof(decltype(parameter));
+    const size_t begin = (bytes.size() + alignment - 1) / alignment * alignment;
+    bytes.resize(begin + sizeof parameter);
+    std::memcpy(bytes.data() + begin, &parameter, sizeof parameter);
+  };
+  std::apply([&](const Parameters&... parameters) { (append(parameters), ...); }, stored);
+  return bytes;
+}
+
 // What makes the device refuse a launch.
 cudaError_t launch(const cudaLaunchConfig_t& config, Launch launch);
 
@@ -167,6 +182,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   launch.kernel = reinterpret_cast<const void*>(kernel);
   launch.kernel_type = typeid(void(Parameters...)).name();
   launch.arguments = &stored;
+  if constexpr (emulator::counts::kOn) launch.parameters = emulator::in_constant_memory(stored);
   launch.call = [](const void* kernel, const void* arguments) {
     std::apply(reinterpret_cast<Kernel>(const_cast<void*>(kernel)), *static_cast<const Stored*>(arguments));
   };

@@ -80,6 +80,7 @@ class Work {
       if (turn >= blocks_) break;
       const size_t number = launch_.settings.order == Order::forward ? turn : blocks_ - 1 - turn;
       const uint3 index = position(number, launch_.grid);
+      if (launch_.settings.samples_blocks && number > 0 && number != blocks_ / 2 && number + 1 < blocks_) continue;
       const std::string error = block->run(launch_, index);
       if (!error.empty()) report({turn, name_of(launch_) + ", block " + text(index) + ", " + error});
     }

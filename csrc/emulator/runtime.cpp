@@ -2,6 +2,7 @@
 #include <map>
 #include <mutex>
 
+#include "emulator/counts.h"
 #include "emulator/cuda_on_cpu.h"
 
 namespace {
@@ -63,6 +64,7 @@ cudaError_t emulator::launch(const cudaLaunchConfig_t& config, Launch launch) {
   launch.grid = config.gridDim;
   launch.block = config.blockDim;
   launch.shared_bytes = config.dynamicSmemBytes;
+  counts::begin_launch(launch);
   run(launch);
   return cudaSuccess;
 }
