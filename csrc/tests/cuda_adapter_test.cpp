@@ -31,8 +31,11 @@ int main() {
                                                                                Residual::none},
             {65, 72, 50, AdapterActivation::relu, Residual::input},
             {67, 136, 96, AdapterActivation::gelu, Residual::other},
+            {66, 72, 120, AdapterActivation::silu, Residual::other},
+            {130, 64, 161, AdapterActivation::gelu, Residual::input},
             {129, 72, 200, AdapterActivation::relu, Residual::none},
             {33, 64, 300, AdapterActivation::silu, Residual::input},
+            {65, 40, 510, AdapterActivation::relu, Residual::other},
             {600, 24, 9, AdapterActivation::relu, Residual::input}}) {
         // Tensor cores see the weights rounded, which flips ReLU's mask here and there, as in PyTorch.
         const AdapterActivation smooth = dtype == DType::float32 ? activation : AdapterActivation::silu;

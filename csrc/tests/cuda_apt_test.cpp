@@ -29,8 +29,11 @@ int main() {
                                     {65, 72, 50},
                                     {64, 64, 64},
                                     {67, 136, 100},
+                                    {66, 72, 90},
+                                    {130, 64, 161},
                                     {129, 72, 200},
                                     {33, 64, 300},
+                                    {65, 40, 510},
                                     {600, 24, 9}}) {
         ++checked;
         failed += !check(device, apt_problem::Problem(R, D, P, activation, dtype));

@@ -331,7 +331,7 @@ template <template <class, class> class Pass, class Args, class Function>
 auto with_pass(const Args& args, void* memory, const Function& function) {
   return with_element(args.inputs.x.dtype, [&](auto element) {
     using T = decltype(element);
-    return with_shape<T>(args.inputs.size.B,
+    return with_shape<T>(args.inputs.size.R, args.inputs.size.B,
                          [&](auto shape) { return function(Pass<T, decltype(shape)>(args, memory)); });
   });
 }

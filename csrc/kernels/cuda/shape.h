@@ -24,8 +24,9 @@ struct Shape {
   static constexpr int kInner = 32 * kGroups * kColumnWarps;
   // The fewest inner columns, in whole groups, with which every warp has kGroups of them or one less.
   static constexpr int kLeastInner = 32 * ((kGroups - 1) * kColumnWarps + 1);
-  static constexpr int kSecondColumns = kRowBlocks == 2 || kColumnWarps == 4 ? 128 : 64;
-  static constexpr int kSecondGroups = kSecondColumns / 32 / kColumnWarps;
+  // Of the columns of D that a block sums at once.
+  static constexpr int kSecondGroups = kColumnWarps == 1 ? 2 : kColumnWarps == 4 ? 1 : kRowBlocks;
+  static constexpr int kSecondColumns = 32 * kColumnWarps * kSecondGroups;
 };
 
 // Where a thread stands.
@@ -147,9 +148,19 @@ struct ShapeFor<float, 384> : Shape<float, 1, 3, 2, 4, 1> {};
 template <>
 struct ShapeFor<float, 512> : Shape<float, 1, 4, 2, 4, 1> {};
 
-// Calls function with the smallest shape that holds the inner columns.
+// The same as the smallest, with rows enough that the weights which a block copies serve twice as many of them.
+template <class T>
+struct WideShape : Shape<T, 2, 2, 4, 1, 2> {};
+// From here on it is chosen: below, its blocks would be too few for a large GPU.
+constexpr int64_t kManyRows = 32'768;
+
+// Calls function with the smallest shape that holds the inner columns. Of the sizes alone, so that every device and
+// every run adds in the same order.
 template <class T, class Function>
-auto with_shape(int64_t inner, const Function& function) {
+auto with_shape(int64_t R, int64_t inner, const Function& function) {
+  if constexpr (sizeof(T) == 2) {
+    if (inner > 32 && inner <= 64 && R >= kManyRows) return function(typename WideShape<T>::Self());
+  }
   if (inner <= 64) return function(typename ShapeFor<T, 64>::Self());
   if (inner <= 96) return function(typename ShapeFor<T, 96>::Self());
   if (inner <= 128) return function(typename ShapeFor<T, 128>::Self());
