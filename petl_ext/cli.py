@@ -25,11 +25,11 @@ DEMO_PACKAGES = {
 }
 DAS_OUTPUT = (
     "Prints one line of JSON: what DASConfig(skip=...) takes, and the share of the bare backbone's "
-    "multiply-accumulates that remains. Writes search.json, which DepthSearch.from_json reads, and gates.png."
+    "multiply-accumulates that remains. Writes search.json, which DepthSearch.load reads, and gates.png."
 )
 PLACEMENT_OUTPUT = (
     "Prints one line of JSON: what DVPBert(insert_layer=...) takes. Writes search.json, which "
-    "PlacementSearch.from_json reads, and placement.png."
+    "PlacementSearch.load reads, and placement.png."
 )
 
 

@@ -53,7 +53,7 @@ def check_same(saved, config, keep, folder):
 
 def _parse(description):
     if "model" in description:
-        raise ValueError(f"saved by {description['model']}.save, which {description['model']}.from_folder reads")
+        raise ValueError(f"saved by {description['model']}.save, which {description['model']}.load reads")
     check_keys(description, ["config", "family", "keep"])
     keep = description["keep"]
     if not isinstance(keep, list) or not all(isinstance(entry, str) for entry in keep):

@@ -84,7 +84,7 @@ class ResumableSearch:
         }
         with one_quiet_thread():
             self.train_search(self.search, self.run, self.checkpoint, **arguments)
-        self.search.to_json(self.run.output / "search.json")
+        self.search.save(self.run.output / "search.json")
         self.search.plot(self.run.output / self.picture)
         # Half a checkpoint, left by a kill, would be taken for one to go on from.
         deleted = checkpoints.with_name(f".deleted-{checkpoints.name}")

@@ -50,7 +50,7 @@ class StoredSearch:
         self.fixed = self.choice.from_json(state["selection"]) if state["finished"] else None
         self.history = copy.deepcopy(state["history"])
 
-    def to_json(self, path: str | Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes the state to a file, which is complete or, after an error, as it was."""
         text = json.dumps(self.state_dict(), indent=2, allow_nan=False) + "\n"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -58,14 +58,14 @@ class StoredSearch:
             unfinished.write_text(text, encoding="utf-8")
 
     @classmethod
-    def from_json(cls, path: str | Path, model: nn.Module, **arguments):
-        """The search that `to_json` wrote, on a model with the same layers.
+    def load(cls, path: str | Path, model: nn.Module, **arguments):
+        """The search that `save` wrote, on a model with the same layers.
 
         Args:
             arguments: of the class, what no file holds: process_group and, for a `DepthSearch`, reward.
 
         Raises:
-            ValueError: the file is none of `to_json`, or does not fit the model.
+            ValueError: the file is none of `save`, or does not fit the model.
         """
         try:
             state = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -73,7 +73,7 @@ class StoredSearch:
             constants = cls.constants_class(**state["constants"])
             seed = state["bandit"]["seed"]
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not what {cls.__name__}.to_json writes: {error!r}") from error
+            raise ValueError(f"{path}: not what {cls.__name__}.save writes: {error!r}") from error
         search = cls(model, **stored, seed=seed, **arguments, **dataclasses.asdict(constants))
         search.load_state_dict(state)
         return search

@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from devices import emulation
 from gpu.every_kernel import DTYPES
 from gpu.graphs import captured
-from places import emulation
 from problems import OPS, draw_rows, forward, forward_backward
 from tolerance import assert_as_good_as_torch
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from places import emulated_module, emulation
+from devices import emulated_module, emulation
 
 from petl_ext import ops
 

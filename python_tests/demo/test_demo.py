@@ -154,7 +154,7 @@ def test_search_das(search, digits):
     model = prepare(digits).attach(replace(DAS, config=replace(DAS.config, skip=result["skip"]))).model
     assert list(model.petl_attachment.skipped) == result["skip"]
     state = state_in(digits)
-    restored = DepthSearch.from_json(digits / "search.json", model)
+    restored = DepthSearch.load(digits / "search.json", model)
     assert list(restored.selection()) == result["skip"] and restored.step == 10 and restored.finished
     assert_legible(digits / "gates.png")
     assert {path.name for path in digits.iterdir()} == {"digits-150-seed0", "gates.png", "search.json"}

@@ -158,7 +158,7 @@ def state_in(folder):
 def test_search_placement_goes_on_after_an_interruption(search, folder, prepared, monkeypatch, capsys):
     uninterrupted = search(), state_in(folder)
     model = prepared.make_model(replace(run.DVP, insert_layer=0), "VQA", candidates="all")
-    restored = PlacementSearch.from_json(folder / "search.json", model)
+    restored = PlacementSearch.load(folder / "search.json", model)
     assert uninterrupted[0] == {"insert_layer": restored.selection()}
     assert restored.finished and restored.step == SIZE.search_steps and len(set(restored.bandit.preferences)) > 1
     assert_legible(folder / "placement.png")

@@ -21,7 +21,7 @@ def test_costs_follow_the_names_of_the_layers(unequal, tmp_path):
     state = json.loads(json.dumps(search.state_dict(), sort_keys=True))
     state["costs"]["layers"] = dict(reversed(state["costs"]["layers"].items()))
     (tmp_path / "search.json").write_text(json.dumps(state))
-    read = DepthSearch.from_json(tmp_path / "search.json", attached(hidden=SIZES)[0])
+    read = DepthSearch.load(tmp_path / "search.json", attached(hidden=SIZES)[0])
     assert read.costs.savings == costs.savings
     for layers in ({}, {**costs.layers, "more": [1, 0]}, list(costs.layers.values())):
         with pytest.raises(ValueError, match=r"expected costs of the layers \['layers\.0', "):

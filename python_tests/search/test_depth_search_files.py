@@ -45,7 +45,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(tmp_path):
         assert other.state_dict() == before
         (tmp_path / "search.json").write_text(json.dumps(state))
         with pytest.raises(ValueError):
-            DepthSearch.from_json(tmp_path / "search.json", attached()[0])
+            DepthSearch.load(tmp_path / "search.json", attached()[0])
 
 
 def test_pictures_say_what_to_install(tmp_path, monkeypatch):
@@ -83,7 +83,7 @@ def test_the_json_file_says_what_was_found(tmp_path):
     search = make_search()
     run_search(search, 30, losses_of(search))
     (tmp_path / "search.json").write_text("before")
-    search.to_json(tmp_path / "search.json")
+    search.save(tmp_path / "search.json")
     read = json.loads((tmp_path / "search.json").read_text())
     assert read["layers"] == [f"layers.{index}" for index in range(LAYERS)]
     assert read["selection"] == list(search.selection())
@@ -94,7 +94,7 @@ def test_the_json_file_says_what_was_found(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["search.json"]
     search.history[0]["losses"] = [math.nan]
     with pytest.raises(ValueError, match="not JSON compliant"):
-        search.to_json(tmp_path / "search.json")
+        search.save(tmp_path / "search.json")
     assert json.loads((tmp_path / "search.json").read_text()) == read
     assert [path.name for path in tmp_path.iterdir()] == ["search.json"]
 
@@ -102,8 +102,8 @@ def test_the_json_file_says_what_was_found(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 1}', '{"num_skip": 2, "max_macs": null}'])
 def test_another_json_file_is_refused(text, tmp_path):
     (tmp_path / "other.json").write_text(text)
-    with pytest.raises(ValueError, match=r"other\.json: not what DepthSearch\.to_json writes"):
-        DepthSearch.from_json(tmp_path / "other.json", attached()[0])
+    with pytest.raises(ValueError, match=r"other\.json: not what DepthSearch\.save writes"):
+        DepthSearch.load(tmp_path / "other.json", attached()[0])
 
 
 def test_the_picture_is_drawn(tmp_path):

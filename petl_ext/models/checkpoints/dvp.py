@@ -7,7 +7,7 @@ from petl_ext.composing import unchanged_on_error
 from petl_ext.models.checkpoints import origins
 from petl_ext.models.checkpoints.backbones import SEQUENTIAL_ADAPTER
 from petl_ext.models.checkpoints.clip import CLIP_PROJ, visual_rules
-from petl_ext.models.checkpoints.plan import Layout, attached_configs, fill, opened, places_of
+from petl_ext.models.checkpoints.plan import Layout, attached_configs, fill, opened, tensors_of
 from petl_ext.models.checkpoints.rules import rule
 from petl_ext.models.dvp import DVPModel
 
@@ -22,12 +22,12 @@ class Adapters(NamedTuple):
     Attributes:
         key: of the list.
         stack: where the language model keeps the layers.
-        places: what the adapters of one layer stand behind, in their order.
+        sites: of one layer, the modules that its adapters stand behind, in their order.
     """
 
     key: str
     stack: str
-    places: tuple
+    sites: tuple
 
 
 class LanguageModel(NamedTuple):
@@ -110,7 +110,7 @@ def load_dvp_checkpoint(model, checkpoint, ignore=()):
         ValueError: as `load_vilt_checkpoint`, and where copies of one tensor differ, or the search's preferences are
             not one finite number for each layer. The model has not changed.
     """
-    places_of(model, "DVP")
+    tensors_of(model, "DVP")
     if not isinstance(model, DVPModel):
         raise TypeError(f"{type(model).__name__} is no DVP model: expected a DVPBert, DVPT5 or DVPLlama")
     checkpoint = opened(checkpoint, ignore, origins.DVP[model.family])
@@ -157,7 +157,7 @@ def _layout(model):
     searched = model.options["candidates"] is not None
     parts = [f"{base}.{part}." for part in (*model.parts, names.unused) if part]
     return Layout(
-        places=places_of(model, "DVP"),
+        model_tensors=tensors_of(model, "DVP"),
         rules=(
             *_adapter_rules(model, names, base),
             *_language_rules(names, base),
@@ -187,7 +187,7 @@ def _language_rules(names, base):
 def _adapter_rules(model, names, base):
     for adapters in names.adapters:
         layers = model.get_submodule(f"{base}.{adapters.stack}")
-        sites = [f"{base}.{adapters.stack}.{i}.{place}" for i in range(len(layers)) for place in adapters.places]
+        sites = [f"{base}.{adapters.stack}.{i}.{site}" for i in range(len(layers)) for site in adapters.sites]
         for index, site in enumerate(sites):
             for theirs, ours in SEQUENTIAL_ADAPTER.parts.items():
                 yield rule(f"{adapters.key}.{index}.{theirs}", f"{site}.adapter.{ours}", needs=NEEDS_ADAPTERS)

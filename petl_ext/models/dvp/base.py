@@ -159,7 +159,7 @@ class DVPModel(Refusals, nn.Module):
         write_files(folder, {"model": type(self).__name__, "options": options}, self._trained())
 
     @classmethod
-    def from_folder(cls, folder, language_model, vision_model=None):
+    def load(cls, folder, language_model, vision_model=None):
         """A model as it was saved: made from the same language model and vision encoder, and filled.
 
         Raises:
