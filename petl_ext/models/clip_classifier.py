@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from petl_ext.nn.frozen import Frozen

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional as F
 
 from petl_ext.tasks.files import read_json, write_json
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pictures import assert_legible
 
 from petl_ext.cli import main
@@ -136,8 +137,8 @@ def test_text_alone_and_all_tokens(prepared):
     other = batch | {"visual_features": batch["visual_features"].flip(0)}
     assert torch.equal(blind(**batch).logits, blind(**other).logits)
     assert not torch.allclose(seeing(**batch).logits, seeing(**other).logits)
-    padded = {"input_ids": torch.nn.functional.pad(batch["input_ids"], (0, 3))}
-    padded["attention_mask"] = torch.nn.functional.pad(batch["attention_mask"], (0, 3))
+    padded = {"input_ids": F.pad(batch["input_ids"], (0, 3))}
+    padded["attention_mask"] = F.pad(batch["attention_mask"], (0, 3))
     for model in (blind, seeing):
         torch.testing.assert_close(model(**batch | padded).logits, model(**batch).logits)
 

@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from placement_searches import make_search, run_search, scores_of
 from searched_models import PROMPTED_LAYERS as LAYERS
 from searched_models import Placed, json_copy
@@ -133,7 +134,7 @@ def planted_selection(seed):
     for _ in range(250):
         search.sample()
         images, labels = new_batch()
-        nn.functional.cross_entropy(model(images), labels).backward()
+        F.cross_entropy(model(images), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
         images, labels = new_batch()

@@ -3,6 +3,7 @@
 import json
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import petl_ext
@@ -42,7 +43,7 @@ class Stack(nn.Module):
         for layer in self.layers:
             x = layer(x)
         x = self.head(self.dropout(x))
-        return {"output": x} if target is None else {"loss": nn.functional.mse_loss(x, target)}
+        return {"output": x} if target is None else {"loss": F.mse_loss(x, target)}
 
 
 def attached(**arguments):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn import functional as F
 
 from petl_ext.attaching.methods.config import Config
 from petl_ext.attaching.sites.site import Site

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import BertModel, BertTokenizerFast, ViltModel, ViltProcessor
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
@@ -99,7 +100,7 @@ class PromptedBert(nn.Module):
         count = prompts.size(1)
         states = self.language_model(
             inputs_embeds=torch.cat([prompts, words], dim=1),
-            attention_mask=nn.functional.pad(attention_mask, (count, 0), value=1),
+            attention_mask=F.pad(attention_mask, (count, 0), value=1),
         ).last_hidden_state
         logits = self.classifier(states[:, count])
         soft = labels is not None and labels.is_floating_point()
