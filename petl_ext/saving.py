@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import reprlib
 import secrets
 import shutil
 import tempfile
@@ -150,7 +151,7 @@ def read_files(folder, parse):
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: expected the files {CONFIG_FILE} and {WEIGHTS_FILE}, found no {name}")
+            raise FileNotFoundError(f"{folder} must hold the files {CONFIG_FILE} and {WEIGHTS_FILE}, got no {name}")
     try:
         description = _without_format(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
         save = description.pop(SAVE, None)
@@ -171,7 +172,7 @@ def read_files(folder, parse):
 def check_keys(description, expected, optional=()):
     """Raises a ValueError unless the description has these keys, perhaps without optional ones, and no others."""
     if not set(expected) - set(optional) <= set(description) <= set(expected):
-        raise ValueError(f"expected the keys {sorted(expected)}, found {sorted(description)}")
+        raise ValueError(f"the keys must be {sorted(expected)}, got {sorted(description)}")
 
 
 def check_sizes(options, tensors, folder):
@@ -247,7 +248,7 @@ def _replace_files(complete, folder, scratch):
 
 def _without_format(description):
     if not isinstance(description, dict) or not isinstance(description.get("format"), int):
-        raise ValueError("expected an object with the key 'format'")
+        raise ValueError(f"it must be an object with the key 'format', got {reprlib.repr(description)}")
     if description["format"] > FORMAT:
         raise ValueError(f"format {description['format']}, but this petl_ext reads formats up to {FORMAT}")
     return {key: value for key, value in description.items() if key != "format"}
@@ -274,9 +275,9 @@ def _check_fit(expected, found, folder):
     for name in expected.keys() & found.keys():
         ours, theirs = expected[name], found[name]
         if ours.shape != theirs.shape:
-            problems.append(f"{name}: expected the shape {tuple(ours.shape)}, found {tuple(theirs.shape)}")
+            problems.append(f"{name} must have the shape {tuple(ours.shape)}, got {tuple(theirs.shape)}")
         elif ours.is_floating_point() != theirs.is_floating_point():
-            problems.append(f"{name}: expected {ours.dtype}, found {theirs.dtype}")
+            problems.append(f"{name} must be {ours.dtype}, got {theirs.dtype}")
     if problems:
         raise ValueError(
             f"{folder} does not fit the model, {len(problems)} differences: {listed(sorted(problems), '; ')}"

@@ -177,7 +177,7 @@ class SkippingAttachment(Attachment):
 
     def _indices_of(self, layers):
         if isinstance(layers, str) or not isinstance(layers, Iterable):
-            raise ValueError(f"skip: expected a list of indices or names of layers, got {layers!r}")
+            raise ValueError(f"skip: layers must be a list of indices or names of layers, got {layers!r}")
         return tuple(sorted({self._index_of(layer) for layer in layers}))
 
     def _index_of(self, layer):
@@ -185,7 +185,7 @@ class SkippingAttachment(Attachment):
             return layer
         if layer in self.layers:
             return self.layers.index(layer)
-        raise ValueError(f"skip: expected indices below {len(self.layers)} or names of layers, got {layer!r}")
+        raise ValueError(f"skip: layers must be indices below {len(self.layers)} or names of layers, got {layer!r}")
 
     def _names_of(self, indices):
         return {self.layers[index] for index in indices}

@@ -194,7 +194,7 @@ class SearchCallback(TrainerCallback, ExportableState):
             found = "none" if saved is None else len(saved)
             raise ValueError(
                 f"SearchCallback: resuming needs a checkpoint that holds the state of one {type(self).__name__}, "
-                f"found {found}"
+                f"got {found}"
             )
         attributes = saved["attributes"]
         self.search.load_state_dict(attributes["search"])

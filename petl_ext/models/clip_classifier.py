@@ -43,14 +43,14 @@ class CLIPClassifier(nn.Module):
         self.clip = clip
         wrong = next((prompt for prompt in prompts.values() if not isinstance(prompt, str)), None)
         if wrong is not None:  # the tokenizer would join two into one
-            raise TypeError(f"prompts: expected one text per class, got {wrong!r}")
+            raise TypeError(f"prompts must be one text per class, got {wrong!r}")
         self._row = {name: row for row, name in enumerate(prompts)}
         tokens = tokenizer(list(prompts.values()), padding=True, return_tensors="pt")
         longest = clip.config.text_config.max_position_embeddings
         lengths = tokens["attention_mask"].sum(dim=1).tolist()
         for prompt, length in zip(prompts.values(), lengths, strict=True):
             if length > longest:
-                raise ValueError(f"prompts: expected at most {longest} tokens, got {length} in {prompt!r}")
+                raise ValueError(f"prompts must have at most {longest} tokens, got {length} in {prompt!r}")
         for name in ("input_ids", "attention_mask"):
             self.register_buffer(name, tokens[name].to(clip.logit_scale.device), persistent=False)
         self._frozen = self._frozen_settings = None
@@ -64,9 +64,9 @@ class CLIPClassifier(nn.Module):
         classes = tuple(classes)
         unknown = [name for name in classes if name not in self._row]
         if unknown:
-            raise ValueError(f"classes: expected some of {listed(self._row)}, which have prompts, got {unknown}")
+            raise ValueError(f"classes must be some of {listed(self._row)}, which have prompts, got {unknown}")
         if len(classes) < 2 or len(set(classes)) < len(classes):
-            raise ValueError(f"classes: expected at least two different ones, got {classes}")
+            raise ValueError(f"classes must be at least two different ones, got {classes}")
         self.classes = classes
         self.thaw()
 

@@ -103,13 +103,13 @@ def _settings(search):
 
 def _check_settings(search, state):
     if not isinstance(state, dict):
-        raise ValueError(f"{search.name}: a state is a dict, got {state!r}")
+        raise ValueError(f"{search.name}: state must be a dict, got {state!r}")
     if state.get("format") != FORMAT:
-        raise ValueError(f"{search.name}: expected a state of format {FORMAT}, found {state.get('format')!r}")
+        raise ValueError(f"{search.name}: state must be of format {FORMAT}, got {state.get('format')!r}")
     for name, ours in _settings(search).items():
         if state.get(name) != ours:
             raise ValueError(
-                f"{search.name}: the state is of another search: expected {name} {ours!r}, found {state.get(name)!r}"
+                f"{search.name}: the state is of another search: its {name} must be {ours!r}, got {state.get(name)!r}"
             )
 
 
@@ -125,7 +125,7 @@ def _check_progress(search, state):
         ("history", history, isinstance(history, list) and all(_is_entry(search.choice, entry) for entry in history)),
     ):
         if not is_right:
-            raise ValueError(f"{search.name}: the state has a wrong {name} or none, found {reprlib.repr(value)}")
+            raise ValueError(f"{search.name}: state must have a valid {name}, got {reprlib.repr(value)}")
 
 
 def _is_entry(choice, entry):

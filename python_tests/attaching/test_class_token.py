@@ -182,7 +182,7 @@ def test_a_scale_that_does_not_train(tmp_path):
     assert snapshot(fresh) == snapshot(model)
     trained = tiny_meter.make_model()
     petl_ext.attach(trained, APTConfig(num_prompts=5, rank=2))
-    with pytest.raises(ValueError, match=r"expected the config that is attached, .*train_scale=True"):
+    with pytest.raises(ValueError, match=r"must hold the config that is attached, .*train_scale=True"):
         petl_ext.load(trained, tmp_path / "saved")
 
 
@@ -198,5 +198,5 @@ def test_a_folder_of_before_has_neither(tmp_path):
     assert loaded.config == APTConfig(num_prompts=5, rank=2, train_scale=True, class_token=False)
     del description["config"]["rank"]
     path.write_text(json.dumps(description))
-    with pytest.raises(ValueError, match=r"expected the fields .*'rank'"):
+    with pytest.raises(ValueError, match=r"must have the fields .*'rank'"):
         petl_ext.load(make_model(), tmp_path / "saved")

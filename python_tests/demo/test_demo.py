@@ -187,7 +187,7 @@ def test_search_das_goes_on_after_an_interruption(search, digits, monkeypatch, c
     for name in ("checkpoint-90", "checkpoint-91"):
         (checkpoints / name).mkdir()
     (checkpoints / "checkpoint-91" / "trainer_state.json").write_text("{")
-    for options, complaint in (((), f"{checkpoint} is of an interrupted search"), (("--resume",), "expected num_skip")):
+    for options, complaint in (((), f"{checkpoint} is of an interrupted search"), (("--resume",), "num_skip must be")):
         with pytest.raises(SystemExit) as refused:
             search(*options)
         assert refused.value.code == 2 and complaint in capsys.readouterr().err

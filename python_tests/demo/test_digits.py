@@ -85,7 +85,7 @@ def test_number_of_digits_in_a_scene():
 
 
 def test_unknown_split_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"split: expected one of \['test', 'train', 'val'\], got 'dev'"):
+    with pytest.raises(ValueError, match=r"split must be one of \['test', 'train', 'val'\], got 'dev'"):
         write_digits(tmp_path / "data", {"train": 1, "dev": 1}, progress=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -103,7 +103,7 @@ def test_a_seed_gives_the_same_bytes(written, tmp_path):
 
 def test_an_existing_folder_is_left_as_it_is(written, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="folder: expected one that does not exist yet"):
+    with pytest.raises(FileExistsError, match="folder must not exist yet"):
         write_digits(tmp_path, SIZES, progress=False)
     assert bytes_of(tmp_path).keys() == {"notes.txt"}
 

@@ -66,7 +66,7 @@ write_digits({str(tmp_path / "other")!r}, {SIZES}, seed=4, progress=False, forma
 
 
 def test_an_unknown_format_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"formats: expected some of \['gqa', 'snli_ve', 'vqa'\], got \['coco'\]"):
+    with pytest.raises(ValueError, match=r"formats must be some of \['gqa', 'snli_ve', 'vqa'\], got \['coco'\]"):
         write_digits(tmp_path / "data", SIZES, progress=False, formats=["coco"])
     assert list(tmp_path.iterdir()) == []
 

@@ -67,11 +67,11 @@ def test_other_callbacks_are_restored_beside_it(uninterrupted, tmp_path):
 
 def test_a_checkpoint_of_another_search_is_refused(uninterrupted, tmp_path):
     folder, _ = uninterrupted
-    with pytest.raises(ValueError, match="of another search: expected num_skip 3, found 2"):
+    with pytest.raises(ValueError, match="of another search: its num_skip must be 3, got 2"):
         train(tmp_path, make_search(3), train_size=12, resume=str(folder / "checkpoint-8"), **RESUMED)
     search = make_search()
     Trainer(search.model, make_arguments(tmp_path, **RESUMED), train_dataset=Questions(search.model, 12)).train()
-    with pytest.raises(ValueError, match="holds the state of one SearchCallback, found none"):
+    with pytest.raises(ValueError, match="holds the state of one SearchCallback, got none"):
         train(tmp_path, make_search(), train_size=12, resume=str(tmp_path / "checkpoint-8"), **RESUMED)
 
 

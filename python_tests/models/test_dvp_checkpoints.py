@@ -303,8 +303,8 @@ def test_files_and_models_of_another_kind(save):
     message = "a state dict of a DVP of petl_ext, .*use load_state_dict"
     assert_refused(load_dvp_checkpoint, models["bert"], save(models["bert"].state_dict()), message)
     path = save(files["bert"])
-    with pytest.raises(TypeError, match="Linear is no DVP model: expected a DVPBert, DVPT5 or DVPLlama"):
+    with pytest.raises(TypeError, match="model must be a DVPBert, DVPT5 or DVPLlama, got Linear"):
         load_dvp_checkpoint(torch.nn.Linear(1, 1), path)
-    with pytest.raises(TypeError, match="expected a DVP model, got str"):
+    with pytest.raises(TypeError, match="model must be a DVP model, got str"):
         load_dvp_checkpoint("bert", path)
     assert_refused(load_meter_checkpoint, models["bert"], path, "is no METER model", error=TypeError)

@@ -44,7 +44,7 @@ def test_a_folder_of_before_knows_no_width(use_adapters, tmp_path):
     again = DVPBert.load(tmp_path / "saved", make_language_model("bert").double())
     assert again.options == model.options
     edit_description(tmp_path / "saved", options={k: v for k, v in options.items() if k != "num_heads"})
-    with pytest.raises(ValueError, match=r"expected the keys .*num_heads.* found"):
+    with pytest.raises(ValueError, match=r"the keys must be .*num_heads.* got"):
         DVPBert.load(tmp_path / "saved", make_language_model("bert").double())
 
 
@@ -74,13 +74,13 @@ def edit_tensors(folder, change):
 QUERY = "visual_prompts.0.query.weight"
 BAD_FILES = {
     "another class": (lambda f: edit_description(f, model="DVPT5"), "saved from a DVPT5, not a DVPBert"),
-    "another option": (lambda f: edit_description(f, options={"heads": 3}), "expected the keys .*num_heads.* found"),
-    "another key": (lambda f: edit_description(f, extra=1), "expected the keys .* found .*extra"),
+    "another option": (lambda f: edit_description(f, options={"heads": 3}), "the keys must be .*num_heads.* got"),
+    "another key": (lambda f: edit_description(f, extra=1), "the keys must be .* got .*extra"),
     "a later format": (lambda f: edit_description(f, format=2), "format 2"),
     "a missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop(QUERY)), f"{QUERY}: missing"),
     "a tensor too many": (lambda f: edit_tensors(f, lambda t: t.update(x=torch.ones(1))), "x: unexpected"),
     "another shape": (lambda f: edit_tensors(f, lambda t: t.update({QUERY: torch.ones(1)})), f"{QUERY}: expected"),
-    "no weights": (lambda f: (f / "petl_weights.safetensors").unlink(), "found no petl_weights.safetensors"),
+    "no weights": (lambda f: (f / "petl_weights.safetensors").unlink(), "got no petl_weights.safetensors"),
 }
 
 

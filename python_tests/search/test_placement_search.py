@@ -151,15 +151,15 @@ def test_the_state_of_another_search_is_refused(tmp_path):
     search, other = make_search(), make_search(seed=1)
     run_search(search, 5, scores_of(search))
     before = other.state_dict()
-    with pytest.raises(ValueError, match=r"Bandit: expected .*'seed': 1.*found.*'seed': 0"):
+    with pytest.raises(ValueError, match=r"Bandit: state must be of .*'seed': 1.*got.*'seed': 0"):
         other.load_state_dict(search.state_dict())
     assert other.state_dict() == before
-    with pytest.raises(ValueError, match=r"another search: expected constants .*'interval': 2"):
+    with pytest.raises(ValueError, match=r"another search: its constants must be .*'interval': 2"):
         make_search(interval=2).load_state_dict(search.state_dict())
     longer = Placed()
     longer.num_layers = 9
     search.save(tmp_path / "search.json")
-    with pytest.raises(ValueError, match="expected num_layers 9, found 6"):
+    with pytest.raises(ValueError, match="num_layers must be 9, got 6"):
         PlacementSearch.load(tmp_path / "search.json", longer)
     with pytest.raises(ValueError, match=r"search\.json: not what DepthSearch\.save writes"):
         DepthSearch.load(tmp_path / "search.json", Placed())

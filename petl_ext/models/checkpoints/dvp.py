@@ -112,7 +112,7 @@ def load_dvp_checkpoint(model, checkpoint, ignore=()):
     """
     tensors_of(model, "DVP")
     if not isinstance(model, DVPModel):
-        raise TypeError(f"{type(model).__name__} is no DVP model: expected a DVPBert, DVPT5 or DVPLlama")
+        raise TypeError(f"model must be a DVPBert, DVPT5 or DVPLlama, got {type(model).__name__}")
     checkpoint = opened(checkpoint, ignore, origins.DVP[model.family])
     before = _settings_of(model)
     with unchanged_on_error(model):

@@ -55,7 +55,7 @@ def tensors_of(model, title):
         ValueError: it is on the meta device.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a {title} model, got {type(model).__name__}")
+        raise TypeError(f"model must be a {title} model, got {type(model).__name__}")
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors.items():
         if tensor.is_meta:

@@ -59,14 +59,12 @@ def read(source):
 def _checkpoint(name, content):
     tensors = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(tensors, Mapping):
-        raise ValueError(
-            f"{name}: expected a state dict, by itself or under 'state_dict', got {type(tensors).__name__}"
-        )
+        raise ValueError(f"{name} must be a state dict, by itself or under 'state_dict', got {type(tensors).__name__}")
     for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise ValueError(
-                f"{name}: expected a Lightning checkpoint with 'state_dict', or tensors by name; {key!r} holds "
-                f"{type(value).__name__}"
+                f"{name} must be a Lightning checkpoint with 'state_dict', or tensors by name, got "
+                f"{type(value).__name__} under {key!r}"
             )
     return Checkpoint(name, {key: tensor.detach() for key, tensor in tensors.items()})
 
