@@ -37,8 +37,8 @@ class _Outcomes:
         if report.failed:
             self.failures.append(report.nodeid)
             record("failed test", name=report.nodeid, message=str(report.longrepr)[-2000:])
-        for kind, values in report.user_properties if report.when == "call" else ():
-            record(kind, test=report.nodeid, **values)
+        for topic, values in report.user_properties if report.when == "call" else ():
+            record(topic, test=report.nodeid, **values)
 
     def pytest_collectreport(self, report):
         if report.failed:

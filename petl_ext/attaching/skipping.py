@@ -57,8 +57,8 @@ class SkippingAttachment(Attachment):
             decodes: whether the model may decode with a cache until the next call.
 
         Raises:
-            ValueError: not a layer that can be skipped; or the model's layers are of several kinds, all of one would be
-                skipped, and with decodes a cache would then count no tokens.
+            ValueError: not a layer that can be skipped; or the model's cache has several types of slots, the layers of
+                one type would all be skipped, and with decodes a cache would then count no tokens.
             RuntimeError: the model is disabled, or skipped layers have been removed.
         """
         self._check_attached()

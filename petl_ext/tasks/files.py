@@ -20,11 +20,11 @@ def pick(entry: Any, fields: Mapping[str, type], where: str) -> dict:
     """The `fields` of `entry`. Raises ValueError, beginning with `where`, if one is missing or of another type."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be a JSON object, got {entry!r}")
-    for name, kind in fields.items():
+    for name, wanted in fields.items():
         if name not in entry:
             raise ValueError(f"{where} must have the field '{name}', got only {sorted(entry)}")
-        if not isinstance(entry[name], kind) or isinstance(entry[name], bool):
-            raise ValueError(f"{where}: '{name}' must be {kind.__name__}, got {entry[name]!r}")
+        if not isinstance(entry[name], wanted) or isinstance(entry[name], bool):
+            raise ValueError(f"{where}: '{name}' must be {wanted.__name__}, got {entry[name]!r}")
     return {name: entry[name] for name in fields}
 
 

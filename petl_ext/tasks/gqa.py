@@ -239,11 +239,11 @@ def accuracy_by_type(
         raise ValueError(f"types must be one of {TYPES}, got {types!r}")
     by_type = defaultdict(list)
     for answer, question in zip(answers, questions, strict=True):
-        kind = getattr(question, types)
-        if kind is None:
+        question_type = getattr(question, types)
+        if question_type is None:
             raise ValueError(f"{question.where} must have a {types} type, got none")
-        by_type[kind].append((answer, question.answer))
-    return {kind: _type_accuracy(by_type[kind]) for kind in sorted(by_type)}
+        by_type[question_type].append((answer, question.answer))
+    return {question_type: _type_accuracy(by_type[question_type]) for question_type in sorted(by_type)}
 
 
 def _type_accuracy(answered: list[tuple[str, str]]) -> TypeAccuracy:

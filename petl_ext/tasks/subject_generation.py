@@ -155,9 +155,9 @@ def denoising_loss(
     return losses[0] if images == 1 else losses[0] + prior_weight * losses[1]
 
 
-def _target(kind: str, latents: Tensor, noise: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
-    if kind == "epsilon":
+def _target(prediction_type: str, latents: Tensor, noise: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
+    if prediction_type == "epsilon":
         return noise
-    if kind == "v_prediction":
+    if prediction_type == "v_prediction":
         return signal * noise - spread * latents
-    raise ValueError(f'scheduler must have the prediction type "epsilon" or "v_prediction", got {kind!r}')
+    raise ValueError(f'scheduler must have the prediction type "epsilon" or "v_prediction", got {prediction_type!r}')

@@ -236,7 +236,7 @@ def accuracy_by_type(answers: Sequence[str], annotations: Sequence[Annotation]) 
     by_type = defaultdict(list)
     for answer, annotation in zip(answers, annotations, strict=True):
         by_type[annotation.question_type].append((answer, annotation))
-    return {kind: _type_accuracy(by_type[kind]) for kind in sorted(by_type)}
+    return {question_type: _type_accuracy(by_type[question_type]) for question_type in sorted(by_type)}
 
 
 def _type_accuracy(answered: list[tuple[str, Annotation]]) -> TypeAccuracy:

@@ -131,8 +131,8 @@ def test_a_run_that_is_killed_leaves_what_it_has(tmp_path, monkeypatch, start):
 
 def test_records_cut_off_in_the_middle(tmp_path):
     path = tmp_path / "records"
-    path.write_text('{"kind": "number"}\n{"kind": "num')
-    assert read_records(path) == [{"kind": "number"}]
+    path.write_text('{"topic": "number"}\n{"topic": "num')
+    assert read_records(path) == [{"topic": "number"}]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -187,7 +187,7 @@ def test_pytest_plugin_chooses_a_device_and_counts(tmp_path):
     )
     assert result.returncode == 1, result.stdout
     measured, failed, counted, summary = read_records(records)
-    assert measured["kind"] == "measured" and measured["value"] == 7 and measured["test"].endswith("test_device[cuda]")
+    assert measured["topic"] == "measured" and measured["value"] == 7 and measured["test"].endswith("test_device[cuda]")
     assert failed["name"].endswith("test_bad[cuda]") and "assert not" in failed["message"]
     assert (counted["passed"], counted["failed"], counted["skipped"]) == (1, 1, 1)
     assert summary["text"] == "1 passed, 1 failed, 1 skipped: test_sample.py::test_bad[cuda]"
@@ -302,8 +302,8 @@ def test_every_kernel_is_run():
             every_activation=True,
             device="cpu",
         )
-    kinds = sum(len(op.activations) * len(op.every_size) for op in OPS.values())
-    assert solved == kinds * len(every_kernel.DTYPES) and flawed == []
+    calls = sum(len(op.activations) * len(op.every_size) for op in OPS.values())
+    assert solved == calls * len(every_kernel.DTYPES) and flawed == []
 
 
 def test_vilt_with_and_without_apt():
@@ -315,7 +315,7 @@ def test_vilt_with_and_without_apt():
 
 def test_summary_shows_comparisons_goals_and_steps():
     comparison = {
-        "kind": "comparison",
+        "topic": "comparison",
         "name": "apt forward",
         "wrong": {"dx": 0.5},
         "microseconds": {"ours": 21.5},

@@ -13,7 +13,7 @@ from petl_ext.demo.charts import types_table
 from petl_ext.demo.data import Score
 from petl_ext.demo.training import Size
 from petl_ext.demo.vilt import every_layer, run
-from petl_ext.demo.vilt.search import DAS
+from petl_ext.demo.vilt.depth_search import DAS
 from petl_ext.demo.vilt.training import ViltRun, groups_of
 from petl_ext.search import DepthSearch
 from petl_ext.tasks.labels import TypeAccuracy

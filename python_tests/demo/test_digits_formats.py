@@ -43,9 +43,9 @@ def test_vqa_bytes_stay_as_they_were(tmp_path):
 
 def test_formats_do_not_change_one_another(folder, tmp_path):
     together = bytes_of(folder)
-    for kind in FORMATS:
-        write_digits(tmp_path / kind, SIZES, seed=3, progress=False, formats=[kind])
-        alone = bytes_of(tmp_path / kind)
+    for name in FORMATS:
+        write_digits(tmp_path / name, SIZES, seed=3, progress=False, formats=[name])
+        alone = bytes_of(tmp_path / name)
         assert alone.items() < together.items()
     images = sum(SIZES.values())
     assert len(together) == images + 3 * (2 + 1 + 2)

@@ -120,7 +120,9 @@ def test_what_makes_the_query_is_frozen(prepared):
 
 def test_the_control_has_the_prompt_of_equal_weights(prepared):
     method = replace(run.DVP, insert_layer=4)
-    model, control = (prepared.make_model(each, "VQA").eval() for each in (method, replace(method, kind="mean")))
+    model, control = (
+        prepared.make_model(each, "VQA").eval() for each in (method, replace(method, visual_input="mean"))
+    )
     batch = prepared.tasks["VQA"].batch("val", 4)
     with torch.no_grad():
         different = model(**batch).logits

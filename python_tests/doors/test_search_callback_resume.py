@@ -91,11 +91,11 @@ class AugmentedStream(torch.utils.data.IterableDataset):
 
 
 @pytest.mark.parametrize("taken", range(13))
-@pytest.mark.parametrize("kind", ["shuffled", "in order", "stream"])
-def test_augmented_validation_batches_are_the_same_after_a_resume(kind, taken):
+@pytest.mark.parametrize("order", ["shuffled", "in order", "stream"])
+def test_augmented_validation_batches_are_the_same_after_a_resume(order, taken):
     def new_batches(position):
-        data = AugmentedStream() if kind == "stream" else Augmented()
-        return EndlessBatches(DataLoader(data, batch_size=3, shuffle=kind == "shuffled"), 5, position)
+        data = AugmentedStream() if order == "stream" else Augmented()
+        return EndlessBatches(DataLoader(data, batch_size=3, shuffle=order == "shuffled"), 5, position)
 
     whole = new_batches({"passes": 0, "taken": 0})
     before = [whole.next() for _ in range(taken)]

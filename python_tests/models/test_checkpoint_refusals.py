@@ -36,13 +36,15 @@ STORED_OTHERWISE = {
     "ignore:.*CSR tensor.*:UserWarning",
     "ignore:Validating sparse tensor invariants:UserWarning",
 )
-@pytest.mark.parametrize("kind", STORED_OTHERWISE)
-def test_tensors_that_are_not_dense_are_refused_by_name(save, kind):
+@pytest.mark.parametrize("storage", STORED_OTHERWISE)
+def test_tensors_that_are_not_dense_are_refused_by_name(save, storage):
     model = tiny_vilt.make_model()
     state = originals.vilt_checkpoint(tiny_vilt.make_model(seed=1), "vqa_classifier")
-    state["vqa_classifier.0.weight"] = STORED_OTHERWISE[kind](state["vqa_classifier.0.weight"])
+    state["vqa_classifier.0.weight"] = STORED_OTHERWISE[storage](state["vqa_classifier.0.weight"])
     path = save(state)
-    message = assert_refused(load_vilt_checkpoint, model, path, rf"no dense.* \(1\): vqa_classifier.0.weight {kind}$")
+    message = assert_refused(
+        load_vilt_checkpoint, model, path, rf"no dense.* \(1\): vqa_classifier.0.weight {storage}$"
+    )
     assert "lacks" not in message
     load_vilt_checkpoint(model, path, ["vqa_classifier"])
 

@@ -79,7 +79,7 @@ BAD_FILES = {
     "a later format": (lambda f: edit_description(f, format=2), "format 2"),
     "a missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop(QUERY)), f"{QUERY}: missing"),
     "a tensor too many": (lambda f: edit_tensors(f, lambda t: t.update(x=torch.ones(1))), "x: unexpected"),
-    "another shape": (lambda f: edit_tensors(f, lambda t: t.update({QUERY: torch.ones(1)})), f"{QUERY}: expected"),
+    "another shape": (lambda f: edit_tensors(f, lambda t: t.update({QUERY: torch.ones(1)})), f"{QUERY} must have"),
     "no weights": (lambda f: (f / "petl_weights.safetensors").unlink(), "got no petl_weights.safetensors"),
 }
 

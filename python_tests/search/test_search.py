@@ -315,10 +315,10 @@ STORED = {
 NEXT = {"depth": [(1, 3), (2, 7)], "placement": [2, 2]}
 
 
-@pytest.mark.parametrize("kind", STORED)
-def test_a_stored_search_is_read_and_goes_on(kind, tmp_path):
-    (tmp_path / "search.json").write_text(json.dumps(STORED[kind]))
-    searched = SEARCHED[kind]
+@pytest.mark.parametrize("name", STORED)
+def test_a_stored_search_is_read_and_goes_on(name, tmp_path):
+    (tmp_path / "search.json").write_text(json.dumps(STORED[name]))
+    searched = SEARCHED[name]
     search = searched.search_class.load(tmp_path / "search.json", searched.new_model())
-    assert search.state_dict() == STORED[kind]
-    assert [search.sample() for _ in range(2)] == NEXT[kind]
+    assert search.state_dict() == STORED[name]
+    assert [search.sample() for _ in range(2)] == NEXT[name]

@@ -180,7 +180,7 @@ def test_cached_images_are_read_once(files, processor):
 
 
 def test_strict_refuses_an_unknown_answer(files, processor):
-    with pytest.raises(ValueError, match=r"question_id 02930152 must have .* 2 answers .* got 'T-shirt blue'; 1 of 3 questions"):
+    with pytest.raises(ValueError, match=r"02930152 must have .* 2 answers .* got 'T-shirt blue'; 1 of 3 questions"):
         dataset(files, processor, strict=True)
     known = gqa.GQAVocabulary(["no", "yes", "T-shirt blue"])
     assert dataset(files, processor, strict=True, vocabulary=known)[0]["labels"] == 2
@@ -251,7 +251,9 @@ def test_accuracy_by_hand(files):
         "query": gqa.TypeAccuracy(1, 0.0, 1.0),
         "verify": gqa.TypeAccuracy(2, 0.5, 0.5),
     }
-    assert {kind: by.accuracy for kind, by in gqa.accuracy_by_type(answers, questions, "semantic").items()} == {
+    assert {
+        question_type: by.accuracy for question_type, by in gqa.accuracy_by_type(answers, questions, "semantic").items()
+    } == {
         "attr": 0.0,
         "obj": 1.0,
         "rel": 0.0,

@@ -17,11 +17,11 @@ IMAGE_NAME = "COCO_train2014_{image_id:012d}.jpg"
 SIZES = {7: (32, 48), 9: (48, 32)}  # width, height
 
 
-def annotation(question_id, image_id, kind, answers):
+def annotation(question_id, image_id, question_type, answers):
     return {
         "question_id": question_id,
         "image_id": image_id,
-        "question_type": kind,
+        "question_type": question_type,
         "answer_type": "other",
         "multiple_choice_answer": answers[0],
         "answers": [

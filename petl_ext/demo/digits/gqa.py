@@ -238,13 +238,17 @@ def write(split: SceneSplit, rng: np.random.Generator) -> None:
     for index in range(len(split.scenes)):
         asked = questions_about(split.scenes.objects(index), split.questions_per_scene, rng)
         for number, (detailed, question, answer) in enumerate(asked):
-            kind = QUESTION_TYPES[detailed]
+            types = QUESTION_TYPES[detailed]
             questions[str(split.image_id(index) * QUESTIONS_PER_IMAGE_ID + number)] = {
                 "question": question,
                 "imageId": split.image_path(index).stem,
                 "answer": answer,
                 "isBalanced": True,
-                "types": {"structural": kind.structural, "semantic": kind.semantic, "detailed": detailed},
+                "types": {
+                    "structural": types.structural,
+                    "semantic": types.semantic,
+                    "detailed": detailed,
+                },
             }
     files = GQADigitsFiles.of(split.folder, split.name)
     files.questions.write_text(json.dumps(questions), encoding="utf-8")

@@ -49,9 +49,9 @@ def write_digits(
             split = SceneSplit(unfinished, name, SceneMaker(name).make(count, rng), questions_per_scene)
             _write_images(split, tqdm(range(count), desc=f"digits {name}", disable=not progress))
             rngs = {"vqa": rng}  # VQAv2's questions go on where the scenes stopped
-            for kind in formats:
-                kind_rng = rngs.get(kind) or np.random.default_rng([seed, *name.encode(), *kind.encode()])
-                WRITERS[kind](split, kind_rng)
+            for form in formats:
+                form_rng = rngs.get(form) or np.random.default_rng([seed, *name.encode(), *form.encode()])
+                WRITERS[form](split, form_rng)
     return {split: DigitsFiles.of(folder, split) for split in num_scenes}
 
 

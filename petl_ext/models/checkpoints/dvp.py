@@ -113,7 +113,7 @@ def load_dvp_checkpoint(model, checkpoint, ignore=()):
     tensors_of(model, "DVP")
     if not isinstance(model, DVPModel):
         raise TypeError(f"model must be a DVPBert, DVPT5 or DVPLlama, got {type(model).__name__}")
-    checkpoint = opened(checkpoint, ignore, origins.DVP[model.family])
+    checkpoint = opened(checkpoint, ignore, origins.DVP[model.language_model_type])
     before = _settings_of(model)
     with unchanged_on_error(model):
         _fit_adapters(model, checkpoint)
@@ -130,7 +130,7 @@ def _settings_of(model):
 
 def _fit_adapters(model, checkpoint):
     """Gives the model adapters as wide as the file's, where both have any."""
-    for adapters in LANGUAGE_MODELS[model.family].adapters:
+    for adapters in LANGUAGE_MODELS[model.language_model_type].adapters:
         down = checkpoint.wanted(f"{adapters.key}.0.down_sampler.weight")
         if down is None or down.dim() != 2 or not model.options["use_adapters"]:
             continue
@@ -152,7 +152,7 @@ def _set_insert_layer(model, checkpoint):
 
 
 def _layout(model):
-    names = LANGUAGE_MODELS[model.family]
+    names = LANGUAGE_MODELS[model.language_model_type]
     base = next(name for name, module in model.named_modules() if module is model.language_model.base_model)
     searched = model.options["candidates"] is not None
     parts = [f"{base}.{part}." for part in (*model.parts, names.unused) if part]

@@ -10,7 +10,7 @@ from petl_ext.nn import AdapterLayer
 
 
 class AdapterPlan(NamedTuple):
-    """Where a family's adapters go and what they are.
+    """Where the adapters of a type of language model go and what they are.
 
     Attributes:
         sites: regular expression over the dotted names of modules, whose output, or its first part, is adapted.

@@ -33,7 +33,7 @@ class DVPModel(Refusals, nn.Module):
     the dtype of the language model's embeddings.
 
     Args:
-        language_model: a Hugging Face model of the family, with a head of its own or without.
+        language_model: a Hugging Face model of the class's type, with a head of its own or without.
         vision_model: frozen; a module that, given pixel_values, returns an output with last_hidden_state [B, N, Dv],
             class token included, such as CLIPVisionModel. None where `forward` is given visual_features.
         insert_layer: K. It can be changed at any time: `model.insert_layer = 3`.
@@ -61,7 +61,7 @@ class DVPModel(Refusals, nn.Module):
         ValueError: a wrong argument. The language model has not changed.
     """
 
-    family: ClassVar[str]
+    language_model_type: ClassVar[str]
     parts: ClassVar[tuple]  # of the base model that run
     norms: ClassVar[tuple]  # (part, what else is in the names of the parameters that train beside adapters)
     adapters: ClassVar[AdapterPlan]

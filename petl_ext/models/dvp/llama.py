@@ -35,7 +35,7 @@ class DVPLlama(DVPModel):
     residual. All norms train.
     """
 
-    family = "llama"
+    language_model_type = "llama"
     parts = ("embed_tokens", "layers", "norm")
     norms = (("layers.", "layernorm"), ("norm.", ""))
     adapters = AdapterPlan(

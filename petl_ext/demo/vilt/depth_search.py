@@ -1,7 +1,7 @@
 """The search for the layers of the small ViLT that the digits task does not need."""
 
 from petl_ext import DASConfig, attach
-from petl_ext.demo.search import ResumableSearch, train_with_search
+from petl_ext.demo.resumable_search import ResumableSearch, train_with_search
 from petl_ext.demo.vilt.training import BOTTLENECK, Method, ViltRun, any_inputs, make_model
 from petl_ext.search import DepthSearch
 
