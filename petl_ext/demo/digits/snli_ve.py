@@ -143,7 +143,7 @@ TEMPLATES: dict[str, Callable[[Cells], Judged]] = {
 
 
 class HypothesisMaker:
-    """Makes hypotheses so that each template, and each count of digits and colors, has every label about equally often."""
+    """Makes hypotheses: each template, and each count of digits and colors, has every label about equally often."""
 
     def __init__(self, rng: np.random.Generator):
         self.rng = rng
