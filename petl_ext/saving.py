@@ -54,10 +54,10 @@ def _writer():
     return f"{platform.node()}-{os.getpid()}"
 
 
-def _clear_leftovers(place, prefix, end=""):
+def _clear_leftovers(parent, prefix, end=""):
     """Removes what processes of this machine that no longer run have left unfinished; another may be at work."""
     of_this_machine = f"{prefix}{platform.node()}-"
-    for path in place.iterdir() if place.is_dir() else ():
+    for path in parent.iterdir() if parent.is_dir() else ():
         process = path.name.removeprefix(of_this_machine).partition("-")[0]
         if path.name.startswith(of_this_machine) and path.name.endswith(end) and not _runs(process):
             _remove(path)
@@ -105,10 +105,10 @@ def _write(folder, description, tensors):
     from safetensors.torch import save_file
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    place = folder if folder.is_dir() else folder.parent
+    parent = folder if folder.is_dir() else folder.parent
     prefix = f".petl-{folder.name}-"
-    _clear_leftovers(place, prefix)
-    with tempfile.TemporaryDirectory(prefix=f"{prefix}{_writer()}-", dir=place) as scratch:
+    _clear_leftovers(parent, prefix)
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}{_writer()}-", dir=parent) as scratch:
         complete = Path(scratch) / "complete"
         complete.mkdir()
         weights = complete / WEIGHTS_FILE

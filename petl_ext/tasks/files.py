@@ -1,4 +1,4 @@
-"""Reading official files with errors that name the place, and writing files whole."""
+"""Reading official files with errors that name the file and the entry, and writing files whole."""
 
 import json
 from collections.abc import Callable, Mapping

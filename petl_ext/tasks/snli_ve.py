@@ -74,7 +74,7 @@ class Pairs:
 
 
 def read_pairs(path: str | Path) -> Pairs:
-    """The rows of an official .jsonl or of a .tsv as OFA's; of a tsv's images only the places, never the bytes.
+    """The rows of an official .jsonl or of a .tsv as OFA's, of whose images only where they are in the file is kept.
 
     A tsv is read once from end to end. Raises ValueError, with the file, the line, what must be there and what is, if
     the file is malformed, empty, or neither .jsonl nor .tsv; FileNotFoundError if there is no such file.

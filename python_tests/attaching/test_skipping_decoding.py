@@ -49,7 +49,7 @@ OF_SEVERAL_SLOT_TYPES = {
 }
 
 
-def attached_with_kinds(name):
+def attached_with_slot_types(name):
     torch.manual_seed(0)
     sizes = {
         "hidden_size": 32,
@@ -79,8 +79,8 @@ def attached_with_kinds(name):
     "skip", [list(subset) for size in range(4) for subset in combinations(range(4), size)], ids=str
 )
 @pytest.mark.parametrize("name", OF_SEVERAL_SLOT_TYPES)
-def test_each_running_layer_takes_a_slot_of_its_own_kind_in_the_cache(name, skip):
-    model, attachment = attached_with_kinds(name)
+def test_each_running_layer_takes_a_slot_of_its_own_type_in_the_cache(name, skip):
+    model, attachment = attached_with_slot_types(name)
     slot_types = OF_SEVERAL_SLOT_TYPES[name]["layer_types"]
     if {slot_type for index, slot_type in enumerate(slot_types) if index not in skip} < set(slot_types):
         with pytest.raises(ValueError, match=r"no layer of model\.layers that is \w+_attention would run"):
@@ -101,7 +101,7 @@ def test_each_running_layer_takes_a_slot_of_its_own_kind_in_the_cache(name, skip
 
 
 def test_a_search_may_draw_what_cannot_decode():
-    model = attached_with_kinds("Gemma2")[0]
+    model = attached_with_slot_types("Gemma2")[0]
     search = petl_ext.DepthSearch(model, num_skip=2, interval=1, seed=1)
     words = torch.randint(5, 60, (1, 5))
     drawn = set()

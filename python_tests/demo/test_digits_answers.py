@@ -127,7 +127,7 @@ def test_gqa_color_choices_name_the_answer_first_or_second():
     assert "is the 7 red or blue?" in asked and "is the 7 blue or red?" in asked
 
 
-def test_gqa_places_are_choices_too():
+def test_gqa_positions_are_choices_too():
     beside = [DigitObject(5, "red", "northwest"), DigitObject(9, "blue", "northeast")]
     assert dict(digits_gqa.QUESTION_TYPES["relChoose"].ask(beside)) == {
         "is the 5 to the left or right of the 9?": "left",
@@ -231,9 +231,9 @@ def holds(hypothesis, scene):
         return any(matches(at, attributes(words)) for at in scene if sides[words[2]] in row_column[at])
     first, relation, second = words[: words.index("is")], words[words.index("is") + 1], words[-3:]
     before = {"left": (1, "west"), "right": (1, "east"), "above": (0, "north"), "below": (0, "south")}
-    axis, place = before[relation]
+    axis, side = before[relation]
     return any(
-        row_column[one][axis] == place != row_column[two][axis]
+        row_column[one][axis] == side != row_column[two][axis]
         and matches(one, attributes(first))
         and matches(two, attributes(second))
         for one, two in itertools.permutations(scene, 2)

@@ -252,10 +252,10 @@ def test_adapters_are_as_wide_as_the_files(save, family):
     inputs = tiny_dvp.make_inputs(trained)
     assert_same(fresh(**inputs).logits, restated(trained, **inputs))
     narrow = make_model(family, use_adapters=True)
-    place = before, narrow.insert_layer, tiny_vilt.snapshot(narrow)
+    state_before = before, narrow.insert_layer, tiny_vilt.snapshot(narrow)
     key = next(key for key in state if key.endswith("1.down_sampler.weight"))
     assert_refused(load_dvp_checkpoint, narrow, state | {key: torch.ones(8, DIM)}, rf"{key} \[8, {DIM}\] for")
-    assert (narrow.options["adapter_bottleneck"], narrow.insert_layer, tiny_vilt.snapshot(narrow)) == place
+    assert (narrow.options["adapter_bottleneck"], narrow.insert_layer, tiny_vilt.snapshot(narrow)) == state_before
 
 
 DAMAGE = [

@@ -16,8 +16,8 @@ def with_clear_mask(problem):
     """The problem with every second row, every second unit and every second column shifted to the other side.
 
     Rows and weights move by SHIFT of their deviations along one vector of signs, up or down, so the product of a row
-    with a unit moves by SHIFT * SHIFT * D of theirs. What it was before, and what the shift of one adds by chance to the
-    other, grows with the root of D alone.
+    with a unit moves by SHIFT * SHIFT * D of theirs. What it was before, and what the shift of one adds by chance to
+    the other, grows with the root of D alone.
     """
     name = WEIGHTS_OF[problem.op.name]
     return problem.change(**{each: _shifted(problem[each]) for each in ("x", name)}).trained()

@@ -2,7 +2,7 @@
 
 A dark cell is empty: "is there a digit in the northwest?" is "no" there. A question alone tells nothing about its
 answer: a yes-no question is asked only where its type has true and false ones to choose from, and a fair coin chooses;
-a choice names the right answer first or second equally often; colors, digits and places are drawn alike.
+a choice names the right answer first or second equally often; colors, digits and positions are drawn alike.
 """
 
 import json

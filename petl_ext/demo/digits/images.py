@@ -43,7 +43,7 @@ class DigitImageMaker:
         self.num_pictures = len(self.scenes.labels)
 
     def make(self, pictures: np.ndarray, rng: np.random.Generator) -> DigitImages:
-        """One image of each of `pictures`, indices below `num_pictures`: size, place and colors are drawn."""
+        """One image of each of `pictures`, indices below `num_pictures`: size, position and colors are drawn."""
         layouts = rng.integers(len(self.scenes.cells), size=len(pictures))
         colors, grounds = rng.integers(len(COLORS), size=(2, len(pictures)))
         palette = np.array(list(COLORS.values()), dtype=np.float32)[:, None, None]

@@ -167,7 +167,7 @@ def _layout(model):
         needed=(*parts, "vision_model.", "visual_prompts.", "type_embeddings."),
         heads={} if model.classifier is None else {root: _head_rules(root) for root in CLASSIFIERS},
         left_out=LEFT_OUT,
-        refused=_prompts_of_the_other_kind(searched),
+        refused=_refused_prompts(searched),
         attached=attached_configs(model),
     )
 
@@ -200,7 +200,7 @@ def _prompt_rules(searched):
     yield rule(f"token_type_embeddings{options}.weight", f"type_embeddings.{index}.weight")
 
 
-def _prompts_of_the_other_kind(searched):
+def _refused_prompts(searched):
     """{key: why it is refused}."""
     options, reason = ("", ONE_PROMPT) if searched else ("_options", PROMPTS_OF_SEARCH)
     return {f"{name}{options}.{{rest}}": reason for name in ("cross_attn", "token_type_embeddings")}

@@ -298,8 +298,8 @@ def _ignored(checkpoint, ignore):
 def _is_same(tensor, other):
     if _unusual_storage(tensor) or _unusual_storage(other):
         return False
-    same_kind = tensor.shape == other.shape and tensor.dtype == other.dtype
-    return same_kind and torch.allclose(tensor, other, rtol=0, atol=0, equal_nan=True)
+    alike = tensor.shape == other.shape and tensor.dtype == other.dtype
+    return alike and torch.allclose(tensor, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _unusual_storage(tensor):
