@@ -112,7 +112,7 @@ def _write(folder, description, tensors):
         complete = Path(scratch) / "complete"
         complete.mkdir()
         weights = complete / WEIGHTS_FILE
-        weights.touch()  # whatever safetensors would do, the mode is what the umask says
+        weights.touch()  # so that the mode is what the umask says, not what safetensors would choose
         mode, save = weights.stat().st_mode, secrets.token_hex(16)
         try:
             save_file(tensors, weights, metadata={"format": "pt", SAVE: save})
@@ -196,7 +196,8 @@ def fill(ours, theirs, folder):
     A tensor of another floating-point dtype is converted; that is logged, and which hold NaN or infinity.
 
     Raises:
-        ValueError: names, shapes or kinds differ. Nothing has been copied.
+        ValueError: names or shapes differ, or one of two tensors is floating-point and the other is not. Nothing has
+            been copied.
     """
     _check_fit(ours, theirs, folder)
     converted = sorted({f"{theirs[n].dtype} to {t.dtype}" for n, t in ours.items() if theirs[n].dtype != t.dtype})

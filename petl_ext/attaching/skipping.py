@@ -41,7 +41,7 @@ class SkippingAttachment(Attachment):
 
     @config.setter
     def config(self, config):
-        # Made anew when it is asked for: its checks take longer than a change of layers, which every step may bring.
+        # Made when it is asked for: its checks take longer than switching the layers, which every step may do.
         self._config = config
 
     @property

@@ -62,7 +62,7 @@ def frame(axes, grid=None):
 
 
 def save_figure(figure, path):
-    """The picture is whole or, after an error, as it was."""
+    """The picture is written whole; after an error the file is as it was."""
     with written_whole(path) as unfinished:
         figure.savefig(unfinished, dpi=120)
 

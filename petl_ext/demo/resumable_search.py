@@ -36,7 +36,7 @@ class ResumableSearch:
 
     @classmethod
     def check(cls, output, size, seed, goal, resume):
-        """Refuses what needs no data to be refused, for drawing them takes its time.
+        """Refuses what can be refused before the data are drawn, which takes a while.
 
         Args:
             goal: arguments of the search.

@@ -114,7 +114,8 @@ class SearchCallback(TrainerCallback, ExportableState):
         self._bar = None
 
     def add_to(self, trainer: Trainer) -> "SearchCallback":
-        """Makes it the first callback of `trainer`, so its values reach every tracker; once, however often called.
+        """Makes it the first callback of `trainer`, so that its values reach every tracker. A second call changes
+        nothing.
 
         Returns:
             The callback.

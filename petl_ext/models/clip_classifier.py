@@ -86,9 +86,9 @@ class CLIPClassifier(nn.Module):
     def freeze(self) -> None:
         """Computes the prompts' features once, for serving, or for training while the text encoder does not change.
 
-        Undone by `thaw`, `set_classes`, loading, a move or a cast, and whatever of the text encoder can be seen to
-        change: layers put in, taken out, disabled or set, autocast, parameters in all ways that torch counts. It counts
-        none through `parameter.data`, of collectives and of a fused optimizer.
+        Undone by `thaw`, `set_classes`, loading, a move or a cast, and every change of the text encoder that can be
+        seen: layers put in, taken out, disabled or set, autocast, and changes of parameters that torch counts. It does
+        not count those through `parameter.data`, by collectives or by a fused optimizer.
 
         Raises:
             RuntimeError: dropout makes the features vary, in training mode.
@@ -126,7 +126,7 @@ class CLIPClassifier(nn.Module):
         return [weight for part in self._text_parts() for weight in part.parameters()]
 
     def _text_settings(self) -> tuple:
-        """What the features of the prompts depend on beside weights: what is asked, by modules set how."""
+        """What the prompts' features depend on besides weights: the prompts, and the settings of the modules."""
         device = self.input_ids.device.type
         dtype = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         return self.classes, dtype, [(type(m), _settings(m)) for part in self._text_parts() for m in part.modules()]
@@ -140,7 +140,7 @@ class CLIPClassifier(nn.Module):
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """Attributes that are plain, or hold nothing else: PEFT switches its layers off by such, and scales them."""
+    """Attributes that are plain values or hold only such: with these PEFT switches its layers off and scales them."""
     settings = {}
     for name in vars(module).keys() - _OF_EVERY_MODULE:
         value = vars(module)[name]

@@ -139,7 +139,7 @@ class Bandit:
         p is that before the update; without a baseline, R_j itself stands in place of the difference.
 
         Raises:
-            ValueError: not one finite reward per subset, or an arm that there is not. Nothing has changed.
+            ValueError: not one finite reward per subset, or an arm that does not exist. Nothing has changed.
         """
         if len(subsets) != len(rewards) or not subsets:
             raise ValueError(f"Bandit: rewards must be one per subset, got {len(rewards)} for {len(subsets)} subsets")
@@ -193,7 +193,7 @@ class Bandit:
 
     def _order(self, generator, uniform):
         rates = [0.0] * self.num_arms if uniform else self._log_probabilities()
-        # Python promises that random() stays the same in later versions, and of expovariate() it does not.
+        # Python promises that random() stays the same in later versions, but not that expovariate() does.
         waits = [max(-math.log1p(-generator.random()), sys.float_info.min) for _ in rates]
         keys = [math.log(wait) - rate for wait, rate in zip(waits, rates, strict=True)]
         return sorted(range(self.num_arms), key=keys.__getitem__)

@@ -17,7 +17,7 @@ FORMAT = 1
 
 
 class StoredSearch:
-    """What of a `Search`, which derives from this, outlives its process."""
+    """The part of a `Search` that outlives its process; `Search` derives from it."""
 
     constants_class: ClassVar[type]
 
@@ -80,7 +80,7 @@ class StoredSearch:
 
     @classmethod
     def arguments_of(cls, state: dict) -> dict:
-        """The arguments of the class, but for constants and seed, that a state tells."""
+        """The arguments of the class, other than constants and seed, that a state holds."""
         return {}
 
 

@@ -29,7 +29,7 @@ def pick(entry: Any, fields: Mapping[str, type], where: str) -> dict:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """The file is whole or, after an error, as it was."""
+    """Writes the file whole; after an error it is as it was."""
     text = json.dumps(content)
     with written_whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")

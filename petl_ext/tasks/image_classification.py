@@ -106,8 +106,8 @@ def _visible_files(folder: Path) -> Iterator[Path]:
 def draw_shots(images: Iterable[LabeledImage], shots: int, seed: int) -> Draw:
     """`shots` random images of every class.
 
-    With one seed, fewer shots are among the more, and which are drawn of a class depends on no other class: runs that
-    differ in these differ in nothing else.
+    With one seed, a smaller draw is part of a larger one, and what is drawn of a class does not depend on the other
+    classes: runs that differ in these differ in nothing else.
 
     Raises ValueError if `shots` is below 1, or a class has fewer images.
     """
@@ -130,7 +130,7 @@ def draw_shots(images: Iterable[LabeledImage], shots: int, seed: int) -> Draw:
 def base_and_new(classes: Iterable[str]) -> BaseAndNew:
     """The first half of the sorted classes, of an odd number the larger one, and the second.
 
-    Raises ValueError for fewer than four classes: in a half of one there is nothing to tell apart.
+    Raises ValueError for fewer than four classes: a half with one class leaves nothing to tell apart.
     """
     ordered = sorted(set(classes))
     if len(ordered) < 4:
@@ -151,7 +151,7 @@ def images_of(images: Iterable[LabeledImage], classes: Sequence[str]) -> list[La
 def class_prompts(
     classes: Iterable[str], template: str = TEMPLATE, names: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """What a text encoder is told of each class: `template` with the class's name in place of "{}".
+    """What a text encoder reads for each class: `template` with the class's name in place of "{}".
 
     Args:
         classes: as the image folder names them; an underscore is read as a space.

@@ -161,7 +161,8 @@ class _ImageInTsv:
         return f"{self.path}: line {self.line}"
 
     def open(self, mode: str) -> BinaryIO:
-        """The image file's bytes. The tsv is opened anew: a data loader's workers share no position in it."""
+        """The image file's bytes. The tsv is opened each time, so that a data loader's workers share no position in
+        it."""
         with self.path.open(mode) as file:
             file.seek(self.start)
             encoded = file.read(self.length).translate(URLSAFE_TO_STANDARD)
@@ -182,7 +183,7 @@ class SNLIVEDataset(TextImageDataset):
     An item is a dict: the tokenizer's lists, such as `input_ids` and `attention_mask`; `pixel_values` [3, height,
     width]; `labels`, the int of `LABELS`. `left_out` is the number of rows without a label.
 
-    Raises ValueError if the file is malformed or `images` does not fit its kind; FileNotFoundError if a file or an
+    Raises ValueError if the file is malformed or `images` does not fit its format; FileNotFoundError if a file or an
     image is missing (checked for all images here); an unreadable image raises ValueError when it is used.
     """
 

@@ -74,7 +74,7 @@ def encode_images(pipeline: Any, images: Tensor, prompt: str) -> EncodedImages:
     """`images` [n, 3, height, width], from -1 to 1, and their prompt as a StableDiffusionPipeline's encoders see them.
 
     Args:
-        pipeline: has `vae` and `encode_prompt`; its text encoder's states are all that its UNet is told.
+        pipeline: has `vae` and `encode_prompt`; its text encoder's states are the UNet's only condition.
 
     Raises ValueError for images that the VAE cannot halve as often as it has to.
     """

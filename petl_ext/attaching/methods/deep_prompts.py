@@ -17,7 +17,7 @@ from petl_ext.attaching.methods.config import Config
 from petl_ext.attaching.sites.site import Site
 from petl_ext.checks import check_positive_integer
 
-# The initialization of the ViLT baseline has 16 x 16 RGB patches in it whatever the model's patches are.
+# The ViLT baseline initializes as for patches of 16 x 16 RGB pixels, also where the model's are others.
 PATCH_INPUTS = 3 * 16 * 16
 
 

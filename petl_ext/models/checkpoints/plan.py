@@ -72,7 +72,7 @@ def opened(source, ignore, origin):
     """The `Checkpoint` of a path or a state dict, which must be what `origin` says, as origins.py has it.
 
     Raises:
-        TypeError, FileNotFoundError, ValueError: as `load_vilt_checkpoint`, of what is no matter of the model.
+        TypeError, FileNotFoundError, ValueError: those of `load_vilt_checkpoint` that do not depend on the model.
     """
     checkpoint = read(source)
     check_origin(checkpoint, origin)
@@ -192,7 +192,7 @@ class _Plan:
             tensor, note = rule.adapt(tensor, wanted[0])
         pieces = tensor.chunk(len(names)) if tensor.dim() else (tensor,)
         if [piece.shape for piece in pieces] != wanted:
-            self.excused.update(names)  # named here, and so not once more as lacking
+            self.excused.update(names)  # reported here, so not reported as missing too
             self._problem(self._misfit(key), self._both_shapes(key, names))
             return
         for name, piece in zip(names, pieces, strict=True):

@@ -39,7 +39,7 @@ class Checkpoint(NamedTuple):
 
 
 def read(source):
-    """The `Checkpoint` of a file, or of a state dict that is there already.
+    """The `Checkpoint` of a file, or of a state dict in memory.
 
     Raises:
         TypeError: source is neither a path nor a mapping.
@@ -70,7 +70,7 @@ def _checkpoint(name, content):
 
 
 def _content(path):
-    """What safetensors or torch.save has written; which of the two is told by the file's first bytes."""
+    """What safetensors or torch.save has written; the file's first bytes tell which of the two."""
     with path.open("rb") as file:
         start = file.read(9)
         file.seek(0)

@@ -35,7 +35,7 @@ class AdapterPlan(NamedTuple):
 
 
 class AdaptedOutput(Composable):
-    """What a module becomes behind whose output [..., D], or the first part of a tuple, stands the child `adapter`.
+    """What a module becomes to get the child `adapter` behind its output [..., D], or behind the first part of a tuple.
 
     Not a `Site`: those are of what `attach` has put in, and it puts nothing into a model that carries some. These stay
     for good, and it may put other layers beside them.

@@ -14,7 +14,7 @@ from petl_ext.nn import VisualPromptLayer
 from petl_ext.saving import check_keys, check_sizes, fill, read_files, write_files
 
 HEAD_STD = 0.02
-# What folders saved before there were any do not have; they stand for the default.
+# Folders saved by older versions lack these; their defaults hold there.
 LATER_OPTIONS = ("adapter_bottleneck",)
 
 
@@ -220,7 +220,7 @@ class DVPModel(Refusals, nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def _freeze(self):
-        """Lets train: new layers and, of the language model, adapters and norms or all that runs."""
+        """Makes trainable: the new layers and, of the language model, adapters and norms, or all that runs."""
         self.language_model.requires_grad_(False)
         if self.vision_model is not None:
             self.vision_model.requires_grad_(False)
@@ -285,7 +285,8 @@ def with_prompt(attention_mask):
 
 
 def _dtype_of(module):
-    """In which it computes. Quantized weights are integers, or no parameters at all, and compute in float32."""
+    """The dtype that a module computes in. Quantized weights are integers, or no parameters at all, and compute in
+    float32."""
     dtypes = (parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
     return next(dtypes, torch.float32)
 

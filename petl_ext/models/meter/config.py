@@ -31,7 +31,7 @@ class MeterConfig(PreTrainedConfig):
 
     model_type = "meter"
     sub_configs: ClassVar[dict] = {"text_config": RobertaConfig, "vision_config": CLIPVisionConfig}
-    is_decoder: ClassVar[bool] = False  # transformers' attention asks
+    is_decoder: ClassVar[bool] = False  # transformers' attention reads it
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None

@@ -115,7 +115,7 @@ class Bottleneck(Kind):
 
     @staticmethod
     def petl_candidates(module):
-        # DVP's for LLaMA calls silu, of which no part tells.
+        # DVP's for LLaMA calls silu, which no part shows.
         activation = module._modules.get(_bottleneck_names(module)[2])
         return [Settings(name) for name in (ACTIVATIONS if activation is None else [activation_of(activation)])]
 
