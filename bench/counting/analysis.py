@@ -118,6 +118,12 @@ def _of_loop(code, walk, loop, warp):
     }
 
 
+def without_details(entry):
+    """What bounds follow from."""
+    code = entry["code"] and {name: n for name, n in entry["code"].items() if name not in ("accesses", "loops")}
+    return {**{name: n for name, n in entry.items() if name != "block"}, "code": code}
+
+
 def bounds(entry):
     """{what bounds: nanoseconds}: a launch takes no less, whatever overlaps with what."""
     blocks, code = blocks_of(entry), entry["code"]

@@ -6,6 +6,7 @@ WIDTH = 768
 ROWS = (240, 1920, 15360, 61440)  # ViLT at batches of 1, 8, 64 and 256
 TOKENS = 197  # of an image in attention pooling
 SAMPLES = (2, 10, 78, 312)  # images that have about as many tokens together
+DETAILED = 2  # the place of a batch of 64 in ROWS and SAMPLES
 WHOLE = 400  # rows up to which all blocks are run, so that products that are wanted can be told
 
 
@@ -30,6 +31,12 @@ class Case(NamedTuple):
         if self.op == "attention_pool":
             return {n * TOKENS: (n, WIDTH, self.inner, TOKENS) for n in SAMPLES}
         return {rows: (rows, WIDTH, self.inner, 0) for rows in ROWS}
+
+    @property
+    def detailed(self):
+        """The numbers of rows of which more than bounds is kept: one that is run whole, and a batch of 64."""
+        sizes = list(self.sizes)
+        return sizes[0], sizes[DETAILED]
 
 
 CASES = (

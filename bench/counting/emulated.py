@@ -9,9 +9,12 @@ import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from register_report import readable
+
 from counting.cases import WHOLE
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "build" / "count"
 
 
 @dataclass
@@ -73,32 +76,26 @@ def _weight(counts):
     return sum(number for name, number in counts.items() if name.endswith((" wavefronts", " sectors")))
 
 
-def readable(mangled):
-    """The names without parameters and namespaces, in their order."""
-    names = subprocess.run(["c++filt", "-p"], input="\n".join(mangled), capture_output=True, text=True, check=True)
-    return [re.sub(r"petl::(cuda::)?|\(anonymous namespace\)::", "", name) for name in names.stdout.splitlines()]
-
-
 def host_compiler():
     """That of CMake's defaults, which compiles the kernels for the emulator."""
     command = [os.environ.get("CXX", "c++").split()[0], "--version"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
-def build(folder=ROOT / "build" / "count"):
-    """count_kernels, brought up to date."""
+def build(target="count_kernels"):
+    """A program in FOLDER, brought up to date."""
     search = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     cmake = shutil.which("cmake", path=search)
     if cmake is None:
         raise SystemExit("CMake is missing: pip install cmake")
     for command in (
-        [cmake, "-S", ROOT, "-B", folder, "-DPETL_COUNT=ON"],
-        [cmake, "--build", folder, "--target", "count_kernels", "--parallel"],
+        [cmake, "-S", ROOT, "-B", FOLDER, "-DPETL_COUNT=ON"],
+        [cmake, "--build", FOLDER, "--target", target, "--parallel", str(os.cpu_count())],
     ):
         result = subprocess.run(command, env={**os.environ, "PATH": search}, capture_output=True, text=True)
         if result.returncode != 0:
             raise SystemExit(result.stdout + result.stderr)
-    return folder / "count_kernels"
+    return FOLDER / target
 
 
 def _symbols(program):

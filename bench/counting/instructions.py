@@ -1,8 +1,7 @@
 """Who knows an instruction: what computes its results, and which registers and predicates it writes."""
 
 from counting import semantics
-from counting.lanes import flags_from, register
-
+from counting.lanes import ZEROS, flags_from, register
 
 SEMANTICS = {
     **dict.fromkeys(("IMAD", "UIMAD"), semantics.multiply_add),
@@ -31,12 +30,15 @@ SEMANTICS = {
 }
 
 # What writes registers, but nothing that is known here.
-UNKNOWN = set(
-    "FADD FMUL FFMA FMNMX DADD DMUL DFMA HADD2 HMUL2 HMNMX2 F2F F2FP I2FP FRND DSETP FCHK "
-    "LDG LDS LDSM HMMA SHFL VOTE VOTEU POPC FLO SGXT".split()
-)
+UNKNOWN = {
+    "FADD", "FMUL", "FFMA", "FMNMX", "DADD", "DMUL", "DFMA", "DSETP", "HADD2", "HMUL2", "HMNMX2", "FCHK", "FRND",
+    "F2F", "F2FP", "I2FP", "LDG", "LDS", "LDSM", "HMMA", "SHFL", "VOTE", "VOTEU", "POPC", "FLO", "SGXT",
+}  # fmt: skip
 # What writes none.
-NOTHING = set("NOP STG STS LDGSTS BAR DEPBAR LDGDEPBAR MEMBAR ERRBAR CCTL WARPSYNC ENDCOLLECTIVE YIELD".split())
+NOTHING = {
+    "NOP", "STG", "STS", "LDGSTS", "BAR", "DEPBAR", "LDGDEPBAR", "MEMBAR", "ERRBAR", "CCTL", "WARPSYNC",
+    "ENDCOLLECTIVE", "YIELD",
+}  # fmt: skip
 
 
 def _width(opcode, modifiers):
@@ -61,5 +63,5 @@ def results_of(instruction, op):
     if number is None:
         return [], flags
     carries, _ = flags_from(op, first + 1)
-    width = _width(instruction.opcode, set(instruction.name.split(".")))
+    width = 0 if number in ZEROS else _width(instruction.opcode, set(instruction.name.split(".")))
     return list(range(number, number + width)), [*flags, *carries]

@@ -5,16 +5,18 @@ in part; then it is told bit by bit.
 """
 
 import re
+from functools import cache
 
 import numpy as np
 
-WORD = np.uint64(0xFFFFFFFF)
+WORD, NO_BITS = np.uint64(0xFFFFFFFF), np.uint64(0)
 THIRTY_TWO = np.uint64(32)
 NUM_REGISTERS, NUM_FLAGS = 256 + 64, 16  # the uniform ones behind a lane's own
 ZEROS, TRUES = (255, 256 + 63), (7, 15)
 CONSTANT = re.compile(r"c\[(0x\w+)\]\[(?:(U?R\w+)\+?)?(-?0x\w+)?\]")
 
 
+@cache
 def register(text):
     """The number of a register, None for what is none."""
     match = re.fullmatch(r"(U?)R(\d+|Z)|SRZ", text)
@@ -23,6 +25,7 @@ def register(text):
     return (256 if match[1] else 0) + (int(match[2]) if match[2] not in (None, "Z") else 63 if match[1] else 255)
 
 
+@cache
 def flag(text):
     """The number of a predicate."""
     match = re.fullmatch(r"!?(U?)P(\d|T)", text)
@@ -61,7 +64,7 @@ class Lanes:
         if number not in ZEROS:
             np.copyto(self.words[number], value[0] & WORD, where=where)
             np.copyto(self.known[number], value[1], where=where)
-            np.copyto(self.known_bits[number], value[1] * WORD, where=where)
+            np.copyto(self.known_bits[number], np.where(value[1], WORD, NO_BITS), where=where)
 
     def put_bits(self, number, value, where):
         """`value`: a word, and which bits of it are known."""

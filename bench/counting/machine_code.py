@@ -5,13 +5,16 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import cuda_kernels
 import cuda_toolkit
 import register_report
+
 from counting import sass
+from counting.emulated import FOLDER
 
 ARCHITECTURE = "90a"
 
@@ -54,20 +57,21 @@ def version(compilation):
 
 
 def _text(object_file, toolkit):
-    """What nvdisasm writes, kept beside the object."""
-    kept, key = object_file.with_suffix(".sass"), object_file.with_suffix(".key").read_text()
+    """What nvdisasm writes, kept for the next time."""
+    folder = FOLDER / "code"
+    folder.mkdir(parents=True, exist_ok=True)
+    kept, key = folder / f"{object_file.stem}.sass", object_file.with_suffix(".key").read_text()
     if kept.exists():
         old_key, _, text = kept.read_text().partition("\n")
         if old_key == key:
             return text
-    for old in object_file.parent.glob(f"{object_file.stem}.*.cubin"):
-        old.unlink()
-    command = [_tool(toolkit, "cuobjdump"), "-xelf", f"sm_{ARCHITECTURE}", object_file.name]
-    subprocess.run(command, cwd=object_file.parent, capture_output=True, check=True)
     texts = []
-    for cubin in sorted(object_file.parent.glob(f"{object_file.stem}.*sm_{ARCHITECTURE}.cubin")):
-        command = [_tool(toolkit, "nvdisasm"), "-hex", str(cubin)]
-        texts.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    with tempfile.TemporaryDirectory() as cubins:
+        command = [_tool(toolkit, "cuobjdump"), "-xelf", f"sm_{ARCHITECTURE}", object_file.absolute()]
+        subprocess.run(command, cwd=cubins, capture_output=True, check=True)
+        for cubin in sorted(Path(cubins).iterdir()):
+            command = [_tool(toolkit, "nvdisasm"), "-hex", cubin]
+            texts.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     kept.write_text("\n".join([key, *texts]))
     return "\n".join(texts)
 

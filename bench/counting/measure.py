@@ -30,7 +30,7 @@ def _count(task, compilation):
         entry = analysis.of_emulator(launch)
         entry["code"] = analysis.of_code(launch, _kernels(compilation)[launch.kernel]) if compilation else None
         entry["bounds"] = analysis.bounds(entry)
-        entries.append(entry)
+        entries.append(entry if task.rows in task.case.detailed else analysis.without_details(entry))
     return entries
 
 

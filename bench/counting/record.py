@@ -4,6 +4,8 @@ import json
 
 from results import RESULTS
 
+from counting.cases import CASES
+
 JSON_FILE, MARKDOWN_FILE = RESULTS / "cuda-counts.json", RESULTS / "cuda-counts.md"
 
 
@@ -26,7 +28,15 @@ def as_text(compilers, cases):
 
 
 def load():
-    return json.loads(JSON_FILE.read_text())
+    """The compilers and the cases of the committed table, as `as_text` takes them."""
+    document = json.loads(JSON_FILE.read_text())
+    named = {str(case): case for case in CASES}
+    cases = {
+        named[name]: {int(rows): entries for rows, entries in sizes.items()}
+        for name, sizes in document["cases"].items()
+        if name in named
+    }
+    return document["compilers"], cases
 
 
 def _flat(value, path=""):

@@ -4,6 +4,7 @@ Sizes, indices and pointers come from the launch's parameters, so they are known
 floats compute, is not.
 """
 
+import itertools
 import operator
 
 import numpy as np
@@ -106,27 +107,25 @@ def shift(lanes, op, where, modifiers):
 
 def _logic(values, table, ones):
     """Of three values, by a table of eight bits."""
-    result = np.zeros_like(values[0])
+    a, b, c = values
+    not_a, not_b, not_c = a ^ ones, b ^ ones, c ^ ones
+    result = a ^ a
     for case in range(8):
         if table >> case & 1:
-            term = np.full_like(result, ones)
-            for value, bit in zip(values, (4, 2, 1), strict=True):
-                term = term & (value if case & bit else value ^ ones)
-            result = result | term
+            result = result | (a if case & 4 else not_a) & (b if case & 2 else not_b) & (c if case & 1 else not_c)
     return result
 
 
 def _known_logic(values, table, ones):
     """The same, and of which bits it is known: it is the same whatever the unknown ones are."""
-    if all((known == ones).all() for _, known in values):
-        return _logic([value for value, _ in values], table, ones), np.full_like(values[0][0], ones)
+    guesses = [(ones ^ ones,) if (known == ones).all() else (ones ^ ones, ones) for _, known in values]
     results = [
         _logic(
-            [value & known | (ones ^ known) * guess for (value, known), guess in zip(values, guesses, strict=True)],
+            [value & known | (ones ^ known) & guess for (value, known), guess in zip(values, chosen, strict=True)],
             table,
             ones,
         )
-        for guesses in np.ndindex(2, 2, 2)
+        for chosen in itertools.product(*guesses)
     ]
     always, ever = np.bitwise_and.reduce(results), np.bitwise_or.reduce(results)
     return always, always ^ ever ^ ones

@@ -48,12 +48,17 @@ def _kilobytes(number):
     return f"{number / 1000:.1f}"
 
 
-def _entries(cases, rows_of=None):
-    """(case, rows, entry), of all rows or of one number of rows for each case."""
+def _entries(cases):
     for case, sizes in cases.items():
-        for rows in [rows_of(sizes)] if rows_of else sizes:
-            for entry in sizes[rows]:
-                yield case, rows, entry
+        for rows, entries in sizes.items():
+            yield from ((case, rows, entry) for entry in entries)
+
+
+def _detailed(cases):
+    """For each case the entries of the most rows of which there are details."""
+    for case, sizes in cases.items():
+        rows = max((rows for rows in sizes if rows in case.detailed), default=None)
+        yield from ((case, rows, entry) for entry in sizes.get(rows, []))
 
 
 def _bounds(cases):
@@ -66,7 +71,7 @@ def _bounds(cases):
 
 
 def _blocks(cases):
-    for case, rows, entry in _entries(cases, _most_typical):
+    for case, rows, entry in _detailed(cases):
         code, block = entry["code"], entry["block"]
         dead = f" ({code['dead_products']})" if code and code["dead_products"] else ""
         of_code = ["-"] * 3
@@ -89,21 +94,16 @@ def _blocks(cases):
 
 def _wanted(sizes, kernel):
     """Of a block of the same kernel where all blocks were counted."""
-    blocks = [entry["block"] for entry in sizes[min(sizes)] if entry["kernel"] == kernel]
-    return blocks[0].get("products wanted", "-") if blocks else "-"
+    entries = (entry for entries in sizes.values() for entry in entries if entry["kernel"] == kernel)
+    return next((entry["block"].get("products wanted", 0) for entry in entries if "products_wanted" in entry), "-")
 
 
 def _in_block(block, what):
     return sum(number for name, number in block.items() if name.startswith("shared ") and name.endswith(f" {what}"))
 
 
-def _most_typical(sizes):
-    """The rows of a batch of 64, or the most there are."""
-    return next((rows for rows in sizes if 15000 < rows < 16000), max(sizes))
-
-
 def _loops(cases):
-    for case, _, entry in _entries(cases, _most_typical):
+    for case, _, entry in _detailed(cases):
         for loop in entry["code"]["loops"] if entry["code"] else []:
             rounds = loop["rounds"]
             dead = f" ({loop['dead_products'] / rounds:.1f})" if loop["dead_products"] else ""
@@ -119,7 +119,7 @@ def _loops(cases):
 
 
 def _tensors(cases):
-    for case, _, entry in _entries(cases, _most_typical):
+    for case, _, entry in _detailed(cases):
         block = entry["block"]
         for name in [name.removesuffix(" sectors") for name in block if name.endswith(" sectors")]:
             from_cache = _kilobytes(32 * block[f"{name} L2"]) if f"{name} L2" in block else "-"

@@ -78,6 +78,8 @@ class Walker:
         self.place = np.zeros(count, np.int64)  # of each lane; NOWHERE: it has returned
         self.waits = np.zeros(count, bool)  # at the end of a divergent part
         self.members = np.zeros((16, count), bool)  # of the divergent parts that have begun
+        turns = ("BRA", "BRX", "BRXU", "EXIT", "CALL", "RET", "BSSY", "BSYNC", "BREAK")
+        self.turns = {opcode: getattr(self, f"_{opcode.lower()}") for opcode in turns}
         size = (len(kernel.instructions), count // WARP)
         self.walk = Walk(np.zeros(size, np.int64), np.zeros(size, np.int64))
 
@@ -88,44 +90,56 @@ class Walker:
             if here == NOWHERE:
                 break
             # Lanes that are behind the others go first, so that they meet where their ways do.
-            self._step(here, ready == here)
+            active = ready == here
+            self._go(here, active, int(ready.min(initial=NOWHERE, where=~active)))
         if self.waits.any():
             raise RuntimeError(f"{self.kernel.symbol}: lanes wait for others that have returned")
         return self.walk
 
-    def _step(self, here, active):
-        instruction = self.kernel.instructions[here]
+    def _go(self, here, active, end):
+        """Straight on up to a branch, or up to where other lanes are."""
         warps = active.reshape(-1, WARP).any(axis=1)
-        self.walk.issued[here] += warps
-        self.walk.steps.append((here, warps))
-        guard = (active, self.lanes.everywhere)
-        if instruction.guard:
-            guard = self.lanes.get_flag(instruction.guard)
-        value, known = active & guard[0], guard[1]
+        while here < end:
+            instruction = self.kernel.instructions[here]
+            self.walk.issued[here] += warps
+            self.walk.steps.append((here, warps))
+            value, known = self._guard(here, instruction, active, warps)
+            turn = self.turns.get(instruction.opcode)
+            if turn:
+                self.place[active] = here
+                turn(here, instruction, active, value, known)
+                return
+            self._compute(here, instruction, active, value, known)
+            here += 1
+        self.place[active] = here
+
+    def _guard(self, here, instruction, active, warps):
+        """For which lanes the predicate is true, and for which it is known."""
+        if instruction.guard is None:
+            return active, self.lanes.everywhere
+        flags, known = self.lanes.get_flag(instruction.guard)
+        value = active & flags
         off = warps & ~(value | active & ~known).reshape(-1, WARP).any(axis=1)
         if off.any():
             self.walk.off[here] += off
             self.walk.off_steps[len(self.walk.steps) - 1] = off
-        if self.requests and instruction.opcode in MEMORY_OPCODES:
-            self.requests.note(self.lanes, len(self.walk.steps) - 1, instruction, value | active & ~known)
-        act = getattr(self, f"_{instruction.opcode.lower()}", None)
-        if act:
-            act(here, instruction, active, value, known)
-            return
-        self.place[active] = here + 1
-        self._compute(here, instruction, value & known, active & ~known)
+        return value, known
 
-    def _compute(self, here, instruction, where, maybe):
+    def _compute(self, here, instruction, active, value, known):
         if here not in self.operands:
             op = Operands(self.lanes, instruction.operands)
             self.operands[here] = op, results_of(instruction, op), set(instruction.name.split("."))
         op, (registers, flags), modifiers = self.operands[here]
+        is_sure = known is self.lanes.everywhere
+        where, maybe = (value, None) if is_sure else (value & known, active & ~known)
+        if self.requests and instruction.opcode in MEMORY_OPCODES:
+            self.requests.note(self.lanes, len(self.walk.steps) - 1, instruction, where if is_sure else where | maybe)
         semantics = SEMANTICS.get(instruction.opcode)
-        if semantics is None:
-            maybe = where | maybe
-        elif where.any():
+        if semantics:
             semantics(self.lanes, op, where, modifiers)
-        if maybe.any():
+        else:
+            self.lanes.forget(registers, flags, where)
+        if maybe is not None and maybe.any():
             self.lanes.forget(registers, flags, maybe)
 
     # Where a lane goes.

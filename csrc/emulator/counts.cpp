@@ -93,9 +93,7 @@ int memory_of(uintptr_t address) {
   return kNoMemory;
 }
 
-Lane& running_lane() {
-  return counter.lanes[threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)];
-}
+Lane& running_lane() { return counter.lanes[threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)]; }
 
 void note(Kind kind, const void* address, unsigned bytes, uint64_t instruction) {
   if (memory_of(reinterpret_cast<uintptr_t>(address)) == kNoMemory) return;
@@ -312,13 +310,9 @@ namespace counts = emulator::counts;
 }
 
 #define PETL_INSTRUCTION reinterpret_cast<uint64_t>(__builtin_return_address(0))
-#define PETL_ACCESSES_OF(bytes)                                            \
-  extern "C" void __tsan_read##bytes(void* address) {                      \
-    counts::note_access(false, address, bytes, PETL_INSTRUCTION);          \
-  }                                                                        \
-  extern "C" void __tsan_write##bytes(void* address) {                     \
-    counts::note_access(true, address, bytes, PETL_INSTRUCTION);           \
-  }
+#define PETL_ACCESSES_OF(bytes)                                                                                       \
+  extern "C" void __tsan_read##bytes(void* address) { counts::note_access(false, address, bytes, PETL_INSTRUCTION); } \
+  extern "C" void __tsan_write##bytes(void* address) { counts::note_access(true, address, bytes, PETL_INSTRUCTION); }
 PETL_ACCESSES_OF(1)
 PETL_ACCESSES_OF(2)
 PETL_ACCESSES_OF(4)

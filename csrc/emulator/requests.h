@@ -21,7 +21,8 @@ struct Wavefronts {
 };
 
 // Shared memory has 32 banks of 4 bytes. A request goes in phases of at most 128 bytes: all lanes at once for 4 bytes
-// each, half of them for 8, a quarter for 16. In a phase each bank serves one word per wavefront, to all who ask for it.
+// each, half of them for 8, a quarter for 16. In a phase each bank serves one word per wavefront, to all who ask for
+// it.
 Wavefronts wavefronts_of(const std::vector<LaneAccess>& lanes, unsigned bytes);
 
 // The sectors of 32 bytes that a request touches, in ascending order.
