@@ -327,32 +327,42 @@ struct AdapterBackwardPass {
 };
 
 // Calls function with the pass of a call.
-template <template <class, class> class Pass, class Args, class Function>
-auto with_pass(const Args& args, void* memory, const Function& function) {
+template <class Function>
+auto with_pass(const AdapterForward& args, void* memory, const Function& function) {
+  const AdapterSizes& size = args.inputs.size;
   return with_element(args.inputs.x.dtype, [&](auto element) {
     using T = decltype(element);
-    return with_shape<T>(args.inputs.size.R, args.inputs.size.B,
-                         [&](auto shape) { return function(Pass<T, decltype(shape)>(args, memory)); });
+    return with_forward_shape<T>(
+        size.R, size.B, [&](auto shape) { return function(AdapterForwardPass<T, decltype(shape)>(args, memory)); });
+  });
+}
+
+template <class Function>
+auto with_pass(const AdapterBackward& args, void* memory, const Function& function) {
+  return with_element(args.inputs.x.dtype, [&](auto element) {
+    using T = decltype(element);
+    return with_shape<T>(args.inputs.size.B,
+                         [&](auto shape) { return function(AdapterBackwardPass<T, decltype(shape)>(args, memory)); });
   });
 }
 
 }  // namespace
 
 int64_t adapter_forward_workspace(const AdapterForward& args) {
-  return with_pass<AdapterForwardPass>(args, nullptr, [](const auto& pass) { return pass.partition.bytes(); });
+  return with_pass(args, nullptr, [](const auto& pass) { return pass.partition.bytes(); });
 }
 
 int adapter_forward(const AdapterForward& args, void* workspace, Queue queue) {
   if (args.inputs.size.R == 0) return 0;
-  return with_pass<AdapterForwardPass>(args, workspace, [&](const auto& pass) { return pass.run(queue); });
+  return with_pass(args, workspace, [&](const auto& pass) { return pass.run(queue); });
 }
 
 int64_t adapter_backward_workspace(const AdapterBackward& args) {
-  return with_pass<AdapterBackwardPass>(args, nullptr, [](const auto& pass) { return pass.partition.bytes(); });
+  return with_pass(args, nullptr, [](const auto& pass) { return pass.partition.bytes(); });
 }
 
 int adapter_backward(const AdapterBackward& args, void* workspace, Queue queue) {
-  return with_pass<AdapterBackwardPass>(args, workspace, [&](const auto& pass) { return pass.run(queue); });
+  return with_pass(args, workspace, [&](const auto& pass) { return pass.run(queue); });
 }
 
 }  // namespace petl::cuda

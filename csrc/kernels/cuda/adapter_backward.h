@@ -68,7 +68,6 @@ struct AdapterBackwardOp {
   struct Terms {
     const RowStatistics* statistics;  // of the thread's first line, in shared memory
     float mean[kMaxThreadRows], slope[kMaxThreadRows];
-    double share;
   };
   struct Inputs {
     Packed<T> dout, x;
@@ -100,7 +99,7 @@ struct AdapterBackwardOp {
   __device__ __forceinline__ bool multiplies() const { return true; }
 
   template <class Block, class SumsOfThread, class Hidden>
-  __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Hidden tile) const {
+  __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Hidden tile, double& share) const {
     Terms terms = {};
     const float factor = scale.value();
     with_activation(activation, [&](auto kind) {
@@ -110,11 +109,12 @@ struct AdapterBackwardOp {
         for (int line = 0; line < Block::kThreadRows; ++line) {
           float gradients[8], units[8];
           sums.get(group, line, gradients);
-          differentiate<decltype(kind)::value>(block, line, column, biases, weights, factor, gradients, units, terms);
+          differentiate<decltype(kind)::value>(block, line, column, biases, weights, factor, gradients, units, terms,
+                                               share);
           const Packed<T> packed = pack<T>(gradients);
           tile.store(block.local_row(line), column, packed);
-          const bool kept_here = dhidden && column < kept && block.has(line);
-          const int64_t place = block.row(line) * kept + column;
+          const bool kept_here = (dhidden != nullptr) & (column < kept) & block.has(line);
+          const int64_t place = block.row(0) * kept + line * (int64_t{8} * kept) + column;
           store_if(kept_here, dhidden + place, packed);
           store_if(kept_here, hidden + place, pack<T>(units));
         }
@@ -134,9 +134,9 @@ struct AdapterBackwardOp {
   template <AdapterActivation kActivation, class Block>
   __device__ __forceinline__ void differentiate(const Block& block, int line, int column, const EightFloats& biases,
                                                 const EightFloats& weights, float factor, float (&gradients)[8],
-                                                float (&units)[8], Terms& terms) const {
+                                                float (&units)[8], Terms& terms, double& share) const {
     const bool valid = column < kept && block.has(line);
-    unpack(load_if(valid, products + block.row(line) * kept + column), units);
+    unpack(load_if(valid, products + block.row(0) * kept + line * (int64_t{8} * kept) + column), units);
     float sum = 0, slope = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -149,12 +149,12 @@ struct AdapterBackwardOp {
       units[i] = unit.value;
     }
     terms.slope[line] += x ? slope / static_cast<float>(D) : 0;
-    terms.share += sum;
+    share += sum;
   }
 
   __device__ __forceinline__ Inputs prefetch(bool valid, const Rows& rows, int line, int column) const {
-    return {load_if(valid && residual_is_input, rows.dout.at(line, column)),
-            load_if(valid && x, rows.x.at(line, column))};
+    return {load_if(valid & residual_is_input, rows.dout.at(line, column)),
+            load_if(valid & (x != nullptr), rows.x.at(line, column))};
   }
 
   __device__ __forceinline__ void write(bool valid, const Rows& rows, int line, int column, const float (&products)[8],
@@ -175,9 +175,9 @@ struct AdapterBackwardOp {
   }
 
   template <class Block>
-  __device__ __forceinline__ void end(const Block& block, const Terms& terms, double share) const {
+  __device__ __forceinline__ void end(const Block& block, double share) const {
     if (!shares) return;
-    const double total = sum_block(double{scale.factor} * (terms.share + share), block.block_scratch);
+    const double total = sum_block(double{scale.factor} * share, block.block_scratch);
     if (threadIdx.x == 0) shares[blockIdx.x] = total;
   }
 };

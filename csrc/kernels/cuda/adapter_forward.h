@@ -61,7 +61,8 @@ struct AdapterProductsOp : AdapterFirst<T> {
         float values[8];
         sums.get(group, line, values);
         scale.apply(line, unit_sums.values, values);
-        store_if(column < kept && block.has(line), products + block.row(line) * kept + column, pack<float>(values));
+        store_if(column < kept && block.has(line), products + block.row(0) * kept + line * (int64_t{8} * kept) + column,
+                 pack<float>(values));
       }
     });
   }
@@ -105,10 +106,10 @@ struct AdapterForwardOp : AdapterFirst<T> {
   __device__ __forceinline__ bool writes_rows() const { return true; }
   __device__ __forceinline__ bool multiplies() const { return true; }
   template <class Block>
-  __device__ __forceinline__ void end(const Block&, const Terms&, double) const {}
+  __device__ __forceinline__ void end(const Block&, double) const {}
 
   template <class Block, class SumsOfThread, class Hidden>
-  __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Hidden hidden) const {
+  __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Hidden hidden, double&) const {
     const ProductScale<T, Block::kThreadRows> products(*this, block);
     with_activation(activation, [&](auto kind) {
       block.for_each_group(this->inner, [&](int group, int column) {
@@ -132,7 +133,7 @@ struct AdapterForwardOp : AdapterFirst<T> {
   }
 
   __device__ __forceinline__ Inputs prefetch(bool valid, const Rows& rows, int line, int column) const {
-    return load_if(valid && residual, rows.residual.at(line, column));
+    return load_if(valid & (residual != nullptr), rows.residual.at(line, column));
   }
 
   __device__ __forceinline__ void write(bool valid, const Rows& rows, int line, int column, const float (&products)[8],

@@ -80,7 +80,7 @@ auto with_forward(const AptForward& args, void* memory, const Function& function
   return with_element(args.x.dtype, [&](auto element) {
     using T = decltype(element);
     const bool rest = args.activation == Activation::relu && args.keys.dtype == DType::float32;
-    return with_shape<T>(args.size.R, args.size.P, [&](auto shape) {
+    return with_forward_shape<T>(args.size.R, args.size.P, [&](auto shape) {
       if constexpr (sizeof(T) == 2) {
         if (rest) return function(AptForwardPass<T, decltype(shape), true>(args, memory));
       }
@@ -204,7 +204,7 @@ template <class Function>
 auto with_backward(const AptBackward& args, void* memory, const Function& function) {
   return with_element(args.x.dtype, [&](auto element) {
     using T = decltype(element);
-    return with_shape<T>(args.size.R, args.size.P,
+    return with_shape<T>(args.size.P,
                          [&](auto shape) { return function(AptBackwardPass<T, decltype(shape)>(args, memory)); });
   });
 }

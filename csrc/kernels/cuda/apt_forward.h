@@ -70,7 +70,7 @@ struct AptForwardOp {
   };
 
   template <class Block>
-  __device__ __forceinline__ void end(const Block&, const Terms&, double) const {}
+  __device__ __forceinline__ void end(const Block&, double) const {}
   __device__ __forceinline__ bool writes_rows() const { return true; }
   __device__ __forceinline__ bool multiplies() const { return true; }
 
@@ -104,9 +104,8 @@ struct AptForwardOp {
   __device__ __forceinline__ void store_scores(const Block& block, Hidden hidden, int line, int column,
                                                const float (&normalized)[8], const float (&values)[8]) const {
     hidden.store(block.local_row(line), column, pack<T>(normalized));
-    if (scores && column < kept && block.has(line)) {
-      store(scores + block.row(line) * kept + column, pack<Kept>(values));
-    }
+    const int64_t place = block.row(0) * kept + line * (int64_t{8} * kept) + column;
+    store_if(scores && column < kept && block.has(line), scores + place, pack<Kept>(values));
   }
 
   template <class Block, class SumsOfThread, class Hidden>
@@ -150,7 +149,7 @@ struct AptForwardOp {
   }
 
   template <class Block, class SumsOfThread, class Hidden>
-  __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Hidden hidden) const {
+  __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Hidden hidden, double&) const {
     float gates[Block::kThreadRows];
     if (activation == Activation::relu) {
       activate_relu(sums, block, hidden, gates);

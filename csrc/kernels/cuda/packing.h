@@ -7,11 +7,11 @@
 
 namespace petl::cuda {
 
-constexpr int kUnitColumns = 32, kMostUnitDepth = 64;
+constexpr int kUnitColumns = 32;
 
-// How a right operand [depth, columns] is cut: into units of 32 columns and some depth, each [slot][depth]. A tile is
-// `groups` units beside each other; the tiles follow each other along the depth, `depths` of them, and then along the
-// columns.
+// How a right operand [depth, columns] is cut: into units of 32 columns and some depth, 64 at most, each [slot][depth].
+// A tile is `groups` units beside each other; the tiles follow each other along the depth, `depths` of them, and then
+// along the columns.
 struct Cut {
   int groups, depths, column_tiles;
 };
@@ -28,9 +28,6 @@ struct PackedOperand {
   __host__ __device__ int units() const { return cut.groups * cut.depths * cut.column_tiles; }
   int64_t elements() const { return int64_t{units()} * kUnitColumns * unit_depth * (rest ? 2 : 1); }
 };
-
-// The column whose place in 32 is `slot`: the inverse of slot_of.
-__device__ __forceinline__ int column_of(int slot) { return (slot & 6) << 2 | (slot >> 2 & 6) | (slot & 1); }
 
 // A power of two that brings the largest gain near one. Products of weights with small gains would else have few digits
 // in float16, or none.
@@ -55,7 +52,7 @@ __device__ __forceinline__ float gain_scale<Float16>(const Weights& gain, float*
 
 constexpr int kPackThreads = 128;
 
-// One unit of an operand, by a block of kPackThreads.
+// One unit of an operand, by a block of kPackThreads. Each thread makes eight of a column's elements at a time.
 template <class T>
 class UnitPacker {
  public:
@@ -68,61 +65,72 @@ class UnitPacker {
         values_(reinterpret_cast<float*>(shared_memory())) {}
 
   __device__ __forceinline__ void run() const {
-    const bool has_gain = operand_.gain.data != nullptr;
-    const float scale = has_gain ? gain_scale<T>(operand_.gain, values_) : 1;
-    __syncthreads();
     if (operand_.order == Order::columns) {
-      load_columns(has_gain, scale);
+      pack_columns();
     } else {
-      load_depth();
+      load_rows();
+      __syncthreads();
+      for_each_vector([&](int column, int depth) {
+        float values[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) values[i] = values_[place_of(column, depth + i)];
+        store_eight(column, depth, values);
+      });
     }
-    __syncthreads();
-    store_slots();
   }
+
+  static constexpr int kColumnStride = 97, kSharedBytes = kUnitColumns * kColumnStride * sizeof(float);
 
  private:
-  static constexpr int kStride = kMostUnitDepth + 1;  // lets rows begin in different banks
-
-  // Rows of the tensor are columns of the operand.
-  __device__ __forceinline__ void load_columns(bool has_gain, float scale) const {
-    const int vectors = operand_.unit_depth / 8;
-    for (int i = threadIdx.x; i < kUnitColumns * vectors; i += kPackThreads) {
-      const int column = i / vectors, depth = i % vectors * 8;
-      float values[8], gain[8];
-      unpack(operand_.source.load(column_ + column, depth_ + depth), operand_.source.dtype, values);
-      if (has_gain) unpack(operand_.gain.load(0, depth_ + depth), operand_.gain.dtype, gain);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        values_[column * kStride + depth + j] = has_gain ? values[j] * (gain[j] * scale) : values[j];
-      }
-    }
+  // Neither eight rows of eight columns nor eight depths of four columns meet in a bank.
+  __device__ __forceinline__ static int place_of(int column, int depth) {
+    return column * kColumnStride + depth + depth / 32 * 4;
   }
 
-  __device__ __forceinline__ void load_depth() const {
+  template <class Visit>
+  __device__ __forceinline__ void for_each_vector(Visit visit) const {
+    const int vectors = operand_.unit_depth / 8;
+    for (int i = threadIdx.x; i < kUnitColumns * vectors; i += kPackThreads) visit(i / vectors, i % vectors * 8);
+  }
+
+  // Rows of the tensor are columns of the operand.
+  __device__ __forceinline__ void pack_columns() const {
+    const bool has_gain = operand_.gain.data != nullptr;
+    const float scale = has_gain ? gain_scale<T>(operand_.gain, values_) : 1;
+    for_each_vector([&](int column, int depth) {
+      float values[8], gain[8];
+      unpack(operand_.source.load(column_ + column, depth_ + depth), operand_.source.dtype, values);
+      if (has_gain) {
+        unpack(operand_.gain.load(0, depth_ + depth), operand_.gain.dtype, gain);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) values[i] *= gain[i] * scale;
+      }
+      store_eight(column, depth, values);
+    });
+  }
+
+  // Rows of the tensor are rows of the operand.
+  __device__ __forceinline__ void load_rows() const {
     constexpr int kVectors = kUnitColumns / 8;
     for (int i = threadIdx.x; i < operand_.unit_depth * kVectors; i += kPackThreads) {
       const int depth = i / kVectors, column = i % kVectors * 8;
       float values[8];
       unpack(operand_.source.load(depth_ + depth, column_ + column), operand_.source.dtype, values);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) values_[(column + j) * kStride + depth] = values[j];
+      for (int j = 0; j < 8; ++j) values_[place_of(column + j, depth)] = values[j];
     }
   }
 
-  __device__ __forceinline__ void store_slots() const {
-    const int vectors = operand_.unit_depth / 8, unit = kUnitColumns * operand_.unit_depth;
+  __device__ __forceinline__ void store_eight(int column, int depth, float (&values)[8]) const {
+    const int unit = kUnitColumns * operand_.unit_depth;
     T* const target = static_cast<T*>(operand_.target) +
-                      (int64_t{tile_} * (operand_.rest ? 2 : 1) * operand_.cut.groups + group_) * unit;
-    for (int i = threadIdx.x; i < kUnitColumns * vectors; i += kPackThreads) {
-      float values[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) values[j] = values_[column_of(i / vectors) * kStride + i % vectors * 8 + j];
-      const Packed<T> rounded = pack<T>(values);
-      store(target + 8 * i, rounded);
-      if (!operand_.rest) continue;
-      subtract_rounded(rounded, values);
-      store(target + operand_.cut.groups * unit + 8 * i, pack<T>(values));
-    }
+                      (int64_t{tile_} * (operand_.rest ? 2 : 1) * operand_.cut.groups + group_) * unit +
+                      slot_of(column) * operand_.unit_depth + depth;
+    const Packed<T> rounded = pack<T>(values);
+    store(target, rounded);
+    if (!operand_.rest) return;
+    subtract_rounded(rounded, values);
+    store(target + operand_.cut.groups * unit, pack<T>(values));
   }
 
   const PackedOperand& operand_;
@@ -164,8 +172,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_weights(const __grid_consta
 
 template <class T, class OpRows>
 int launch_packing(Queue queue, const PackTask<OpRows>& task) {
-  const int shared_bytes = kUnitColumns * (kMostUnitDepth + 1) * sizeof(float);
-  return launch(queue, {dim3(static_cast<unsigned>(task.blocks())), kPackThreads, shared_bytes},
+  return launch(queue, {dim3(static_cast<unsigned>(task.blocks())), kPackThreads, UnitPacker<T>::kSharedBytes},
                 &pack_weights<T, OpRows>, task);
 }
 

@@ -14,14 +14,16 @@
 //                                   what the thread copied; end(block),
 //                                   share(), its part of what end() below gets
 //     kWritesRows                   false: there is no second product, and end(sums, block) is all that follows
-//     activate(sums, block, hidden) -> Terms
+//     activate(sums, block, hidden, share) -> Terms
 //                                   by all threads; Terms is what write() needs of the thread's rows
 //     writes_rows(), multiplies()   whether anything is to be written for rows, and from the second product
 //     Rows(op, row, column)         where the thread reads and writes rows: RowWalks, and advance(columns)
 //     Columns(op, column)           what write() needs of eight columns
 //     Inputs, prefetch(valid, rows, line, column), write(valid, rows, line, column, products, inputs, columns, terms,
 //     share)                        of eight columns; where they are not valid, nothing is read or written
-//     end(block, terms, share)      by all threads; `share` is what write() has added up, of a sum over all rows
+//     end(block, share)             by all threads; `share` is what Watch, activate() and write() have added up, of a
+//     sum
+//                               over all rows
 #pragma once
 #include "kernels/cuda/chunk_product.h"
 #include "kernels/cuda/launch.h"
@@ -85,10 +87,10 @@ class Sandwich {
     __syncthreads();
     watch.end(block_);
     if constexpr (Op::kWritesRows) {
-      const auto terms = op_.activate(sums.finish(), block_, HiddenTile<Layout>{tiles_});
       double share = watch.share();
+      const auto terms = op_.activate(sums.finish(), block_, HiddenTile<Layout>{tiles_}, share);
       if (op_.writes_rows()) second_product(terms, share);
-      op_.end(block_, terms, share);
+      op_.end(block_, share);
     } else {
       op_.end(sums.finish(), block_);
     }
@@ -214,7 +216,7 @@ class Sandwich {
     for (int group = 0; group < Shape::kSecondGroups; ++group) {
 #pragma unroll
       for (int line = 0; line < kThreadRows; ++line) {
-        const bool valid = column + group * kGroupColumns < op_.D && block_.has(line);
+        const bool valid = (column + group * kGroupColumns < op_.D) & block_.has(line);
         inputs[group][line] = op_.prefetch(valid, rows, line, group * kGroupColumns);
       }
     }
@@ -232,7 +234,7 @@ class Sandwich {
       for (int line = 0; line < kThreadRows; ++line) {
         float values[8];
         sums.get(group, line, values);
-        op_.write(inside && block_.has(line), rows, line, group * kGroupColumns, values, inputs[group][line], columns,
+        op_.write(inside & block_.has(line), rows, line, group * kGroupColumns, values, inputs[group][line], columns,
                   terms, share);
       }
     }

@@ -19,21 +19,22 @@ class SandwichLayout {
     const int stages = (kTileBudget - other_bytes) / stage_bytes;
     return stages < 2 ? 2 : stages > 4 ? 4 : stages;
   }
-  // Tiles are as deep as a wide row where that leaves room for three stages.
-  static constexpr int depth_for(int rows, int other_bytes) {
-    return 3 * 128 * rows + other_bytes <= kTileBudget ? kWideRow : kNarrowRow;
+  // Tiles are as deep as a wide row where that leaves room for so many stages.
+  static constexpr int depth_for(int stages, int rows, int other_bytes) {
+    return stages * 128 * rows + other_bytes <= kTileBudget ? kWideRow : kNarrowRow;
   }
   static constexpr int hidden_elements(int depth) { return (Shape::kInner + depth - 1) / depth * depth * Shape::kRows; }
 
  public:
   static constexpr int kFirstTiles = kRest ? 2 : 1;
-  static constexpr int kFirstDepth = depth_for(Shape::kRows + kFirstTiles * Shape::kInner, 0);
+  // left comes from memory, and needs to be asked for early; the second weights come from the second-level cache.
+  static constexpr int kFirstDepth = depth_for(3, Shape::kRows + kFirstTiles * Shape::kInner, 0);
   using FirstTile = SharedTile<T, kFirstDepth>;
   static constexpr int kLeftElements = Shape::kRows * kFirstDepth, kFirstElements = Shape::kInner * kFirstDepth;
   static constexpr int kFirstStage = kLeftElements + kFirstTiles * kFirstElements;
   static constexpr int kFirstStages = stages_for(kFirstStage * kElementBytes, 0);
 
-  static constexpr int kSecondDepth = depth_for(Shape::kSecondColumns, hidden_elements(kWideRow) * kElementBytes);
+  static constexpr int kSecondDepth = depth_for(2, Shape::kSecondColumns, hidden_elements(kWideRow) * kElementBytes);
   using SecondTile = SharedTile<T, kSecondDepth>;
   // hidden: tiles [kRows, kSecondDepth], one after the other.
   static constexpr int kHiddenTile = Shape::kRows * kSecondDepth;

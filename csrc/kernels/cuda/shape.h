@@ -148,19 +148,10 @@ struct ShapeFor<float, 384> : Shape<float, 1, 3, 2, 4, 1> {};
 template <>
 struct ShapeFor<float, 512> : Shape<float, 1, 4, 2, 4, 1> {};
 
-// The same as the smallest, with rows enough that the weights which a block copies serve twice as many of them.
-template <class T>
-struct WideShape : Shape<T, 2, 2, 4, 1, 2> {};
-// From here on it is chosen: below, its blocks would be too few for a large GPU.
-constexpr int64_t kManyRows = 32'768;
-
 // Calls function with the smallest shape that holds the inner columns. Of the sizes alone, so that every device and
 // every run adds in the same order.
 template <class T, class Function>
-auto with_shape(int64_t R, int64_t inner, const Function& function) {
-  if constexpr (sizeof(T) == 2) {
-    if (inner > 32 && inner <= 64 && R >= kManyRows) return function(typename WideShape<T>::Self());
-  }
+auto with_shape(int64_t inner, const Function& function) {
   if (inner <= 64) return function(typename ShapeFor<T, 64>::Self());
   if (inner <= 96) return function(typename ShapeFor<T, 96>::Self());
   if (inner <= 128) return function(typename ShapeFor<T, 128>::Self());
@@ -168,6 +159,21 @@ auto with_shape(int64_t R, int64_t inner, const Function& function) {
   if (inner <= 256) return function(typename ShapeFor<T, 256>::Self());
   if (inner <= 384) return function(typename ShapeFor<T, 384>::Self());
   return function(typename ShapeFor<T, 512>::Self());
+}
+
+// For up to 64 inner columns, blocks of twice as many rows: what a block copies of the weights serves them all.
+template <class T>
+struct WideShape : Shape<T, 2, 2, 4, 1, 2> {};
+// From so many rows on. Below, there would be too few blocks for a large GPU.
+constexpr int64_t kManyRows = 32'768;
+
+// The same for forward, which in this shape has registers enough.
+template <class T, class Function>
+auto with_forward_shape(int64_t R, int64_t inner, const Function& function) {
+  if constexpr (sizeof(T) == 2) {
+    if (inner > 32 && inner <= 64 && R >= kManyRows) return function(typename WideShape<T>::Self());
+  }
+  return with_shape<T>(inner, function);
 }
 
 }  // namespace petl::cuda
