@@ -8,6 +8,11 @@ namespace petl::cuda {
 
 inline unsigned char* shared_memory() { return emulator::running->shared_memory(); }
 
+template <class T>
+T* keep_address(T* shared) {
+  return shared;
+}
+
 inline uint32_t pack_bfloat16(float low, float high) {
   return emulator::to_bfloat16(low) | emulator::to_bfloat16(high) << 16;
 }
