@@ -32,6 +32,7 @@ int main() {
             {67, 136, 96, AdapterActivation::gelu, Residual::other},
             {129, 72, 200, AdapterActivation::relu, Residual::none},
             {33, 64, 300, AdapterActivation::silu, Residual::input},
+            {70, 520, 20, AdapterActivation::gelu, Residual::input},
             {600, 24, 9, AdapterActivation::relu, Residual::input}}) {
         // Tensor cores see the weights rounded, which flips ReLU's mask here and there, as in PyTorch.
         const AdapterActivation smooth = dtype == DType::float32 ? activation : AdapterActivation::silu;

@@ -29,6 +29,7 @@ int main() {
                                     {67, 136, 100},
                                     {129, 72, 200},
                                     {33, 64, 300},
+                                    {70, 520, 20},
                                     {600, 24, 9}}) {
         ++checked;
         failed += !check(device, apt_problem::Problem(R, D, P, activation, dtype));
