@@ -10,6 +10,26 @@ namespace {
 constexpr int kColumns = 8;
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 
+// Four neighboring elements from `index` on, which is a multiple of four.
+__device__ __forceinline__ void load_four(const ConstRows& rows, int64_t index, float (&values)[4]) {
+  const int bytes = rows.dtype == DType::float32 ? 4 : 2;
+  const char* const address = static_cast<const char*>(rows.data) + index * bytes;
+  if (reinterpret_cast<uintptr_t>(address) % (4 * bytes) != 0) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = load_scalar(rows.data, rows.dtype, index + i);
+  } else if (rows.dtype == DType::float32) {
+    const float4 vector = *reinterpret_cast<const float4*>(address);
+    values[0] = vector.x, values[1] = vector.y, values[2] = vector.z, values[3] = vector.w;
+  } else {
+    const uint2 vector = *reinterpret_cast<const uint2*>(address);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t pair = i < 2 ? vector.x : vector.y, bits = i % 2 == 0 ? pair & 0xffff : pair >> 16;
+      values[i] = rows.dtype == DType::bfloat16 ? __uint_as_float(bits << 16) : unpack_float16(bits).x;
+    }
+  }
+}
+
 struct FinishTask {
   AdapterBackward args;
   AdapterSums sums;
@@ -37,14 +57,14 @@ class Strip {
     const bool has_norm = inputs.norm_weight.data;
     float weight[4] = {1, 1, 1, 1}, bias[4] = {}, dweight[4] = {}, dbias[4] = {};
     if (has_norm) {
-      load_four(inputs.norm_weight, 0, weight);
-      load_four(inputs.norm_bias, 0, bias);
+      load_four(inputs.norm_weight, column_, weight);
+      load_four(inputs.norm_bias, column_, bias);
     }
     for (int b = first_unit(); b < B_; b += kThreads / 2) {
+      float down[4] = {}, result[4];
+      if (has_norm) load_four(inputs.down, b * inputs.down.stride + column_, down);
       const float4 sum = add_slabs<float4>(sums_.down + b * D_ + column_, sums_.slabs, B_ * D_);
       const float bias_sum = shared_[b], values[4] = {sum.x, sum.y, sum.z, sum.w};
-      float down[4] = {}, result[4];
-      if (has_norm) load_four(inputs.down, b, down);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         result[i] = has_norm ? values[i] * weight[i] + bias_sum * bias[i] : values[i];
@@ -83,11 +103,6 @@ class Strip {
  private:
   __device__ __forceinline__ static int first_unit() { return threadIdx.x / 2; }
   __device__ __forceinline__ static int own_column() { return threadIdx.x % 2 * 4; }
-
-  __device__ __forceinline__ void load_four(const ConstRows& rows, int row, float (&values)[4]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = load_scalar(rows.data, rows.dtype, row * rows.stride + column_ + i);
-  }
 
   // shared_[b] is ddown_bias[b], in every block anew.
   __device__ __forceinline__ void add_bias_sums() const {
