@@ -9,6 +9,8 @@ namespace {
 // A block has a strip of columns of D: what device memory gives at once, so that strips enough for a GPU waste nothing.
 constexpr int kColumns = 8;
 constexpr int kThreads = 512, kWarps = kThreads / 32;
+// Between the strip's halves in shared memory, which the threads of a warp write together: other banks.
+constexpr int kPadding = 16;
 
 // Four neighboring elements from `index` on, which is a multiple of four.
 __device__ __forceinline__ void load_four(const ConstRows& rows, int64_t index, float (&values)[4]) {
@@ -84,20 +86,23 @@ class Strip {
     const AdapterInputs& inputs = args_.inputs;
     const float gain = inputs.gain.data ? load_scalar(inputs.gain.data, inputs.gain.dtype, 0) : 1;
     const float scale = inputs.scale * gain;
+    const int half = 4 * B_ + kPadding;
     for (int b = first_unit(); b < B_; b += kThreads / 2) {
       const float4 sum = add_slabs<float4>(sums_.up + b * D_ + column_, sums_.slabs, B_ * D_);
       const float values[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) shared_[(own_column() + i) * B_ + b] = scale * values[i];
+      for (int i = 0; i < 4; ++i) shared_[own_column() / 4 * half + i * B_ + b] = scale * values[i];
     }
     if (threadIdx.x < kColumns) {
       const int64_t column = first_column_ + threadIdx.x;
       args_.dup_bias[column] = scale * add_slabs<float>(sums_.dout + column, sums_.slabs, D_);
     }
     __syncthreads();
-    // The strip's rows of dup lie back to back, as they do here.
+    // The strip's rows of dup lie back to back, as their halves do here.
     float4* const target = reinterpret_cast<float4*>(args_.dup + first_column_ * B_);
-    for (int i = threadIdx.x; i < kColumns * B_ / 4; i += kThreads) target[i] = reinterpret_cast<float4*>(shared_)[i];
+    for (int i = threadIdx.x; i < 2 * B_; i += kThreads) {
+      target[i] = reinterpret_cast<float4*>(shared_)[i < B_ ? i : i + kPadding / 4];
+    }
   }
 
  private:
@@ -160,7 +165,8 @@ int finish_adapter(Queue queue, const AdapterBackward& args, const AdapterSums& 
   const int strips = args.ddown ? static_cast<int>(divide_up(D, kColumns)) : 0;
   const int blocks = 2 * strips + (args.dgain ? 1 : 0);
   if (blocks == 0) return 0;
-  const int64_t floats = B + kWarps * kColumns > kColumns * B ? B + kWarps * kColumns : kColumns * B;
+  const int64_t of_down = B + kWarps * kColumns, of_up = kColumns * B + kPadding;
+  const int64_t floats = of_down > of_up ? of_down : of_up;
   const Grid grid{dim3(blocks), kThreads, static_cast<int>(floats * sizeof(float))};
   return launch(queue, grid, &adapter_finish, FinishTask{args, sums, strips});
 }
