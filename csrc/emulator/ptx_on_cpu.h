@@ -14,6 +14,11 @@ inline SharedAddress shared_address(const void* pointer) { return reinterpret_ca
 
 inline void keep(SharedAddress&) {}
 
+template <class T>
+T* keep_address(T* shared) {
+  return shared;
+}
+
 inline uint32_t pack_bfloat16(float low, float high) {
   return emulator::to_bfloat16(low) | emulator::to_bfloat16(high) << 16;
 }

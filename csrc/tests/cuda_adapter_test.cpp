@@ -36,6 +36,7 @@ int main() {
             {129, 72, 200, AdapterActivation::relu, Residual::none},
             {33, 64, 300, AdapterActivation::silu, Residual::input},
             {65, 40, 510, AdapterActivation::relu, Residual::other},
+            {70, 520, 20, AdapterActivation::gelu, Residual::input},
             {600, 24, 9, AdapterActivation::relu, Residual::input}}) {
         // Tensor cores see the weights rounded, which flips ReLU's mask here and there, as in PyTorch.
         const AdapterActivation smooth = dtype == DType::float32 ? activation : AdapterActivation::silu;

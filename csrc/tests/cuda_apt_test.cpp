@@ -34,6 +34,7 @@ int main() {
                                     {129, 72, 200},
                                     {33, 64, 300},
                                     {65, 40, 510},
+                                    {70, 520, 20},
                                     {600, 24, 9}}) {
         ++checked;
         failed += !check(device, apt_problem::Problem(R, D, P, activation, dtype));

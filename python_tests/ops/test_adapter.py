@@ -81,6 +81,12 @@ def test_mean_far_greater_than_deviations(device, mean):
         assert error < 5e-6, f"{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_mean_far_greater_than_deviations_in_16_bits(place, dtype):
+    problem = make_problem(300, 256, 96, norm=True, activation="gelu", dtype=dtype, residual="another")
+    check(place, problem.change(x=problem["x"] + 300))
+
+
 @DTYPES
 @pytest.mark.parametrize("form", ["parallel", "bypass"])
 @pytest.mark.parametrize(("weight", "bias"), [(1e-3, 1), (1e-2, 30), (30, 1e-3)])
@@ -94,6 +100,17 @@ def test_norm_weight_and_bias_of_different_sizes(device, weight, bias, form, dty
 def test_constant_rows(device):
     problem = make_problem(30, 64, 20, norm=True)
     check(device, problem.change(x=problem["x"][:, :1].expand(30, 64).contiguous()))
+
+
+@DTYPES
+def test_infinity_stays_in_its_column(place, dtype):
+    """Of the gradients that are sums over rows, only those of its column see it."""
+    problem = make_problem(40, 64, 40, dtype=dtype, activation="silu", **FORMS["bypass"]).to(place.device)
+    problem.dout[3, 5] = float("inf")
+    results = problem.run(ops.adapter)
+    for name in ("dup", "dup_bias"):
+        finite = results[name].isfinite().reshape(64, -1)
+        assert not finite[5].all() and finite[:5].all() and finite[6:].all(), name
 
 
 @pytest.mark.parametrize("form", ["bypass", "sequential"])

@@ -3,103 +3,12 @@
 // of the parameters.
 #include "kernels/cuda/adapter.h"
 #include "kernels/cuda/adapter_backward.h"
+#include "kernels/cuda/adapter_finish.h"
 #include "kernels/cuda/adapter_forward.h"
 #include "kernels/cuda/weight_gradient.h"
 
 namespace petl::cuda {
 namespace {
-
-constexpr int kThreads = 256;
-
-struct AdapterSums {
-  float* sums[2];  // [slabs, B, D]: dhidden^T x (normalized, if x is) and hidden^T dout; their sums replace the first
-  int slabs;
-  int64_t count;
-};
-
-__global__ void __launch_bounds__(kThreads) adapter_add_slabs(const __grid_constant__ AdapterSums task) {
-  const int64_t index = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * 4;
-  float* sums = task.sums[blockIdx.y];
-  if (index < task.count) add_slabs(sums, task.slabs, task.count, index, sums);
-}
-
-struct AdapterFinish {
-  const float* down_sums;     // [B, D], dhidden^T x
-  const float* up_sums;       // [B, D], hidden^T dout
-  const float* dhidden_sums;  // [slabs, B]
-  const float* dout_sums;     // [slabs, D]
-  int slabs;
-  int D, inner;
-  Weights down;
-  Norm norm;
-  Scale scale;
-  AdapterBackward targets;
-};
-
-constexpr int kFinishColumns = 32, kFinishRows = kThreads / kFinishColumns;
-
-// The sums over rows become the gradients of the parameters, for 32 columns of D per block:
-//
-//     ddown = down_sums norm_weight + ddown_bias norm_bias^T    dup = scale up_sums^T
-//     dnorm_weight = sum_b down down_sums                       dnorm_bias = sum_b down ddown_bias
-__global__ void __launch_bounds__(kThreads) adapter_finish(const __grid_constant__ AdapterFinish task) {
-  float* bias_sums = reinterpret_cast<float*>(shared_memory());  // [B]
-  float* norm_sums = bias_sums + task.inner;                     // [2, kFinishRows, kFinishColumns]
-  for (int b = threadIdx.x; b < task.inner; b += kThreads) {
-    float sum = 0;
-    for (int slab = 0; slab < task.slabs; ++slab) sum += task.dhidden_sums[slab * task.inner + b];
-    bias_sums[b] = sum;
-    if (blockIdx.x == 0) task.targets.ddown_bias[b] = sum;
-  }
-  __syncthreads();
-  const int lane = threadIdx.x % kFinishColumns, first = threadIdx.x / kFinishColumns;
-  const int column = blockIdx.x * kFinishColumns + lane;
-  const bool valid = column < task.D, has_norm = task.norm.exists();
-  const float scale = task.scale.value();
-  float weight = 1, bias = 0, dweight = 0, dbias = 0;
-  if (valid && has_norm) {
-    weight = load_scalar(task.norm.weight.data, task.norm.weight.dtype, column);
-    bias = load_scalar(task.norm.bias.data, task.norm.bias.dtype, column);
-  }
-  for (int b = first; valid && b < task.inner; b += kFinishRows) {
-    const int64_t index = int64_t{b} * task.D + column;
-    const float sum = task.down_sums[index];
-    task.targets.ddown[index] = has_norm ? sum * weight + bias_sums[b] * bias : sum;
-    task.targets.dup[int64_t{column} * task.inner + b] = scale * task.up_sums[index];
-    if (!has_norm) continue;
-    const float down = load_scalar(task.down.data, task.down.dtype, b * task.down.stride + column);
-    dweight += down * sum;
-    dbias += down * bias_sums[b];
-  }
-  norm_sums[threadIdx.x] = dweight;
-  norm_sums[kThreads + threadIdx.x] = dbias;
-  __syncthreads();
-  if (first > 0 || !valid) return;
-  float dout_sum = 0;
-  for (int slab = 0; slab < task.slabs; ++slab) dout_sum += task.dout_sums[slab * task.D + column];
-  task.targets.dup_bias[column] = scale * dout_sum;
-  if (!has_norm) return;
-  dweight = dbias = 0;
-  for (int row = 0; row < kFinishRows; ++row) {
-    dweight += norm_sums[row * kFinishColumns + lane];
-    dbias += norm_sums[kThreads + row * kFinishColumns + lane];
-  }
-  task.targets.dnorm_weight[column] = dweight;
-  task.targets.dnorm_bias[column] = dbias;
-}
-
-struct DgainTask {
-  const double* shares;
-  int64_t blocks;
-  float* dgain;
-};
-
-__global__ void __launch_bounds__(kThreads) adapter_dgain(const __grid_constant__ DgainTask task) {
-  double share = 0;
-  for (int64_t block = threadIdx.x; block < task.blocks; block += kThreads) share += task.shares[block];
-  share = sum_block(share, reinterpret_cast<double*>(shared_memory()));
-  if (threadIdx.x == 0) *task.dgain = static_cast<float>(share);
-}
 
 Norm norm_of(const AdapterInputs& inputs) {
   return {weights_of(inputs.norm_weight, 1, inputs.size.D), weights_of(inputs.norm_bias, 1, inputs.size.D),
@@ -186,7 +95,7 @@ struct AdapterWorkspace {
   AdapterWorkspace(const AdapterBackward& args, int64_t blocks, Partition& partition) : blocks(blocks) {
     const auto [R, D, B] = args.inputs.size;
     const int64_t kept = kept_width(args.inputs.size);
-    slabs = R > 0 ? slab_count(R, D, B, 2) : 0;
+    slabs = R > 0 ? slab_count<T>(R, D, B, 2, true) : 0;
     statistics = partition.take<RowStatistics>(R);
     products = partition.take<float>(R * kept);
     if (args.dgain) shares = partition.take<double>(blocks);
@@ -211,6 +120,7 @@ int backward_weights(const AdapterBackward& args, const AdapterWorkspace<T>& wor
   task.D = static_cast<int>(D);
   task.inner = static_cast<int>(B);
   task.slabs = workspace.slabs;
+  task.problem_count = 2;
   GradientProblem<T>& of_down = task.problems[0];
   of_down.left = workspace.dhidden;
   of_down.left_stride = kept;
@@ -226,39 +136,20 @@ int backward_weights(const AdapterBackward& args, const AdapterWorkspace<T>& wor
   of_up.right_stride = args.dout.stride;
   of_up.sums = workspace.sums[1];
   of_up.right_sums = workspace.dout_sums;
-  return launch_gradients(queue, task, 2);
-}
-
-template <class T>
-int finish_weights(const AdapterBackward& args, const AdapterWorkspace<T>& workspace, Queue queue) {
-  const auto [R, D, B] = args.inputs.size;
-  const AdapterSums sums{{workspace.sums[0], workspace.sums[1]}, workspace.slabs, B * D};
-  const dim3 vectors(static_cast<unsigned>(divide_up(B * D, 4 * kThreads)), 2);
-  const int error = launch(queue, {vectors, kThreads, 0}, &adapter_add_slabs, sums);
-  if (error) return error;
-  AdapterFinish task = {};
-  task.down_sums = workspace.sums[0];
-  task.up_sums = workspace.sums[1];
-  task.dhidden_sums = workspace.dhidden_sums;
-  task.dout_sums = workspace.dout_sums;
-  task.slabs = workspace.slabs;
-  task.D = static_cast<int>(D);
-  task.inner = static_cast<int>(B);
-  task.down = weights_of(args.inputs.down, B, D);
-  task.norm = norm_of(args.inputs);
-  task.scale = scale_of(args.inputs);
-  task.targets = args;
-  const int shared_bytes = static_cast<int>(B + 2 * kThreads) * sizeof(float);
-  const dim3 columns(static_cast<unsigned>(divide_up(D, kFinishColumns)));
-  return launch(queue, {columns, kThreads, shared_bytes}, &adapter_finish, task);
+  return launch_gradients(queue, task);
 }
 
 template <class T>
 int finish(const AdapterBackward& args, const AdapterWorkspace<T>& workspace, Queue queue) {
-  const int error = args.ddown ? finish_weights(args, workspace, queue) : 0;
-  if (error || !args.dgain) return error;
-  const DgainTask task{workspace.shares, workspace.blocks, args.dgain};
-  return launch(queue, {dim3(1), kThreads, kThreads / 32 * sizeof(double)}, &adapter_dgain, task);
+  AdapterSums sums;
+  sums.down = workspace.sums[0];
+  sums.up = workspace.sums[1];
+  sums.dhidden = workspace.dhidden_sums;
+  sums.dout = workspace.dout_sums;
+  sums.slabs = workspace.slabs;
+  sums.shares = workspace.shares;
+  sums.blocks = workspace.blocks;
+  return finish_adapter(queue, args, sums);
 }
 
 template <class T, class Shape>

@@ -2,34 +2,12 @@
 // the rows' gradients, slabs of the weights' gradients, and the sums of the slabs.
 #include "kernels/cuda/apt.h"
 #include "kernels/cuda/apt_backward.h"
+#include "kernels/cuda/apt_finish.h"
 #include "kernels/cuda/apt_forward.h"
 #include "kernels/cuda/weight_gradient.h"
 
 namespace petl::cuda {
 namespace {
-
-struct AptFinish {
-  const float* sums[2];  // [slabs, P D]
-  float* targets[2];     // [P D]; null: not wanted
-  int slabs;
-  int64_t count;
-  const double* shares;
-  int64_t blocks;
-  float* dlog_scale;  // null: not wanted
-};
-
-constexpr int kFinishThreads = 256;
-
-__global__ void __launch_bounds__(kFinishThreads) apt_finish(const __grid_constant__ AptFinish task) {
-  float* target = task.targets[blockIdx.y];
-  const int64_t index = (int64_t{blockIdx.x} * kFinishThreads + threadIdx.x) * 4;
-  if (target && index < task.count) add_slabs(task.sums[blockIdx.y], task.slabs, task.count, index, target);
-  if (!task.dlog_scale || blockIdx.x + blockIdx.y > 0) return;
-  double share = 0;
-  for (int64_t block = threadIdx.x; block < task.blocks; block += kFinishThreads) share += task.shares[block];
-  share = sum_block(share, reinterpret_cast<double*>(shared_memory()));
-  if (threadIdx.x == 0) *task.dlog_scale = static_cast<float>(share);
-}
 
 // The weights of a pass, packed: `first` [P, D] meets left's rows, `second` [P, D] the hidden units.
 template <class T, class Layout, class Shape>
@@ -102,7 +80,7 @@ struct AptWorkspace {
   AptWorkspace(const AptBackward& args, int64_t blocks, Partition& partition) : blocks(blocks) {
     const auto [R, D, P] = args.size;
     const bool of_weights = args.dprompts || args.dkeys;
-    slabs = R > 0 ? slab_count(R, D, P, 2) : 0;
+    slabs = R > 0 ? slab_count<T>(R, D, P, 2, false) : 0;
     shares = partition.take<double>(blocks);
     if (of_weights) {
       dscores = partition.take<T>(R * args.size.kept());
@@ -132,29 +110,24 @@ int backward_weights(const AptBackward& args, const AptWorkspace<T>& workspace, 
   of_prompts.right = static_cast<const T*>(args.dout.data);
   of_prompts.right_stride = args.dout.stride;
   of_prompts.sums = workspace.sums[1];
-  int problems = 0;
-  if (args.dkeys) task.problems[problems++] = of_keys;
-  if (args.dprompts) task.problems[problems++] = of_prompts;
-  return launch_gradients(queue, task, problems);
+  if (args.dkeys) task.problems[task.problem_count++] = of_keys;
+  if (args.dprompts) task.problems[task.problem_count++] = of_prompts;
+  return launch_gradients(queue, task);
 }
 
 template <class T>
 int finish(const AptBackward& args, const AptWorkspace<T>& workspace, Queue queue) {
-  const bool of_weights = args.dkeys || args.dprompts;
-  if (!of_weights && !args.dlog_scale) return 0;
-  const int64_t count = args.size.P * args.size.D;
   AptFinish task = {};
   task.sums[0] = workspace.sums[0];
   task.sums[1] = workspace.sums[1];
   task.targets[0] = args.dkeys;
   task.targets[1] = args.dprompts;
   task.slabs = workspace.slabs;
-  task.count = count;
+  task.count = args.size.P * args.size.D;
   task.shares = workspace.shares;
   task.blocks = workspace.blocks;
   task.dlog_scale = args.dlog_scale;
-  const dim3 blocks(static_cast<unsigned>(of_weights ? divide_up(count, 4 * kFinishThreads) : 1), of_weights ? 2 : 1);
-  return launch(queue, {blocks, kFinishThreads, kFinishThreads / 32 * sizeof(double)}, &apt_finish, task);
+  return finish_apt(queue, task);
 }
 
 template <class T, class Shape>

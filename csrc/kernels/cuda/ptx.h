@@ -26,6 +26,14 @@ __device__ __forceinline__ SharedAddress shared_address(const void* pointer) {
 // inside of loops.
 __device__ __forceinline__ void keep(SharedAddress& value) { asm volatile("" : "+r"(value)); }
 
+// The same address, kept in a register: the compiler would find it anew at each of its uses. For load_matrices and
+// copy_async; where it points is forgotten, so that other accesses would be slower.
+template <class T>
+__device__ __forceinline__ T* keep_address(T* shared) {
+  asm volatile("" : "+l"(shared));
+  return shared;
+}
+
 // Two floats rounded to nearest, the first in the lower half.
 __device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
   uint32_t packed;

@@ -17,8 +17,9 @@ __device__ __forceinline__ void begin_chunks(int count, Copy& copy) {
   }
 }
 
-// Once they have begun: calls for each chunk arrived(place), when what this thread has copied of it is there, and then
-// use(place), when all of it is there for all threads.
+// Once they have begun: calls for each chunk arrived(place), when what this thread has copied of it is there, and may
+// be changed, and then use(place), when all of it is there for all threads. use() begins with the lanes of a warp
+// together.
 template <int kStages, class Copy, class Arrived, class Use>
 __device__ __forceinline__ void run_chunks(int count, Copy& copy, Arrived arrived, Use use) {
   int place = 0, free = kStages - 1;
@@ -32,16 +33,21 @@ __device__ __forceinline__ void run_chunks(int count, Copy& copy, Arrived arrive
     commit_copies();
     __syncwarp();
     use(place);
+    free = place;
     place = place + 1 == kStages ? 0 : place + 1;
-    free = free + 1 == kStages ? 0 : free + 1;
   }
   wait_for_copies<0>();
 }
 
+template <int kStages, class Copy, class Arrived, class Use>
+__device__ __forceinline__ void stream_chunks(int count, Copy copy, Arrived arrived, Use use) {
+  begin_chunks<kStages>(count, copy);
+  run_chunks<kStages>(count, copy, arrived, use);
+}
+
 template <int kStages, class Copy, class Use>
 __device__ __forceinline__ void stream_chunks(int count, Copy copy, Use use) {
-  begin_chunks<kStages>(count, copy);
-  run_chunks<kStages>(count, copy, [](int) {}, use);
+  stream_chunks<kStages>(count, copy, [](int) {}, use);
 }
 
 }  // namespace petl::cuda
