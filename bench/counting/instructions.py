@@ -41,13 +41,14 @@ NOTHING = {
 }  # fmt: skip
 
 
-def _width(opcode, modifiers):
+def _width(opcode, name):
     """Registers that a result takes."""
+    modifiers = set(name.split("."))
     if opcode == "HMMA":
         return 4 if "F32" in modifiers else 2
     if "128" in modifiers or (opcode == "LDSM" and "4" in modifiers):
         return 4
-    is_double = opcode in ("DADD", "DMUL", "DFMA") or (opcode == "F2F" and "F64" in modifiers)
+    is_double = opcode in ("DADD", "DMUL", "DFMA") or name.startswith(("F2F.F64", "I2F.F64"))
     is_pair = bool(modifiers & {"64", "WIDE", "U64"}) or opcode == "CS2R" or (opcode == "LDSM" and "2" in modifiers)
     return 2 if is_double or is_pair else 1
 
@@ -63,5 +64,5 @@ def results_of(instruction, op):
     if number is None:
         return [], flags
     carries, _ = flags_from(op, first + 1)
-    width = 0 if number in ZEROS else _width(instruction.opcode, set(instruction.name.split(".")))
+    width = 0 if number in ZEROS else _width(instruction.opcode, instruction.name)
     return list(range(number, number + width)), [*flags, *carries]

@@ -41,7 +41,7 @@ def compilation():
     """That of all architectures where its objects are there already, as after a build or its tests; else of one."""
     toolkit, flaws = cuda_toolkit.find(None)
     if toolkit is None:
-        raise Missing(f"needs nvcc, 12.4 or later: {'; '.join(flaws)}")
+        raise Missing(f"needs nvcc, 12.4 or later, of a CUDA toolkit or as locks/build.txt has it: {'; '.join(flaws)}")
     everything = register_report.every_architecture()
     sources = (cuda_kernels.ROOT / "csrc/kernels/cuda").glob("*.cu")
     objects = [everything.folder / f"{source.stem}.o" for source in sources]

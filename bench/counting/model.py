@@ -210,7 +210,9 @@ class Multiprocessor:
         warp.ready = now + step.stall
         if step.cost.pipe:
             pipe = self.pipes[scheduler]
-            pipe[step.cost.pipe] = max(pipe[step.cost.pipe], now) + step.cost.busy
+            free = pipe[step.cost.pipe]
+            # Within a cycle of its end the pipe has not waited.
+            pipe[step.cost.pipe] = (free if now - free < 1 else now) + step.cost.busy
         done, read = self._request(step, now) if step.request else (now + step.cost.latency, now + 8)
         if step.cost.wavefronts:
             self.memory_pipe = max(self.memory_pipe, now) + step.cost.wavefronts

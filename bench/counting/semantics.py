@@ -8,6 +8,7 @@ import itertools
 import operator
 
 import numpy as np
+
 from counting.lanes import THIRTY_TWO, WORD, extended, flag, flags_from, register, signed
 
 COMPARISONS = {name.upper(): getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
@@ -292,10 +293,17 @@ def register_to_flags(lanes, op, where, modifiers):
 # The way of unsigned integers to a float and back, by which they are divided; it tolerates what MUFU rounds otherwise.
 
 
+def _forget_pair(lanes, op, where):
+    number = register(op.texts[0])
+    lanes.forget([number, number + 1], [], where)
+
+
 def to_float(lanes, op, where, modifiers):
     word, known = op.word(1)
-    if not modifiers & {"U32"} or modifiers & {"F64"}:
-        known = np.zeros(lanes.count, bool)
+    if "F64" in modifiers or "U64" in modifiers or "S64" in modifiers:
+        _forget_pair(lanes, op, where)
+        return
+    known = known & ("U32" in modifiers)
     floats = np.nextafter((word & WORD).astype(np.float32), np.float32("inf"))
     lanes.put(register(op.texts[0]), (floats.view(np.uint32).astype(np.uint64), known), where)
 
@@ -311,8 +319,10 @@ def approximate(lanes, op, where, modifiers):
 
 def to_integer(lanes, op, where, modifiers):
     word, known = op.word(1)
-    if "U32" not in modifiers or "TRUNC" not in modifiers or "F64" in modifiers:
-        known = np.zeros(lanes.count, bool)
+    if "F64" in modifiers or "U64" in modifiers or "S64" in modifiers:
+        _forget_pair(lanes, op, where)
+        return
+    known = known & ("U32" in modifiers and "TRUNC" in modifiers)
     floats = (word & WORD).astype(np.uint32).view(np.float32).astype(np.float64)
     result = np.nan_to_num(np.clip(floats, 0, 2**32 - 1)).astype(np.uint64)
     lanes.put(register(op.texts[0]), (result, known), where)

@@ -7,13 +7,13 @@ the device. A branch that depends on data takes a side by a rule, and is told: s
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from counting.instructions import SEMANTICS, results_of
 from counting.lanes import Lanes, Operands
 from counting.sass import BYTES
 
 WARP = 32
 PARAMETERS = 0x210  # where they begin in constant bank 0, on sm_90
-SHARED_WINDOW = 0x400  # what the driver keeps of shared memory comes first
 MEMORY_OPCODES = {"LDS", "STS", "LDSM", "LDGSTS", "LDG", "STG"}
 NOWHERE = np.iinfo(np.int64).max
 
@@ -27,7 +27,7 @@ class Walk:
         off: how often its predicate switched the instruction off for all lanes.
         steps: (instruction, which warps) in an order in which they may have been issued.
         off_steps: {step: for which warps the instruction was switched off}, where it was for any.
-        by_rule: {instruction: how often a branch there depended on data and went straight on}.
+        by_rule: {instruction: how often a branch or an exit there depended on data}.
     """
 
     issued: np.ndarray
@@ -78,6 +78,8 @@ class Walker:
         self.place = np.zeros(count, np.int64)  # of each lane; NOWHERE: it has returned
         self.waits = np.zeros(count, bool)  # at the end of a divergent part
         self.members = np.zeros((16, count), bool)  # of the divergent parts that have begun
+        # Lanes that have parted issue instructions of their own, also where they are at one place, until they meet.
+        self.groups = np.zeros(count, np.int64)
         turns = ("BRA", "BRX", "BRXU", "EXIT", "CALL", "RET", "BSSY", "BSYNC", "BREAK")
         self.turns = {opcode: getattr(self, f"_{opcode.lower()}") for opcode in turns}
         size = (len(kernel.instructions), count // WARP)
@@ -99,9 +101,10 @@ class Walker:
     def _go(self, here, active, end):
         """Straight on up to a branch, or up to where other lanes are."""
         warps = active.reshape(-1, WARP).any(axis=1)
+        issues = self._groups_of(active) if self.groups.any() else warps
         while here < end:
             instruction = self.kernel.instructions[here]
-            self.walk.issued[here] += warps
+            self.walk.issued[here] += issues
             self.walk.steps.append((here, warps))
             value, known = self._guard(here, instruction, active, warps)
             turn = self.turns.get(instruction.opcode)
@@ -112,6 +115,11 @@ class Walker:
             self._compute(here, instruction, active, value, known)
             here += 1
         self.place[active] = here
+
+    def _groups_of(self, active):
+        """How many groups of lanes of each warp take part."""
+        groups = np.where(active, self.groups, -1).reshape(-1, WARP)
+        return np.array([np.unique(of_warp[of_warp >= 0]).size for of_warp in groups])
 
     def _guard(self, here, instruction, active, warps):
         """For which lanes the predicate is true, and for which it is known."""
@@ -155,6 +163,18 @@ class Walker:
                 taken = np.where(known, taken, active & self._takes_by_rule(here, instruction.target))
         self.place[active] = here + 1
         self.place[taken] = instruction.target
+        self._part(active & ~taken, taken)
+
+    def _part(self, some, others):
+        """Lanes of one group that go two ways are two groups."""
+        if not some.any() or not others.any():
+            return
+        new = self.groups.max() + 1
+        for warp in np.flatnonzero(some.reshape(-1, WARP).any(axis=1) & others.reshape(-1, WARP).any(axis=1)).tolist():
+            lanes = slice(warp * WARP, warp * WARP + WARP)
+            groups, leave = self.groups[lanes], others[lanes]
+            split = leave & np.isin(groups, groups[some[lanes]])
+            groups[split] += new
 
     def _takes_by_rule(self, here, target):
         """A slow path, for data that the compiler's fast one cannot take, is not entered. Otherwise: straight on."""
@@ -234,8 +254,15 @@ class Walker:
             missing = self.members[part] & ~waiting
             free = waiting & ~np.repeat(missing.reshape(-1, WARP).any(axis=1), WARP)
             self.waits &= ~free
+            self._meet(free)
             self.members[part, free] = False
             self.place[free] = here + 1
+
+    def _meet(self, lanes):
+        if not self.groups.any():
+            return
+        groups = np.where(lanes, self.groups, NOWHERE).reshape(-1, WARP)
+        np.copyto(self.groups, np.repeat(groups.min(axis=1), WARP), where=lanes)
 
 
 def walk_as_counted(kernel, launch, index, requests=None):
