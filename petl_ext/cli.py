@@ -25,11 +25,11 @@ DEMO_PACKAGES = {
 }
 DAS_OUTPUT = (
     "Prints one line of JSON: what DASConfig(skip=...) takes, and the share of the bare backbone's "
-    "multiply-accumulates that remains. Writes search.json, which DepthSearch.from_json reads, and gates.png."
+    "multiply-accumulates that remains. Writes search.json, which DepthSearch.load reads, and gates.png."
 )
 PLACEMENT_OUTPUT = (
     "Prints one line of JSON: what DVPBert(insert_layer=...) takes. Writes search.json, which "
-    "PlacementSearch.from_json reads, and placement.png."
+    "PlacementSearch.load reads, and placement.png."
 )
 
 
@@ -112,7 +112,7 @@ def _run_dvp_demo(options, common):
 
 
 def _run_depth_search(options):
-    from petl_ext.demo.vilt.search import DigitsDepthSearch
+    from petl_ext.demo.vilt.depth_search import DigitsDepthSearch
 
     given = {"num_skip": options.num_skip, "max_macs": options.max_macs}
     goal = {name: value for name, value in given.items() if value is not None} or {"num_skip": 1}
@@ -121,7 +121,7 @@ def _run_depth_search(options):
 
 def _run_placement_search(options):
     _require_language_model()
-    from petl_ext.demo.dvp.search import DigitsPlacementSearch
+    from petl_ext.demo.dvp.placement_search import DigitsPlacementSearch
 
     _run_search(options, DigitsPlacementSearch, {}, tasks=("VQA",))
 

@@ -24,7 +24,9 @@ def of_comparison(comparison):
 
 
 def lines(document):
-    comparisons = [record for step in document["steps"] for record in step["records"] if record["kind"] == "comparison"]
+    comparisons = [
+        record for step in document["steps"] for record in step["records"] if record["topic"] == "comparison"
+    ]
     goals = [(comparison["name"], _of_goals(comparison)) for comparison in comparisons]
     return [
         *(of_comparison(comparison) for comparison in comparisons),

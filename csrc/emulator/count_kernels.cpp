@@ -118,7 +118,8 @@ void run_apt(const Case& c, Tensors& tensors) {
   forward.out = {tensors.make("out", R * D, kActivations), kActivations};
   forward.gate = gate;
   forward.scores = {scores, kActivations};
-  if (c.runs_forward()) expect_success(petl::cuda::apt_forward(forward, kQueue));
+  void* workspace = tensors.workspace(petl::cuda::apt_forward_workspace(forward));
+  if (c.runs_forward()) expect_success(petl::cuda::apt_forward(forward, workspace, kQueue));
   if (!c.is_backward()) return;
   counts::take_launches();
   petl::AptBackward args = {};
@@ -137,7 +138,7 @@ void run_apt(const Case& c, Tensors& tensors) {
   args.dprompts = tensors.floats("dprompts", P * D);
   args.dkeys = tensors.floats("dkeys", P * D);
   args.dlog_scale = tensors.floats("dlog_scale", 1);
-  void* workspace = tensors.workspace(petl::cuda::apt_backward_workspace(args));
+  workspace = tensors.workspace(petl::cuda::apt_backward_workspace(args));
   expect_success(petl::cuda::apt_backward(args, workspace, kQueue));
 }
 
@@ -162,7 +163,8 @@ void run_adapter(const Case& c, Tensors& tensors) {
   inputs.epsilon = 1e-5f;
   if (!c.is_backward()) {
     const petl::AdapterForward args{inputs, inputs.x, {tensors.make("out", R * D, kActivations), kActivations}};
-    expect_success(petl::cuda::adapter_forward(args, kQueue));
+    void* workspace = tensors.workspace(petl::cuda::adapter_forward_workspace(args));
+    expect_success(petl::cuda::adapter_forward(args, workspace, kQueue));
     return;
   }
   petl::AdapterBackward args = {};

@@ -74,8 +74,8 @@ class SkippableT5Block(SkippableLayer):
         return hidden_states, position_bias, encoder_decoder_position_bias
 
     @staticmethod
-    def rewire(stack, numbered, kinds):
-        SkippableLayer.rewire(stack, numbered, kinds)
+    def rewire(stack, numbered, slot_types):
+        SkippableLayer.rewire(stack, numbered, slot_types)
         owner, *others = (block.layer[0].SelfAttention for block in stack)
         for attention in others:
             attention.has_relative_attention_bias = False

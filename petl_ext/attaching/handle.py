@@ -105,7 +105,7 @@ class Attachment:
     def freeze(self):
         """For serving: weights that are derived from parameters, such as APT's keys, are made once.
 
-        `report` shows where. Undone by `thaw`, by training mode, and by whatever `APTLayer.freeze` says; new layers
+        `report` shows where. Undone by `thaw`, by training mode, and by all that undoes `APTLayer.freeze`; new layers
         that derive nothing, such as adapters, stay as they are.
 
         Raises:
@@ -178,7 +178,7 @@ class Attachment:
         self.thaw()
 
     def _reinstall(self, change):
-        """Makes of what is installed what `change` makes of it, while the sites have been left."""
+        """Replaces what is installed by what `change` returns for it; it is called while the sites are left."""
         self.installed.leave()
         self.installed = change(self.installed)
         if not self._disabled:

@@ -19,7 +19,7 @@ class ReportRow:
         layer: the dotted name of the new layer, or the entry.
         class_name: the layer's class, or "kept": the model's own parameters, which train.
         parameters: how many train.
-        macs: multiply-accumulates added; None where it is not known for what.
+        macs: multiply-accumulates added; None where nothing says for which inputs.
         kernel: what computes there: "apt (cpu, avx512)", "reference" or "none", as where the layer does not run now;
             with ", frozen" where `Attachment.freeze` has derived weights.
         reason: why it is not a kernel.

@@ -91,10 +91,10 @@ def backend(choice=None):
 
     The choice is the whole process's, as torch.backends' are: threads that were there before, those of
     nn.DataParallel and of the backward pass see it too. A backward pass is computed by the backend of its forward pass,
-    whatever is chosen since; what gradient checkpointing computes again is a forward pass of its own. Code that
-    torch.compile has compiled follows the choice, by compiling anew; an exported program, a traced one and a CUDA graph
-    keep what was chosen when they were made. The environment variable PETL_BACKEND chooses for all that is outside of
-    such a `with`.
+    even if another has been chosen since; what gradient checkpointing computes again is a forward pass of its own. Code
+    that torch.compile has compiled follows the choice, by compiling anew; an exported program, a traced one and a CUDA
+    graph keep what was chosen when they were made. The environment variable PETL_BACKEND chooses for all that is
+    outside of such a `with`.
 
     Args:
         choice: "auto" (the default: the first backend that holds a kernel for the tensors' device), "native" (the

@@ -276,9 +276,9 @@ def cpu_path(choice=None):
 
 # Rows below which plain PyTorch is faster on one thread of a CPU, by (op, dtype): without gradients, and with them,
 # whose backward pass counts too. None: it is at every size. Measured with 50 and 200 prompts, bottlenecks of 48 to 192
-# and a width of 768, on modules cast to the dtype, not under autocast, where they hold less well (docs/patch.md); what
-# they leave is in bench/results/amd-epyc/2026-11-21-9e7af3f.json. In float16 and on CUDA nothing has been measured, and
-# no row is too few.
+# and a width of 768, on modules cast to the dtype, not under autocast, where they hold less well (docs/patch.md); the
+# ratios that remain with them are in bench/results/amd-epyc.json. In float16 and on CUDA nothing has been measured, and
+# no number of rows is too small.
 FLOORS = {
     ("apt", torch.float32): (128, 200),
     ("apt", torch.bfloat16): (0, 512),

@@ -1,4 +1,4 @@
-"""What PEFT is told of approximated prompt tuning."""
+"""PEFT's configuration of approximated prompt tuning."""
 
 from dataclasses import dataclass
 from pathlib import Path

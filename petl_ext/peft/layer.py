@@ -1,4 +1,4 @@
-"""What takes the place of a module that carries approximated prompt tuning in a model of PEFT's."""
+"""What replaces a module that carries approximated prompt tuning in a model of PEFT's."""
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -19,8 +19,8 @@ class APTTunerLayer(nn.Module, BaseTunerLayer):
     """What takes the place of a target, which becomes `base_layer`. Its class is composed with the target's `Site`.
 
     The site's `forward` finds the target's own children here, and in place of an `APTLayer` the method `apt`. Every
-    adapter has its tensors under its name in one flat dict per kind: the one layout from which every release of PEFT
-    since 0.19 gets the adapter's name out of and into the state-dict names.
+    adapter has its tensors under its name in one flat dict per parameter: the only layout with which every release of
+    PEFT since 0.19 takes the adapter's name out of the state-dict names and puts it back.
     """
 
     adapter_layer_names = tuple(f"{PREFIX}{name}" for name in ("prompts", "down", "up", "log_scale"))
@@ -93,8 +93,8 @@ class APTTunerLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError(NO_MERGE)
 
     def __getattr__(self, name):
-        """What the target has is read from it, by its site's `forward` and by the model around it. Not what is private:
-        accelerate would take the target's hook for one of this layer."""
+        """The site's `forward` and the model around it read the target's attributes through this layer. Private ones
+        are excepted: accelerate would take the target's hook for this layer's."""
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -60,7 +60,7 @@ class APTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
-        # PEFT would leave it out without a word.
+        # PEFT would ignore it silently.
         if kwargs.get("adapter_names") is not None:
             raise ValueError("APT: adapter_names, one adapter per sample, is not supported; use set_adapter")
         yield

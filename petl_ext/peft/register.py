@@ -12,7 +12,7 @@ OLDEST_PEFT = "0.19"
 
 
 def register_method():
-    """Adds the method to PEFT, whose list of methods is an enumeration that was not made for additions.
+    """Adds the method to PEFT, whose methods are an enumeration that was not made to be extended.
 
     Raises:
         ImportError: this PEFT is too old, or keeps its methods differently.

@@ -1,4 +1,4 @@
-"""Adapters of models that are no PeftModel, to files and back."""
+"""Saves and loads adapters of models that are no PeftModel."""
 
 import dataclasses
 from pathlib import Path

@@ -40,7 +40,7 @@ class Shift(nn.Module):
 class ShiftedAttention(ProjectionSite):
     child = "shift"
     looked_for = "attentions"
-    kinds = ATTENTIONS
+    projections = ATTENTIONS
 
     def changed(self, x, y):
         return y + self.shift.vector

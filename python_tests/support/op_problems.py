@@ -36,9 +36,9 @@ def assert_equal(results, expected):
         assert torch.equal(result, expected[name]), name
 
 
-def check(place, problem):
+def check(device, problem):
     """Dtypes of the output and all gradients, and values by the one tolerance rule."""
-    op, problem = problem.op, problem.to(place.device)
+    op, problem = problem.op, problem.to(device.torch_device)
     oracle, theirs = problem.double().run(op.reference), problem.run(op.reference)
     for name, result in problem.run(op.ours).items():
         expected = problem.tensors[op.out_like if name == "out" else name[1:]].dtype

@@ -43,6 +43,11 @@ __device__ __forceinline__ void store(T* target, const Packed<T>& packed) {
   for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) reinterpret_cast<uint4*>(target)[i] = packed.words[i];
 }
 
+template <class T>
+__device__ __forceinline__ void store_if(bool valid, T* target, const Packed<T>& packed) {
+  if (valid) store(target, packed);
+}
+
 __device__ __forceinline__ void unpack(const Packed<float>& packed, float (&values)[8]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {

@@ -191,6 +191,8 @@ struct LongSums<float, kBlocks, kGroups> {
     sums.clear();
     total.clear();
   }
+  // Before a chunk that is not added to what is there.
+  __device__ __forceinline__ void begin() { total.clear(); }
   __device__ __forceinline__ void end_of(int depth) {
     if (depth % kShortSum == 0) finish();
   }
@@ -206,6 +208,7 @@ struct LongSums {
   Sums<kBlocks, kGroups> sums;
 
   __device__ __forceinline__ void clear() { sums.clear(); }
+  __device__ __forceinline__ void begin() {}
   __device__ __forceinline__ void end_of(int) {}
   __device__ __forceinline__ Sums<kBlocks, kGroups>& finish() { return sums; }
 };

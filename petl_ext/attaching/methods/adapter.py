@@ -91,7 +91,7 @@ class SequentialAdapterProjection(ProjectionSite, AdapterSite):
     """The adapter behind the projection in which an attention or MLP ends (arXiv 1902.00751), before the residual."""
 
     looked_for = "attentions and MLPs that end in a projection"
-    kinds = ATTENTIONS + MLPS
+    projections = ATTENTIONS + MLPS
 
     def changed(self, x, y):
         return self.adapter(y)

@@ -47,7 +47,7 @@ class APTAttention(ProjectionSite, APTSite):
     prompts are scored by what asks, the hidden states, as in METER."""
 
     looked_for = "attentions that end in their projection"
-    kinds = ATTENTIONS
+    projections = ATTENTIONS
 
     def changed(self, x, y):
         return self.apt(x, y)

@@ -16,7 +16,7 @@ class Config:
             None for a method that adds nothing to the model.
         site_classes: {row: what modules can become there}; a pattern of that row may match candidates of several.
         trains_all: whether every parameter of the model trains.
-        later_fields: those that folders saved before there were any do not have; they stand for the default.
+        later_fields: those that folders saved by older versions lack; their defaults hold there.
         sites: which of the model's candidate sites get a layer. None stands for those of the model family's table;
             otherwise regular expressions, each of which must match the end of a site's dotted name from a dot or from
             its start: "attention.output", r"layer\\.[0-5]\\.attention\\.output"; of CLIP's two towers only the one that

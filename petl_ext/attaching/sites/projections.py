@@ -35,22 +35,22 @@ class ProjectionSite(Site):
     """An attention or MLP that takes hidden states [..., D] first and returns the projected ones, alone or in a tuple.
 
     Attributes:
-        kinds: of `ATTENTIONS` and `MLPS`, those that can become such a site.
+        projections: of `ATTENTIONS` and `MLPS`, those that can become such a site.
     """
 
-    kinds: tuple
+    projections: tuple
 
     @classmethod
     def candidates(cls, model):
-        return {name: module for name, module in model.named_modules() if _names(module, cls.kinds)}
+        return {name: module for name, module in model.named_modules() if _names(module, cls.projections)}
 
     @classmethod
     def neighbor(cls, module):
-        return module.get_submodule(_names(module, cls.kinds)[-1])
+        return module.get_submodule(_names(module, cls.projections)[-1])
 
     @classmethod
     def check(cls, module):
-        names = _names(module, cls.kinds)
+        names = _names(module, cls.projections)
         for problem in (_signature_problem(module), _width_problem(module, names), _last_step_problem(module, names)):
             if problem:
                 raise ValueError(problem)
@@ -66,9 +66,9 @@ class ProjectionSite(Site):
         raise NotImplementedError
 
 
-def _names(module, kinds):
-    """Which of `kinds` the module is, or None."""
-    return next((names for names in kinds if all(_is_linear(_inner(module, name)) for name in names)), None)
+def _names(module, projections):
+    """Which of `projections` the module is, or None."""
+    return next((names for names in projections if all(_is_linear(_inner(module, name)) for name in names)), None)
 
 
 def _inner(module, name):

@@ -1,4 +1,4 @@
-"""Where an op can run: on each CPU path, on the emulator (CUDA kernels on the CPU), and on a GPU if there is one."""
+"""Devices for an op: each CPU path, the emulator (CUDA kernels on the CPU), and a GPU if there is one."""
 
 import functools
 import importlib
@@ -18,7 +18,7 @@ EMULATED_OPS = [raw_op for op in OPS.values() for raw_op in op.flops]
 
 
 @dataclass(frozen=True)
-class Place:
+class Device:
     name: str
 
     @property
@@ -26,11 +26,11 @@ class Place:
         return self.name in ("emulated", "cuda")
 
     @property
-    def device(self):
+    def torch_device(self):
         return torch.device("cuda" if self.name == "cuda" else "cpu")
 
     def put(self, tensors):
-        return [tensor.to(self.device) for tensor in tensors]
+        return [tensor.to(self.torch_device) for tensor in tensors]
 
     def __str__(self):
         return self.name
@@ -50,12 +50,12 @@ class Place:
                 ops.cpu_path("auto")
 
 
-EMULATED = Place("emulated")
-CUDA_PLACES = [EMULATED, *([Place("cuda")] if torch.cuda.is_available() else [])]
-CPU_PLACES = [Place(name) for name in CPU_PATHS]
-PLACES = CPU_PLACES + CUDA_PLACES
-# For what every CPU path gets from the same code around the kernels.
-DEVICE_PLACES = [CPU_PLACES[0], *CUDA_PLACES]
+EMULATED = Device("emulated")
+CUDA_DEVICES = [EMULATED, *([Device("cuda")] if torch.cuda.is_available() else [])]
+CPU_DEVICES = [Device(name) for name in CPU_PATHS]
+DEVICES = CPU_DEVICES + CUDA_DEVICES
+# One CPU path and all that run CUDA kernels, for what every CPU path gets from the same code around the kernels.
+CPU_AND_CUDA = [CPU_DEVICES[0], *CUDA_DEVICES]
 
 
 @functools.cache

@@ -1,14 +1,14 @@
 """The search for the layers of the small ViLT that the digits task does not need."""
 
 from petl_ext import DASConfig, attach
-from petl_ext.demo.search import ResumableSearch, train_with_search
+from petl_ext.demo.resumable_search import ResumableSearch, train_with_search
 from petl_ext.demo.vilt.training import BOTTLENECK, Method, ViltRun, any_inputs, make_model
 from petl_ext.search import DepthSearch
 
 DAS = Method("DAS, 1 of 4 layers skipped", DASConfig(bottleneck=BOTTLENECK), 1e-2, 1e-2, num_skip=1)
 WARMUP_SHARE = 5  # the first update comes after one part in so many of the steps
-# DAS has 10 and 1. Here there are few steps, and rewards exp(-loss) of 0.01 to 0.07: with a step size of 1 no
-# preference goes beyond 0.04, and draws stay uniform.
+# DAS has 10 and 1. Here, steps are few, and rewards exp(-loss) of 0.01 to 0.07: with a step size of 1 no preference
+# goes beyond 0.04, and draws stay uniform.
 INTERVAL, STEP_SIZE = 5, 100.0
 
 

@@ -4,10 +4,11 @@ import math
 
 from petl_ext.demo.dvp.models import freeze_below, share_prompt_layers
 from petl_ext.demo.dvp.training import LAYERS, DVPRun, Method
-from petl_ext.demo.search import ResumableSearch, train_with_search
+from petl_ext.demo.resumable_search import ResumableSearch, train_with_search
 from petl_ext.search import PlacementSearch
 
-# The authors' are 1, no steps and, for accuracies over thousands of updates, 0.005. Before, losses hardly differ.
+# The authors' values are 1, no warm-up and, for accuracies over thousands of updates, 0.005. Earlier, losses hardly
+# differ.
 INTERVAL, WARMUP_SHARE, STEP_SIZE = 4, 0.4, 1.0
 
 

@@ -28,12 +28,12 @@ def around_the_adapter(model):
     return model
 
 
-def in_place(model):
+def compiled_itself(model):
     model[0].compile(backend="aot_eager")
     return model
 
 
-@pytest.mark.parametrize("compiled", [around, around_the_adapter, in_place])
+@pytest.mark.parametrize("compiled", [around, around_the_adapter, compiled_itself])
 def test_what_is_compiled_already_is_patched_and_unpatched(compiled):
     torch._dynamo.reset()
     model = compiled(nn.Sequential(Adapter(DIM)))
@@ -119,7 +119,7 @@ def in_fake_tensors(module):
         module(torch.empty(2, 5, DIM))
 
 
-NO_PLACE_TO_PROBE = {
+WHERE_PROBES_DO_NOT_WORK = {
     "vmap": lambda module: torch.vmap(module)(stream()),
     "grad": lambda module: torch.func.grad(lambda x: module(x).sum())(stream()),
     "trace": lambda module: torch.jit.trace(module, stream(), check_trace=False),
@@ -128,7 +128,7 @@ NO_PLACE_TO_PROBE = {
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
-@pytest.mark.parametrize("run", NO_PLACE_TO_PROBE.values(), ids=NO_PLACE_TO_PROBE)
+@pytest.mark.parametrize("run", WHERE_PROBES_DO_NOT_WORK.values(), ids=WHERE_PROBES_DO_NOT_WORK)
 def test_instances_of_a_patched_class_wait_for_a_plain_call(run, adapter_class):
     module = adapter_class(DIM)
     run(module)

@@ -36,7 +36,7 @@ class ResumableSearch:
 
     @classmethod
     def check(cls, output, size, seed, goal, resume):
-        """Refuses what needs no data to be refused, for drawing them takes its time.
+        """Refuses what can be refused before the data are drawn, which takes a while.
 
         Args:
             goal: arguments of the search.
@@ -84,7 +84,7 @@ class ResumableSearch:
         }
         with one_quiet_thread():
             self.train_search(self.search, self.run, self.checkpoint, **arguments)
-        self.search.to_json(self.run.output / "search.json")
+        self.search.save(self.run.output / "search.json")
         self.search.plot(self.run.output / self.picture)
         # Half a checkpoint, left by a kill, would be taken for one to go on from.
         deleted = checkpoints.with_name(f".deleted-{checkpoints.name}")
