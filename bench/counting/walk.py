@@ -14,6 +14,7 @@ from counting.sass import BYTES
 
 WARP = 32
 PARAMETERS = 0x210  # where they begin in constant bank 0, on sm_90
+SHARED_WINDOW = 0x7F  # the upper word of generic addresses in shared memory; which one it is makes no difference
 MEMORY_OPCODES = {"LDS", "STS", "LDSM", "LDGSTS", "LDG", "STG"}
 NOWHERE = np.iinfo(np.int64).max
 
@@ -56,6 +57,7 @@ def special_registers(launch, index):
         "SR_LANEID": thread % np.uint64(WARP),
         **{f"SR_CTAID.{axis}": np.uint64(number) for axis, number in zip("XYZ", index, strict=True)},
         "SR_CgaCtaId": np.uint64(0),
+        "SR_SWINHI": np.uint64(SHARED_WINDOW),
     }
 
 
