@@ -21,20 +21,13 @@ def of_emulator(launch):
         "least_wavefronts": _total(launch, r"shared .* least"),
         "second_level_bytes": h200.SECTOR * _total(launch, r".* L2"),
         "device_bytes": _device_bytes(launch),
-        "block": {
-            name: n for name, n in sorted(launch.counts[launch.busiest].items()) if not name.endswith("distinct")
-        },
+        "block": dict(sorted(launch.counts[launch.busiest].items())),
     }
     if launch.is_whole:
         entry["products_wanted"] = launch.total("products wanted")
     else:
         entry["block"].pop("products wanted", None)
     return entry
-
-
-def _without_distinct(counts):
-    """They are of use beside those of other blocks only."""
-    return {name: number for name, number in sorted(counts.items()) if not name.endswith(" distinct")}
 
 
 def blocks_of(entry):
@@ -47,20 +40,19 @@ def _total(launch, pattern):
     return sum(launch.total(name) for name in names)
 
 
-def _touched(launch, name, way):
-    """Bytes of a tensor, added up over the blocks."""
-    return h200.SECTOR * launch.total(f"{name} {way} distinct")
-
-
 def _device_bytes(launch):
     """Each tensor once, or as much of it as all blocks touch."""
-    sizes = launch.sizes
-    return sum(min(sizes[name], _touched(launch, name, way)) for name in sizes for way in ("read", "write"))
+    return sum(
+        min(size, h200.SECTOR * launch.sectors(name, way))
+        for name, size in launch.sizes.items()
+        for way in ("read", "write")
+    )
 
 
 def private_memory(launch):
-    """The (begin, end) of tensors of which no block reads what others read."""
-    private = {name for name, size in launch.sizes.items() if _touched(launch, name, "read") <= size}
+    """The (begin, end) of tensors of which most that a block reads is not read by its neighbors too."""
+    reads = {name: launch.first_sectors.get(f"{name} read", [0]) for name in launch.sizes}
+    private = {name for name, sectors in reads.items() if 2 * sectors[0] >= sum(sectors)}
     return [(begin, end) for name, begin, end in launch.memory if name in private]
 
 

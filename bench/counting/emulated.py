@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sysconfig
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 from register_report import readable
@@ -27,7 +28,10 @@ class Launch:
         shared_bytes: dynamic shared memory of a block.
         parameters: the kernel's parameters as they lie in constant memory.
         memory: (name, begin, end) of each tensor.
-        counts: {index of a block: what it asked for}, of all blocks or of the first, the middle and the last.
+        first_sectors: of each tensor, read or written, the number of sectors that the first block touches, by which of
+            its neighbors touch them too: a bit for each axis of the grid.
+        counts: {index of a block: what it asked for}, of all blocks or of the first and its neighbors, the middle one
+            and the last.
     """
 
     kernel: str
@@ -36,6 +40,7 @@ class Launch:
     shared_bytes: int
     parameters: bytes
     memory: list
+    first_sectors: dict
     counts: dict = field(repr=False)
 
     @property
@@ -58,7 +63,7 @@ class Launch:
 
     @property
     def middle(self):
-        """The index of the block that stands for all between the first and the last where not all ran."""
+        """The index of the block that stands for those that did not run."""
         return next(index for index in self.counts if self.number_of(index) == self.blocks // 2)
 
     @property
@@ -66,8 +71,15 @@ class Launch:
         """The index of the block that asks for most."""
         return max(self.counts, key=lambda index: _weight(self.counts[index]))
 
+    def sectors(self, name, way):
+        """How many sectors of a tensor all blocks touch, if the others lie to their neighbors as the first does."""
+        total = 0
+        for axes, number in enumerate(self.first_sectors.get(f"{name} {way}", [])):
+            total += number * prod(size for bit, size in enumerate(self.grid) if not axes >> bit & 1)
+        return total
+
     def total(self, what):
-        """Of all blocks; where not all ran, those between the first and the last count as the middle one."""
+        """Of all blocks; those that did not run count as the middle one."""
         ran = sum(counts.get(what, 0) for counts in self.counts.values())
         return ran + (self.blocks - len(self.counts)) * self.counts[self.middle].get(what, 0)
 
@@ -130,5 +142,6 @@ def _launch(name, launch):
         launch["shared_bytes"],
         bytes.fromhex(launch["parameters"]),
         launch["memory"],
+        launch["first_sectors"],
         {tuple(block.pop("index")): block for block in launch["blocks"]},
     )

@@ -4,8 +4,8 @@
 //                   [sampled]
 //
 // Activations are bfloat16; the dtype is that of the weights. Tokens are attention pooling's. With `sampled` only the
-// first, the middle and the last block of each launch run, and what backward needs of forward is made up, so products
-// that are not wanted cannot be told. bench/counts.py reads this.
+// first block of each launch and its neighbors, the middle one and the last run, and what backward needs of forward is
+// made up, so products that are not wanted cannot be told. bench/counts.py reads this.
 #include <algorithm>
 #include <cinttypes>
 #include <cstdio>
@@ -235,7 +235,14 @@ void print_launch(const counts::LaunchCounts& launch) {
   for (const unsigned char byte : launch.parameters) std::printf("%02x", byte);
   std::printf("\", \"memory\": [");
   print_memory(counts::memory());
-  std::printf("], \"blocks\": [");
+  std::printf("], \"first_sectors\": {");
+  for (const auto& [name, sectors] : launch.first_sectors) {
+    if (name != launch.first_sectors.begin()->first) std::printf(", ");
+    std::printf("\"%s\": [", name.c_str());
+    for (const uint64_t& number : sectors) std::printf(&number == sectors.data() ? "%" PRIu64 : ", %" PRIu64, number);
+    std::printf("]");
+  }
+  std::printf("}, \"blocks\": [");
   for (const counts::BlockCounts& block : launch.blocks) {
     if (&block != launch.blocks.data()) std::printf(", ");
     print_block(block);

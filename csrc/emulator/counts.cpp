@@ -78,6 +78,23 @@ bool is_watched() { return running && !busy; }
 
 std::vector<Memory> all_memory;
 std::vector<LaunchCounts> launches;
+// What the launch's first block touched and each of its neighbors: by the axis as a bit, 0 for the first itself.
+using Touched = std::map<std::tuple<int, bool>, std::unordered_set<uintptr_t>>;
+std::map<unsigned, Touched> first_blocks;
+
+// The linker may have taken a function of the standard library from the kernels' objects, where it is watched too.
+bool busy = false;
+class Unwatched {
+ public:
+  Unwatched() { busy = true; }
+  ~Unwatched() { busy = false; }
+};
+bool is_watched() { return running && !busy; }
+
+std::vector<Memory> all_memory;
+std::vector<LaunchCounts> launches;
+// What the launch's first block touched: the sectors, and by bits at which axes' neighbors they came again.
+std::map<std::tuple<int, bool>, std::unordered_map<uintptr_t, unsigned>> first_block;
 
 uint64_t mixed(uint64_t hash, uint64_t value) {
   hash ^= value + 0x9e3779b97f4a7c15ull + (hash << 6) + (hash >> 2);
@@ -195,6 +212,11 @@ void add_to_tensor(const Request& request, int memory) {
   }
 }
 
+std::string name_of(const std::tuple<int, bool>& place) {
+  const auto [memory, written] = place;
+  return all_memory[memory].name + (written ? " write" : " read");
+}
+
 std::map<std::string, uint64_t> named_totals() {
   std::map<std::string, uint64_t> all = counter.of_events;
   for (const auto& [place, totals] : counter.of_shared) {
@@ -205,14 +227,12 @@ std::map<std::string, uint64_t> named_totals() {
     all[name + " least"] = totals.least;
   }
   for (const auto& [place, totals] : counter.of_tensors) {
-    const auto [memory, written] = place;
-    const std::string name = all_memory[memory].name + (written ? " write" : " read");
+    const std::string name = name_of(place);
     // Several tensors may have one name.
     all[name + " requests"] += totals.requests;
     all[name + " bytes"] += totals.bytes;
     all[name + " sectors"] += totals.sectors;
-    all[name + " distinct"] += totals.distinct.size();
-    if (!written) all[name + " L2"] += totals.from_second_level;
+    if (!std::get<bool>(place)) all[name + " L2"] += totals.from_second_level;
   }
   return all;
 }
@@ -234,6 +254,18 @@ void begin_launch(const Launch& launch) {
   launches.push_back({launch.kernel, launch.grid, launch.block, launch.shared_bytes, launch.parameters, {}});
 }
 
+void end_launch() {
+  const Unwatched unwatched;
+  for (const auto& [place, sectors] : first_blocks[0]) {
+    for (const uintptr_t sector : sectors) {
+      unsigned axes = 0;
+      for (auto& [axis, touched] : first_blocks) axes |= touched[place].count(sector) ? axis : 0;
+      ++launches.back().first_sectors[name_of(place)][axes];
+    }
+  }
+  first_blocks.clear();
+}
+
 void begin_block(uint3 index, unsigned threads, const void* shared, size_t shared_bytes, const void* stacks,
                  size_t stack_bytes) {
   const Unwatched unwatched;
@@ -247,7 +279,12 @@ void begin_block(uint3 index, unsigned threads, const void* shared, size_t share
 void end_block() {
   for (unsigned warp = 0; warp * kLanes < counter.lanes.size(); ++warp) end_requests(warp);
   const Unwatched unwatched;
-  launches.back().blocks.back().counts = named_totals();
+  BlockCounts& block = launches.back().blocks.back();
+  block.counts = named_totals();
+  if (block.index.x + block.index.y + block.index.z > 1) return;
+  for (const auto& [place, totals] : counter.of_tensors) {
+    first_blocks[block.index.x + 2 * block.index.y + 4 * block.index.z][place] = totals.distinct;
+  }
 }
 
 void end_requests(unsigned warp) {

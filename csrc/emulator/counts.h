@@ -4,6 +4,7 @@
 //
 // Counted is one block at a time, on one thread of the operating system.
 #pragma once
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -44,12 +45,16 @@ struct LaunchCounts {
   size_t shared_bytes;
   std::vector<unsigned char> parameters;  // as they lie in the device's constant memory
   std::vector<BlockCounts> blocks;        // those that ran
+  // The sectors that the first block reads or writes of a tensor, by which of its neighbors touch them too: a bit for
+  // each axis of the grid.
+  std::map<std::string, std::array<uint64_t, 8>> first_sectors = {};
 };
 // Of all launches since it was asked last.
 std::vector<LaunchCounts> take_launches();
 
 // For the emulator:
 void begin_launch(const Launch& launch);
+void end_launch();
 void begin_block(uint3 index, unsigned threads, const void* shared, size_t shared_bytes, const void* stacks,
                  size_t stack_bytes);
 void end_block();
@@ -69,6 +74,7 @@ void leave_function();
 
 inline constexpr bool kOn = false;
 inline void begin_launch(const Launch&) {}
+inline void end_launch() {}
 inline void begin_block(uint3, unsigned, const void*, size_t, const void*, size_t) {}
 inline void end_block() {}
 inline void end_requests(unsigned) {}

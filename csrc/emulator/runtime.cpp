@@ -66,6 +66,7 @@ cudaError_t emulator::launch(const cudaLaunchConfig_t& config, Launch launch) {
   launch.shared_bytes = config.dynamicSmemBytes;
   counts::begin_launch(launch);
   run(launch);
+  counts::end_launch();
   return cudaSuccess;
 }
 

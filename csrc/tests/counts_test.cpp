@@ -45,16 +45,12 @@ Counts shared(const std::string& kind, uint64_t requests, uint64_t wavefronts, u
   return {{name + " requests", requests}, {name + " wavefronts", wavefronts}, {name + " least", least}};
 }
 
-Counts tensor(const std::string& name, uint64_t requests, uint64_t bytes, uint64_t sectors, uint64_t distinct) {
-  return {{name + " requests", requests},
-          {name + " bytes", bytes},
-          {name + " sectors", sectors},
-          {name + " distinct", distinct}};
+Counts tensor(const std::string& name, uint64_t requests, uint64_t bytes, uint64_t sectors) {
+  return {{name + " requests", requests}, {name + " bytes", bytes}, {name + " sectors", sectors}};
 }
 
-Counts read(const std::string& name, uint64_t requests, uint64_t bytes, uint64_t sectors, uint64_t distinct,
-            uint64_t from_second_level) {
-  Counts all = tensor(name + " read", requests, bytes, sectors, distinct);
+Counts read(const std::string& name, uint64_t requests, uint64_t bytes, uint64_t sectors, uint64_t from_second_level) {
+  Counts all = tensor(name + " read", requests, bytes, sectors);
   all[name + " read L2"] = from_second_level;
   return all;
 }
@@ -163,19 +159,19 @@ void test_device_memory() {
   const auto reads = [](const char* what, const counts::BlockCounts& block, const Counts& wanted) {
     expect_counts(what, named(block, "in"), wanted);
   };
-  reads("neighbors", count(32, &read_words, t.in, t.out, 1), read("in", 1, 128, 4, 4, 4));
-  reads("every second word", count(32, &read_words, t.in, t.out, 2), read("in", 1, 128, 8, 8, 8));
-  reads("every eighth word", count(32, &read_words, t.in, t.out, 8), read("in", 1, 128, 32, 32, 32));
-  reads("one word", count(32, &read_words, t.in, t.out, 0), read("in", 1, 4, 1, 1, 1));
-  reads("from an odd place", count(32, &read_words, t.in + 1, t.out, 1), read("in", 1, 128, 5, 5, 5));
-  reads("again, from the first level", count(32, &read_twice, t.in, t.out), read("in", 2, 256, 8, 4, 4));
+  reads("neighbors", count(32, &read_words, t.in, t.out, 1), read("in", 1, 128, 4, 4));
+  reads("every second word", count(32, &read_words, t.in, t.out, 2), read("in", 1, 128, 8, 8));
+  reads("every eighth word", count(32, &read_words, t.in, t.out, 8), read("in", 1, 128, 32, 32));
+  reads("one word", count(32, &read_words, t.in, t.out, 0), read("in", 1, 4, 1, 1));
+  reads("from an odd place", count(32, &read_words, t.in + 1, t.out, 1), read("in", 1, 128, 5, 5));
+  reads("again, from the first level", count(32, &read_twice, t.in, t.out), read("in", 2, 256, 8, 4));
   const counts::BlockCounts written = count(32, &write_some, t.out);
-  expect_counts("half a warp writes", named(written, "out"), tensor("out write", 1, 64, 2, 2));
+  expect_counts("half a warp writes", named(written, "out"), tensor("out write", 1, 64, 2));
   expect_counts("all of a warp writes", named(count(32, &read_words, t.in, t.out, 1), "out"),
-                tensor("out write", 1, 128, 4, 4));
-  reads("copies", count(32, &copy, t.in, false), read("in", 1, 512, 16, 16, 16));
-  reads("copies of zeros read nothing", count(32, &copy, t.in, true), read("in", 1, 128, 4, 4, 4));
-  reads("copies pass the first level by", count(32, &copy_twice, t.in), read("in", 2, 1024, 32, 16, 32));
+                tensor("out write", 1, 128, 4));
+  reads("copies", count(32, &copy, t.in, false), read("in", 1, 512, 16, 16));
+  reads("copies of zeros read nothing", count(32, &copy, t.in, true), read("in", 1, 128, 4, 4));
+  reads("copies pass the first level by", count(32, &copy_twice, t.in), read("in", 2, 1024, 32, 32));
   expect_counts("copies write all the same", named(count(32, &copy, t.in, true), "shared"), shared("copy 16", 1, 4, 4));
 }
 
@@ -202,10 +198,9 @@ __global__ void do_nothing(char, const void*, int) {}
 
 void test_lanes_and_blocks() {
   Tensors t;
-  expect_counts("lanes that part", named(count(32, &write_in_turn, t.out, t.in), "out"),
-                tensor("out write", 1, 64, 4, 4));
+  expect_counts("lanes that part", named(count(32, &write_in_turn, t.out, t.in), "out"), tensor("out write", 1, 64, 4));
   expect_counts("half a warp goes on", named(count(32, &write_rounds, t.out, 2), "out"),
-                tensor("out write", 3, 320, 10, 10));
+                tensor("out write", 3, 320, 10));
   expect(count(96, &wait_three_times).counts.at("barriers") == 3, "barriers are a block's");
 
   launch(dim3(3, 2), 64, 0, &do_nothing, 'a', static_cast<const void*>(t.in), 7);
@@ -215,6 +210,21 @@ void test_lanes_and_blocks() {
   const void* pointer = nullptr;
   std::memcpy(&pointer, bytes.data() + 8, sizeof pointer);
   expect(bytes.size() == 20 && bytes[0] == 'a' && pointer == t.in && bytes[16] == 7, "parameters as they lie");
+}
+
+// Blocks side by side read other values of `in`, those below each other the same.
+__global__ void read_by_column(const float* in, float* out) {
+  const unsigned block = blockIdx.x + blockIdx.y * gridDim.x;
+  out[block * 32 + threadIdx.x] = in[blockIdx.x * 32 + threadIdx.x] + in[512];
+}
+
+void test_sectors_of_neighbors() {
+  Tensors t;
+  counts::take_launches();
+  launch(dim3(3, 2), 32, 0, &read_by_column, static_cast<const float*>(t.in), t.out);
+  using Axes = std::array<uint64_t, 8>;
+  const std::map<std::string, Axes> wanted{{"in read", Axes{0, 0, 4, 1}}, {"out write", Axes{4}}};
+  expect(counts::take_launches().at(0).first_sectors == wanted, "sectors that neighbors touch too");
 }
 
 void test_samples() {
@@ -227,7 +237,7 @@ void test_samples() {
   const std::vector<counts::LaunchCounts> launches = counts::take_launches();
   for (const counts::BlockCounts& block : launches.at(0).blocks) ran.push_back(block.index.x);
   std::sort(ran.begin(), ran.end());
-  expect(ran == std::vector<unsigned>{0, 5, 9}, "the first, the middle and the last block");
+  expect(ran == std::vector<unsigned>{0, 1, 5, 9}, "the first block, its neighbor, the middle and the last");
   settings.samples_blocks = false;
   emulator::configure(settings);
 }
@@ -271,6 +281,7 @@ int main() {
   test_shared_memory();
   test_device_memory();
   test_lanes_and_blocks();
+  test_sectors_of_neighbors();
   test_samples();
   test_products();
   std::printf("%d checked, %d failed\n", emulator_test::checked, emulator_test::failed);
