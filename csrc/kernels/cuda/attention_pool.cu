@@ -36,7 +36,7 @@ __device__ __forceinline__ void with_height(const PoolPlace<T>& place, Run run) 
 template <class T>
 __global__ void __launch_bounds__(kPoolThreads, 3) pool_forward(const __grid_constant__ PoolForwardTask<T> task) {
   const PoolPlace<T> place = PoolPlace<T>::of_group(task.problem);
-  if (place.sample >= task.problem.B) return;
+  if (!place.exists()) return;
   with_height(place, [&](auto blocks) { PoolForward<T, decltype(blocks)::value>::run(task, place); });
 }
 
@@ -44,15 +44,15 @@ template <class T>
 __global__ void __launch_bounds__(kPoolThreads, kBackwardBlocks<T>)
     pool_prepare(const __grid_constant__ PoolBackwardTask<T> task) {
   const PoolPlace<T> place = PoolPlace<T>::of_group(task.problem);
-  if (place.sample < task.problem.B) PoolPrepare<T>::run(task, place);
+  if (place.exists()) PoolPrepare<T>::run(task, place);
 }
 
-template <class T>
+template <class T, bool kOneGroup>
 __global__ void __launch_bounds__(kPoolThreads, kBackwardBlocks<T>)
     pool_backward(const __grid_constant__ PoolBackwardTask<T> task) {
-  PoolPlace<T> place = PoolPlace<T>::of_all_groups(task.problem);
-  if (place.sample >= task.problem.B) return;
-  with_height(place, [&](auto blocks) { PoolBackward<T, decltype(blocks)::value>::run(task, place); });
+  const PoolPlace<T> place = PoolPlace<T>::of_all_groups(task.problem);
+  if (!place.exists()) return;
+  with_height(place, [&](auto blocks) { PoolBackward<T, decltype(blocks)::value, kOneGroup>::run(task, place); });
 }
 
 // Samples are two axes of the grid, since one of them ends at 65535.
@@ -63,7 +63,7 @@ dim3 grid_of(int64_t first, int64_t B) {
 
 template <class T>
 dim3 grid_of_groups(const PoolProblem<T>& problem) {
-  return grid_of(int64_t{problem.parts.count} * pool_groups(problem.H), problem.B);
+  return grid_of(int64_t{problem.parts.count} << problem.group_bits, problem.B);
 }
 
 template <class T>
@@ -85,7 +85,7 @@ int round_queries(Queue queue, const AttentionPoolInputs& args, T* memory, PoolP
     using Source = decltype(element);
     const PoolRound<T, Source> task{
         static_cast<const Source*>(args.query.data), args.query.stride, memory, problem.B, problem.H, problem.D};
-    return launch(queue, {grid_of(task.blocks(), task.B), kPoolThreads, 0}, &pool_round<T, Source>, task);
+    return launch(queue, {grid_of(task.H, task.B), kPoolThreads, 0}, &pool_round<T, Source>, task);
   });
 }
 
@@ -103,6 +103,7 @@ PoolProblem<T> problem_of(const AttentionPoolInputs& args) {
   problem.D = static_cast<int>(D);
   problem.H = static_cast<int>(H);
   problem.parts = PoolParts::of(N);
+  while (1 << problem.group_bits < pool_groups(H)) ++problem.group_bits;
   return problem;
 }
 
@@ -120,9 +121,9 @@ PoolFinish<Out> finish_of(const PoolProblem<T>& problem, const float* sums, int6
   return finish;
 }
 
-template <class T>
+template <bool kByShares, class T>
 int launch_finish(Queue queue, const PoolFinish<T>& task) {
-  return launch(queue, {grid_of(task.blocks(), task.B), kPoolThreads, 0}, &pool_finish<T>, task);
+  return launch(queue, {grid_of(task.H, task.B), task.threads(), 0}, &pool_finish<T, kByShares>, task);
 }
 
 template <class T>
@@ -185,7 +186,7 @@ int forward(const AttentionPoolForward& args, void* memory, Queue queue) {
   finish.best = task.best;
   finish.total = task.total;
   finish.statistics = args.statistics;
-  return launch_finish(queue, finish);
+  return launch_finish<true>(queue, finish);
 }
 
 template <class T>
@@ -221,9 +222,9 @@ int backward(const AttentionPoolBackward& args, void* memory, Queue queue) {
   error = launch(queue, prepare, &pool_prepare<T>, task);
   if (error) return error;
   const Grid grid{grid_of(task.problem.parts.count, B), kPoolThreads, pool_backward_bytes<T>(H)};
-  error = launch(queue, grid, &pool_backward<T>, task);
+  error = launch(queue, grid, H <= kHeadGroup ? &pool_backward<T, true> : &pool_backward<T, false>, task);
   if (error || !args.dquery) return error;
-  return launch_finish(queue, finish_of<T, float>(task.problem, task.sums, task.sum_stride, args.dquery));
+  return launch_finish<false>(queue, finish_of<T, float>(task.problem, task.sums, task.sum_stride, args.dquery));
 }
 
 }  // namespace

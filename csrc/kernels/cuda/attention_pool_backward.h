@@ -33,7 +33,7 @@ __device__ __forceinline__ bool is_concentrated(float total) { return total < 2;
 struct PoolHeadValues {
   float best[kHeadGroup], factor[kHeadGroup], mean[kHeadGroup], rest[kHeadGroup];
 
-  // Thread h cares for head h.
+  // Thread h cares for head h. The mean is not among them.
   template <class T>
   __device__ __forceinline__ void load(const PoolBackwardTask<T>& task, const PoolPlace<T>& place) {
     const int head = static_cast<int>(threadIdx.x);
@@ -45,7 +45,7 @@ struct PoolHeadValues {
   }
 
   template <class T>
-  __device__ __forceinline__ void load_means(const PoolBackwardTask<T>& task, const PoolPlace<T>& place) {
+  __device__ __forceinline__ void load_mean(const PoolBackwardTask<T>& task, const PoolPlace<T>& place) {
     const int head = static_cast<int>(threadIdx.x);
     if (head >= place.heads()) return;
     const int64_t row = place.first_row() + head;
@@ -84,37 +84,31 @@ struct PoolDifferentials {
   }
 };
 
-// A group's products with the part's tokens, and what follows of them.
-template <int kBlocks, class T>
+// A group's products with the part's tokens, and what follows of them; load() loads the heads' values.
+template <int kBlocks, class T, class Load>
 __device__ __forceinline__ void find_differentials(const PoolBackwardTask<T>& task, const PoolPlace<T>& place,
-                                                   PoolRows<T, kBlocks>& tokens, const PoolHeadValues& of,
+                                                   PoolRows<T, kBlocks>& tokens, const PoolHeadValues& of, Load load,
                                                    PoolDifferentials& found) {
   const PoolProblem<T>& problem = place.problem;
   PoolRows<T, 1> heads[2] = {head_rows(place, problem.query, problem.query_stride),
                              head_rows(place, task.dpooled, task.dpooled_stride)};
   PoolScores products[2];
-  find_scores<2, kBlocks>(tokens, heads, problem.D, products);
+  find_scores<PoolMemory<T, 2, kBlocks>, 2, kBlocks>(tokens, heads, problem.D, products, load);
   found.find<kBlocks>(place, products, of);
 }
 
-template <class T, int kBlocks>
+// kOneGroup: whether all heads are of one group.
+template <class T, int kBlocks, bool kOneGroup>
 class PoolBackward {
-  using Memory = PoolMemory<T, 2>;
+  using Memory = PoolMemory<T, 2, kBlocks>;
 
  public:
-  __device__ __forceinline__ static void run(const PoolBackwardTask<T>& task, PoolPlace<T>& place) {
+  __device__ __forceinline__ static void run(const PoolBackwardTask<T>& task, const PoolPlace<T>& place) {
     const PoolProblem<T>& problem = place.problem;
-    const int groups = pool_groups(problem.H);
-    // Of a group the gradients of its scores (0) and its weights (1). Of a single one they take the place of heads'
-    // tiles, which the next group would need again.
-    const auto weight_tile = [&](int group, int i) {
-      T* const behind = reinterpret_cast<T*>(&values() + 1);
-      return groups == 1 ? Memory::heads(i) : behind + (2 * group + i) * PoolWeightTile<T>::kElements;
-    };
+    const int groups = kOneGroup ? 1 : pool_groups(problem.H);
 #pragma unroll 1
     for (int group = 0; group < groups; ++group) {
-      place.first_head = group * kHeadGroup;
-      run_group(task, place, weight_tile(group, 0), weight_tile(group, 1));
+      run_group(task, {problem, place.sample, place.part, group * kHeadGroup}, group);
       // The next tiles take the place of these.
       __syncthreads();
     }
@@ -122,11 +116,7 @@ class PoolBackward {
     const PoolGradientRows<T, kBlocks> rows(task.dvisual + (place.sample * problem.N + place.first_token()) * problem.D,
                                             place.tokens(), problem.D);
     const T* operands = task.operands + place.sample * groups * 2 * kHeadGroup * task.operand_stride;
-    if (groups == 1) {
-      write_gradients<true, Memory>(rows, problem.D, operands, task.operand_stride, 1, weight_tile);
-    } else {
-      write_gradients<false, Memory>(rows, problem.D, operands, task.operand_stride, groups, weight_tile);
-    }
+    write_gradients<kOneGroup, Memory>(rows, problem.D, operands, task.operand_stride, groups, weight_tile);
   }
 
  private:
@@ -134,34 +124,42 @@ class PoolBackward {
     return *reinterpret_cast<PoolHeadValues*>(Memory::scratch());
   }
 
+  // Of a group the gradients of its scores (0) and its weights (1). Of a single one they take the place of heads'
+  // tiles, which the next group would need again.
+  __device__ __forceinline__ static T* weight_tile(int group, int i) {
+    T* const behind = reinterpret_cast<T*>(&values() + 1);
+    return kOneGroup ? Memory::heads(i, 0) : behind + (2 * group + i) * PoolWeightTile<T>::kElements;
+  }
+
   __device__ __forceinline__ static void run_group(const PoolBackwardTask<T>& task, const PoolPlace<T>& place,
-                                                   T* dscore_tile, T* weight_tile) {
-    values().load(task, place);
-    values().load_means(task, place);
+                                                   int group) {
     PoolRows<T, kBlocks> tokens = token_rows<T, kBlocks>(place);
     PoolDifferentials found;
-    find_differentials<kBlocks>(task, place, tokens, values(), found);
+    const auto load = [&] {
+      values().load(task, place);
+      values().load_mean(task, place);
+    };
+    find_differentials<kBlocks>(task, place, tokens, values(), load, found);
 #pragma unroll
     for (int i = 0; i < 8; ++i) found.dscores[i / 4][i / 2 % 2][i % 2] *= place.problem.scale;
     // All have read their letters.
     __syncthreads();
     if (pool_warp() < kBlocks) {
-      store_weights(dscore_tile, found.dscores);
-      store_weights(weight_tile, found.weights);
+      store_weights(weight_tile(group, 0), found.dscores);
+      store_weights(weight_tile(group, 1), found.weights);
     }
     __syncthreads();
     if (!task.sums) return;
     const int64_t row = place.partial_row();
-    sum_tokens<Memory, kBlocks>(tokens, dscore_tile, place.problem.D, place.heads(), task.sums + row * task.sum_stride,
-                                task.sum_stride);
+    sum_tokens<Memory, kBlocks>(tokens, weight_tile(group, 0), place.problem.D, place.heads(),
+                                task.sums + row * task.sum_stride, task.sum_stride);
   }
 };
 
 template <class T>
 int pool_backward_bytes(int64_t H) {
-  const int groups = pool_groups(H);
-  const int64_t tiles = PoolMemory<T, 2>::kElements + (groups > 1 ? groups * 2 * PoolWeightTile<T>::kElements : 0);
-  return static_cast<int>(tiles * sizeof(T) + sizeof(PoolHeadValues));
+  const int groups = pool_groups(H), weight_tiles = groups > 1 ? 2 * groups : 0;
+  return pool_tile_bytes<T, 2>() + sizeof(PoolHeadValues) + weight_tiles * PoolWeightTile<T>::kElements * sizeof(T);
 }
 
 }  // namespace petl::cuda

@@ -1,11 +1,12 @@
 // The small launches beside those of attention pooling's blocks: queries are rounded, the parts' sums combined.
 #pragma once
 #include "kernels/cuda/attention_pool_tile.h"
+#include "kernels/cuda/kernels.h"
 #include "kernels/cuda/reduce.h"
 
 namespace petl::cuda {
 
-// Rows [B * H, D] in the dtype of the products.
+// Rows [B * H, D] in the dtype of the products; a block takes one.
 template <class T, class Source>
 struct PoolRound {
   const Source* rows;
@@ -13,74 +14,54 @@ struct PoolRound {
   T* out;
   int64_t B;
   int H, D;
-
-  int64_t blocks() const { return (int64_t{H} * (D / 8) + kPoolThreads - 1) / kPoolThreads; }
 };
 
 template <class T, class Source>
 __global__ void __launch_bounds__(kPoolThreads) pool_round(const __grid_constant__ PoolRound<T, Source> task) {
-  const unsigned vector = blockIdx.x * kPoolThreads + threadIdx.x, row_vectors = task.D / 8;
-  const unsigned head = vector / row_vectors, column = vector % row_vectors * 8;
-  const int64_t row = pool_sample() * task.H + head;
-  if (pool_sample() >= task.B || head >= static_cast<unsigned>(task.H)) return;
-  float values[8];
-  unpack(load(task.rows + row * task.stride + column), values);
-  store(task.out + row * task.D + column, pack<T>(values));
+  if (pool_sample() >= task.B) return;
+  const int64_t row = pool_sample() * task.H + blockIdx.x;
+  for (int column = threadIdx.x * 8; column < task.D; column += kPoolThreads * 8) {
+    float values[8];
+    unpack(load(task.rows + row * task.stride + column), values);
+    reinterpret_cast<Packed<T>*>(task.out)[(row * task.D + column) / 8] = pack<T>(values);
+  }
 }
 
-// The parts' sums of one head to its row: by their shares of the softmax in forward, as they are in backward.
+// The parts' sums of one head to its row: by their shares of the softmax, as in forward, or as they are.
 template <class T>
 struct PoolFinish {
   const float* sums;  // [B, parts, H, sum_stride]
   int64_t sum_stride;
-  const float *best, *total;  // [B, parts, H]; null: the sums count as they are
+  const float *best, *total;  // [B, parts, H]
   T* out;                     // [B * H, D]
-  float* statistics;          // [2, B * H], with best
+  float* statistics;          // [2, B * H]
   int64_t B;
   int parts, H, D;
 
-  // A warp takes so many columns of a row, each lane of each word four.
+  // A block takes a row, and a warp so many of its columns: each lane words of four.
   static constexpr int kWords = 2, kWarpColumns = 32 * 4 * kWords;
+  static constexpr int kMostThreads = static_cast<int>(kMaxWidth) / kWarpColumns * 32;
 
-  __host__ __device__ int tiles() const { return (D + kWarpColumns - 1) / kWarpColumns; }
-  int64_t blocks() const { return (int64_t{H} * tiles() + kPoolWarps - 1) / kPoolWarps; }
+  int threads() const { return (D + kWarpColumns - 1) / kWarpColumns * 32; }
 };
 
-// A head's shares of the softmax in its parts. A part of which no token takes part has minus infinity for its greatest
-// score; a sample of such parts becomes NaN.
-template <class T>
-class PoolShares {
- public:
-  // Of the parts whose best and total begin at `first`, by the whole warp.
-  __device__ __forceinline__ PoolShares(const PoolFinish<T>& task, int64_t first) : task_(task), first_(first) {
-    if (!task.best) return;
-    best_ = -INFINITY;
+// A head's greatest score of all parts, and the sum of exp(score - best), by a whole warp. A part of which no token
+// takes part has minus infinity for its greatest score; a sample of such parts becomes NaN.
+struct PoolSoftmax {
+  float best = -INFINITY, total = 0;
+
+  // Of values that are `stride` apart.
+  __device__ __forceinline__ PoolSoftmax(const float* of_part, const float* total_of_part, int parts, int64_t stride) {
 #pragma unroll 1
-    for (int part = pool_lane(); part < task.parts; part += 32) best_ = Max()(best_, best_of(part));
+    for (int part = pool_lane(); part < parts; part += 32) best = Max()(best, of_part[part * stride]);
 #pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) best_ = Max()(best_, __shfl_xor_sync(0xffffffffu, best_, lanes));
+    for (int lanes = 16; lanes > 0; lanes /= 2) best = Max()(best, __shfl_xor_sync(0xffffffffu, best, lanes));
 #pragma unroll 1
-    for (int part = pool_lane(); part < task.parts; part += 32) {
-      total_ += expf(best_of(part) - best_) * task.total[first_ + int64_t{part} * task.H];
+    for (int part = pool_lane(); part < parts; part += 32) {
+      total += expf(of_part[part * stride] - best) * total_of_part[part * stride];
     }
-    total_ = sum_warp(total_);
+    total = sum_warp(total);
   }
-
-  __device__ __forceinline__ float of_part(int part) const {
-    return task_.best ? expf(best_of(part) - best_) / total_ : 1.0f;
-  }
-
-  __device__ __forceinline__ void store_statistics(int64_t row) const {
-    task_.statistics[row] = best_;
-    task_.statistics[task_.B * task_.H + row] = total_;
-  }
-
- private:
-  __device__ __forceinline__ float best_of(int part) const { return task_.best[first_ + int64_t{part} * task_.H]; }
-
-  const PoolFinish<T>& task_;
-  int64_t first_;
-  float best_ = 0, total_ = 0;
 };
 
 template <class T>
@@ -92,19 +73,20 @@ __device__ __forceinline__ void store_four(T* to, const float4& values) {
   }
 }
 
-// Of one row and a warp's columns, the sums of a few parts: all loads are under way at the same time.
+// Of one row and a warp's columns, the sums of a few parts, all of whose loads are under way at the same time.
 template <class T>
 struct PoolBatch {
   static constexpr int kParts = 4, kWords = PoolFinish<T>::kWords;
   float4 words[kParts][kWords];
 
   __device__ __forceinline__ void load(const PoolFinish<T>& task, const float* sums, int first_part, int column) {
+    const int64_t part_stride = task.H * task.sum_stride;
 #pragma unroll
     for (int i = 0; i < kParts * kWords; ++i) {
       const int part = first_part + i / kWords, offset = column + i % kWords * 128;
       const bool valid = part < task.parts && offset < task.D;
-      const float* from = sums + int64_t{part} * task.H * task.sum_stride + offset;
-      words[i / kWords][i % kWords] = valid ? *reinterpret_cast<const float4*>(from) : float4{};
+      words[i / kWords][i % kWords] =
+          valid ? *reinterpret_cast<const float4*>(sums + part * part_stride + offset) : float4{};
     }
   }
 
@@ -118,32 +100,39 @@ struct PoolBatch {
   }
 };
 
-template <class T>
-__global__ void __launch_bounds__(kPoolThreads) pool_finish(const __grid_constant__ PoolFinish<T> task) {
+template <class T, bool kByShares>
+__global__ void __launch_bounds__(PoolFinish<T>::kMostThreads) pool_finish(const __grid_constant__ PoolFinish<T> task) {
   using Batch = PoolBatch<T>;
-  const int item = static_cast<int>(blockIdx.x) * kPoolWarps + pool_warp();
-  const int head = item / task.tiles(), column = item % task.tiles() * PoolFinish<T>::kWarpColumns + pool_lane() * 4;
-  const int64_t sample = pool_sample(), row = sample * task.H + head;
-  if (sample >= task.B || head >= task.H) return;
-  const int64_t first = sample * task.parts * task.H + head;
+  constexpr int kWords = PoolFinish<T>::kWords;
+  if (pool_sample() >= task.B) return;
+  const int column = pool_warp() * PoolFinish<T>::kWarpColumns + pool_lane() * 4;
+  const int64_t row = pool_sample() * task.H + blockIdx.x, first = pool_sample() * task.parts * task.H + blockIdx.x;
   const float* sums = task.sums + first * task.sum_stride;
   Batch batch;
   batch.load(task, sums, 0, column);
-  const PoolShares<T> shares(task, first);
-  float4 values[PoolFinish<T>::kWords] = {};
+  float own_share = 1;  // of part `part` / 32 * 32 + lane
+  float4 values[kWords] = {};
+  const PoolSoftmax softmax(task.best + first, task.total + first, kByShares ? task.parts : 0, task.H);
 #pragma unroll 1
   for (int part = 0; part < task.parts; part += Batch::kParts) {
     if (part > 0) batch.load(task, sums, part, column);
+    if (kByShares && part % 32 == 0) {
+      const int own = part + pool_lane();
+      own_share = own < task.parts ? expf(task.best[first + int64_t{own} * task.H] - softmax.best) / softmax.total : 0;
+    }
 #pragma unroll
     for (int i = 0; i < Batch::kParts; ++i) {
-      if (part + i < task.parts) batch.add_to(values, i, shares.of_part(part + i));
+      batch.add_to(values, i, __shfl_sync(0xffffffffu, own_share, (part + i) % 32));
     }
   }
 #pragma unroll
-  for (int i = 0; i < PoolFinish<T>::kWords; ++i) {
+  for (int i = 0; i < kWords; ++i) {
     if (column + i * 128 < task.D) store_four(task.out + row * task.D + column + i * 128, values[i]);
   }
-  if (task.best && column == 0) shares.store_statistics(row);
+  if (kByShares && threadIdx.x == 0) {
+    task.statistics[row] = softmax.best;
+    task.statistics[task.B * task.H + row] = softmax.total;
+  }
 }
 
 }  // namespace petl::cuda

@@ -17,7 +17,7 @@ struct PoolForwardTask {
 
 template <class T, int kBlocks>
 class PoolForward {
-  using Memory = PoolMemory<T, 1>;
+  using Memory = PoolMemory<T, 1, kBlocks>;
 
  public:
   __device__ __forceinline__ static void run(const PoolForwardTask<T>& task, const PoolPlace<T>& place) {
@@ -25,7 +25,7 @@ class PoolForward {
     PoolRows<T, kBlocks> tokens = token_rows<T, kBlocks>(place);
     PoolRows<T, 1> heads[1] = {head_rows(place, problem.query, problem.query_stride)};
     PoolScores scores[1];
-    find_scores<1, kBlocks>(tokens, heads, problem.D, scores);
+    find_scores<Memory, 1, kBlocks>(tokens, heads, problem.D, scores, [] {});
     float best[2], total[2];
     weigh(place, scores[0], best, total);
     const int64_t row = place.partial_row();
@@ -38,8 +38,8 @@ class PoolForward {
       }
     }
     __syncwarp();
-    sum_tokens<Memory, kBlocks>(tokens, Memory::heads(0), problem.D, place.heads(), task.sums + row * task.sum_stride,
-                                task.sum_stride);
+    sum_tokens<Memory, kBlocks>(tokens, Memory::heads(0, 0), problem.D, place.heads(),
+                                task.sums + row * task.sum_stride, task.sum_stride);
   }
 
  private:
@@ -61,12 +61,12 @@ class PoolForward {
       total[half] += weight;
       weights[half][block][i] = weight;
     });
-    if (pool_warp() < kBlocks) store_weights(Memory::heads(0), weights);
+    if (pool_warp() < kBlocks) store_weights(Memory::heads(0, 0), weights);
     reduce_pool_tokens(total, Memory::scratch() + kPoolWarps * kHeadGroup, Add());
   }
 };
 
 template <class T>
-constexpr int kPoolForwardBytes = PoolMemory<T, 1>::kElements * sizeof(T) + 2 * kPoolWarps * kHeadGroup * sizeof(float);
+constexpr int kPoolForwardBytes = pool_tile_bytes<T, 1>() + 2 * kPoolWarps * kHeadGroup * sizeof(float);
 
 }  // namespace petl::cuda

@@ -89,7 +89,7 @@ __device__ __forceinline__ void write_gradients(PoolGradientRows<T, kBlocks> row
   const auto copy = [&](int first, int ahead) {
     if (first + ahead >= count) return;
     const int group = (first + ahead) % groups, column = (first + ahead) / groups * Tile::kColumns;
-    heads.copy(Memory::tokens(ahead % kPlaces),
+    heads.copy(Memory::tokens(ahead % Memory::kPlaces),
                kOneGroup ? ahead * Tile::kColumns : column + group * 2 * kHeadGroup * static_cast<int>(stride));
   };
   typename PoolGradientRows<T, kBlocks>::Sums sums;
@@ -111,10 +111,10 @@ __device__ __forceinline__ void write_gradients(PoolGradientRows<T, kBlocks> row
     if (kOneGroup || group == groups - 1) rows.write(sums, kOneGroup ? place : tile, tile * Tile::kColumns);
     __syncwarp();
   };
-  stream_rounds<kPlaces>(count, copy, use, [&] {
+  stream_rounds<Memory::kPlaces>(count, copy, use, [&] {
     if (!kOneGroup) return;
-    heads.move(kPlaces * Tile::kColumns);
-    rows.move(kPlaces);
+    heads.move(Memory::kPlaces * Tile::kColumns);
+    rows.move(Memory::kPlaces);
   });
 }
 

@@ -14,25 +14,43 @@ struct PoolProblem {
   int64_t query_stride;
   float scale;
   int64_t B;
-  int N, D, H;
+  int N, D, H, group_bits;  // 2^group_bits groups of heads or less
   PoolParts parts;
 };
 
-// Where a block's tiles lie. The heads' tiles have done their duty when the scores are known; then others take their
-// place.
-template <class T, int kOperands>
+// Where the tiles of a block lie whose part has kBlocks blocks of tokens. The heads' tiles have done their duty when
+// the scores are known; then others take their place.
+template <class T, int kOperands, int kBlocks>
 struct PoolMemory {
-  static constexpr int kTokenElements = kMostTokenBlocks * kTokenBlock * PoolTile<T>::kStride;
-  static constexpr int kPlaceElements = kTokenElements + kOperands * kHeadGroup * PoolTile<T>::kStride;
-  static constexpr int kElements = kPlaces * kPlaceElements;
+  static constexpr int kTokenElements = kBlocks * kTokenBlock * PoolTile<T>::kStride;
+  static constexpr int kHeadElements = kHeadGroup * PoolTile<T>::kStride;
+  static constexpr int kPlaceElements = kTokenElements + kOperands * kHeadElements;
+  // Places for tiles that are in use, on their way, or kept for the tokens' sums: as many as leave room for two more
+  // blocks on a multiprocessor, and three at least.
+  static constexpr int kRoom = (74 << 10) / (kPlaceElements * sizeof(T));
+  static constexpr int kPlaces = kRoom < 3 ? 3 : kRoom;
+  static constexpr int kBytes = kPlaces * kPlaceElements * sizeof(T);
 
   __device__ __forceinline__ static T* tokens(int place) {
     return reinterpret_cast<T*>(shared_memory()) + place * kPlaceElements;
   }
-  __device__ __forceinline__ static T* heads(int place) { return tokens(place) + kTokenElements; }
+  __device__ __forceinline__ static T* heads(int place, int operand) {
+    return tokens(place) + kTokenElements + operand * kHeadElements;
+  }
   // What follows the tiles.
   __device__ __forceinline__ static float* scratch() { return reinterpret_cast<float*>(tokens(kPlaces)); }
 };
+
+// The most that a part's tiles take, whatever its height.
+template <class T, int kOperands>
+constexpr int pool_tile_bytes() {
+  constexpr int kBytes[] = {PoolMemory<T, kOperands, 2>::kBytes, PoolMemory<T, kOperands, 3>::kBytes,
+                            PoolMemory<T, kOperands, 4>::kBytes};
+  static_assert(kMostTokenBlocks == 4, "all heights are here");
+  int most = 0;
+  for (int bytes : kBytes) most = bytes > most ? bytes : most;
+  return most;
+}
 
 // A block's place in its sample.
 template <class T>
@@ -41,16 +59,18 @@ struct PoolPlace {
   int64_t sample;
   int part, first_head;
 
-  // Parts and groups of heads are the grid's first axis. What blocks share of a sample they read at about the same
+  // Parts and groups of heads are the grid's first axis: what blocks share of a sample they read at about the same
   // time.
   __device__ __forceinline__ static PoolPlace of_group(const PoolProblem<T>& problem) {
-    const int groups = pool_groups(problem.H), index = static_cast<int>(blockIdx.x);
-    return {problem, pool_sample(), index / groups, index % groups * kHeadGroup};
+    const int index = static_cast<int>(blockIdx.x), part = index >> problem.group_bits;
+    return {problem, pool_sample(), part, (index - (part << problem.group_bits)) * kHeadGroup};
   }
-  // Parts alone.
+  // Parts alone are the axis.
   __device__ __forceinline__ static PoolPlace of_all_groups(const PoolProblem<T>& problem) {
     return {problem, pool_sample(), static_cast<int>(blockIdx.x), 0};
   }
+  // The grid is a little larger than the problem.
+  __device__ __forceinline__ bool exists() const { return sample < problem.B && first_head < problem.H; }
 
   __device__ __forceinline__ int heads() const { return min(kHeadGroup, problem.H - first_head); }
   __device__ __forceinline__ int64_t first_row() const { return sample * problem.H + first_head; }

@@ -31,8 +31,11 @@ __device__ __forceinline__ void pack_operands(const PoolBackwardTask<T>& task, c
   const int width = static_cast<int>(task.operand_stride), rows = 2 * kHeadGroup;
   const int64_t group = place.sample * pool_groups(problem.H) + place.first_head / kHeadGroup;
   Packed<T>* const target = reinterpret_cast<Packed<T>*>(task.operands + group * rows * width);
+  // Not of the first of several parts, whose block has the means to find.
+  const int idle = problem.parts.count > 1, share = place.part - idle, shares = problem.parts.count - idle;
+  if (share < 0) return;
 #pragma unroll 1
-  for (int row = place.part * kPoolWarps + pool_warp(); row < rows; row += problem.parts.count * kPoolWarps) {
+  for (int row = share * kPoolWarps + pool_warp(); row < rows; row += shares * kPoolWarps) {
     const int head = row % kHeadGroup;
     const int64_t source_row = place.first_row() + head;
     const T* source = row < kHeadGroup ? problem.query + source_row * problem.query_stride
@@ -57,21 +60,22 @@ __device__ __forceinline__ void pack_operands(const PoolBackwardTask<T>& task, c
 
 template <class T>
 class PoolPrepare {
-  using Memory = PoolMemory<T, 2>;
-  // The rests are found once for all heights of parts: it is rare.
+  // The rests are found in one way for all heights of parts: it is rare.
   static constexpr int kBlocks = kMostTokenBlocks;
+  using Memory = PoolMemory<T, 2, kBlocks>;
 
  public:
-  static constexpr int kSharedBytes =
-      Memory::kElements * sizeof(T) + sizeof(PoolHeadValues) + kPoolWarps * kHeadGroup * sizeof(float);
+  static constexpr int kSharedBytes = Memory::kBytes + sizeof(PoolHeadValues) + kPoolWarps * kHeadGroup * sizeof(float);
 
   // The first part's block finds the means; all blocks of groups with a concentrated head find the rests, and for that
   // the means once more: so it is one launch.
   __device__ __forceinline__ static void run(const PoolBackwardTask<T>& task, const PoolPlace<T>& place) {
-    if (task.dvisual) pack_operands(task, place);
+    const auto pack = [&] {
+      if (task.dvisual) pack_operands(task, place);
+    };
     const bool has_rests = has_concentrated_head(task, place);
-    if (place.part > 0 && !has_rests) return;
-    find_means(task, place);
+    if (place.part > 0 && !has_rests) return pack();
+    find_means(task, place, pack);
     const int head = static_cast<int>(threadIdx.x);
     if (place.part == 0 && head < place.heads()) task.mean[place.first_row() + head] = values().mean[head];
     if (has_rests) find_rests(task, place);
@@ -90,11 +94,13 @@ class PoolPrepare {
 
   // The pooled rows take the place of tokens, dpooled that of queries: the products of each head with its own row are
   // the means.
-  __device__ __forceinline__ static void find_means(const PoolBackwardTask<T>& task, const PoolPlace<T>& place) {
+  template <class Meanwhile>
+  __device__ __forceinline__ static void find_means(const PoolBackwardTask<T>& task, const PoolPlace<T>& place,
+                                                    Meanwhile meanwhile) {
     PoolRows<T, 1> pooled = head_rows(place, task.pooled, task.pooled_stride);
     PoolRows<T, 1> dpooled[1] = {head_rows(place, task.dpooled, task.dpooled_stride)};
     PoolScores products[1];
-    find_scores<1, 1>(pooled, dpooled, place.problem.D, products);
+    find_scores<Memory, 1, 1>(pooled, dpooled, place.problem.D, products, meanwhile);
     const int g = pool_lane() / 4;
     if (pool_warp() == 0 && pool_lane() % 4 == g / 2) {
 #pragma unroll
@@ -108,10 +114,9 @@ class PoolPrepare {
 
   // The part's share of what rounding left out of the means: the sum of all dscores is zero but for it.
   __device__ __forceinline__ static void find_rests(const PoolBackwardTask<T>& task, const PoolPlace<T>& place) {
-    values().load(task, place);
     PoolRows<T, kBlocks> tokens = token_rows<T, kBlocks>(place);
     PoolDifferentials found;
-    find_differentials<kBlocks>(task, place, tokens, values(), found);
+    find_differentials<kBlocks>(task, place, tokens, values(), [&] { values().load(task, place); }, found);
     float rest[2] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) rest[i / 4] += found.dscores[i / 4][i / 2 % 2][i % 2];

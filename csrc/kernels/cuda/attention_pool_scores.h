@@ -30,9 +30,9 @@ __device__ __forceinline__ int pool_token(int block, int i) {
 template <class Memory, int kOperands, int kBlocks>
 __device__ __forceinline__ void exchange_shares(const float (&shares)[kOperands][2 * kBlocks][4],
                                                 PoolScores (&own)[kOperands]) {
-  static_assert(kPlaces == kPoolWarps - 1, "a place holds the letters of one sender to each");
+  static_assert(Memory::kPlaces >= kPoolWarps - 1, "a place holds the letters of one sender to each");
   const auto letter = [](int operand, int block, int sender, int half) -> float4& {
-    float4* const first = reinterpret_cast<float4*>(Memory::heads(sender - 1));
+    float4* const first = reinterpret_cast<float4*>(Memory::heads(sender - 1, 0));
     return first[((operand * kBlocks + block) * 2 + half) * 32 + pool_lane()];
   };
   __syncthreads();
@@ -61,36 +61,35 @@ __device__ __forceinline__ void exchange_shares(const float (&shares)[kOperands]
   }
 }
 
-// own[i] = heads_i tokens^T. Afterwards the last tiles of tokens are still in shared memory, and the rows' pointers
-// have moved on by kPlaces tiles for each round.
-template <int kOperands, int kBlocks, class T>
+// own[i] = heads_i tokens^T; meanwhile() is called when the first copies are under way. Afterwards the last tiles of
+// tokens are still in shared memory, and the rows' pointers have moved on by Memory::kPlaces tiles for each round.
+template <class Memory, int kOperands, int kBlocks, class T, class Meanwhile>
 __device__ __forceinline__ void find_scores(PoolRows<T, kBlocks>& tokens, PoolRows<T, 1> (&heads)[kOperands], int D,
-                                            PoolScores (&own)[kOperands]) {
+                                            PoolScores (&own)[kOperands], Meanwhile meanwhile) {
   using Tile = PoolTile<T>;
-  using Memory = PoolMemory<T, kOperands>;
   const PoolProducts<T> products;
   float shares[kOperands][2 * kBlocks][4] = {};
   const int whole = D / Tile::kColumns, rest = D % Tile::kColumns;
   const auto copy = [&](int first, int ahead) {
-    const int column = ahead * Tile::kColumns, place = ahead % kPlaces;
-    const auto head_tile = [=](int i) { return Memory::heads(place) + i * kHeadGroup * Tile::kStride; };
+    const int column = ahead * Tile::kColumns, place = ahead % Memory::kPlaces;
     if (first + ahead < whole) {
       tokens.copy(Memory::tokens(place), column);
 #pragma unroll
-      for (int i = 0; i < kOperands; ++i) heads[i].copy(head_tile(i), column);
+      for (int i = 0; i < kOperands; ++i) heads[i].copy(Memory::heads(place, i), column);
     } else if (first + ahead == whole && rest > 0) {
       tokens.copy_part(Memory::tokens(place), column, rest);
 #pragma unroll
-      for (int i = 0; i < kOperands; ++i) heads[i].copy_part(head_tile(i), column, rest);
+      for (int i = 0; i < kOperands; ++i) heads[i].copy_part(Memory::heads(place, i), column, rest);
     }
+    if (ahead == Memory::kPlaces - 2) meanwhile();
   };
   const auto use = [&](int, int place) {
-    products.template add_scores<kOperands, kBlocks>(shares, Memory::heads(place), Memory::tokens(place));
+    products.template add_scores<kOperands, kBlocks>(shares, Memory::heads(place, 0), Memory::tokens(place));
   };
-  stream_rounds<kPlaces>(whole + (rest > 0), copy, use, [&] {
-    tokens.move(kPlaces * Tile::kColumns);
+  stream_rounds<Memory::kPlaces>(whole + (rest > 0), copy, use, [&] {
+    tokens.move(Memory::kPlaces * Tile::kColumns);
 #pragma unroll
-    for (int i = 0; i < kOperands; ++i) heads[i].move(kPlaces * Tile::kColumns);
+    for (int i = 0; i < kOperands; ++i) heads[i].move(Memory::kPlaces * Tile::kColumns);
   });
   exchange_shares<Memory, kOperands, kBlocks>(shares, own);
 }

@@ -14,18 +14,20 @@ __device__ __forceinline__ void sum_tokens(PoolRows<T, kBlocks>& tokens, const T
   using Tile = PoolTile<T>;
   using Products = PoolProducts<T>;
   const int tiles = (D + Tile::kColumns - 1) / Tile::kColumns;
-  // Of each place the last tile, then others, kPlaces apart. Those of place 0 are where the pointers begin.
-  const int last = (tiles - 1) / kPlaces * kPlaces;
-  const auto column_of = [&](int place) { return (place < tiles - last ? place : place - kPlaces) * Tile::kColumns; };
+  // Of each place the last tile, then others, Memory::kPlaces apart. Those of place 0 are where the pointers begin.
+  const int last = (tiles - 1) / Memory::kPlaces * Memory::kPlaces;
+  const auto column_of = [&](int place) {
+    return (place < tiles - last ? place : place - Memory::kPlaces) * Tile::kColumns;
+  };
   const Products products;
   const auto weights = Products::template by_head<kBlocks>(weight_tile);
   const auto copy = [&](int first, int ahead) {
-    const bool is_kept = first == 0 && ahead < kPlaces;
+    const bool is_kept = first == 0 && ahead < Memory::kPlaces;
     if (is_kept || first + ahead >= tiles) return;
-    const int place = ahead % kPlaces;
-    tokens.copy(Memory::tokens(place), column_of(place) - ahead / kPlaces * kPlaces * Tile::kColumns);
+    const int place = ahead % Memory::kPlaces;
+    tokens.copy(Memory::tokens(place), column_of(place) - ahead / Memory::kPlaces * Memory::kPlaces * Tile::kColumns);
   };
-  tokens.move(-kPlaces * Tile::kColumns);
+  tokens.move(-Memory::kPlaces * Tile::kColumns);
   float* to = target + pool_head(0) * stride + last * Tile::kColumns + 8 * Products::kColumnBlocks * pool_warp() +
               pool_lane() % 4 * 2;
   const auto use = [&](int, int place) {
@@ -43,9 +45,9 @@ __device__ __forceinline__ void sum_tokens(PoolRows<T, kBlocks>& tokens, const T
     }
     __syncwarp();
   };
-  stream_rounds<kPlaces>(tiles, copy, use, [&] {
-    tokens.move(-kPlaces * Tile::kColumns);
-    to -= kPlaces * Tile::kColumns;
+  stream_rounds<Memory::kPlaces>(tiles, copy, use, [&] {
+    tokens.move(-Memory::kPlaces * Tile::kColumns);
+    to -= Memory::kPlaces * Tile::kColumns;
   });
 }
 

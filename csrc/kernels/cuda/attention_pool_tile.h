@@ -12,8 +12,6 @@ constexpr int kPoolWarps = 4, kPoolThreads = 32 * kPoolWarps;
 // The height of a tensor core's product, and of a block of tokens.
 constexpr int kHeadGroup = 16, kTokenBlock = 16;
 constexpr int kMostTokenBlocks = 4;  // of a part
-// Tiles of the tokens that are in shared memory at the same time: in use, on their way, or kept for their sums.
-constexpr int kPlaces = 3;
 
 __device__ __forceinline__ int pool_lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ int pool_warp() { return threadIdx.x / 32; }
