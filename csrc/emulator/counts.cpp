@@ -278,7 +278,6 @@ void note_copy(const void* shared, const void* global_or_null, const Place& plac
   note(Kind::copy, shared, 16, place.line + (uint64_t{1} << 32));
 }
 
-// For the calls that -fsanitize=thread puts into the kernels.
 void note_access(bool written, const void* address, size_t bytes, uint64_t instruction) {
   if (!is_watched()) return;
   const Unwatched unwatched;
@@ -304,27 +303,3 @@ void leave_function() {
 }
 
 }  // namespace emulator::counts
-
-namespace {
-namespace counts = emulator::counts;
-}
-
-#define PETL_INSTRUCTION reinterpret_cast<uint64_t>(__builtin_return_address(0))
-#define PETL_ACCESSES_OF(bytes)                                                                                       \
-  extern "C" void __tsan_read##bytes(void* address) { counts::note_access(false, address, bytes, PETL_INSTRUCTION); } \
-  extern "C" void __tsan_write##bytes(void* address) { counts::note_access(true, address, bytes, PETL_INSTRUCTION); }
-PETL_ACCESSES_OF(1)
-PETL_ACCESSES_OF(2)
-PETL_ACCESSES_OF(4)
-PETL_ACCESSES_OF(8)
-PETL_ACCESSES_OF(16)
-
-extern "C" void __tsan_read_range(void* address, long bytes) {
-  counts::note_access(false, address, static_cast<size_t>(bytes), PETL_INSTRUCTION);
-}
-extern "C" void __tsan_write_range(void* address, long bytes) {
-  counts::note_access(true, address, static_cast<size_t>(bytes), PETL_INSTRUCTION);
-}
-extern "C" void __tsan_func_entry(void* caller) { counts::enter_function(reinterpret_cast<uint64_t>(caller)); }
-extern "C" void __tsan_func_exit(void*) { counts::leave_function(); }
-extern "C" void __tsan_init() {}

@@ -60,6 +60,11 @@ void add(const char* what, uint64_t count = 1);
 void note_matrices(const void* row, const Place& place);
 void note_copy(const void* shared, const void* global_or_null, const Place& place);
 
+// For the calls that the sanitizer puts into kernels. An instruction and a caller are addresses in their code.
+void note_access(bool written, const void* address, size_t bytes, uint64_t instruction);
+void enter_function(uint64_t caller);
+void leave_function();
+
 #else
 
 inline constexpr bool kOn = false;
