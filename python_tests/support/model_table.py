@@ -24,7 +24,7 @@ TOWERS = {"bridgetower": ["text", "fusion"]}
 
 
 def config_of(method, **options):
-    return METHODS[method](**SIZES.get(method, {"bottleneck": 4}), **options)
+    return METHODS[method](**SIZES.get(method, {"bottleneck": 4, "activation": "gelu"}), **options)
 
 
 def attached(name, method):

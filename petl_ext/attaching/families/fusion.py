@@ -3,7 +3,7 @@
 from petl_ext.attaching.families.record import WHOLE, Family
 from petl_ext.attaching.families.skippable import (
     SkippableFusionLayer,
-    SkippableLlamaLayer,
+    SkippableMllamaLayer,
     SkippableViltLayer,
 )
 from petl_ext.attaching.families.text import BERT, BERT_SITES, LAYER, LLAMA_SITES
@@ -63,7 +63,7 @@ FAMILIES = (
     Family("chinese_clip", _CHINESE_CLIP, SkippableLayer, _PAIR),
     *(Family(name, **BERT) for name in ("chinese_clip_text_model", "bridgetower_text_model", "blip_text_model")),
     Family("blip_2_qformer", _QFORMER, SkippableLayer, {"fusion": WHOLE}),
-    Family("mllama_text_model", _MLLAMA_TEXT, SkippableLlamaLayer, {"language": WHOLE}),
+    Family("mllama_text_model", _MLLAMA_TEXT, SkippableMllamaLayer, {"language": WHOLE}),
     Family("mllama_vision_model", _MLLAMA_VISION, SkippableLayer, {"vision": WHOLE}),
     *(
         Family(name, towers=_VISION_TOWER)

@@ -30,6 +30,15 @@ class SkippableLlamaLayer(SkippableLayer):
         return SkippableLayer.fits(layer) and isinstance(getattr(layer, "input_layernorm", None), nn.Module)
 
 
+class SkippableMllamaLayer(SkippableLlamaLayer):
+    """Mllama's layers that ask the image keep their own slots in the cache, in which the model looks for the image."""
+
+    @staticmethod
+    def rewire(stack, numbered, slot_types):
+        types = [index if hasattr(layer, "cross_attn") else None for index, layer in enumerate(stack)]
+        SkippableLlamaLayer.rewire(stack, numbered, types)
+
+
 class SkippableFusionLayer(SkippableTupleLayer):
     """BridgeTower's layer in which one stream asks the other."""
 
