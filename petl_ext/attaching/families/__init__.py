@@ -64,13 +64,13 @@ def _with_sites_of_towers(family, model):
             inner = FAMILIES.get(_own_family(module), NO_FAMILY)
             if inner is NO_FAMILY:
                 limits[tower] = f"{name} is a {type(module).__name__} of no known family"
+            elif tower == "vision":
+                unused += _behind_the_features(owner.config, name, module)
             for method in inner.sites or ():
                 ours = tuple(_inside(name, its) for its in inner.patterns(method))
                 sites[method] = (*sites.get(method, ()), *ours)
             limits |= {method: f"{tower}: {limit}" for method, limit in inner.limits.items()}
             skippable |= dict.fromkeys(inner.skippables)
-            if tower == "vision":
-                unused += _behind_the_features(owner.config, name, module)
     if unused:
         limits["vision"] = f"not in {', '.join(unused)}, behind the layer whose features the model takes"
     return dataclasses.replace(family, sites=sites, skippable=tuple(skippable), limits=limits, unused=unused)
