@@ -120,14 +120,16 @@ def _matching(model, config, family, wanted):
     site_classes = config.site_classes_in(family)
     candidates = candidates_of(model, site_classes)
     order = [name for name, _ in model.named_modules()]
-    chosen, lacking = {}, []
+    chosen, lacking, towers = {}, [], set()
     for each in wanted:
         matching = {name: found for name, found in candidates.items() if each.takes(name, family)}
-        if not matching:
+        if matching:
+            towers.add(each.tower)
+        else:
             lacking.append(each)
         chosen |= {name: matching[name] for name in order if name in matching and name not in chosen}
-    # A tower's patterns are those of all towers of its family; the others are each to match something.
-    missed = [each for each in lacking if each.tower is None or len(lacking) == len(wanted)]
+    # A tower's patterns are those of all towers of its family; others are each to match something.
+    missed = [each for each in lacking if each.tower is None or each.tower not in towers]
     if missed:
         where = f"in the tower {missed[0].tower!r}" if missed[0].tower else f"with the pattern {missed[0].pattern!r}"
         limit = family.limits.get(missed[0].tower)

@@ -110,6 +110,21 @@ def test_what_a_family_cannot_take_is_refused_with_the_reason(name, config, mess
     assert snapshot(model) == before
 
 
+def test_each_of_several_towers_must_take_something():
+    model = made("bridgetower")
+    with pytest.raises(ValueError, match=r"in the tower 'vision': its attentions are torch\.nn"):
+        petl_ext.attach(model, APTConfig(**APT, sites=["text", "vision"]))
+    assert len(petl_ext.attach(model, APTConfig(**APT, sites=["text"])).sites) == 3
+
+
+def test_a_method_that_a_known_family_lacks_is_refused_with_the_line_to_copy():
+    model = made("bert")
+    with pytest.raises(ValueError, match="none of the families with sites for class_token") as error:
+        petl_ext.attach(model, petl_ext.ClassTokenConfig())
+    line = str(error.value).partition("To name them: ")[2]
+    assert petl_ext.attach(model, eval(line, vars(petl_ext).copy())).sites == ("bert.embeddings",)
+
+
 def test_a_tower_of_no_known_family_is_refused():
     text = {
         "model_type": "llama",

@@ -7,7 +7,8 @@ import importlib
 from typing import NamedTuple
 
 import torch
-from modern_sizes import DIFFUSION, IMAGES, SEEING, TEXT, WORDS
+from modern_image_sizes import DIFFUSION, IMAGES, SEEING
+from modern_text_sizes import TEXT, WORDS
 
 
 class Tiny(NamedTuple):
