@@ -64,7 +64,7 @@ FAMILIES = (
     *(Family(name, **BERT) for name in ("chinese_clip_text_model", "bridgetower_text_model", "blip_text_model")),
     Family("blip_2_qformer", _QFORMER, SkippableLayer, {"fusion": WHOLE}),
     Family("mllama_text_model", _MLLAMA_TEXT, SkippableMllamaLayer, {"language": WHOLE}),
-    Family("mllama_vision_model", _MLLAMA_VISION, SkippableLayer, {"vision": WHOLE}),
+    Family("mllama_vision_model", _MLLAMA_VISION, SkippableMllamaLayer, {"vision": WHOLE}),
     *(
         Family(name, towers=_VISION_TOWER)
         for name in ("llava", "llava_next", "llava_onevision", "paligemma", "gemma3", "internvl")

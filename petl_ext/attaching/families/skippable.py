@@ -33,6 +33,10 @@ class SkippableLlamaLayer(SkippableLayer):
 class SkippableMllamaLayer(SkippableLlamaLayer):
     """Mllama's layers that ask the image keep their own slots in the cache, in which the model looks for the image."""
 
+    def forward(self, hidden_states=None, *arguments, hidden_state=None, **named):
+        # The vision tower of transformers 5.17 calls its layers with the second name.
+        return super().forward(hidden_states if hidden_state is None else hidden_state, *arguments, **named)
+
     @staticmethod
     def rewire(stack, numbered, slot_types):
         types = [index if hasattr(layer, "cross_attn") else None for index, layer in enumerate(stack)]
