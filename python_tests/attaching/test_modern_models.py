@@ -6,6 +6,7 @@ import model_table
 import modern_models
 import pytest
 import torch
+import transformers
 from model_table import METHODS, PAGE, TOWERS, config_of
 from modern_models import TINY, make, make_inputs, run
 from tiny_vilt import randomize, snapshot
@@ -95,6 +96,16 @@ def decoding_model(name):
     return model, attachment, types or ["full_attention"] * len(stack)
 
 
+def cache_error(model, given, decoded, words):
+    """By how much the logits with a cache differ from those without, in units of the largest."""
+    expected, cache, steps = model(**given, **{decoded: words}, use_cache=False).logits, None, []
+    for step in (slice(0, 4), *(slice(index, index + 1) for index in range(4, words.size(1)))):
+        output = model(**given, **{decoded: words[:, step], CACHE: cache}, use_cache=True)
+        cache = output[CACHE]
+        steps.append(output.logits)
+    return (torch.cat(steps, 1) - expected).abs().max() / expected.abs().max()
+
+
 @pytest.mark.parametrize("name", DECODERS + HALVES + SEEING)
 @torch.no_grad()
 def test_each_running_layer_takes_a_slot_of_its_own_type_in_the_cache(name):
@@ -102,6 +113,11 @@ def test_each_running_layer_takes_a_slot_of_its_own_type_in_the_cache(name):
     words = torch.randint(5, 50, (1, 11), generator=torch.Generator().manual_seed(3))
     decoded = "decoder_input_ids" if name in HALVES else "input_ids"
     given = {key: value[:1] for key, value in make_inputs(name).items() if key != decoded} if name in HALVES else {}
+    with attachment.disable():
+        if cache_error(model, given, decoded, words) > 1e-4:
+            pytest.skip(
+                f"the cache of the bare {type(model).__name__} is wrong in transformers {transformers.__version__}"
+            )
     served = 0
     for skip in [list(each) for size in range(3) for each in combinations(range(len(attachment.layers)), size)]:
         running = {types[index] for index in range(len(types)) if index not in skip}
@@ -110,12 +126,7 @@ def test_each_running_layer_takes_a_slot_of_its_own_type_in_the_cache(name):
                 attachment.skip(skip)
             continue
         attachment.skip(skip)
-        expected, cache, steps = model(**given, **{decoded: words}, use_cache=False).logits, None, []
-        for step in (slice(0, 4), *(slice(index, index + 1) for index in range(4, 11))):
-            output = model(**given, **{decoded: words[:, step], CACHE: cache}, use_cache=True)
-            cache = output[CACHE]
-            steps.append(output.logits)
-        assert (torch.cat(steps, 1) - expected).abs().max() <= 1e-4 * expected.abs().max(), skip
+        assert cache_error(model, given, decoded, words) <= 1e-4, skip
         served += 1
     assert served >= 3
 

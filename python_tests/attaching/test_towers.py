@@ -3,6 +3,7 @@
 from unittest import mock
 
 import pytest
+import tiny_vilt
 import torch
 from modern_models import TINY, lacking, make, make_inputs, run
 from tiny_vilt import randomize, snapshot
@@ -13,7 +14,9 @@ from transformers import (
     PixtralVisionConfig,
     SiglipVisionConfig,
     SiglipVisionModel,
+    Trainer,
 )
+from vilt_training import Questions, make_arguments
 
 import petl_ext
 from petl_ext import AdapterConfig, APTConfig, DASConfig
@@ -72,6 +75,17 @@ def test_a_learning_rate_for_each_tower():
     for rates in ({"vision": 1e-4}, {"vision": 1e-4, "language": 1e-4, "kept": 1e-4, "text": 1e-4}):
         with pytest.raises(ValueError, match="must be those of vision, kept, language, which train, got vision"):
             attachment.parameter_groups(**rates)
+
+
+def test_the_trainer_takes_the_groups(tmp_path):
+    model = tiny_vilt.make_model()
+    attachment = petl_ext.attach(model, APTConfig(**APT), keep=["classifier"])
+    optimizer = torch.optim.AdamW(attachment.parameter_groups(fusion=1e-2, kept=1e-3))
+    before = [parameter.clone() for parameter in attachment.parameters()]
+    arguments = make_arguments(tmp_path, max_steps=2, lr_scheduler_type="constant")
+    Trainer(model, arguments, train_dataset=Questions(model), optimizers=(optimizer, None)).train()
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-3]
+    assert not any(torch.equal(new, old) for new, old in zip(attachment.parameters(), before, strict=True))
 
 
 def test_the_report_counts_by_tower():

@@ -2,6 +2,7 @@
 
 import copy
 
+import modern_models
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
@@ -12,6 +13,7 @@ from vilt_training import Questions, make_arguments
 
 import petl_ext
 from petl_ext.peft import AdapterConfig, AdapterTunerLayer, APTConfig, load_adapter, save_adapter
+from petl_ext.peft.layer import TunerLayer
 
 KINDS = ("sequential", "parallel")
 OPTIONS = {"bottleneck": 6, "activation": "gelu"}
@@ -118,6 +120,23 @@ def test_a_target_has_adapters_of_one_kind():
 def test_a_wrong_configuration(changes, message):
     with pytest.raises(ValueError, match=message):
         AdapterConfig(**changes)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_5", "qwen2_vl", "siglip", "modernbert", "phi3", "mixtral"])
+def test_default_targets_are_those_of_attach(name):
+    if modern_models.lacking(name):
+        pytest.skip(f"transformers has no {modern_models.lacking(name)}")
+    for ours, theirs in ((AdapterConfig(bottleneck=4), petl_ext.AdapterConfig()), (APTConfig(), petl_ext.APTConfig())):
+        tuned = get_peft_model(modern_models.make(name), ours).base_model.model
+        carrying = [target for target, module in tuned.named_modules() if isinstance(module, TunerLayer)]
+        assert sorted(carrying) == sorted(petl_ext.attach(modern_models.make(name), theirs).sites)
+
+
+def test_what_peft_would_take_in_part_is_refused():
+    with pytest.raises(ValueError, match=r"a tower without targets; give target_modules\. vision: its attentions are"):
+        get_peft_model(modern_models.make("bridgetower"), AdapterConfig())
+    with pytest.raises(ValueError, match="attn is a joint attention of two streams"):
+        inject_adapter_in_model(APTConfig(), modern_models.make("SD3Transformer2DModel"))
 
 
 def test_merging_is_refused():
