@@ -18,6 +18,7 @@ METHODS = {
     "parallel adapter": lambda **options: AdapterConfig("parallel", **options),
     "DAS": DASConfig,
 }
+COLUMNS = tuple(enumerate(METHODS, start=3))
 SIZES = {"APT": {"num_prompts": 5, "rank": 2}, "DAS": {"bottleneck": 4, "bypass_bottleneck": 4}}
 # Models one of whose towers is refused, and the towers that the refusal says to name.
 TOWERS = {"bridgetower": ["text", "fusion"]}
@@ -69,8 +70,9 @@ def reason_of(error):
 
 def page(entries):
     """docs/models.md, of {name: what `entry` says}."""
-    counts = [sum(bool(cells[3 + index]) for cells, _ in entries.values()) for index in range(len(METHODS))]
-    counted = ", ".join(f"{method} in {count}" for method, count in zip(METHODS, counts, strict=True))
+    counted = ",\n".join(
+        _counted(method, [cells[column] for cells, _ in entries.values()]) for column, method in COLUMNS
+    )
     rows = "\n".join(f"| {' | '.join(cells)} |" for cells, _ in entries.values())
     limits = {}
     for cells, lines in entries.values():
@@ -78,6 +80,11 @@ def page(entries):
             limits.setdefault(line, []).append(cells[0])
     below = "\n".join(f"- {', '.join(names)}: {line}." for line, names in limits.items())
     return HEAD + TABLE.format(number=len(entries), counted=counted, rows=rows, below=below)
+
+
+def _counted(method, cells):
+    whole, some = sum(cell == "✓" for cell in cells), sum(bool(cell) for cell in cells)
+    return f"{method} in {some}" + (f", {some - whole} of these in part" if some > whole else "")
 
 
 HEAD = """# Models
@@ -112,7 +119,8 @@ entry of its own. Layers that the model does not use, such as the last of a LLaV
 """
 TABLE = """## Table
 
-Written by `python python_tests/support/model_table.py`. Of {number} families: {counted}.
+Written by `python python_tests/support/model_table.py`. Of {number} families:
+{counted}.
 
 | family | tested as | towers | APT | sequential adapter | parallel adapter | DAS |
 |---|---|---|---|---|---|---|

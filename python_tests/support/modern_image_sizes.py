@@ -1,6 +1,6 @@
 """Sizes and inputs of tiny models that see or denoise, as those of modern_text_sizes."""
 
-from modern_text_sizes import DIM, HEAD, IMAGE, MIXED, TOKENS, WORDS, sizes
+from modern_text_sizes import DIM, FULL, HEAD, IMAGE, LINEAR, LINEAR_HEADS, MIXED, TOKENS, WORDS, sizes
 
 VISION = {
     "hidden_size": 24,
@@ -76,6 +76,15 @@ def image_types(image_tokens):
 
 SEEING = {
     "llava": seeing("Llava", CLIP, LLAMA, PIXELS, 4, image_token_index=IMAGE),
+    "llava_next": seeing(
+        "LlavaNext",
+        CLIP,
+        LLAMA,
+        {"pixel_values": (2, 2, 3, 16, 16), "image_sizes": [[16, 16]] * 2, "input_ids": ("words", 2, 13, 10)},
+        10,
+        image_token_index=IMAGE,
+        image_grid_pinpoints=[[16, 16]],
+    ),
     "llava_onevision": seeing(
         "LlavaOnevision",
         SIGLIP,
@@ -145,6 +154,14 @@ SEEING = {
             "num_position_embeddings": 16,
         },
         sizes(**HEAD, **ROPE),
+        {**QWEN_IMAGES, "mm_token_type_ids": image_types(4)},
+        4,
+        **QWEN_IDS,
+    ),
+    "qwen3_5_vl": seeing(
+        "Qwen3_5",
+        QWEN_VISION | {"out_hidden_size": DIM, "intermediate_size": 48, "num_position_embeddings": 16},
+        sizes(num_hidden_layers=4, layer_types=[LINEAR, FULL, LINEAR, FULL], **LINEAR_HEADS, **HEAD, **ROPE),
         {**QWEN_IMAGES, "mm_token_type_ids": image_types(4)},
         4,
         **QWEN_IDS,

@@ -26,9 +26,10 @@ LLAMA_SITES = {
     "bypass": r"layers\.\d+",
 }
 LLAMA = {"sites": LLAMA_SITES, "skippable": SkippableLlamaLayer, "towers": {"language": WHOLE}}
+_MIXED = {"sequential_adapter": "behind attentions only: the MLPs are mixtures of experts"}
 MIXTURE = LLAMA | {
     "sites": LLAMA_SITES | {"sequential_adapter": LLAMA_SITES["apt"]},
-    "limits": {"sequential_adapter": "behind attentions only: the MLPs are mixtures of experts"},
+    "limits": _MIXED,
 }
 
 # Mixers of both kinds, attention and linear attention, in one list of layers.
@@ -108,7 +109,10 @@ FAMILIES = (
     ),
     *(Family(name, LLAMA_SITES, SkippableLayer, {"language": WHOLE}) for name in ("olmo2", "olmo3")),
     *(Family(name, **MIXTURE) for name in ("mixtral", "qwen3_moe", "gpt_oss", "llama4_text")),
-    *(Family(name, **HYBRID) for name in ("qwen3_5_text", "qwen3_next")),
+    Family("qwen3_5_text", **HYBRID),
+    Family(
+        "qwen3_next", **HYBRID | {"sites": HYBRID_SITES | {"sequential_adapter": HYBRID_SITES["apt"]}, "limits": _MIXED}
+    ),
     Family("gpt2", {"bypass": r"h\.\d+"}, SkippableLayer, {"language": WHOLE}, _CONV1D),
     Family("opt", **BART | {"towers": {"language": WHOLE}}),
     *(Family(name, **T5) for name in ("t5", "mt5")),

@@ -43,6 +43,6 @@ FAMILIES = (
         for name in ("clip", "siglip", "siglip2", "metaclip_2", "chinese_clip", "blip", "blip_2")
     ),
     *(Family(name, **CLIP_VISION) for name in ("idefics3_vision", "smolvlm_vision")),
-    *(Family(f"{name}_vision", **BLOCKS) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
+    *(Family(f"{name}_vision", **BLOCKS) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")),
     *(Family(f"{name}_text_model", **CLIP_TEXT) for name in ("clip", "siglip", "siglip2", "metaclip_2")),
 )
