@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
 
 import petl_ext
@@ -45,14 +46,14 @@ def draw_stripes(model, rows, generator):
     lying = line[:, None].expand(vision.image_size, -1)
     pictures = torch.where(answers[:, None, None].bool(), lying.T, lying)
     pictures = pictures[:, None] + 0.3 * torch.randn(rows, 3, *lying.shape, generator=generator)
-    places = (vision.image_size // vision.patch_size) ** 2
-    prompt = torch.tensor([1, *[model.config.image_token_id] * places, 5])
+    num_tokens = (vision.image_size // vision.patch_size) ** 2
+    prompt = torch.tensor([1, *[model.config.image_token_id] * num_tokens, 5])
     inputs = {"input_ids": prompt.expand(rows, -1), "pixel_values": pictures}
     return inputs, torch.tensor(ANSWERS)[answers]
 
 
 def answer_loss(model, inputs, answers):
-    return torch.nn.functional.cross_entropy(model(**inputs).logits[:, -1].float(), answers)
+    return F.cross_entropy(model(**inputs).logits[:, -1].float(), answers)
 
 
 def train(model, groups, steps, generator):
