@@ -1,14 +1,20 @@
-"""Devices for an op: each CPU path, the emulator (CUDA kernels on the CPU), and a GPU if there is one."""
+"""Devices for an op: each CPU path, the emulator (CUDA kernels on the CPU), Triton, and a GPU if there is one."""
 
 import functools
 import importlib
+import os
 import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import emulated_build
 import torch
+
+# Where there is no GPU, Triton interprets its kernels; it reads this when it is imported, and so does petl_ext.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import emulated_build
 
 from petl_ext import ops
 from petl_ext.ops.kernels import OPS
@@ -22,12 +28,17 @@ class Device:
     name: str
 
     @property
-    def runs_cuda_kernels(self):
-        return self.name in ("emulated", "cuda")
+    def rounds_for_tensor_cores(self):
+        return self.name in ("emulated", "cuda", "triton")
+
+    def raw(self, op, direction):
+        """Of the two ops behind an `Op` of the table of problems, "forward" or "backward", the one that runs here."""
+        return getattr(torch.ops.petl_triton if self.name == "triton" else torch.ops.petl_ext, f"{op}_{direction}").default
 
     @property
     def torch_device(self):
-        return torch.device("cuda" if self.name == "cuda" else "cpu")
+        on_gpu = self.name == "cuda" or (self.name == "triton" and torch.cuda.is_available())
+        return torch.device("cuda" if on_gpu else "cpu")
 
     def put(self, tensors):
         return [tensor.to(self.torch_device) for tensor in tensors]
@@ -39,6 +50,9 @@ class Device:
     def entered(self):
         if self.name == "emulated":
             with emulation():
+                yield
+        elif self.name == "triton":
+            with ops.backend("triton"):
                 yield
         elif self.name == "cuda":
             yield
@@ -53,9 +67,10 @@ class Device:
 EMULATED = Device("emulated")
 CUDA_DEVICES = [EMULATED, *([Device("cuda")] if torch.cuda.is_available() else [])]
 CPU_DEVICES = [Device(name) for name in CPU_PATHS]
-DEVICES = CPU_DEVICES + CUDA_DEVICES
-# One CPU path and all that run CUDA kernels, for what every CPU path gets from the same code around the kernels.
-CPU_AND_CUDA = [CPU_DEVICES[0], *CUDA_DEVICES]
+TRITON = Device("triton")
+DEVICES = [*CPU_DEVICES, *CUDA_DEVICES, TRITON]
+# One CPU path and all others, for what every CPU path gets from the same code around the kernels.
+ONE_OF_EACH = [CPU_DEVICES[0], *CUDA_DEVICES, TRITON]
 
 
 @functools.cache

@@ -1,0 +1,103 @@
+"""How an op reaches its Triton kernels: checks, rows, slabs of weights' gradients, and the device of a call."""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+
+from petl_ext.ops.triton import LIMITS
+from petl_ext.ops.triton.products import column_sums, weight_gradient
+from petl_ext.ops.triton.tiles import STAGES, WEIGHT_ROWS, WEIGHT_TILES, padded
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Weights' gradients are summed in slabs of rows, as many as the number of rows alone decides: the same on every device.
+MOST_SLABS, FEWEST_ROWS = 32, 512
+
+
+def check_tensors(op, **tensors):
+    """Raises a RuntimeError that names the first tensor whose dtype or device no kernel takes; None is no tensor."""
+    first, x = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES:
+            raise RuntimeError(f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise RuntimeError(f"{op}: {name} must be on {x.device}, as {first} is, got {tensor.device}")
+
+
+def check_sizes(op, width, inner):
+    limits = LIMITS[op]
+    if not limits.allow(width, inner):
+        raise RuntimeError(
+            f"{op}: the Triton kernels take a width D up to {limits.max_width} and an inner size up to "
+            f"{limits.max_inner}, got {width} and {inner}"
+        )
+
+
+def rows_of(tensor):
+    """The tensor as a matrix of its last axis, copied where rows are not contiguous."""
+    width = tensor.size(-1)
+    matrix = tensor.reshape(tensor.numel() // width, width)
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def new_floats(like, *shape):
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def new_gradient(tensor, is_needed):
+    """Contiguous and shaped as the tensor, or empty."""
+    return torch.empty(tensor.shape if is_needed else (0,), dtype=tensor.dtype, device=tensor.device)
+
+
+def launch(kernel, grid, *arguments, warps, like, **constants):
+    """Queues a kernel on the current stream of the device of `like`."""
+    on_device = nullcontext() if like.device.type == "cpu" else torch.get_device_module(like.device).device(like.device)
+    with on_device:
+        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=STAGES)
+
+
+def _slabs_of(rows):
+    """(how many, rows of each)."""
+    slab_rows = triton.cdiv(max(FEWEST_ROWS, triton.cdiv(rows, MOST_SLABS)), 64) * 64
+    return triton.cdiv(rows, slab_rows), slab_rows
+
+
+def gradient_of_weight(left, right, inner, norm=None):
+    """left^T right in float32, [inner, D].
+
+    Args:
+        left: [R, inner or more].
+        right: [R, D].
+        norm: (mean, inverse deviation) of the rows of `right`, each [R], by which they are normalized first.
+    """
+    (rows, width), is_float32 = right.shape, right.dtype is torch.float32
+    (slabs, slab_rows), tiles = _slabs_of(rows), WEIGHT_TILES[is_float32]
+    sums = new_floats(right, slabs, inner, width)
+    taken = min(WEIGHT_ROWS, padded(inner))
+    launch(
+        weight_gradient,
+        (slabs, triton.cdiv(width, tiles.columns), triton.cdiv(inner, taken)),
+        *(left, left.stride(0), right, right.stride(0), *(norm or (left, left)), sums),
+        *(rows, inner, width, slab_rows),
+        LL=taken,
+        BR=tiles.rows,
+        BD=tiles.columns,
+        NORM=norm is not None,
+        warps=tiles.warps,
+        like=right,
+    )
+    return sums.sum(0)
+
+
+def sum_of_columns(matrix):
+    """[D] in float32."""
+    rows, width = matrix.shape
+    slabs, slab_rows = _slabs_of(rows)
+    sums = new_floats(matrix, slabs, width)
+    grid = (slabs, triton.cdiv(width, 64))
+    launch(
+        column_sums, grid, matrix, matrix.stride(0), sums, rows, width, slab_rows, BR=32, BD=64, warps=4, like=matrix
+    )
+    return sums.sum(0)

@@ -1,0 +1,47 @@
+"""Sizes of tiles: one table, of which bench/triton_registers.py compiles every entry for the devices that it names.
+
+They are fixed, not autotuned at run time: a choice that hangs on a clock would change the order of sums, and with it
+bits, from one run to the next.
+"""
+
+from typing import NamedTuple
+
+
+class Tiles(NamedTuple):
+    """What one program of a kernel takes at a time.
+
+    Attributes:
+        rows: of activations; of attention_pool tokens.
+        depth: of the width D, in products that sum over it.
+        columns: of the width D, in products that give it.
+        warps: of a program.
+    """
+
+    rows: int
+    depth: int
+    columns: int
+    warps: int
+
+
+STAGES = 2  # loads in flight; what AMD's 64 KiB of shared memory allow
+# By the padded inner size: for bfloat16 and float16, and for float32, whose products no tensor core computes.
+ROW_TILES = {
+    16: (Tiles(64, 64, 64, 4), Tiles(32, 32, 32, 4)),
+    32: (Tiles(64, 64, 64, 4), Tiles(32, 32, 32, 4)),
+    64: (Tiles(64, 64, 64, 4), Tiles(32, 32, 32, 4)),
+    128: (Tiles(64, 64, 64, 4), Tiles(32, 32, 32, 8)),
+    256: (Tiles(64, 32, 32, 8), Tiles(32, 16, 32, 8)),
+    512: (Tiles(32, 16, 32, 8), Tiles(16, 16, 32, 8)),
+}
+# Of weights' gradients: `rows` are summed over, at most WEIGHT_ROWS of the weight are taken at a time.
+WEIGHT_ROWS = 64
+WEIGHT_TILES = (Tiles(64, 0, 64, 4), Tiles(32, 0, 64, 4))
+
+
+def padded(inner):
+    """The power of two that a kernel takes an inner size for, at least 16, the least that is multiplied."""
+    return max(16, 1 << (inner - 1).bit_length())
+
+
+def row_tiles(inner, is_float32):
+    return ROW_TILES[padded(inner)][is_float32]
