@@ -33,7 +33,7 @@ torch.library.define(
 )
 
 
-def _check(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, activation):
+def check_arguments(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, activation):
     """The arguments' checks for float64, meta tensors and torch.compile, which never reach a kernel; the kernels repeat
     them in C++."""
     if torch.jit.is_tracing():  # sizes are tensors, of which it warns
@@ -91,7 +91,7 @@ def adapter_reference(
         RuntimeError: a shape or the activation is not as `adapter` says.
     """
     x, gain = as_autocast_wants(x), _split(scale)[0]
-    _check(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, activation)
+    check_arguments(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, activation)
 
     def as_x(tensor):
         return tensor.to(x.dtype)
@@ -109,7 +109,7 @@ def adapter_reference(
 @torch.library.register_fake("petl_ext::adapter_forward")
 def _(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, scale, eps, activation):
     weights = (norm_weight, norm_bias, down, down_bias, up, up_bias, gain)
-    _check(x, residual, *weights, activation)
+    check_arguments(x, residual, *weights, activation)
     if residual is not None and residual.dtype != x.dtype:
         raise RuntimeError(f"adapter: residual must have the dtype of x, {x.dtype}, got {residual.dtype}")
     devices = {str(tensor.device) for tensor in (x, residual, *weights) if tensor is not None}

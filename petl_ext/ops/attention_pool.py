@@ -29,7 +29,7 @@ torch.library.define(
 )
 
 
-def _check(visual, query, mask):
+def check_arguments(visual, query, mask):
     """The arguments' checks for float64, meta tensors and torch.compile, which never reach a kernel; the kernels repeat
     them in C++."""
     if torch.jit.is_tracing():  # sizes are tensors, of which it warns
@@ -62,7 +62,7 @@ def attention_pool_reference(visual, query, mask=None, scale=1.0, dropout=0.0):
         RuntimeError: a shape is not as `attention_pool` says, or mask is not bool.
     """
     visual = as_autocast_wants(visual)
-    _check(visual, query, mask)
+    check_arguments(visual, query, mask)
     if mask is not None:
         # A weight of zero would let a NaN through.
         visual = visual.masked_fill(~mask[..., None], 0)
@@ -75,7 +75,7 @@ def attention_pool_reference(visual, query, mask=None, scale=1.0, dropout=0.0):
 
 @torch.library.register_fake("petl_ext::attention_pool_forward")
 def _(visual, query, mask, scale):
-    _check(visual, query, mask)
+    check_arguments(visual, query, mask)
     devices = {str(tensor.device) for tensor in (visual, query, mask) if tensor is not None}
     if len(devices) > 1:
         raise RuntimeError(f"attention_pool: all arguments must be on one device, got {', '.join(sorted(devices))}")

@@ -42,7 +42,7 @@ def test_every_op_is_tested():
 def test_values_and_gradients(device, tested, sizes, form, dtype):
     activation = tested.sizes[sizes]
     options = {"activation": activation} if activation else {}
-    check(device, tested.problem(*sizes, form=form, dtype=dtype, **options))
+    check(device, tested.problem(*device.cut(sizes), form=form, dtype=dtype, **options))
 
 
 @on_cpu
@@ -63,7 +63,7 @@ def test_sizes_that_cuda_does_not_support(device, tested, message):
 
 @pytest.mark.parametrize("tested", [tested for tested in TESTED.values() if tested.slabs], ids=str)
 def test_more_rows_than_one_slab(device, tested):
-    check(device, tested.problem(*tested.slabs))
+    check(device, tested.problem(*device.cut(tested.slabs)))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_weights_in_another_dtype(device, tested, dtype, weight_dtype):
     activations = tested.op.activations
     activation = activations[0 if torch.float32 in (dtype, weight_dtype) else -1]
     for form in tested.usual:
-        sizes, dtypes = tested.mixed, {"dtype": dtype, "weight_dtype": weight_dtype}
+        sizes, dtypes = device.cut(tested.mixed), {"dtype": dtype, "weight_dtype": weight_dtype}
         check(device, tested.problem(*sizes, form=form, activation=activation, **dtypes))
 
 
@@ -138,7 +138,7 @@ def test_empty_input(device, tested, form):
 @every_op
 def test_two_runs_are_bit_equal(device, tested, dtype):
     for form in tested.usual:
-        problem = tested.problem(*tested.long, form=form, dtype=dtype).to(device.torch_device)
+        problem = tested.problem(*device.cut(tested.long), form=form, dtype=dtype).to(device.torch_device)
         assert_equal(problem.run(tested.op.ours), problem.run(tested.op.ours))
 
 

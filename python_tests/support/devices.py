@@ -19,6 +19,8 @@ import emulated_build
 from petl_ext import ops
 from petl_ext.ops.kernels import OPS
 
+# More rows than a slab of the Triton kernels, and a width of more than one of their tiles and no multiple of one.
+INTERPRETED_ROWS, INTERPRETED_WIDTH = 530, 136
 CPU_PATHS = torch.ops.petl_ext.cpu_paths().split()
 EMULATED_OPS = [raw_op for op in OPS.values() for raw_op in op.flops]
 
@@ -30,6 +32,13 @@ class Device:
     @property
     def rounds_for_tensor_cores(self):
         return self.name in ("emulated", "cuda", "triton")
+
+    def cut(self, sizes):
+        """A problem's sizes, smaller where a large one would take the interpreter minutes: rows and the width."""
+        if self.name != "triton" or self.torch_device.type == "cuda":
+            return sizes
+        *batch, rows, width, inner = sizes
+        return *batch, min(rows, INTERPRETED_ROWS), min(width, INTERPRETED_WIDTH), inner
 
     def raw(self, op, direction):
         """Of the two ops behind an `Op` of the table of problems, "forward" or "backward", the one that runs here."""

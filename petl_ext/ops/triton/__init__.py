@@ -15,7 +15,7 @@ from petl_ext.ops.kernels import Limits, add_backend
 
 OLDEST = (3, 6)  # what torch 2.10 brings; older ones have not been tried
 INSTALL = "pip install 'petl_ext[triton]'"
-LIMITS = {"apt": Limits(1, 8192, 512)}
+LIMITS = {"apt": Limits(1, 8192, 512), "adapter": Limits(1, 8192, 512), "attention_pool": Limits(1, 8192, 64)}
 
 
 @cache

@@ -35,9 +35,9 @@ def apt_forward_rows(
         s = product(a, tl.trans(narrow(b, a.dtype)), s)
         if REST:
             s = product(a, tl.trans(narrow(rest_of(b, a.dtype), a.dtype)), s)
+    s = tl.where(p[None, :] < P, s, float("-inf") if SOFTMAX else 0.0)  # beyond P an infinity of x makes it NaN
     is_nan = tl.max((s != s).to(tl.int32), 1) > 0
     if SOFTMAX:
-        s = tl.where(p[None, :] < P, s, float("-inf"))
         h = tl.exp(s - tl.max(s, 1)[:, None])
         g = 1 / tl.sum(h, 1)
         s = h * g[:, None]
@@ -81,6 +81,7 @@ def apt_backward_rows(
             share += tl.sum(a.to(tl.float32) * tile(y, y_stride, rows, d, R, D).to(tl.float32), 1)
     s = tile(scores, kept, rows, p, R, kept).to(tl.float32)
     factor = scale * tl.load(gate + rows, mask=rows < R, other=0.0)
+    ds = tl.where(p[None, :] < P, ds, 0.0)
     total = tl.sum(s * ds, 1)
     if DSCALE:
         tl.store(shares + rows, factor * total + scale * share, mask=rows < R)
@@ -118,7 +119,7 @@ def _prepared(x, y, prompts, keys, log_scale, activation, **more):
     dtype = x.dtype if x.dtype is y.dtype else torch.float32
     tiles = row_tiles(inner, dtype is torch.float32)
     constants = {"PP": padded(inner), "BM": tiles.rows, "BK": tiles.depth, "BN": tiles.columns}
-    constants |= {"SOFTMAX": activation == "softmax", "warps": tiles.warps, "like": x}
+    constants |= {"SOFTMAX": activation == "softmax", "tiles": tiles, "like": x}
     return x.numel() // width, width, inner, constants
 
 

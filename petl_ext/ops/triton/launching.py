@@ -1,14 +1,15 @@
 """How an op reaches its Triton kernels: checks, rows, slabs of weights' gradients, and the device of a call."""
 
-from contextlib import nullcontext
+import threading
 
 import torch
 import triton
 
 from petl_ext.ops.triton import LIMITS
 from petl_ext.ops.triton.products import column_sums, weight_gradient
-from petl_ext.ops.triton.tiles import STAGES, WEIGHT_ROWS, WEIGHT_TILES, padded
+from petl_ext.ops.triton.tiles import COLUMN_TILES, WEIGHT_ROWS, WEIGHT_TILES, padded
 
+_INTERPRETER = threading.Lock()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Weights' gradients are summed in slabs of rows, as many as the number of rows alone decides: the same on every device.
 MOST_SLABS, FEWEST_ROWS = 32, 512
@@ -51,11 +52,11 @@ def new_gradient(tensor, is_needed):
     return torch.empty(tensor.shape if is_needed else (0,), dtype=tensor.dtype, device=tensor.device)
 
 
-def launch(kernel, grid, *arguments, warps, like, **constants):
-    """Queues a kernel on the current stream of the device of `like`."""
-    on_device = nullcontext() if like.device.type == "cpu" else torch.get_device_module(like.device).device(like.device)
-    with on_device:
-        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=STAGES)
+def launch(kernel, grid, *arguments, tiles, like, **constants):
+    """Queues a kernel on the current stream of the device of `like`; the interpreter knows one thread."""
+    is_on_cpu = like.device.type == "cpu"
+    with _INTERPRETER if is_on_cpu else torch.get_device_module(like.device).device(like.device):
+        kernel[grid](*arguments, **constants, num_warps=tiles.warps, num_stages=tiles.stages)
 
 
 def _slabs_of(rows):
@@ -85,7 +86,7 @@ def gradient_of_weight(left, right, inner, norm=None):
         BR=tiles.rows,
         BD=tiles.columns,
         NORM=norm is not None,
-        warps=tiles.warps,
+        tiles=tiles,
         like=right,
     )
     return sums.sum(0)
@@ -96,8 +97,14 @@ def sum_of_columns(matrix):
     rows, width = matrix.shape
     slabs, slab_rows = _slabs_of(rows)
     sums = new_floats(matrix, slabs, width)
-    grid = (slabs, triton.cdiv(width, 64))
+    tiles = COLUMN_TILES
     launch(
-        column_sums, grid, matrix, matrix.stride(0), sums, rows, width, slab_rows, BR=32, BD=64, warps=4, like=matrix
+        column_sums,
+        (slabs, triton.cdiv(width, tiles.columns)),
+        *(matrix, matrix.stride(0), sums, rows, width, slab_rows),
+        BR=tiles.rows,
+        BD=tiles.columns,
+        tiles=tiles,
+        like=matrix,
     )
     return sums.sum(0)

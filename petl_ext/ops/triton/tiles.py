@@ -15,27 +15,37 @@ class Tiles(NamedTuple):
         depth: of the width D, in products that sum over it.
         columns: of the width D, in products that give it.
         warps: of a program.
+        stages: loads in flight.
     """
 
     rows: int
     depth: int
     columns: int
     warps: int
+    stages: int = 2
 
 
-STAGES = 2  # loads in flight; what AMD's 64 KiB of shared memory allow
 # By the padded inner size: for bfloat16 and float16, and for float32, whose products no tensor core computes.
 ROW_TILES = {
     16: (Tiles(64, 64, 64, 4), Tiles(32, 32, 32, 4)),
     32: (Tiles(64, 64, 64, 4), Tiles(32, 32, 32, 4)),
-    64: (Tiles(64, 64, 64, 4), Tiles(32, 32, 32, 4)),
-    128: (Tiles(64, 64, 64, 4), Tiles(32, 32, 32, 8)),
-    256: (Tiles(64, 32, 32, 8), Tiles(32, 16, 32, 8)),
-    512: (Tiles(32, 16, 32, 8), Tiles(16, 16, 32, 8)),
+    64: (Tiles(64, 64, 64, 8), Tiles(32, 32, 32, 4)),
+    128: (Tiles(64, 32, 64, 8), Tiles(32, 32, 32, 8)),
+    256: (Tiles(32, 32, 32, 8), Tiles(16, 16, 32, 8)),
+    512: (Tiles(16, 16, 32, 8, 1), Tiles(16, 16, 16, 8, 1)),
 }
 # Of weights' gradients: `rows` are summed over, at most WEIGHT_ROWS of the weight are taken at a time.
 WEIGHT_ROWS = 64
 WEIGHT_TILES = (Tiles(64, 0, 64, 4), Tiles(32, 0, 64, 4))
+COLUMN_TILES = Tiles(32, 0, 64, 4)
+# Of attention_pool, by the padded number of heads.
+POOL_TILES = {
+    16: (Tiles(64, 64, 64, 4), Tiles(32, 32, 64, 4)),
+    32: (Tiles(64, 64, 64, 4), Tiles(32, 32, 64, 4)),
+    64: (Tiles(64, 64, 64, 8), Tiles(32, 32, 32, 4)),
+}
+STATISTICS_TILES = Tiles(256, 0, 0, 4)
+TOKENS_PER_SPLIT = 256
 
 
 def padded(inner):
