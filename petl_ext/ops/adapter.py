@@ -12,6 +12,7 @@ from math import prod
 import torch
 import torch.nn.functional as F
 
+from petl_ext.ops.arrays import takes_arrays
 from petl_ext.ops.autocast import as_autocast_wants
 from petl_ext.ops.derivatives import differentiable_gradients
 from petl_ext.ops.kernels import raw_ops_for, register
@@ -158,7 +159,12 @@ def _backward_flops(dout, x, norm_weight, norm_bias, down, *rest, **_):
     return 2 * (2 + needs_dx + 2 * needs_dweights) * prod(x[:-1]) * prod(down)
 
 
-register("adapter", _forward_flops, _backward_flops)
+def _sizes(tensors):
+    x, down = tensors[0], tensors[4]
+    return x.numel() // max(1, x.size(-1)), x.size(-1), down.size(0), str(down.dtype).removeprefix("torch.")
+
+
+register("adapter", _forward_flops, _backward_flops, _sizes)
 
 
 class _Adapter(torch.autograd.Function):
@@ -203,6 +209,7 @@ class _Adapter(torch.autograd.Function):
         return dx, dout if needs_dresidual else None, *dweights
 
 
+@takes_arrays
 def adapter(
     x,
     down,

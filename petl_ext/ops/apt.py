@@ -13,6 +13,7 @@ from math import prod
 import torch
 import torch.nn.functional as F
 
+from petl_ext.ops.arrays import takes_arrays
 from petl_ext.ops.autocast import as_autocast_wants
 from petl_ext.ops.derivatives import differentiable_gradients
 from petl_ext.ops.kernels import raw_ops_for, register
@@ -109,7 +110,12 @@ def _backward_flops(dout, x, y, prompts, *rest, **_):
     return 2 * (1 + needs_dx + needs_dprompts + needs_dkeys) * prod(x[:-1]) * prod(prompts)
 
 
-register("apt", _forward_flops, _backward_flops)
+def _sizes(tensors):
+    x, prompts = tensors[0], tensors[2]
+    return x.numel() // max(1, x.size(-1)), x.size(-1), prompts.size(0), str(prompts.dtype).removeprefix("torch.")
+
+
+register("apt", _forward_flops, _backward_flops, _sizes)
 
 
 class _APT(torch.autograd.Function):
@@ -142,6 +148,7 @@ class _APT(torch.autograd.Function):
         )
 
 
+@takes_arrays
 def apt(x, y, prompts, keys, log_scale, activation="relu", dropout=0.0):
     """Adds the approximated prompts' contribution to an attention's output.
 

@@ -11,6 +11,7 @@ from math import prod
 
 import torch
 
+from petl_ext.ops.arrays import takes_arrays
 from petl_ext.ops.autocast import as_autocast_wants
 from petl_ext.ops.derivatives import differentiable_gradients
 from petl_ext.ops.kernels import raw_ops_for, register
@@ -100,7 +101,12 @@ def _backward_flops(dpooled, visual, query, *rest, **_):
     return 2 * (2 + 2 * needs_dvisual + needs_dquery) * visual[1] * prod(query)
 
 
-register("attention_pool", _forward_flops, _backward_flops)
+def _sizes(tensors):
+    visual, query = tensors
+    return visual.size(0) * visual.size(1), visual.size(2), query.size(1), str(query.dtype).removeprefix("torch.")
+
+
+register("attention_pool", _forward_flops, _backward_flops, _sizes)
 
 
 class _AttentionPool(torch.autograd.Function):
@@ -128,6 +134,7 @@ class _AttentionPool(torch.autograd.Function):
         return *(d if needed else None for d, needed in zip(gradients, needs, strict=True)), None, None, None
 
 
+@takes_arrays
 def attention_pool(visual, query, mask=None, scale=1.0, dropout=0.0):
     """Pools each sample's tokens by one softmax per head: `pooled = softmax(scale * query visual^T) visual`.
 

@@ -14,6 +14,7 @@ from petl_ext.checks import check_choice, check_probability
 from petl_ext.counting import add_flop_formula
 from petl_ext.ops.backends import AUTO, BACKENDS, NATIVE, REFERENCE, VARIABLE, Backend, chosen
 from petl_ext.ops.derivatives import are_transformed
+from petl_ext.ops.preferred import PREFERENCES, preferred_backend
 
 try:
     from petl_ext import _C  # noqa: F401
@@ -52,11 +53,13 @@ class Op:
         name: "apt".
         flops: {a raw op's name: its FLOPs, computed from its arguments, tensors as their shapes}.
         cuda_limits: a `Limits`, or None where C++ names none.
+        sizes: from the tensors that the op is given, (rows, width, inner size, dtype of the weights); or None.
     """
 
     name: str
     flops: dict[str, Callable]
     cuda_limits: Limits | None
+    sizes: Callable | None = None
 
 
 class Kernel(NamedTuple):
@@ -78,7 +81,7 @@ OLDEST_CUDA = (8, 0)  # the least compute capability that the CUDA kernels are c
 _HELD = set()
 
 
-def register(name, forward_flops, backward_flops):
+def register(name, forward_flops, backward_flops, sizes=None):
     """Enters an op whose raw ops `petl_ext::<name>_forward` and `_backward` have been defined, with fake kernels.
 
     Where no backend holds a kernel for the tensors' device, they raise from then on.
@@ -91,7 +94,7 @@ def register(name, forward_flops, backward_flops):
     """
     flops = {f"{name}_forward": forward_flops, f"{name}_backward": backward_flops}
     limits = getattr(torch.ops.petl_ext, f"{name}_cuda_limits", None)
-    OPS[name] = Op(name, flops, Limits(*limits()) if limits else None)
+    OPS[name] = Op(name, flops, Limits(*limits()) if limits else None, sizes)
 
     def refuse(*arguments):
         devices = {str(argument.device) for argument in arguments if isinstance(argument, torch.Tensor)}
@@ -179,6 +182,11 @@ def raw_ops_for(op, tensors, dropout=0.0):
     if choice == REFERENCE or dropout != 0 or is_wide or are_transformed(given):
         return None
     device = given[0].device
+    if PREFERENCES and choice == AUTO and device.type == "cuda":
+        sizes = OPS[op].sizes(tensors)
+        preferred = preferred_backend(op, _name_of(device.index), *sizes)
+        if (preferred, op, "cuda") in _HELD:
+            return BACKENDS[preferred].namespace
     if backend := _backend_for(op, device):
         return backend.namespace
     # The raw ops give the shapes of tensors that have no contents, and refuse others.
@@ -227,16 +235,17 @@ def no_kernel_because(op, device, dtype, dropout=0.0, sizes=None):
 def no_kernel_text(op, devices):
     """What a call of `op` on tensors of these devices is refused with."""
     whose, devices = _holder(), sorted(devices)
-    remedies = [
-        f"{reason}." for backend in BACKENDS.values() if (reason := backend.missing) and _may_use(backend)
-    ]
+    remedies = [f"{reason}." for backend in BACKENDS.values() if (reason := backend.missing) and _may_use(backend)]
     if chosen() in (AUTO, NATIVE) and any(device.startswith("cuda") for device in devices):
-        remedies.append("Installed anew beside a CUDA build of torch, or with PETL_CUDA=1, petl_ext holds CUDA kernels.")
+        remedies.append(
+            "Installed anew beside a CUDA build of torch, or with PETL_CUDA=1, petl_ext holds CUDA kernels for GPUs of "
+            f"compute capability {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]} or later."
+        )
     return " ".join(
         (
-            f"petl_ext.ops.{op}: {whose} holds no kernel for {', '.join(devices)} (`python -m petl_ext info` lists what "
-            f"it holds); petl_ext.ops.{op}_reference runs on every device, and computes where it is asked for: by `with "
-            f'petl_ext.ops.backend("{REFERENCE}")` or by {VARIABLE}={REFERENCE}.',
+            f"petl_ext.ops.{op}: {whose} holds no kernel for {', '.join(devices)} (`python -m petl_ext info` lists "
+            f"what it holds); petl_ext.ops.{op}_reference runs on every device, and computes where it is asked for: by "
+            f'`with petl_ext.ops.backend("{REFERENCE}")` or by {VARIABLE}={REFERENCE}.',
             *remedies,
         )
     )
@@ -282,9 +291,16 @@ def _backend_for(op, device):
     return None
 
 
-@torch.compiler.assume_constant_result
 def _runs_cuda_kernels(index):
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(index) >= OLDEST_CUDA
+
+
+def _name_of(index):
+    return torch.cuda.get_device_name(index)
+
+
+# torch.compile calls them when it compiles, instead of looking into them; its own decorator would import all of it.
+_runs_cuda_kernels._dynamo_marked_constant = _name_of._dynamo_marked_constant = True
 
 
 def cpu_path(choice=None):

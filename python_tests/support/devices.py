@@ -19,8 +19,8 @@ import emulated_build
 from petl_ext import ops
 from petl_ext.ops.kernels import OPS
 
-# More rows than a slab of the Triton kernels, and a width of more than one of their tiles and no multiple of one.
-INTERPRETED_ROWS, INTERPRETED_WIDTH = 530, 136
+# More rows than a slab of the Triton kernels has, and a width of more than one of their tiles and no multiple of one.
+TRITON_SLAB, INTERPRETED_WIDTH = 530, 136
 CPU_PATHS = torch.ops.petl_ext.cpu_paths().split()
 EMULATED_OPS = [raw_op for op in OPS.values() for raw_op in op.flops]
 
@@ -33,16 +33,22 @@ class Device:
     def rounds_for_tensor_cores(self):
         return self.name in ("emulated", "cuda", "triton")
 
-    def cut(self, sizes):
+    @property
+    def is_interpreted(self):
+        return self.name == "triton" and self.torch_device.type == "cpu"
+
+    def cut(self, sizes, most_rows=130):
         """A problem's sizes, smaller where a large one would take the interpreter minutes: rows and the width."""
-        if self.name != "triton" or self.torch_device.type == "cuda":
+        if not self.is_interpreted:
             return sizes
         *batch, rows, width, inner = sizes
-        return *batch, min(rows, INTERPRETED_ROWS), min(width, INTERPRETED_WIDTH), inner
+        return *batch, min(rows, most_rows), min(width, INTERPRETED_WIDTH), inner
 
     def raw(self, op, direction):
         """Of the two ops behind an `Op` of the table of problems, "forward" or "backward", the one that runs here."""
-        return getattr(torch.ops.petl_triton if self.name == "triton" else torch.ops.petl_ext, f"{op}_{direction}").default
+        return getattr(
+            torch.ops.petl_triton if self.name == "triton" else torch.ops.petl_ext, f"{op}_{direction}"
+        ).default
 
     @property
     def torch_device(self):

@@ -53,7 +53,7 @@ def _check_driver():
     except Exception as error:
         raise RuntimeError(
             "petl_ext.ops: the backend triton was to compute, but Triton finds no working GPU driver: "
-            f"{error}. petl_ext.ops.backend(\"reference\") computes in plain PyTorch"
+            f'{error}. petl_ext.ops.backend("reference") computes in plain PyTorch'
         ) from error
 
 

@@ -54,22 +54,32 @@ def _activated(values, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _slope(values, ACTIVATION: tl.constexpr):
+def _before_activation(gradient, values, ACTIVATION: tl.constexpr):
+    """The gradient of `values` from that of the activation's output."""
     if ACTIVATION == "relu":
-        slope = tl.where(values <= 0, 0.0, 1.0)
+        gradient = tl.where(values <= 0, 0.0, gradient)  # at a NaN it is NaN, not zero
     elif ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * values * values)
-        slope = 0.5 * (1 + tl.erf(values * 0.7071067811865476)) + values * density
+        gradient *= 0.5 * (1 + tl.erf(values * 0.7071067811865476)) + values * density
     else:
         gate = tl.sigmoid(values)
-        slope = gate * (1 + values * (1 - gate))
-    return slope
+        gradient *= gate * (1 + values * (1 - gate))
+    return gradient
 
 
 @triton.jit
 def _normalized(values, mean, inverse, norm_weight, d, D):
     weight = tl.load(norm_weight + d, mask=d < D, other=0.0).to(tl.float32)
     return (values.to(tl.float32) - mean[:, None]) * inverse[:, None] * weight[None, :]
+
+
+@triton.jit
+def _before_norm(gradient, x, mean, inverse, norm_weight, d, D, first, second):
+    """The gradient of x from that of the normalized row; first and second: means over the width of the row of
+    gradient * norm_weight, and of that times the normalized row before its weight."""
+    weight = tl.load(norm_weight + d, mask=d < D, other=0.0).to(tl.float32)
+    z = (x.to(tl.float32) - mean[:, None]) * inverse[:, None]
+    return inverse[:, None] * (gradient * weight[None, :] - first[:, None] - z * second[:, None])
 
 
 @triton.jit
@@ -108,9 +118,7 @@ def adapter_forward_rows(
     hidden = tl.zeros([BM, BB], tl.float32)
     for k in range(0, D, BK):
         d = k + tl.arange(0, BK)
-        hidden = _project(
-            x, x_stride, rows, d, R, D, mean, inverse, norm_weight, down, b, B, hidden, NORM, REST
-        )
+        hidden = _project(x, x_stride, rows, d, R, D, mean, inverse, norm_weight, down, b, B, hidden, NORM, REST)
     hidden += tl.load(down_bias + b, mask=b < B, other=0.0)[None, :]
     hidden = narrow(tl.where(b[None, :] < B, _activated(hidden, ACTIVATION), 0.0), x.dtype.element_ty)
     f = tl.load(factor)
@@ -149,9 +157,7 @@ def adapter_backward_rows(
     share = tl.zeros([BM], tl.float32)
     for k in range(0, D, BK):
         d = k + tl.arange(0, BK)
-        projected = _project(
-            x, x_stride, rows, d, R, D, mean, inverse, norm_weight, down, b, B, projected, NORM, REST
-        )
+        projected = _project(x, x_stride, rows, d, R, D, mean, inverse, norm_weight, down, b, B, projected, NORM, REST)
         g = tile(dout, dout_stride, rows, d, R, D)
         dhidden = product(g, tile(up, B, d, b, D, B), dhidden)
         if DGAIN:
@@ -163,11 +169,7 @@ def adapter_backward_rows(
     active = tl.where(b[None, :] < B, _activated(hidden, ACTIVATION), 0.0)
     if DGAIN:
         tl.store(shares + rows, share + tl.sum(active * dhidden, 1), mask=rows < R)
-    if ACTIVATION == "relu":
-        dhidden = tl.where(hidden <= 0, 0.0, dhidden)  # at a NaN it is NaN, not zero
-    else:
-        dhidden *= _slope(hidden, ACTIVATION)
-    dhidden *= tl.load(factor)
+    dhidden = tl.load(factor) * _before_activation(dhidden, hidden, ACTIVATION)
     left = narrow(dhidden, x.dtype.element_ty)
     if DWEIGHTS:
         store_tile(hidden_out, kept, rows, b, R, kept, active)
@@ -181,9 +183,7 @@ def adapter_backward_rows(
             d = n + tl.arange(0, BN)
             e = product(left, tile(down, D, b, d, B, D), tl.zeros([BM, BN], tl.float32))
             if NORM:
-                weight = tl.load(norm_weight + d, mask=d < D, other=0.0).to(tl.float32)
-                z = (tile(x, x_stride, rows, d, R, D).to(tl.float32) - mean[:, None]) * inverse[:, None]
-                e = inverse[:, None] * (e * weight[None, :] - first[:, None] - z * second[:, None])
+                e = _before_norm(e, tile(x, x_stride, rows, d, R, D), mean, inverse, norm_weight, d, D, first, second)
             if RESIDUAL:
                 e += tile(dout, dout_stride, rows, d, R, D).to(tl.float32)
             store_tile(dx, D, rows, d, R, D, e)
@@ -220,9 +220,7 @@ class _Inputs:
         self.eps = eps
 
 
-def adapter_forward(
-    x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, scale, eps, activation
-):
+def adapter_forward(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, scale, eps, activation):
     weights = (norm_weight, norm_bias, down, down_bias, up, up_bias, gain)
     given = _Inputs(x, weights, scale, eps, activation, residual)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

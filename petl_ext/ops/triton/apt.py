@@ -85,10 +85,8 @@ def apt_backward_rows(
     total = tl.sum(s * ds, 1)
     if DSCALE:
         tl.store(shares + rows, factor * total + scale * share, mask=rows < R)
-    if SOFTMAX:
-        ds = factor[:, None] * s * (ds - total[:, None])
-    else:
-        ds = factor[:, None] * tl.where(s <= 0, 0.0, ds)  # at a NaN it is NaN, not zero
+    # Under ReLU it is NaN, not zero, at a NaN.
+    ds = factor[:, None] * (s * (ds - total[:, None]) if SOFTMAX else tl.where(s <= 0, 0.0, ds))
     ds = narrow(ds, dout.dtype.element_ty)
     if DWEIGHTS:
         store_tile(dscores, kept, rows, p, R, kept, ds)

@@ -58,7 +58,7 @@ def weight_gradient(
     left, left_stride, right, right_stride, mean, inverse, sums, R, L, D, slab_rows,
     LL: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """sums [slabs, L, D] = left^T right of one slab of rows; NORM: of rows of `right` less their mean, times inverse."""
+    """sums [slabs, L, D] = left^T right of one slab of rows; NORM: `right` less its mean, times inverse."""
     slab = tl.program_id(0)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     inner = tl.program_id(2) * LL + tl.arange(0, LL)
