@@ -63,9 +63,15 @@ class Launch(NamedTuple):
 
 
 def source_hash():
-    """Of the kernels' code without comments: what a row of the table holds for."""
-    trees = (ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sorted(FOLDER.glob("*.py")))
-    return hashlib.sha256("\n".join(trees).encode()).hexdigest()[:16]
+    """Of the kernels and the tables of tiles, without comments: what a row of the table holds for."""
+    kernels = [
+        ast.dump(node)
+        for path in sorted(FOLDER.glob("*.py"))
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and any(ast.unparse(d) == "triton.jit" for d in node.decorator_list)
+    ]
+    tiles = ast.dump(ast.parse((FOLDER / "tiles.py").read_text(encoding="utf-8")))
+    return hashlib.sha256("\n".join([*kernels, tiles]).encode()).hexdigest()[:16]
 
 
 def _type_of(value):
@@ -203,7 +209,7 @@ def _row(launch_and_target):
 def rows_of(launches, workers):
     """{key: what `_compile` says}, in order; flaws are told as they are found."""
     rows = {}
-    tasks = [(launch, target) for target in SHARED_MEMORY for launch in launches]
+    tasks = [(launch, target) for launch in launches for target in SHARED_MEMORY]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for key, row in pool.map(_row, tasks):
             rows[key] = row

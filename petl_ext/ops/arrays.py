@@ -17,9 +17,11 @@ def takes_arrays(op):
         op: the function of tensors, whose first argument decides the library.
     """
 
+    first_name = op.__code__.co_varnames[0]
+
     @functools.wraps(op)
     def call(*arguments, **named):
-        first = arguments[0] if arguments else next(iter(named.values()), None)
+        first = arguments[0] if arguments else named.get(first_name)
         if isinstance(first, torch.Tensor) or not hasattr(first, "__dlpack__"):
             return op(*arguments, **named)
         return _call_on_arrays(op, first, arguments, named)

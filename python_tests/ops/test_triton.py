@@ -134,7 +134,7 @@ def test_auto_prefers_it_only_where_a_measured_file_says_so(tmp_path, monkeypatc
     def chosen_for(rows, inner):
         with torch._subclasses.FakeTensorMode():
             x, prompts = (torch.empty(size, 64, device="cuda") for size in (rows, inner))
-            return kernels.raw_ops_for("apt", (x, x, prompts, prompts, prompts[0, :1]))
+            return kernels.raw_ops_for("apt", (x, x, prompts, prompts, torch.empty(1, device="cuda")))
 
     assert chosen_for(30, 10) == "petl_triton" == chosen_for(40, 10)
     assert chosen_for(41, 10) == "petl_ext" == chosen_for(30, 11)
@@ -147,7 +147,7 @@ def test_auto_prefers_it_only_where_a_measured_file_says_so(tmp_path, monkeypatc
 def test_nothing_is_preferred_that_was_not_measured(tmp_path):
     assert preferred.read_preferences(tmp_path / "preferred.json") == []
     (tmp_path / "preferred.json").write_text('[{"backend": "triton"}]')
-    with pytest.raises(ValueError, match=r"preferred\.json must be a list as bench/gpu/preferred\.py makes it"):
+    with pytest.raises(ValueError, match=r"preferred\.json must be a list of preferences, as bench/gpu/preferred\.py makes it"):
         preferred.read_preferences(tmp_path / "preferred.json")
 
 

@@ -9,9 +9,16 @@ import triton
 import triton.language as tl
 
 from petl_ext.ops.attention_pool import check_arguments
-from petl_ext.ops.triton.launching import check_sizes, check_tensors, launch, new_floats, new_gradient
+from petl_ext.ops.triton.launching import (
+    check_sizes,
+    check_tensors,
+    has_no_tensor_cores,
+    launch,
+    new_floats,
+    new_gradient,
+)
 from petl_ext.ops.triton.products import narrow, product, store_tile, tile
-from petl_ext.ops.triton.tiles import POOL_TILES, STATISTICS_TILES, TOKENS_PER_SPLIT, padded
+from petl_ext.ops.triton.tiles import POOL_TILES, STATISTICS_TILES, TOKENS_PER_SPLIT, padded, tiles_for
 
 
 @triton.jit
@@ -160,7 +167,7 @@ class _Inputs:
         self.visual = visual if visual.stride(2) == 1 else visual.contiguous()
         self.query, self.scale = query.contiguous(), scale
         self.mask = self.query if mask is None else mask.contiguous().view(torch.uint8)
-        self.tiles = POOL_TILES[padded(self.heads)][visual.dtype is torch.float32]
+        self.tiles = tiles_for(POOL_TILES, self.heads, has_no_tensor_cores(visual.dtype, visual.device))
         self.constants = {"HH": padded(self.heads), "BT": self.tiles.rows, "MASK": mask is not None, "like": visual}
 
     @property

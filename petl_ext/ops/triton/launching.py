@@ -52,6 +52,14 @@ def new_gradient(tensor, is_needed):
     return torch.empty(tensor.shape if is_needed else (0,), dtype=tensor.dtype, device=tensor.device)
 
 
+def has_no_tensor_cores(dtype, device):
+    """For products of this dtype: float32 is multiplied without TF32, and Triton knows none of NVIDIA's before 8.0."""
+    if dtype is torch.float32:
+        return True
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) < (8, 0)
+
+
 def launch(kernel, grid, *arguments, tiles, like, **constants):
     """Queues a kernel on the current stream of the device of `like`; the interpreter knows one thread."""
     is_on_cpu = like.device.type == "cpu"
@@ -73,8 +81,8 @@ def gradient_of_weight(left, right, inner, norm=None):
         right: [R, D].
         norm: (mean, inverse deviation) of the rows of `right`, each [R], by which they are normalized first.
     """
-    (rows, width), is_float32 = right.shape, right.dtype is torch.float32
-    (slabs, slab_rows), tiles = _slabs_of(rows), WEIGHT_TILES[is_float32]
+    rows, width = right.shape
+    (slabs, slab_rows), tiles = _slabs_of(rows), WEIGHT_TILES[has_no_tensor_cores(right.dtype, right.device)]
     sums = new_floats(right, slabs, inner, width)
     taken = min(WEIGHT_ROWS, padded(inner))
     launch(

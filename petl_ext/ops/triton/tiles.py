@@ -25,22 +25,19 @@ class Tiles(NamedTuple):
     stages: int = 2
 
 
-# By the padded inner size: for bfloat16 and float16, and for float32, whose products no tensor core computes.
+# By the greatest padded inner size: for tensor cores, and for products that they do not compute.
 ROW_TILES = {
-    16: (Tiles(64, 64, 64, 4), Tiles(32, 32, 32, 4)),
-    32: (Tiles(64, 64, 64, 4), Tiles(32, 32, 32, 4)),
-    64: (Tiles(64, 64, 64, 8), Tiles(32, 32, 32, 4)),
-    128: (Tiles(64, 32, 64, 8), Tiles(32, 32, 32, 8)),
+    64: (Tiles(64, 32, 64, 8), Tiles(32, 32, 32, 4)),
+    128: (Tiles(64, 32, 64, 8), Tiles(32, 16, 32, 8)),
     256: (Tiles(32, 32, 32, 8), Tiles(16, 16, 32, 8)),
-    512: (Tiles(16, 16, 32, 8, 1), Tiles(16, 16, 16, 8, 1)),
+    512: (Tiles(16, 16, 32, 8, 1), Tiles(16, 16, 32, 16, 1)),
 }
 # Of weights' gradients: `rows` are summed over, at most WEIGHT_ROWS of the weight are taken at a time.
 WEIGHT_ROWS = 64
-WEIGHT_TILES = (Tiles(64, 0, 64, 4), Tiles(32, 0, 64, 4))
+WEIGHT_TILES = (Tiles(64, 0, 64, 4), Tiles(32, 0, 64, 8))
 COLUMN_TILES = Tiles(32, 0, 64, 4)
-# Of attention_pool, by the padded number of heads.
+# Of attention_pool, by the greatest padded number of heads.
 POOL_TILES = {
-    16: (Tiles(64, 64, 64, 4), Tiles(32, 32, 64, 4)),
     32: (Tiles(64, 64, 64, 4), Tiles(32, 32, 64, 4)),
     64: (Tiles(64, 64, 64, 8), Tiles(32, 32, 32, 4)),
 }
@@ -53,5 +50,5 @@ def padded(inner):
     return max(16, 1 << (inner - 1).bit_length())
 
 
-def row_tiles(inner, is_float32):
-    return ROW_TILES[padded(inner)][is_float32]
+def tiles_for(table, inner, has_no_tensor_cores):
+    return table[min(size for size in table if size >= inner)][has_no_tensor_cores]
