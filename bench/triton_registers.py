@@ -169,7 +169,9 @@ def _compile(launch, target):
         constexprs={(names.index(name),): value for name, value in launch.constants.items()},
         attrs={(position,): [["tt.divisibility", 16]] for position in launch.divisible},
     )
-    compiled = compile(source, target=gpu, options={"num_warps": launch.tiles.warps, "num_stages": launch.tiles.stages})
+    tiles = launch.tiles
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages if is_cuda else tiles.amd_stages}
+    compiled = compile(source, target=gpu, options=options)
     use = _of_cubin(compiled.asm["cubin"]) if is_cuda else _of_amdgcn(compiled.asm["amdgcn"])
     return {**use, "shared": compiled.metadata.shared}
 

@@ -147,7 +147,9 @@ def test_auto_prefers_it_only_where_a_measured_file_says_so(tmp_path, monkeypatc
 def test_nothing_is_preferred_that_was_not_measured(tmp_path):
     assert preferred.read_preferences(tmp_path / "preferred.json") == []
     (tmp_path / "preferred.json").write_text('[{"backend": "triton"}]')
-    with pytest.raises(ValueError, match=r"preferred\.json must be a list of preferences, as bench/gpu/preferred\.py makes it"):
+    with pytest.raises(
+        ValueError, match=r"preferred\.json must be a list of preferences, as bench/gpu/preferred\.py makes it"
+    ):
         preferred.read_preferences(tmp_path / "preferred.json")
 
 

@@ -67,7 +67,9 @@ class Device:
             with emulation():
                 yield
         elif self.name == "triton":
-            with ops.backend("triton"):
+            with warnings.catch_warnings(), ops.backend("triton"):
+                # NumPy's, of infinities, in the interpreter.
+                warnings.filterwarnings("ignore", ".* encountered in ", RuntimeWarning)
                 yield
         elif self.name == "cuda":
             yield

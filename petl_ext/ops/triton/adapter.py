@@ -196,10 +196,10 @@ class _Inputs:
     def __init__(self, x, weights, scale, eps, activation, residual=None, **more):
         check_arguments(x, residual, *weights, activation)
         names = ("norm_weight", "norm_bias", "down", "down_bias", "up", "up_bias", "gain")
-        check_tensors("adapter", x=x, residual=residual, **dict(zip(names, weights, strict=True)), **more)
         for name, tensor in {"residual": residual, **more}.items():
             if tensor is not None and tensor.dtype is not x.dtype:
                 raise RuntimeError(f"adapter: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+        check_tensors("adapter", x=x, residual=residual, **dict(zip(names, weights, strict=True)), **more)
         norm_weight, norm_bias, down, down_bias, up, up_bias, gain = weights
         self.inner, self.width = down.shape
         check_sizes("adapter", self.width, self.inner)

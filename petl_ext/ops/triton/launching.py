@@ -63,8 +63,9 @@ def has_no_tensor_cores(dtype, device):
 def launch(kernel, grid, *arguments, tiles, like, **constants):
     """Queues a kernel on the current stream of the device of `like`; the interpreter knows one thread."""
     is_on_cpu = like.device.type == "cpu"
+    stages = tiles.amd_stages if torch.version.hip else tiles.stages
     with _INTERPRETER if is_on_cpu else torch.get_device_module(like.device).device(like.device):
-        kernel[grid](*arguments, **constants, num_warps=tiles.warps, num_stages=tiles.stages)
+        kernel[grid](*arguments, **constants, num_warps=tiles.warps, num_stages=stages)
 
 
 def _slabs_of(rows):
