@@ -140,8 +140,14 @@ def _call_attention_pool(problem):
 CALLS = {"apt": _call_apt, "adapter": _call_adapter, "attention_pool": _call_attention_pool}
 
 
-def every_launch(most_inner=None):
-    """Of every entry of the tables of tiles, each once: {its key without the target: a `Launch`}."""
+def every_launch(target):
+    """Of every entry of the tables of tiles, each once, as `Launch`es."""
+    # What the ops ask to know AMD's from NVIDIA's.
+    with mock.patch.object(torch.version, "hip", None if target.startswith("sm_") else "7.0"):
+        return _every_launch()
+
+
+def _every_launch():
     from petl_ext.ops.triton.tiles import POOL_TILES, ROW_TILES
 
     found = {}
@@ -169,9 +175,7 @@ def _compile(launch, target):
         constexprs={(names.index(name),): value for name, value in launch.constants.items()},
         attrs={(position,): [["tt.divisibility", 16]] for position in launch.divisible},
     )
-    tiles = launch.tiles
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages if is_cuda else tiles.amd_stages}
-    compiled = compile(source, target=gpu, options=options)
+    compiled = compile(source, target=gpu, options={"num_warps": launch.tiles.warps, "num_stages": launch.tiles.stages})
     use = _of_cubin(compiled.asm["cubin"]) if is_cuda else _of_amdgcn(compiled.asm["amdgcn"])
     return {**use, "shared": compiled.metadata.shared}
 
@@ -208,10 +212,10 @@ def _row(launch_and_target):
     return launch.key(target), _compile(launch, target)
 
 
-def rows_of(launches, workers):
+def every_row(workers):
     """{key: what `_compile` says}, in order; flaws are told as they are found."""
     rows = {}
-    tasks = [(launch, target) for launch in launches for target in SHARED_MEMORY]
+    tasks = [(launch, target) for target in SHARED_MEMORY for launch in every_launch(target)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for key, row in pool.map(_row, tasks):
             rows[key] = row
@@ -231,12 +235,9 @@ def flaws_of(rows):
 
 
 def sample(every=9):
-    """The rows of some kernels for one target each, of all targets in turn."""
-    targets, rows = list(SHARED_MEMORY), {}
-    for number, launch in enumerate(every_launch()[::every]):
-        target = targets[number % len(targets)]
-        rows[launch.key(target)] = _compile(launch, target)
-    return rows
+    """The rows of some kernels, of every target."""
+    launches = [(launch, target) for target in SHARED_MEMORY for launch in every_launch(target)]
+    return dict(map(_row, launches[:: every * len(SHARED_MEMORY)]))
 
 
 def main():
@@ -245,7 +246,7 @@ def main():
     workers = parser.parse_args().workers
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET must not be set: what is interpreted cannot be compiled")
-    rows = rows_of(every_launch(), workers=workers)
+    rows = every_row(workers)
     table = {"triton": triton_version(), "source": source_hash(), "kernels": rows}
     PATH.write_text(json.dumps(table, indent=0) + "\n", encoding="utf-8")
     print(f"{PATH.name}: {len(rows)} kernels")

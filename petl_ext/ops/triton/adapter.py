@@ -13,15 +13,15 @@ from petl_ext.ops.triton.launching import (
     check_sizes,
     check_tensors,
     gradient_of_weight,
-    has_no_tensor_cores,
     launch,
     new_floats,
     new_gradient,
+    row_tiles,
     rows_of,
     sum_of_columns,
 )
 from petl_ext.ops.triton.products import narrow, product, rest_of, store_tile, tile
-from petl_ext.ops.triton.tiles import ROW_TILES, padded, tiles_for
+from petl_ext.ops.triton.tiles import padded
 
 
 @triton.jit
@@ -212,7 +212,7 @@ class _Inputs:
         if self.has_norm:
             self.down_bias = self.down_bias + (self.down.float() * norm_bias.float()).sum(1)
         self.factor = scale * gain.float() if gain is not None else torch.full((1,), scale, device=x.device)
-        tiles = tiles_for(ROW_TILES, self.inner, has_no_tensor_cores(x.dtype, x.device))
+        tiles = row_tiles(self.inner, x.dtype, x.device)
         self.grid = (triton.cdiv(self.rows, tiles.rows),)
         self.constants = {"BB": padded(self.inner), "BM": tiles.rows, "BK": tiles.depth, "BN": tiles.columns}
         is_rounded = x.dtype is not torch.float32 and (self.has_norm or down.dtype is not x.dtype)

@@ -9,14 +9,14 @@ from petl_ext.ops.triton.launching import (
     check_sizes,
     check_tensors,
     gradient_of_weight,
-    has_no_tensor_cores,
     launch,
     new_floats,
     new_gradient,
+    row_tiles,
     rows_of,
 )
 from petl_ext.ops.triton.products import narrow, product, rest_of, store_tile, tile
-from petl_ext.ops.triton.tiles import ROW_TILES, padded, tiles_for
+from petl_ext.ops.triton.tiles import padded
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def _prepared(x, y, prompts, keys, log_scale, activation, **more):
     inner, width = prompts.shape
     check_sizes("apt", width, inner)
     dtype = x.dtype if x.dtype is y.dtype else torch.float32
-    tiles = tiles_for(ROW_TILES, inner, has_no_tensor_cores(dtype, x.device))
+    tiles = row_tiles(inner, dtype, x.device)
     constants = {"PP": padded(inner), "BM": tiles.rows, "BK": tiles.depth, "BN": tiles.columns}
     constants |= {"SOFTMAX": activation == "softmax", "tiles": tiles, "like": x}
     return x.numel() // width, width, inner, constants

@@ -7,7 +7,15 @@ import triton
 
 from petl_ext.ops.triton import LIMITS
 from petl_ext.ops.triton.products import column_sums, weight_gradient
-from petl_ext.ops.triton.tiles import COLUMN_TILES, WEIGHT_ROWS, WEIGHT_TILES, padded
+from petl_ext.ops.triton.tiles import (
+    AMD_ROW_TILES,
+    COLUMN_TILES,
+    ROW_TILES,
+    WEIGHT_ROWS,
+    WEIGHT_TILES,
+    padded,
+    tiles_for,
+)
 
 _INTERPRETER = threading.Lock()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,12 +68,16 @@ def has_no_tensor_cores(dtype, device):
     return is_nvidia and torch.cuda.get_device_capability(device) < (8, 0)
 
 
+def row_tiles(inner, dtype, device):
+    table = AMD_ROW_TILES if torch.version.hip else ROW_TILES
+    return tiles_for(table, inner, has_no_tensor_cores(dtype, device))
+
+
 def launch(kernel, grid, *arguments, tiles, like, **constants):
     """Queues a kernel on the current stream of the device of `like`; the interpreter knows one thread."""
     is_on_cpu = like.device.type == "cpu"
-    stages = tiles.amd_stages if torch.version.hip else tiles.stages
     with _INTERPRETER if is_on_cpu else torch.get_device_module(like.device).device(like.device):
-        kernel[grid](*arguments, **constants, num_warps=tiles.warps, num_stages=stages)
+        kernel[grid](*arguments, **constants, num_warps=tiles.warps, num_stages=tiles.stages)
 
 
 def _slabs_of(rows):

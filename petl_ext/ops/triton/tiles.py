@@ -15,7 +15,7 @@ class Tiles(NamedTuple):
         depth: of the width D, in products that sum over it.
         columns: of the width D, in products that give it.
         warps: of a program.
-        stages: loads in flight; and on AMD's GPUs, which have 64 KiB of shared memory.
+        stages: loads in flight.
     """
 
     rows: int
@@ -23,7 +23,6 @@ class Tiles(NamedTuple):
     columns: int
     warps: int
     stages: int = 2
-    amd_stages: int = 2
 
 
 # By the greatest padded inner size: for tensor cores, and for products that they do not compute.
@@ -31,7 +30,12 @@ ROW_TILES = {
     64: (Tiles(64, 32, 64, 8), Tiles(16, 32, 32, 4)),
     128: (Tiles(64, 32, 64, 8), Tiles(16, 16, 32, 8)),
     256: (Tiles(32, 32, 32, 8), Tiles(16, 16, 32, 8)),
-    512: (Tiles(16, 16, 32, 8, 1, 1), Tiles(16, 16, 32, 8, 2, 1)),
+    512: (Tiles(16, 16, 32, 8, 1), Tiles(16, 16, 32, 8)),
+}
+# AMD's have 64 KiB of shared memory, and other registers.
+AMD_ROW_TILES = ROW_TILES | {
+    256: (Tiles(64, 32, 32, 8), ROW_TILES[256][1]),
+    512: (ROW_TILES[512][0], Tiles(16, 16, 32, 8, 1)),
 }
 # Of weights' gradients: `rows` are summed over, at most WEIGHT_ROWS of the weight are taken at a time.
 WEIGHT_ROWS = 64
