@@ -10,7 +10,7 @@ from importlib import metadata
 import torch
 
 import petl_ext
-from petl_ext.ops.backends import NATIVE, VARIABLE, choices
+from petl_ext.ops.backends import BACKENDS, NATIVE, VARIABLE, choices
 from petl_ext.ops.kernels import OPS, held_kernels
 
 OPTIONAL_PACKAGES = ("transformers", "peft", "diffusers", "triton", "cupy")
@@ -74,6 +74,7 @@ def info():
         *(f"{package} {_version(package)}" for package in OPTIONAL_PACKAGES),
         *(f"kernels: {op} on {_kernels(op)}" for op in OPS),
         f"backend: {petl_ext.ops.backend()} of {' '.join(choices())} ({VARIABLE} chooses)",
+        *(f"backend {backend.name}: {backend.missing}" for backend in BACKENDS.values() if backend.missing),
         f"CUDA kernels: {_cuda_state()}",
         f"CPU path: {petl_ext.ops.cpu_path()} of {torch.ops.petl_ext.cpu_paths()} (PETL_CPU_PATH chooses), "
         f"{torch.get_num_threads()} threads",

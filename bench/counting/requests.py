@@ -5,6 +5,7 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 import numpy as np
+
 from counting.lanes import Operands
 from counting.walk import WARP
 

@@ -26,7 +26,7 @@ class SkippingAttachment(Attachment):
     def __init__(self, model, config, selection, layers):
         bypasses = [place for place in layers if issubclass(place.site_class, SkippableLayer)]
         self.layers = tuple(place.name for place in bypasses)
-        self._stacks = Stacks(model, self.layers, bypasses[0].site_class.rewire)
+        self._stacks = Stacks(model, {place.name: place.site_class for place in bypasses})
         self._chosen = ()
         self._removed = False
         super().__init__(model, config, selection, layers)

@@ -8,14 +8,13 @@ class Stacks:
 
     Args:
         model: the model.
-        layers: dotted names of the layers that can be skipped.
-        rewire: the `SkippableLayer.rewire` of these layers.
+        site_classes: {dotted name: what it becomes} of the layers that can be skipped.
     """
 
-    def __init__(self, model, layers, rewire):
+    def __init__(self, model, site_classes):
         self._model = model
-        self._rewire = rewire
-        self._known = dict.fromkeys(name.rpartition(".")[0] for name in layers)
+        self._rewire = {name.rpartition(".")[0]: site_class.rewire for name, site_class in site_classes.items()}
+        self._known = dict.fromkeys(self._rewire)
 
     def switch(self, skipped):
         """Makes the layers of these dotted names, and no others, the ones that are skipped."""
@@ -24,7 +23,7 @@ class Stacks:
             for layer_name, layer in layers.items():
                 if isinstance(layer, SkippableLayer) and layer.skipped != (layer_name in skipped):
                     layer.skipped = layer_name in skipped
-            self._rewire(tuple(layers.values()), *self._numbers_and_slot_types(name, layers))
+            self._rewire[name](tuple(layers.values()), *self._numbers_and_slot_types(name, layers))
 
     def check_decodes(self, skipped):
         """Raises a ValueError if a cache of several types of slots would have none left of one."""

@@ -7,7 +7,7 @@ torch.ops that is the backend's. "native", the C++ and CUDA of petl_ext._C, is t
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from petl_ext.checks import check_choice
 
@@ -23,11 +23,15 @@ class Backend:
         name: as `backend` and PETL_BACKEND know it.
         devices: the types of device, such as "cuda", that it is written for.
         namespace: of torch.ops, where its raw ops are.
+        limits: {an op's name: a `petl_ext.ops.kernels.Limits`}, of ops that have any.
+        missing: why it holds no kernel here, and what to do; "" where it does.
     """
 
     name: str
     devices: tuple
     namespace: str
+    limits: dict = field(default_factory=dict)
+    missing: str = ""
 
 
 # In the order in which "auto" looks for a kernel.
@@ -98,8 +102,8 @@ def backend(choice=None):
 
     Args:
         choice: "auto" (the default: the first backend that holds a kernel for the tensors' device), "native" (the
-            kernels in C++ and CUDA), another backend that has been added, or "reference" (plain PyTorch, on every
-            device). None chooses nothing.
+            kernels in C++ and CUDA), "triton" (GPUs), another backend that has been added, or "reference" (plain
+            PyTorch, on every device). None chooses nothing.
 
     Returns:
         A context; where choice is None, the name of what is chosen now.

@@ -25,7 +25,7 @@ def test_sites_choose_the_layers_that_can_be_skipped():
 def test_an_unknown_family_by_its_sites():
     bert = BertModel(BertConfig(vocab_size=50, hidden_size=DIM, num_hidden_layers=3, num_attention_heads=4)).eval()
     bert.config.model_type = "my_bert"
-    with pytest.raises(ValueError, match=r"none of the families with sites for das .*Candidates, layers.*layer\.0"):
+    with pytest.raises(ValueError, match=r"none of the families with sites for das, .*Candidates, layers.*layer\.0"):
         petl_ext.attach(bert, DASConfig())
     attachment = petl_ext.attach(bert, DASConfig(sites=[r"encoder\.layer\.\d"]))
     assert attachment.layers == tuple(f"encoder.layer.{index}" for index in range(3))

@@ -52,7 +52,13 @@ RETIRED = {
 
 # {word in a name: where it has its one meaning}; elsewhere another name says what is meant.
 NAMES = {
-    "kind": ("petl_ext/patching/", "petl_ext/attaching/methods/adapter.py", "python_tests/patching/"),
+    "kind": (
+        "petl_ext/patching/",
+        "petl_ext/attaching/methods/adapter.py",
+        "petl_ext/peft/config.py",  # the same, in PEFT's configuration
+        "python_tests/doors/test_peft_adapter.py",
+        "python_tests/patching/",
+    ),
     "place": (
         "petl_ext/attaching/",
         "petl_ext/models/dvp/adapters.py",

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from devices import CPU_AND_CUDA, CPU_DEVICES, CUDA_DEVICES, emulation
+from devices import CPU_DEVICES, CUDA_DEVICES, DEVICES, ONE_OF_EACH, TRITON, TRITON_SLAB, emulation
 from op_problems import TESTED, assert_equal, check
 from problems import OPS, draw
 
@@ -14,7 +14,12 @@ from petl_ext import ops
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 on_cpu = pytest.mark.parametrize("device", CPU_DEVICES, ids=str, indirect=True)
 on_cuda = pytest.mark.parametrize("device", CUDA_DEVICES, ids=str, indirect=True)
-on_each_device = pytest.mark.parametrize("device", CPU_AND_CUDA, ids=str, indirect=True)
+COMPILED = [device for device in DEVICES if not device.is_interpreted]
+on_what_is_compiled = pytest.mark.parametrize("device", COMPILED, ids=str, indirect=True)
+on_what_is_interpreted = pytest.mark.parametrize(
+    "device", [device for device in DEVICES if device.is_interpreted], ids=str, indirect=True
+)
+on_each_device = pytest.mark.parametrize("device", ONE_OF_EACH, ids=str, indirect=True)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_op = pytest.mark.parametrize("tested", TESTED.values(), ids=str)
 
@@ -37,12 +42,27 @@ def test_every_op_is_tested():
     assert TESTED.keys() == OPS.keys() == public
 
 
-@every_dtype
-@of_each(["sizes", "form"], lambda tested: itertools.product(tested.sizes, tested.op.forms))
-def test_values_and_gradients(device, tested, sizes, form, dtype):
+def check_sizes(device, tested, sizes, form, dtype):
     activation = tested.sizes[sizes]
     options = {"activation": activation} if activation else {}
     check(device, tested.problem(*sizes, form=form, dtype=dtype, **options))
+
+
+@on_what_is_compiled
+@every_dtype
+@of_each(["sizes", "form"], lambda tested: itertools.product(tested.sizes, tested.op.forms))
+def test_values_and_gradients(device, tested, sizes, form, dtype):
+    check_sizes(device, tested, sizes, form, dtype)
+
+
+@on_what_is_interpreted
+@every_dtype
+@of_each(
+    ["sizes", "form"],
+    lambda tested: itertools.product((s for s in tested.sizes if TRITON.cut(s) == s), tested.op.forms),
+)
+def test_values_and_gradients_where_kernels_are_interpreted(device, tested, sizes, form, dtype):
+    check_sizes(device, tested, sizes, form, dtype)
 
 
 @on_cpu
@@ -63,7 +83,7 @@ def test_sizes_that_cuda_does_not_support(device, tested, message):
 
 @pytest.mark.parametrize("tested", [tested for tested in TESTED.values() if tested.slabs], ids=str)
 def test_more_rows_than_one_slab(device, tested):
-    check(device, tested.problem(*tested.slabs))
+    check(device, tested.problem(*device.cut(tested.slabs, TRITON_SLAB)))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +95,7 @@ def test_weights_in_another_dtype(device, tested, dtype, weight_dtype):
     activations = tested.op.activations
     activation = activations[0 if torch.float32 in (dtype, weight_dtype) else -1]
     for form in tested.usual:
-        sizes, dtypes = tested.mixed, {"dtype": dtype, "weight_dtype": weight_dtype}
+        sizes, dtypes = device.cut(tested.mixed), {"dtype": dtype, "weight_dtype": weight_dtype}
         check(device, tested.problem(*sizes, form=form, activation=activation, **dtypes))
 
 
@@ -138,7 +158,7 @@ def test_empty_input(device, tested, form):
 @every_op
 def test_two_runs_are_bit_equal(device, tested, dtype):
     for form in tested.usual:
-        problem = tested.problem(*tested.long, form=form, dtype=dtype).to(device.torch_device)
+        problem = tested.problem(*device.cut(tested.long, TRITON_SLAB), form=form, dtype=dtype).to(device.torch_device)
         assert_equal(problem.run(tested.op.ours), problem.run(tested.op.ours))
 
 
@@ -192,9 +212,9 @@ def test_float64_runs_the_reference(tested):
 @every_form
 def test_opcheck(device, tested, form):
     problem = tested.problem(form=form).to(device.torch_device)
-    torch.library.opcheck(tested.op.raw("forward"), tested.raw(problem))
+    torch.library.opcheck(device.raw(tested.op, "forward"), tested.raw(problem))
     for arguments in tested.raw_backward(problem):
-        torch.library.opcheck(tested.op.raw("backward"), arguments)
+        torch.library.opcheck(device.raw(tested.op, "backward"), arguments)
 
 
 @on_each_device
@@ -212,7 +232,7 @@ def test_compiles_as_one_graph(device, tested, form, dynamic):
 def test_integers_are_refused(device, tested):
     problem = draw(tested.op, *tested.small, **tested.everything).to(device.torch_device)
     for name, tensor in problem.tensors.items():
-        said = tested.int_message.get(name, f"{name} must be float32, bfloat16 or float16, got Int")
+        said = tested.int_message.get(name, f"{name} must be float32, bfloat16 or float16, got (Int|torch.int32)")
         with pytest.raises(RuntimeError, match=f"{tested}: {said}"):
             problem.change(**{name: tensor.int()}).call(tested.op.ours)
 

@@ -1,18 +1,26 @@
-"""Devices for an op: each CPU path, the emulator (CUDA kernels on the CPU), and a GPU if there is one."""
+"""Devices for an op: each CPU path, the emulator (CUDA kernels on the CPU), Triton, and a GPU if there is one."""
 
 import functools
 import importlib
+import os
 import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import emulated_build
 import torch
+
+# Where there is no GPU, Triton interprets its kernels; it reads this when it is imported, and so does petl_ext.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import emulated_build
 
 from petl_ext import ops
 from petl_ext.ops.kernels import OPS
 
+# More rows than a slab of the Triton kernels has, and a width of more than one of their tiles and no multiple of one.
+TRITON_SLAB, INTERPRETED_WIDTH = 530, 136
 CPU_PATHS = torch.ops.petl_ext.cpu_paths().split()
 EMULATED_OPS = [raw_op for op in OPS.values() for raw_op in op.flops]
 
@@ -22,12 +30,30 @@ class Device:
     name: str
 
     @property
-    def runs_cuda_kernels(self):
-        return self.name in ("emulated", "cuda")
+    def rounds_for_tensor_cores(self):
+        return self.name in ("emulated", "cuda", "triton")
+
+    @property
+    def is_interpreted(self):
+        return self.name == "triton" and self.torch_device.type == "cpu"
+
+    def cut(self, sizes, most_rows=130):
+        """A problem's sizes, smaller where a large one would take the interpreter minutes: rows and the width."""
+        if not self.is_interpreted:
+            return sizes
+        *batch, rows, width, inner = sizes
+        return *batch, min(rows, most_rows), min(width, INTERPRETED_WIDTH), inner
+
+    def raw(self, op, direction):
+        """Of the two ops behind an `Op` of the table of problems, "forward" or "backward", the one that runs here."""
+        return getattr(
+            torch.ops.petl_triton if self.name == "triton" else torch.ops.petl_ext, f"{op}_{direction}"
+        ).default
 
     @property
     def torch_device(self):
-        return torch.device("cuda" if self.name == "cuda" else "cpu")
+        on_gpu = self.name == "cuda" or (self.name == "triton" and torch.cuda.is_available())
+        return torch.device("cuda" if on_gpu else "cpu")
 
     def put(self, tensors):
         return [tensor.to(self.torch_device) for tensor in tensors]
@@ -39,6 +65,11 @@ class Device:
     def entered(self):
         if self.name == "emulated":
             with emulation():
+                yield
+        elif self.name == "triton":
+            with warnings.catch_warnings(), ops.backend("triton"):
+                # NumPy's, of infinities, in the interpreter.
+                warnings.filterwarnings("ignore", ".* encountered in ", RuntimeWarning)
                 yield
         elif self.name == "cuda":
             yield
@@ -53,9 +84,10 @@ class Device:
 EMULATED = Device("emulated")
 CUDA_DEVICES = [EMULATED, *([Device("cuda")] if torch.cuda.is_available() else [])]
 CPU_DEVICES = [Device(name) for name in CPU_PATHS]
-DEVICES = CPU_DEVICES + CUDA_DEVICES
-# One CPU path and all that run CUDA kernels, for what every CPU path gets from the same code around the kernels.
-CPU_AND_CUDA = [CPU_DEVICES[0], *CUDA_DEVICES]
+TRITON = Device("triton")
+DEVICES = [*CPU_DEVICES, *CUDA_DEVICES, TRITON]
+# One CPU path and all others, for what every CPU path gets from the same code around the kernels.
+ONE_OF_EACH = [CPU_DEVICES[0], *CUDA_DEVICES, TRITON]
 
 
 @functools.cache

@@ -240,7 +240,7 @@ ADAPTER = Tested(
     },
     int_message={
         "residual": "residual must have the dtype of x",
-        "scale": "gain must be float32, bfloat16 or float16, got Int",
+        "scale": "gain must be float32, bfloat16 or float16, got (Int|torch.int32)",
     },
     wrong_for_kernels={},
     wrong={

@@ -1,111 +1,92 @@
-// Attention pooling on CUDA. A block of threads takes kTokens tokens of one sample: their products with the queries,
-// the part of the softmax that is theirs, and the tokens' sums by these weights, for which it reads them again while
-// they are in the second-level cache. Forward is two launches, the blocks and their combination in order; backward one
-// more before them, and the second only where the queries need a gradient.
+// Attention pooling on CUDA. A block of threads takes a part of one sample's tokens: their products with the queries,
+// the part of the softmax that is theirs, and the tokens' sums by these weights. Forward is two launches, the blocks
+// and their combination in order; backward one more before them, and the last only where the queries need a gradient.
+// Where the queries have another dtype than the tokens, they are rounded beforehand, once.
+#include <algorithm>
+#include <type_traits>
+
 #include "kernels/cuda/attention_pool.h"
-#include "kernels/cuda/attention_pool_block.h"
+#include "kernels/cuda/attention_pool_finish.h"
+#include "kernels/cuda/attention_pool_forward.h"
+#include "kernels/cuda/attention_pool_prepare.h"
+#include "kernels/cuda/launch.h"
 
 namespace petl::cuda {
 namespace {
 
-template <class T, int kGroups>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
-    pool_forward(const __grid_constant__ PoolForwardTask<T> task) {
-  const int splits = task.problem.splits;
-  PoolBlock<T, kGroups>(task.problem, blockIdx.x / splits, blockIdx.x % splits).forward(task);
+// Blocks that a multiprocessor shall be able to run at once: a bound for the compiler's use of registers. Shared memory
+// of float32's backward has room for two.
+template <class T>
+constexpr int kBackwardBlocks = sizeof(T) == 2 ? 3 : 2;
+
+// Calls run(height) with what the part needs, of two to kMostTokenBlocks blocks of tokens.
+template <class T, class Run>
+__device__ __forceinline__ void with_height(const PoolPlace<T>& place, Run run) {
+  static_assert(kMostTokenBlocks == 4, "all heights are here");
+  const int blocks = place.problem.parts.blocks_of(place.part);
+  if (blocks == 4) {
+    run(std::integral_constant<int, 4>{});
+  } else if (blocks == 3) {
+    run(std::integral_constant<int, 3>{});
+  } else {
+    run(std::integral_constant<int, 2>{});
+  }
 }
 
 template <class T>
-struct PoolMeansTask {
-  PoolProblem<T> pooled;  // as tokens
-  PoolBackwardTask<T> backward;
-};
-
-// The first block of each sample finds its means; all blocks of samples with a concentrated head find the rests, and
-// for that the means once more: so it is one launch.
-template <class T, int kGroups>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks) pool_means(const __grid_constant__ PoolMeansTask<T> task) {
-  const int splits = task.backward.problem.splits, split = blockIdx.x % splits;
-  const int64_t sample = blockIdx.x / splits;
-  PoolBlock<T, kGroups> pooled(task.pooled, sample, 0);
-  const bool has_rests = pooled.has_concentrated_head(task.backward.total);
-  if (split > 0 && !has_rests) return;
-  pooled.find_means();
-  if (split == 0) pooled.store_means(task.backward.mean);
-  if (has_rests) PoolBlock<T, kGroups>(task.backward.problem, sample, split).find_rests(task.backward);
+__global__ void __launch_bounds__(kPoolThreads, 3) pool_forward(const __grid_constant__ PoolForwardTask<T> task) {
+  const PoolPlace<T> place = PoolPlace<T>::of_group(task.problem);
+  if (!place.exists()) return;
+  with_height(place, [&](auto blocks) { PoolForward<T, decltype(blocks)::value>::run(task, place); });
 }
 
-template <class T, int kGroups>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+template <class T>
+__global__ void __launch_bounds__(kPoolThreads, kBackwardBlocks<T>)
+    pool_prepare(const __grid_constant__ PoolBackwardTask<T> task) {
+  const PoolPlace<T> place = PoolPlace<T>::of_group(task.problem);
+  if (place.exists()) PoolPrepare<T>::run(task, place);
+}
+
+template <class T, bool kOneGroup>
+__global__ void __launch_bounds__(kPoolThreads, kBackwardBlocks<T>)
     pool_backward(const __grid_constant__ PoolBackwardTask<T> task) {
-  const int splits = task.problem.splits;
-  PoolBlock<T, kGroups>(task.problem, blockIdx.x / splits, blockIdx.x % splits).backward(task);
+  const PoolPlace<T> place = PoolPlace<T>::of_all_groups(task.problem);
+  if (!place.exists()) return;
+  with_height(place, [&](auto blocks) { PoolBackward<T, decltype(blocks)::value, kOneGroup>::run(task, place); });
 }
 
-// The splits' sums of one head to its row: by their shares of the softmax in forward, as they are in backward.
-struct PoolFinish {
-  const float* sums;          // [B, splits, H, D]
-  const float *best, *total;  // [B, splits, H]; null: the sums count as they are
-  int splits, H, D;
-  Rows out;           // [B * H, D]
-  float* statistics;  // [2, B * H], with best
-  int64_t rows;       // B * H
-};
-
-// To shares [splits], in shared memory. A split of which no token takes part has minus infinity for its greatest score;
-// a sample of such splits becomes NaN.
-__device__ __forceinline__ void find_shares(const PoolFinish& task, int64_t row, int64_t first, float* shares) {
-  float best = -INFINITY, total = 0;
-#pragma unroll 1
-  for (int i = 0; i < task.splits; ++i) best = Max()(best, task.best[first + int64_t{i} * task.H]);
-#pragma unroll 1
-  for (int i = 0; i < task.splits; ++i) {
-    const int64_t split = first + int64_t{i} * task.H;
-    total += expf(task.best[split] - best) * task.total[split];
-  }
-  for (int i = threadIdx.x; i < task.splits; i += kThreads) {
-    shares[i] = expf(task.best[first + int64_t{i} * task.H] - best) / total;
-  }
-  if (threadIdx.x == 0) {
-    task.statistics[row] = best;
-    task.statistics[task.rows + row] = total;
-  }
+// Samples are two axes of the grid, since one of them ends at 65535.
+dim3 grid_of(int64_t first, int64_t B) {
+  const int64_t layer = std::min<int64_t>(B, 65535);
+  return dim3(static_cast<unsigned>(first), static_cast<unsigned>(layer), static_cast<unsigned>(divide_up(B, layer)));
 }
 
 template <class T>
-__device__ __forceinline__ void store_as(T, const Rows& rows, int64_t index, const float (&values)[8]) {
-  store(static_cast<T*>(rows.data) + index, pack<T>(values));
+dim3 grid_of_groups(const PoolProblem<T>& problem) {
+  return grid_of(int64_t{problem.parts.count} << problem.group_bits, problem.B);
 }
 
-__global__ void __launch_bounds__(kThreads) pool_finish(const __grid_constant__ PoolFinish task) {
-  float* const shares = reinterpret_cast<float*>(shared_memory());
-  const int64_t row = blockIdx.x, first = row / task.H * task.splits * task.H + row % task.H;
-  if (task.best) find_shares(task, row, first, shares);
-  __syncthreads();
-  for (int column = threadIdx.x * 8; column < task.D; column += kThreads * 8) {
-    float values[8] = {};
-#pragma unroll 1
-    for (int split = 0; split < task.splits; ++split) {
-      const float share = task.best ? shares[split] : 1;
-      float part[8];
-      unpack(load(task.sums + (first + int64_t{split} * task.H) * task.D + column), part);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) values[i] = fmaf(share, part[i], values[i]);
-    }
-    const int64_t index = row * task.D + column;
-    if (task.out.dtype == DType::bfloat16) {
-      store_as(Bfloat16{}, task.out, index, values);
-    } else if (task.out.dtype == DType::float16) {
-      store_as(Float16{}, task.out, index, values);
-    } else {
-      store_as(float{}, task.out, index, values);
-    }
-  }
+template <class T>
+int64_t rounded_width(int64_t D) {
+  return round_up(D, PoolTile<T>::kColumns);
 }
 
-int launch_finish(Queue queue, const PoolFinish& task) {
-  const int shared = static_cast<int>(task.splits * sizeof(float));
-  return launch(queue, {dim3(static_cast<unsigned>(task.rows)), kThreads, shared}, &pool_finish, task);
+bool rounds_queries(const AttentionPoolInputs& args) { return args.query.dtype != args.visual.dtype; }
+
+// The queries in the dtype of the tokens, in `memory` if they have another one.
+template <class T>
+int round_queries(Queue queue, const AttentionPoolInputs& args, T* memory, PoolProblem<T>& problem) {
+  problem.query = static_cast<const T*>(args.query.data);
+  problem.query_stride = args.query.stride;
+  if (!rounds_queries(args)) return 0;
+  problem.query = memory;
+  problem.query_stride = problem.D;
+  return with_element(args.query.dtype, [&](auto element) {
+    using Source = decltype(element);
+    const PoolRound<T, Source> task{
+        static_cast<const Source*>(args.query.data), args.query.stride, memory, problem.B, problem.H, problem.D};
+    return launch(queue, {grid_of(task.H, task.B), kPoolThreads, 0}, &pool_round<T, Source>, task);
+  });
 }
 
 template <class T>
@@ -116,122 +97,142 @@ PoolProblem<T> problem_of(const AttentionPoolInputs& args) {
   problem.visual_sample = args.visual_sample;
   problem.visual_stride = args.visual.stride;
   problem.mask = args.mask;
-  problem.query = weights_of(args.query, H, D);
   problem.scale = args.scale;
+  problem.B = B;
   problem.N = static_cast<int>(N);
   problem.D = static_cast<int>(D);
   problem.H = static_cast<int>(H);
-  problem.splits = static_cast<int>(divide_up(N, kTokens));
+  problem.parts = PoolParts::of(N);
+  while (1 << problem.group_bits < pool_groups(H)) ++problem.group_bits;
   return problem;
 }
 
-// Of the sums of all splits, as they are.
-PoolFinish finish_of(const AttentionPoolInputs& args, const float* sums) {
-  const auto [B, N, D, H] = args.size;
-  PoolFinish finish = {};
+// Of the sums of all parts, as they are.
+template <class T, class Out>
+PoolFinish<Out> finish_of(const PoolProblem<T>& problem, const float* sums, int64_t sum_stride, void* out) {
+  PoolFinish<Out> finish = {};
   finish.sums = sums;
-  finish.splits = static_cast<int>(divide_up(N, kTokens));
-  finish.H = static_cast<int>(H);
-  finish.D = static_cast<int>(D);
-  finish.rows = B * H;
+  finish.sum_stride = sum_stride;
+  finish.out = static_cast<Out*>(out);
+  finish.B = problem.B;
+  finish.parts = problem.parts.count;
+  finish.H = problem.H;
+  finish.D = problem.D;
   return finish;
 }
 
+template <bool kByShares, class T>
+int launch_finish(Queue queue, const PoolFinish<T>& task) {
+  return launch(queue, {grid_of(task.H, task.B), task.threads(), 0}, &pool_finish<T, kByShares>, task);
+}
+
+template <class T>
 struct PoolForwardWorkspace {
+  int64_t sum_stride;
+  T* query;
   float *sums, *best, *total;
   int64_t bytes;
 
-  PoolForwardWorkspace(const AttentionPoolSizes& size, void* memory) {
+  PoolForwardWorkspace(const AttentionPoolInputs& args, void* memory) {
     Partition partition(memory);
-    const int64_t rows = size.B * divide_up(size.N, kTokens) * size.H;
-    sums = partition.take<float>(rows * size.D);
+    const auto [B, N, D, H] = args.size;
+    const int64_t rows = B * PoolParts::of(N).count * H;
+    sum_stride = rounded_width<T>(D);
+    query = rounds_queries(args) ? partition.take<T>(B * H * D) : nullptr;
+    sums = partition.take<float>(rows * sum_stride);
     best = partition.take<float>(rows);
     total = partition.take<float>(rows);
     bytes = partition.bytes();
   }
 };
 
+template <class T>
 struct PoolBackwardWorkspace {
+  int64_t sum_stride, operand_stride;
+  T *query, *operands;
   float *sums, *mean, *rests;
   int64_t bytes;
 
   PoolBackwardWorkspace(const AttentionPoolBackward& args, void* memory) {
     Partition partition(memory);
     const auto [B, N, D, H] = args.inputs.size;
-    const int64_t splits = divide_up(N, kTokens);
-    sums = args.dquery ? partition.take<float>(B * splits * H * D) : nullptr;
+    const int64_t rows = B * PoolParts::of(N).count * H;
+    sum_stride = operand_stride = rounded_width<T>(D);
+    query = rounds_queries(args.inputs) ? partition.take<T>(B * H * D) : nullptr;
+    operands = args.dvisual.data ? partition.take<T>(B * pool_groups(H) * 2 * kHeadGroup * operand_stride) : nullptr;
+    sums = args.dquery ? partition.take<float>(rows * sum_stride) : nullptr;
     mean = partition.take<float>(B * H);
-    rests = partition.take<float>(B * splits * H);
+    rests = partition.take<float>(rows);
     bytes = partition.bytes();
   }
 };
 
-template <class T, int kGroups>
-int launch_forward(Queue queue, const PoolForwardTask<T>& task, unsigned blocks) {
-  return launch(queue, {dim3(blocks), kThreads, PoolBlock<T, kGroups>::kForwardBytes}, &pool_forward<T, kGroups>, task);
-}
-
-template <class T, int kGroups>
-int launch_backward(Queue queue, const PoolMeansTask<T>& means, unsigned blocks) {
-  using Block = PoolBlock<T, kGroups>;
-  const int error = launch(queue, {dim3(blocks), kThreads, Block::kMeansBytes}, &pool_means<T, kGroups>, means);
+template <class T>
+int forward(const AttentionPoolForward& args, void* memory, Queue queue) {
+  if (args.inputs.size.B == 0) return 0;
+  const PoolForwardWorkspace<T> workspace(args.inputs, memory);
+  PoolForwardTask<T> task = {};
+  task.problem = problem_of<T>(args.inputs);
+  task.sums = workspace.sums;
+  task.sum_stride = workspace.sum_stride;
+  task.best = workspace.best;
+  task.total = workspace.total;
+  int error = round_queries(queue, args.inputs, workspace.query, task.problem);
   if (error) return error;
-  return launch(queue, {dim3(blocks), kThreads, Block::kBackwardBytes}, &pool_backward<T, kGroups>, means.backward);
+  const Grid grid{grid_of_groups(task.problem), kPoolThreads, kPoolForwardBytes<T>};
+  error = launch(queue, grid, &pool_forward<T>, task);
+  if (error) return error;
+  auto finish = finish_of<T, T>(task.problem, task.sums, task.sum_stride, args.pooled.data);
+  finish.best = task.best;
+  finish.total = task.total;
+  finish.statistics = args.statistics;
+  return launch_finish<true>(queue, finish);
 }
 
 template <class T>
-int forward(const AttentionPoolForward& args, void* memory, Queue queue) {
+PoolBackwardTask<T> task_of(const AttentionPoolBackward& args, const PoolBackwardWorkspace<T>& workspace) {
   const auto [B, N, D, H] = args.inputs.size;
-  if (B == 0) return 0;
-  const PoolForwardWorkspace workspace(args.inputs.size, memory);
-  const PoolForwardTask<T> task{problem_of<T>(args.inputs), workspace.sums, workspace.best, workspace.total};
-  const unsigned blocks = static_cast<unsigned>(B * task.problem.splits);
-  const int error = H <= 32 ? launch_forward<T, 1>(queue, task, blocks) : launch_forward<T, 2>(queue, task, blocks);
-  if (error) return error;
-  PoolFinish finish = finish_of(args.inputs, workspace.sums);
-  finish.best = workspace.best;
-  finish.total = workspace.total;
-  finish.out = args.pooled;
-  finish.statistics = args.statistics;
-  return launch_finish(queue, finish);
+  PoolBackwardTask<T> task = {};
+  task.problem = problem_of<T>(args.inputs);
+  task.dpooled = static_cast<const T*>(args.dpooled.data);
+  task.dpooled_stride = args.dpooled.stride;
+  task.pooled = static_cast<const T*>(args.pooled.data);
+  task.pooled_stride = args.pooled.stride;
+  task.best = args.statistics;
+  task.total = args.statistics + B * H;
+  task.mean = workspace.mean;
+  task.rests = workspace.rests;
+  task.operands = workspace.operands;
+  task.operand_stride = workspace.operand_stride;
+  task.dvisual = static_cast<T*>(args.dvisual.data);
+  task.sums = workspace.sums;
+  task.sum_stride = workspace.sum_stride;
+  return task;
 }
 
 template <class T>
 int backward(const AttentionPoolBackward& args, void* memory, Queue queue) {
   const auto [B, N, D, H] = args.inputs.size;
   if (B == 0) return 0;
-  const PoolBackwardWorkspace workspace(args, memory);
-  const int64_t rows = B * H;
-  const Weights dpooled = weights_of(args.dpooled, H, D);
-  PoolBackwardTask<T> task = {};
-  task.problem = problem_of<T>(args.inputs);
-  task.dpooled = dpooled;
-  task.best = args.statistics;
-  task.total = args.statistics + rows;
-  task.mean = workspace.mean;
-  task.rests = workspace.rests;
-  task.dvisual = static_cast<T*>(args.dvisual.data);
-  task.sums = workspace.sums;
-  PoolMeansTask<T> means{task.problem, task};
-  means.pooled.visual = static_cast<const T*>(args.pooled.data);
-  means.pooled.visual_sample = H * args.pooled.stride;
-  means.pooled.visual_stride = args.pooled.stride;
-  means.pooled.mask = nullptr;
-  means.pooled.query = dpooled;
-  means.pooled.N = static_cast<int>(H);
-  means.pooled.splits = 1;
-  const unsigned blocks = static_cast<unsigned>(B * task.problem.splits);
-  const int error = H <= 32 ? launch_backward<T, 1>(queue, means, blocks) : launch_backward<T, 2>(queue, means, blocks);
+  const PoolBackwardWorkspace<T> workspace(args, memory);
+  PoolBackwardTask<T> task = task_of<T>(args, workspace);
+  int error = round_queries(queue, args.inputs, workspace.query, task.problem);
+  if (error) return error;
+  const Grid prepare{grid_of_groups(task.problem), kPoolThreads, PoolPrepare<T>::kSharedBytes};
+  error = launch(queue, prepare, &pool_prepare<T>, task);
+  if (error) return error;
+  const Grid grid{grid_of(task.problem.parts.count, B), kPoolThreads, pool_backward_bytes<T>(H)};
+  error = launch(queue, grid, H <= kHeadGroup ? &pool_backward<T, true> : &pool_backward<T, false>, task);
   if (error || !args.dquery) return error;
-  PoolFinish finish = finish_of(args.inputs, workspace.sums);
-  finish.out = {args.dquery, DType::float32};
-  return launch_finish(queue, finish);
+  return launch_finish<false>(queue, finish_of<T, float>(task.problem, task.sums, task.sum_stride, args.dquery));
 }
 
 }  // namespace
 
 int64_t attention_pool_forward_workspace(const AttentionPoolForward& args) {
-  return PoolForwardWorkspace(args.inputs.size, nullptr).bytes;
+  return with_element(args.inputs.visual.dtype, [&](auto element) {
+    return PoolForwardWorkspace<decltype(element)>(args.inputs, nullptr).bytes;
+  });
 }
 
 int attention_pool_forward(const AttentionPoolForward& args, void* workspace, Queue queue) {
@@ -240,7 +241,8 @@ int attention_pool_forward(const AttentionPoolForward& args, void* workspace, Qu
 }
 
 int64_t attention_pool_backward_workspace(const AttentionPoolBackward& args) {
-  return PoolBackwardWorkspace(args, nullptr).bytes;
+  return with_element(args.inputs.visual.dtype,
+                      [&](auto element) { return PoolBackwardWorkspace<decltype(element)>(args, nullptr).bytes; });
 }
 
 int attention_pool_backward(const AttentionPoolBackward& args, void* workspace, Queue queue) {

@@ -95,18 +95,6 @@ __device__ __forceinline__ Packed<float> pack<float>(const float (&values)[8]) {
         __float_as_uint(values[7])}}};
 }
 
-// Elements 2 i and 2 i + 1.
-template <class T>
-__device__ __forceinline__ uint32_t pair_of(const Packed<T>& packed, int i) {
-  const uint4 word = packed.words[0];
-  return i == 0 ? word.x : i == 1 ? word.y : i == 2 ? word.z : word.w;
-}
-
-__device__ __forceinline__ uint2 pair_of(const Packed<float>& packed, int i) {
-  const uint4 word = packed.words[i / 2];
-  return i % 2 == 0 ? uint2{word.x, word.y} : uint2{word.z, word.w};
-}
-
 // values - T(values): what rounding to T leaves out.
 template <class T>
 __device__ __forceinline__ void subtract_rounded(const Packed<T>& rounded, float (&values)[8]) {

@@ -1,7 +1,7 @@
-#include "kernels/cuda/launch.h"
-
 #include <map>
 #include <mutex>
+
+#include "kernels/cuda/launch.h"
 
 namespace petl::cuda {
 namespace {

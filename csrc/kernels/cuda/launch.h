@@ -24,8 +24,8 @@ inline bool has_shared_memory(int device, int bytes) {
          bytes <= limit;
 }
 
-// Loads a kernel on the current device, and lets its blocks have so much dynamic shared memory: once, and also where the
-// first use is inside of a stream's capture.
+// Loads a kernel on the current device, and lets its blocks have so much dynamic shared memory: once, and also where
+// the first use is inside of a stream's capture.
 cudaError_t prepare(const void* kernel, int device, int shared_bytes);
 
 template <class... Arguments>

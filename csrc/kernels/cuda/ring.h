@@ -50,4 +50,33 @@ __device__ __forceinline__ void stream_chunks(int count, Copy copy, Use use) {
   stream_chunks<kStages>(count, copy, [](int) {}, use);
 }
 
+// The same in rounds of kStages chunks, for uses so short that their addresses would cost as much as their products: a
+// place is a constant of the code, which is kStages times as long, and so is what a chunk adds to pointers that move
+// once a round. Chunk `first` + `ahead` is copied to place `ahead` % kStages by copy(first, ahead), which is called for
+// chunks beyond the last too and then does nothing; use(first, place) follows. After a round comes next_round().
+template <int kStages, class Copy, class Use, class NextRound>
+__device__ __forceinline__ void stream_rounds(int count, Copy copy, Use use, NextRound next_round) {
+  static_assert(kStages >= 2, "a chunk is copied while another one is in use");
+#pragma unroll
+  for (int ahead = 0; ahead < kStages - 1; ++ahead) {
+    copy(0, ahead);
+    commit_copies();
+  }
+#pragma unroll 1
+  for (int first = 0; first < count; first += kStages) {
+#pragma unroll
+    for (int place = 0; place < kStages; ++place) {
+      if (first + place >= count) break;
+      wait_for_copies<kStages - 2>();
+      __syncthreads();
+      copy(first, place + kStages - 1);
+      commit_copies();
+      __syncwarp();
+      use(first, place);
+    }
+    next_round();
+  }
+  wait_for_copies<0>();
+}
+
 }  // namespace petl::cuda

@@ -213,7 +213,7 @@ class DASConfig(Config):
         super().__post_init__()
 
     def site_classes_in(self, family):
-        return (family.skippable,)
+        return family.skippables
 
     def with_inner_places(self, places, model, family):
         """The bypasses, each told how many adapters are lost with its layer, and these adapters."""

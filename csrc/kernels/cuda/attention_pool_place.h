@@ -1,0 +1,102 @@
+// What a block of threads of attention pooling works on, and where its tiles lie.
+#pragma once
+#include "kernels/cuda/attention_pool_tile.h"
+
+namespace petl::cuda {
+
+// What all blocks know.
+template <class T>
+struct PoolProblem {
+  const T* visual;  // [B, N, D]
+  int64_t visual_sample, visual_stride;
+  const uint8_t* mask;  // [B, N]; null: all tokens take part
+  const T* query;       // [B * H, D]
+  int64_t query_stride;
+  float scale;
+  int64_t B;
+  int N, D, H, group_bits;  // 2^group_bits groups of heads or less
+  PoolParts parts;
+};
+
+// Where the tiles of a block lie whose part has kBlocks blocks of tokens. The heads' tiles have done their duty when
+// the scores are known; then others take their place.
+template <class T, int kOperands, int kBlocks>
+struct PoolMemory {
+  static constexpr int kTokenElements = kBlocks * kTokenBlock * PoolTile<T>::kStride;
+  static constexpr int kHeadElements = kHeadGroup * PoolTile<T>::kStride;
+  static constexpr int kPlaceElements = kTokenElements + kOperands * kHeadElements;
+  // Places for tiles that are in use, on their way, or kept for the tokens' sums: as many as leave room for two more
+  // blocks on a multiprocessor, and three at least.
+  static constexpr int kRoom = (74 << 10) / (kPlaceElements * sizeof(T));
+  static constexpr int kPlaces = kRoom < 3 ? 3 : kRoom;
+  static constexpr int kBytes = kPlaces * kPlaceElements * sizeof(T);
+
+  __device__ __forceinline__ static T* tokens(int place) {
+    return reinterpret_cast<T*>(shared_memory()) + place * kPlaceElements;
+  }
+  __device__ __forceinline__ static T* heads(int place, int operand) {
+    return tokens(place) + kTokenElements + operand * kHeadElements;
+  }
+  // What follows the tiles.
+  __device__ __forceinline__ static float* scratch() { return reinterpret_cast<float*>(tokens(kPlaces)); }
+};
+
+// The most that a part's tiles take, whatever its height.
+template <class T, int kOperands>
+constexpr int pool_tile_bytes() {
+  constexpr int kBytes[] = {PoolMemory<T, kOperands, 2>::kBytes, PoolMemory<T, kOperands, 3>::kBytes,
+                            PoolMemory<T, kOperands, 4>::kBytes};
+  static_assert(kMostTokenBlocks == 4, "all heights are here");
+  int most = 0;
+  for (int bytes : kBytes) most = bytes > most ? bytes : most;
+  return most;
+}
+
+// A block's place in its sample.
+template <class T>
+struct PoolPlace {
+  const PoolProblem<T>& problem;
+  int64_t sample;
+  int part, first_head;
+
+  // Parts and groups of heads are the grid's first axis: what blocks share of a sample they read at about the same
+  // time.
+  __device__ __forceinline__ static PoolPlace of_group(const PoolProblem<T>& problem) {
+    const int index = static_cast<int>(blockIdx.x), part = index >> problem.group_bits;
+    return {problem, pool_sample(), part, (index - (part << problem.group_bits)) * kHeadGroup};
+  }
+  // Parts alone are the axis.
+  __device__ __forceinline__ static PoolPlace of_all_groups(const PoolProblem<T>& problem) {
+    return {problem, pool_sample(), static_cast<int>(blockIdx.x), 0};
+  }
+  // The grid is a little larger than the problem.
+  __device__ __forceinline__ bool exists() const { return sample < problem.B && first_head < problem.H; }
+
+  __device__ __forceinline__ int heads() const { return min(kHeadGroup, problem.H - first_head); }
+  __device__ __forceinline__ int64_t first_row() const { return sample * problem.H + first_head; }
+  // Of the partial results [B, parts, H].
+  __device__ __forceinline__ int64_t partial_row() const {
+    return (sample * problem.parts.count + part) * problem.H + first_head;
+  }
+  __device__ __forceinline__ int first_token() const { return problem.parts.first_token(part); }
+  __device__ __forceinline__ int tokens() const {
+    return min(problem.parts.blocks_of(part) * kTokenBlock, problem.N - first_token());
+  }
+  __device__ __forceinline__ bool takes_part(int token) const {
+    return token < tokens() && (!problem.mask || problem.mask[sample * problem.N + first_token() + token]);
+  }
+};
+
+template <class T, int kBlocks>
+__device__ __forceinline__ PoolRows<T, kBlocks> token_rows(const PoolPlace<T>& place) {
+  const PoolProblem<T>& problem = place.problem;
+  const T* first = problem.visual + place.sample * problem.visual_sample + place.first_token() * problem.visual_stride;
+  return {first, problem.visual_stride, [&](int token) { return place.takes_part(token); }};
+}
+
+template <class T>
+__device__ __forceinline__ PoolRows<T, 1> head_rows(const PoolPlace<T>& place, const T* rows, int64_t stride) {
+  return {rows + place.first_row() * stride, stride, [&](int head) { return head < place.heads(); }};
+}
+
+}  // namespace petl::cuda
