@@ -99,24 +99,24 @@ class Kernels(Mapping):
 
 
 def _kernel(symbol, sections):
-    places, unlinked, pending = {}, [], None
+    labels, unlinked, pending = {}, [], None
     for line in map(str.strip, sections[f".text.{symbol}"].splitlines()):
         if match := _LABEL.match(line):
-            places[match[1]] = len(unlinked)
+            labels[match[1]] = len(unlinked)
         elif match := _INSTRUCTION.match(line):
             pending = match
         elif pending and (match := _CONTROL.match(line)):
             unlinked.append((*pending.groups(), int(match[1], 16)))
             pending = None
-    instructions = [_linked(places, *parts) for parts in unlinked]
+    instructions = [_linked(labels, *parts) for parts in unlinked]
     table = sections.get(f".nv.constant2.{symbol}", "")
     bytes_of_table = [int(byte, 16) for line in re.findall(r"\.byte\s+(.*)", table) for byte in line.split(",")]
     return Kernel(symbol, instructions, bytes(bytes_of_table))
 
 
-def _linked(places, guard, name, operands, control):
+def _linked(labels, guard, name, operands, control):
     bits = control >> 41
     named = _TARGET.search(operands)
     texts = tuple(text.strip().removesuffix(".reuse") for text in operands.split(",")) if operands else ()
-    target = places.get(named[1]) if named else None
+    target = labels.get(named[1]) if named else None
     return Instruction(name, guard, texts, target, bits & 15, bits >> 5 & 7, bits >> 8 & 7, bits >> 11 & 63)

@@ -252,10 +252,10 @@ def permute(lanes, op, where, modifiers):
     for both in (a | b << THIRTY_TWO, a_known | b_known << THIRTY_TWO):
         result = np.zeros_like(a)
         for byte in range(4):
-            place = chosen >> np.uint64(4 * byte)
-            found = both >> (place & np.uint64(7)) * np.uint64(8) & np.uint64(0xFF)
+            selector = chosen >> np.uint64(4 * byte)
+            found = both >> (selector & np.uint64(7)) * np.uint64(8) & np.uint64(0xFF)
             # The fourth bit asks for eight copies of the byte's sign.
-            found = np.where(place & np.uint64(8), (found >> np.uint64(7)) * np.uint64(0xFF), found)
+            found = np.where(selector & np.uint64(8), (found >> np.uint64(7)) * np.uint64(0xFF), found)
             result |= found << np.uint64(8 * byte)
         results.append(result)
     lanes.put_bits(register(op.texts[0]), (results[0], results[1] * chosen_known), where)

@@ -77,7 +77,7 @@ class Walker:
         banks = {0: constant_bank(launch), 2: kernel.tables}
         self.lanes = Lanes(count, banks, special_registers(launch, index))
         self.operands = {}
-        self.place = np.zeros(count, np.int64)  # of each lane; NOWHERE: it has returned
+        self.position = np.zeros(count, np.int64)  # of each lane; NOWHERE: it has returned
         self.waits = np.zeros(count, bool)  # at the end of a divergent part
         self.members = np.zeros((16, count), bool)  # of the divergent parts that have begun
         # Lanes that have parted issue instructions of their own, also where they are at one place, until they meet.
@@ -89,7 +89,7 @@ class Walker:
 
     def run(self):
         while True:
-            ready = np.where(self.waits, NOWHERE, self.place)
+            ready = np.where(self.waits, NOWHERE, self.position)
             here = int(ready.min())
             if here == NOWHERE:
                 break
@@ -111,12 +111,12 @@ class Walker:
             value, known = self._guard(here, instruction, active, warps)
             turn = self.turns.get(instruction.opcode)
             if turn:
-                self.place[active] = here
+                self.position[active] = here
                 turn(here, instruction, active, value, known)
                 return
             self._compute(here, instruction, active, value, known)
             here += 1
-        self.place[active] = here
+        self.position[active] = here
 
     def _groups_of(self, active):
         """How many groups of lanes of each warp take part."""
@@ -163,8 +163,8 @@ class Walker:
                 taken, known = taken & value, known & value_known | (known & ~taken)
             if not known[active].all():
                 taken = np.where(known, taken, active & self._takes_by_rule(here, instruction.target))
-        self.place[active] = here + 1
-        self.place[taken] = instruction.target
+        self.position[active] = here + 1
+        self.position[taken] = instruction.target
         self._part(active & ~taken, taken)
 
     def _part(self, some, others):
@@ -197,7 +197,7 @@ class Walker:
 
     def _diverged(self, active):
         """Lanes of warps of which other lanes are elsewhere."""
-        alive = (self.place != NOWHERE).reshape(-1, WARP)
+        alive = (self.position != NOWHERE).reshape(-1, WARP)
         whole = (active.reshape(-1, WARP) == alive).all(axis=1)
         return active & ~np.repeat(whole, WARP)
 
@@ -208,35 +208,35 @@ class Walker:
         if not (words_known & known)[active].all():
             raise RuntimeError(f"{self.kernel.symbol}: a jump table is entered by data")
         target = (here + 1) * BYTES + int(offset, 16) + words.astype(np.int64)
-        self.place[active] = here + 1
-        self.place[taken] = target[taken] // BYTES
+        self.position[active] = here + 1
+        self.position[taken] = target[taken] // BYTES
 
     _brxu = _brx
 
     def _exit(self, here, instruction, active, taken, known):
         if not known[active].all():
             taken = np.where(known, taken, active & self._side(here))
-        self.place[active] = here + 1
-        self.place[taken] = NOWHERE
+        self.position[active] = here + 1
+        self.position[taken] = NOWHERE
         self.members[:, taken] = False
         self._release()
 
     def _call(self, here, instruction, active, taken, known):
-        self.place[active] = here + 1
-        self.place[taken] = instruction.target
+        self.position[active] = here + 1
+        self.position[taken] = instruction.target
 
     def _ret(self, here, instruction, active, taken, known):
         words, words_known = Operands(self.lanes, (instruction.operands[0].split()[0],)).word(0)
         if not words_known[active].all():
             raise RuntimeError(f"{self.kernel.symbol}: the place to return to is not known")
-        self.place[active] = words[active].astype(np.int64) // BYTES
+        self.position[active] = words[active].astype(np.int64) // BYTES
 
     # Where lanes that part meet again.
 
     def _bssy(self, here, instruction, active, taken, known):
         part = int(instruction.operands[0].removeprefix("B"))
         self.members[part, active] = True
-        self.place[active] = here + 1
+        self.position[active] = here + 1
 
     def _bsync(self, here, instruction, active, taken, known):
         self.waits |= active
@@ -245,20 +245,20 @@ class Walker:
     def _break(self, here, instruction, active, taken, known):
         part = int(instruction.operands[-1].removeprefix("B"))
         self.members[part, taken] = False
-        self.place[active] = here + 1
+        self.position[active] = here + 1
         self._release()
 
     def _release(self):
         """Lets the lanes go on that wait for no others any more."""
-        for here in np.unique(self.place[self.waits]).tolist():
+        for here in np.unique(self.position[self.waits]).tolist():
             part = int(self.kernel.instructions[here].operands[0].removeprefix("B"))
-            waiting = self.waits & (self.place == here)
+            waiting = self.waits & (self.position == here)
             missing = self.members[part] & ~waiting
             free = waiting & ~np.repeat(missing.reshape(-1, WARP).any(axis=1), WARP)
             self.waits &= ~free
             self._meet(free)
             self.members[part, free] = False
-            self.place[free] = here + 1
+            self.position[free] = here + 1
 
     def _meet(self, lanes):
         if not self.groups.any():
@@ -287,8 +287,8 @@ def walk_as_counted(kernel, launch, index, requests=None):
 
 def times_of(kernel, walk, opcode):
     """How often all warps together did instructions of that kind, the ones that were switched off left out."""
-    places = [place for place, instruction in enumerate(kernel.instructions) if instruction.opcode == opcode]
-    return int((walk.issued[places] - walk.off[places]).sum())
+    numbers = [number for number, instruction in enumerate(kernel.instructions) if instruction.opcode == opcode]
+    return int((walk.issued[numbers] - walk.off[numbers]).sum())
 
 
 def _is_as_counted(kernel, walk, counts):

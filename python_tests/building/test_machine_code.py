@@ -16,15 +16,15 @@ NONE = 7  # no scoreboard
 
 def written(lines, table=()):
     """What nvdisasm would write of a kernel. A line is a label, or an instruction with a stall count behind a bar."""
-    text, place = ['.section .text.kernel,"ax",@progbits', ".text.kernel:"], 0
+    text, position = ['.section .text.kernel,"ax",@progbits', ".text.kernel:"], 0
     for line in lines:
         if line.endswith(":"):
             text.append(line)
             continue
         instruction, _, stall = line.partition("|")
         control = (int(stall or 1) | NONE << 5 | NONE << 8) << 41
-        text += [f"/*{place:04x}*/ {instruction.strip()} ; /* 0x{0:016x} */", f"/* 0x{control:016x} */"]
-        place += sass.BYTES
+        text += [f"/*{position:04x}*/ {instruction.strip()} ; /* 0x{0:016x} */", f"/* 0x{control:016x} */"]
+        position += sass.BYTES
     if table:
         text += ['.section .nv.constant2.kernel,"a"', f"/*0000*/ .byte {', '.join(f'{byte:#04x}' for byte in table)}"]
     return "\n".join(text)

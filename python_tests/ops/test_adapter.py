@@ -82,9 +82,9 @@ def test_mean_far_greater_than_deviations(device, mean):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_mean_far_greater_than_deviations_in_16_bits(place, dtype):
+def test_mean_far_greater_than_deviations_in_16_bits(device, dtype):
     problem = make_problem(300, 256, 96, norm=True, activation="gelu", dtype=dtype, residual="another")
-    check(place, problem.change(x=problem["x"] + 300))
+    check(device, problem.change(x=problem["x"] + 300))
 
 
 @DTYPES
@@ -103,9 +103,9 @@ def test_constant_rows(device):
 
 
 @DTYPES
-def test_infinity_stays_in_its_column(place, dtype):
+def test_infinity_stays_in_its_column(device, dtype):
     """Of the gradients that are sums over rows, only those of its column see it."""
-    problem = make_problem(40, 64, 40, dtype=dtype, activation="silu", **FORMS["bypass"]).to(place.device)
+    problem = make_problem(40, 64, 40, dtype=dtype, activation="silu", **FORMS["bypass"]).to(device.torch_device)
     problem.dout[3, 5] = float("inf")
     results = problem.run(ops.adapter)
     for name in ("dup", "dup_bias"):
