@@ -82,20 +82,6 @@ std::vector<LaunchCounts> launches;
 using Touched = std::map<std::tuple<int, bool>, std::unordered_set<uintptr_t>>;
 std::map<unsigned, Touched> first_blocks;
 
-// The linker may have taken a function of the standard library from the kernels' objects, where it is watched too.
-bool busy = false;
-class Unwatched {
- public:
-  Unwatched() { busy = true; }
-  ~Unwatched() { busy = false; }
-};
-bool is_watched() { return running && !busy; }
-
-std::vector<Memory> all_memory;
-std::vector<LaunchCounts> launches;
-// What the launch's first block touched: the sectors, and by bits at which axes' neighbors they came again.
-std::map<std::tuple<int, bool>, std::unordered_map<uintptr_t, unsigned>> first_block;
-
 uint64_t mixed(uint64_t hash, uint64_t value) {
   hash ^= value + 0x9e3779b97f4a7c15ull + (hash << 6) + (hash >> 2);
   return hash * 0xff51afd7ed558ccdull;
