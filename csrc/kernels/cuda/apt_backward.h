@@ -45,13 +45,12 @@ struct AptBackwardOp {
 
   struct Rows {
     // One flag each: a condition of several would become a branch for every vector.
-    bool has_dout, has_y, has_dx, has_dy;
+    bool has_y, has_dx, has_dy;
     RowWalk<const T> dout, y;
     RowWalk<T> dx, dy;
 
     __device__ __forceinline__ Rows(const AptBackwardOp& op, int64_t row, int column)
-        : has_dout(op.dy || op.y),
-          has_y(op.y),
+        : has_y(op.y),
           has_dx(op.dx),
           has_dy(op.dy),
           dout(RowWalk<const T>::from(op.left, op.left_stride, row, column)),
@@ -169,8 +168,7 @@ struct AptBackwardOp {
   }
 
   __device__ __forceinline__ Inputs prefetch(bool valid, const Rows& rows, int line, int column) const {
-    return {load_if(valid & rows.has_dout, rows.dout.at(line, column)),
-            load_if(valid & rows.has_y, rows.y.at(line, column))};
+    return {load_if(valid, rows.dout.at(line, column)), load_if(valid & rows.has_y, rows.y.at(line, column))};
   }
 
   __device__ __forceinline__ void write(bool valid, const Rows& rows, int line, int column, const float (&products)[8],
