@@ -77,14 +77,15 @@ def test_what_changed_is_told(table):
     case = CASES[0]
     rows = case.detailed[0]
     entry = cases[case][rows][0]
+    barriers = entry["block"]["barriers"]
     other = {
         **entry,
         "wavefronts": entry["wavefronts"] + 5,
-        "block": {**entry["block"], "barriers": entry["block"]["barriers"] + 1},
+        "block": {**entry["block"], "barriers": barriers + 1},
     }
     assert changes({case: {rows: [entry]}}, {case: {rows: [other]}}) == [
         f"{case}, {rows} rows: {entry['kernel']}: wavefronts {entry['wavefronts']} -> {other['wavefronts']}",
-        f"{case}, {rows} rows: {entry['kernel']}: block/barriers {entry['block']['barriers']} -> {entry['block']['barriers'] + 1}",
+        f"{case}, {rows} rows: {entry['kernel']}: block/barriers {barriers} -> {barriers + 1}",
     ]
     more = [{**entry, "kernel": "pack"}, entry]
     assert record.differences([entry], more) == [f"launches: {entry['kernel']} -> pack, {entry['kernel']}"]

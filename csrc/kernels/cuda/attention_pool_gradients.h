@@ -79,9 +79,10 @@ __device__ __forceinline__ void write_gradients(PoolGradientRows<T, kBlocks> row
   const int tiles = (D + Tile::kColumns - 1) / Tile::kColumns, count = kOneGroup ? tiles : tiles * groups;
   const Products products;
   typename Products::template Weights<kBlocks> weights[2];
+  // Not a loop: for sm_100 it stays one, and what is indexed by it then lies in memory.
   const auto load_weights = [&](int group) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) weights[i] = Products::template by_token<kBlocks>(weight_tile(group, i));
+    weights[0] = Products::template by_token<kBlocks>(weight_tile(group, 0));
+    weights[1] = Products::template by_token<kBlocks>(weight_tile(group, 1));
   };
   if (kOneGroup) load_weights(0);
   PoolRows<T, 2> heads(operands, stride, [](int) { return true; });
