@@ -7,7 +7,7 @@ import pytest
 from results import CASE, RESULTS, keep, machine_name
 
 PROCESSOR = "Intel(R) Xeon(R) Processor @ 2.80GHz"
-TABLES = sorted(RESULTS.glob("*.json"))
+TABLES = [path for path in sorted(RESULTS.glob("*.json")) if not path.stem.startswith("cuda-")]  # those count
 
 
 def row(name, commit, milliseconds, cpu_path="avx512", **case):

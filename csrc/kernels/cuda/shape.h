@@ -22,8 +22,9 @@ struct Shape {
   static constexpr int kResidentBlocks = kResidentBlocks_;
   static constexpr int kRows = 16 * kRowBlocks * kRowWarps;
   static constexpr int kInner = 32 * kGroups * kColumnWarps;
-  // The fewest inner columns, in whole groups, with which every warp has kGroups of them or one less.
-  static constexpr int kLeastInner = 32 * ((kGroups - 1) * kColumnWarps + 1);
+  // The fewest inner columns, in whole groups, with which every warp has kGroups of them or one less; the smallest
+  // shape takes all that are fewer.
+  static constexpr int kLeastInner = kInner == 64 ? 32 : 32 * ((kGroups - 1) * kColumnWarps + 1);
   // Of the columns of D that a block sums at once.
   static constexpr int kSecondGroups = kColumnWarps == 1 ? 2 : kColumnWarps == 4 ? 1 : kRowBlocks;
   static constexpr int kSecondColumns = 32 * kColumnWarps * kSecondGroups;

@@ -246,6 +246,8 @@ def attention_pool_backward(dpooled, visual, query, mask, pooled, statistics, sc
         tiles=given.tiles,
         **given.constants,
     )
-    if needs_dquery:
+    if needs_dquery and given.tokens == 1:
+        dquery.zero_()  # one token's weight is 1, whatever the query is
+    elif needs_dquery:
         dquery.copy_(given.sums(dscores, statistics, WEIGHTS=False))
     return dvisual, dquery
