@@ -20,13 +20,13 @@ from petl_ext.ops.triton.launching import (
     rows_of,
     sum_of_columns,
 )
-from petl_ext.ops.triton.products import narrow, product, rest_of, store_tile, tile
+from petl_ext.ops.triton.products import centred, narrow, product, rest_of, store_tile, tile
 from petl_ext.ops.triton.tiles import padded
 
 
 @triton.jit
 def _statistics(x, x_stride, rows, R, D, eps, BM: tl.constexpr, BK: tl.constexpr):
-    """(mean, inverse deviation) of each row, the squares taken around the mean."""
+    """(mean, what rounding left out of it, inverse deviation) of each row, the squares taken around the mean."""
     mean = tl.zeros([BM], tl.float32)
     for k in range(0, D, BK):
         mean += tl.sum(tile(x, x_stride, rows, k + tl.arange(0, BK), R, D).to(tl.float32), 1)
@@ -38,9 +38,17 @@ def _statistics(x, x_stride, rows, R, D, eps, BM: tl.constexpr, BK: tl.constexpr
         v = tl.where(d[None, :] < D, tile(x, x_stride, rows, d, R, D).to(tl.float32) - mean[:, None], 0.0)
         squares += tl.sum(v * v, 1)
         rest += tl.sum(v, 1)
-    # What rounding the mean of a row far from zero left out.
+    # Kept beside the mean: in a row far from zero it is as large as deviations are, and lost in the sum of the two.
     rest = rest / D
-    return mean + rest, 1 / tl.sqrt(squares / D - rest * rest + eps)
+    return mean, rest, 1 / tl.sqrt(squares / D - rest * rest + eps)
+
+
+@triton.jit
+def _store_statistics(out, statistics, rows, R):
+    mean, rest, inverse = statistics
+    tl.store(out + rows, mean, mask=rows < R)
+    tl.store(out + R + rows, rest, mask=rows < R)
+    tl.store(out + R + R + rows, inverse, mask=rows < R)
 
 
 @triton.jit
@@ -69,23 +77,25 @@ def _before_activation(gradient, values, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _normalized(values, mean, inverse, norm_weight, d, D):
+def _normalized(values, statistics, norm_weight, d, D):
+    mean, rest, inverse = statistics
     weight = tl.load(norm_weight + d, mask=d < D, other=0.0).to(tl.float32)
-    return (values.to(tl.float32) - mean[:, None]) * inverse[:, None] * weight[None, :]
+    return centred(values, mean, rest) * inverse[:, None] * weight[None, :]
 
 
 @triton.jit
-def _before_norm(gradient, x, mean, inverse, norm_weight, d, D, first, second):
+def _before_norm(gradient, x, statistics, norm_weight, d, D, first, second):
     """The gradient of x from that of the normalized row; first and second: means over the width of the row of
     gradient * norm_weight, and of that times the normalized row before its weight."""
+    mean, rest, inverse = statistics
     weight = tl.load(norm_weight + d, mask=d < D, other=0.0).to(tl.float32)
-    z = (x.to(tl.float32) - mean[:, None]) * inverse[:, None]
+    z = centred(x, mean, rest) * inverse[:, None]
     return inverse[:, None] * (gradient * weight[None, :] - first[:, None] - z * second[:, None])
 
 
 @triton.jit
 def _project(
-    x, x_stride, rows, d, R, D, mean, inverse, norm_weight, down, b, B, sums, NORM: tl.constexpr, REST: tl.constexpr
+    x, x_stride, rows, d, R, D, statistics, norm_weight, down, b, B, sums, NORM: tl.constexpr, REST: tl.constexpr
 ):
     """sums + (norm(x) - norm_bias) down^T, of the columns d.
 
@@ -94,7 +104,7 @@ def _project(
     v = tile(x, x_stride, rows, d, R, D)
     w = tl.trans(tile(down, D, b, d, B, D))
     if NORM:
-        wide = _normalized(v, mean, inverse, norm_weight, d, D)
+        wide = _normalized(v, statistics, norm_weight, d, D)
         v = narrow(wide, v.dtype)
         if REST:
             sums = product(narrow(rest_of(wide, v.dtype), v.dtype), w, sums)
@@ -112,14 +122,14 @@ def adapter_forward_rows(
     """Of BM rows."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     b = tl.arange(0, BB)
-    mean = tl.zeros([BM], tl.float32)
-    inverse = mean
+    nothing = tl.zeros([BM], tl.float32)
+    statistics = (nothing, nothing, nothing)
     if NORM:
-        mean, inverse = _statistics(x, x_stride, rows, R, D, eps, BM, BK)
+        statistics = _statistics(x, x_stride, rows, R, D, eps, BM, BK)
     hidden = tl.zeros([BM, BB], tl.float32)
     for k in range(0, D, BK):
         d = k + tl.arange(0, BK)
-        hidden = _project(x, x_stride, rows, d, R, D, mean, inverse, norm_weight, down, b, B, hidden, NORM, REST)
+        hidden = _project(x, x_stride, rows, d, R, D, statistics, norm_weight, down, b, B, hidden, NORM, REST)
     hidden += tl.load(down_bias + b, mask=b < B, other=0.0)[None, :]
     hidden = narrow(tl.where(b[None, :] < B, _activated(hidden, ACTIVATION), 0.0), x.dtype.element_ty)
     f = tl.load(factor)
@@ -136,7 +146,7 @@ def adapter_forward_rows(
 @triton.jit
 def adapter_backward_rows(
     dout, dout_stride, x, x_stride, norm_weight, down, down_bias, up, up_bias, norm_down, factor,
-    dx, hidden_out, dhidden_out, dhidden_sums, mean_out, inverse_out, shares,
+    dx, hidden_out, dhidden_out, dhidden_sums, statistics_out, shares,
     eps, R, D, B, kept, BB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
     ACTIVATION: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, REST: tl.constexpr,
     DX: tl.constexpr, DWEIGHTS: tl.constexpr, DGAIN: tl.constexpr,
@@ -147,18 +157,17 @@ def adapter_backward_rows(
     """
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     b = tl.arange(0, BB)
-    mean = tl.zeros([BM], tl.float32)
-    inverse = mean
+    nothing = tl.zeros([BM], tl.float32)
+    statistics = (nothing, nothing, nothing)
     if NORM:
-        mean, inverse = _statistics(x, x_stride, rows, R, D, eps, BM, BK)
-        tl.store(mean_out + rows, mean, mask=rows < R)
-        tl.store(inverse_out + rows, inverse, mask=rows < R)
+        statistics = _statistics(x, x_stride, rows, R, D, eps, BM, BK)
+        _store_statistics(statistics_out, statistics, rows, R)
     projected = tl.zeros([BM, BB], tl.float32)
     dhidden = tl.zeros([BM, BB], tl.float32)
     share = tl.zeros([BM], tl.float32)
     for k in range(0, D, BK):
         d = k + tl.arange(0, BK)
-        projected = _project(x, x_stride, rows, d, R, D, mean, inverse, norm_weight, down, b, B, projected, NORM, REST)
+        projected = _project(x, x_stride, rows, d, R, D, statistics, norm_weight, down, b, B, projected, NORM, REST)
         g = tile(dout, dout_stride, rows, d, R, D)
         dhidden = product(g, tile(up, B, d, b, D, B), dhidden)
         if DGAIN:
@@ -184,7 +193,7 @@ def adapter_backward_rows(
             d = n + tl.arange(0, BN)
             e = product(left, tile(down, D, b, d, B, D), tl.zeros([BM, BN], tl.float32))
             if NORM:
-                e = _before_norm(e, tile(x, x_stride, rows, d, R, D), mean, inverse, norm_weight, d, D, first, second)
+                e = _before_norm(e, tile(x, x_stride, rows, d, R, D), statistics, norm_weight, d, D, first, second)
             if RESIDUAL:
                 e += tile(dout, dout_stride, rows, d, R, D).to(tl.float32)
             store_tile(dx, D, rows, d, R, D, e)
@@ -251,14 +260,14 @@ def adapter_backward(
     dout_rows, kept = rows_of(dout), -(-given.inner // 8) * 8
     lefts = given.x.new_empty((2, given.rows, kept) if needs_dweights else (2, 1, 1))
     dhidden_sums = new_floats(x, *given.grid, given.constants["BB"])
-    mean, inverse, shares = new_floats(x, 3, given.rows)
-    norm_down = (given.down.float() * given.norm_weight.float()).sum(1) if given.has_norm else mean
+    statistics, shares = new_floats(x, 3, given.rows), new_floats(x, given.rows)
+    norm_down = (given.down.float() * given.norm_weight.float()).sum(1) if given.has_norm else shares
     launch(
         adapter_backward_rows,
         given.grid,
         *(dout_rows, dout_rows.stride(0), given.x, given.x.stride(0), given.norm_weight, given.down, given.down_bias),
         *(given.up, given.up_bias, norm_down, given.factor, dx, *lefts, dhidden_sums),
-        *(mean, inverse, shares, eps, given.rows, given.width, given.inner, kept),
+        *(statistics, shares, eps, given.rows, given.width, given.inner, kept),
         RESIDUAL=residual_is_input,
         DX=needs_dx,
         DWEIGHTS=needs_dweights,
@@ -266,7 +275,7 @@ def adapter_backward(
         **given.constants,
     )
     if needs_dweights:
-        norm = (mean, inverse) if given.has_norm else None
+        norm = statistics if given.has_norm else None
         found = _weight_gradients(given, norm_bias, dout_rows, *lefts, dhidden_sums.sum(0), norm)
         for gradient, value in zip(gradients, found, strict=True):
             if value is not None:
@@ -287,7 +296,7 @@ def _weight_gradients(given, norm_bias, dout, hidden, dhidden, dhidden_sum, norm
     dup = given.factor * gradient_of_weight(hidden, dout, given.inner).mT
     dup_bias = given.factor * sum_of_columns(dout)
     dnorm_weight = dnorm_bias = None
-    if norm:
+    if norm is not None:
         # ddown is still that of the normalized rows, which LayerNorm's weight multiplies.
         dnorm_weight = (given.down.float() * ddown).sum(0)
         dnorm_bias = (given.down.float() * ddown_bias[:, None]).sum(0)

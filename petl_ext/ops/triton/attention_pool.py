@@ -107,41 +107,69 @@ def pool_sums(
 
 
 @triton.jit
-def pool_backward_tokens(
-    dpooled, visual, sample_stride, token_stride, query, mask, pooled, statistics, dvisual, dscores, scale, N, D, H, B,
-    HH: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
-    DVISUAL: tl.constexpr, DQUERY: tl.constexpr,
+def pool_weights(
+    dpooled, visual, sample_stride, token_stride, query, mask, statistics, weights, dweights, scale, N, D, H, B,
+    HH: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Of one sample's tile of tokens: dvisual, and dscores [B, H, N] for dquery."""
+    """weights and dweights, each [B, H, N], of one sample's tile of tokens, zero where a token takes no part."""
+    sample = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BT + tl.arange(0, BT)
+    h = tl.arange(0, HH)
+    there = _takes_part(mask + sample * N, n, N, MASK)
+    s = tl.zeros([HH, BT], tl.float32)
+    dw = tl.zeros([HH, BT], tl.float32)
+    for k in range(0, D, BK):
+        d = k + tl.arange(0, BK)
+        v = _tokens(visual + sample * sample_stride, token_stride, n, d, D, there)
+        s = product(narrow(tile(query + sample * H * D, D, h, d, H, D), v.dtype), tl.trans(v), s)
+        dw = product(tile(dpooled + sample * H * D, D, h, d, H, D), tl.trans(v), dw)
+    best = tl.load(statistics + sample * H + h, mask=h < H, other=0.0)
+    total = tl.load(statistics + (B + sample) * H + h, mask=h < H, other=1.0)
+    w = tl.where(there[None, :], tl.exp(s * scale - best[:, None]) / total[:, None], 0.0)
+    store_tile(weights + sample * H * N, N, h, n, H, N, w)
+    store_tile(dweights + sample * H * N, N, h, n, H, N, dw)
+
+
+@triton.jit
+def pool_dscores(weights, dweights, mask, scale, N, H, BT: tl.constexpr, MASK: tl.constexpr):
+    """dscores of one head of one sample, stored over dweights.
+
+    Of the sum over tokens of weights * dweights, from the same products as dweights: pooled * dpooled is the same sum,
+    but what is left of their difference where one token has nearly all the weight would be its rounding.
+    """
+    head = tl.program_id(0).to(tl.int64) * N
+    mask += (tl.program_id(0) // H).to(tl.int64) * N
+    mean = tl.zeros([BT], tl.float32)
+    for begin in range(0, N, BT):
+        n = begin + tl.arange(0, BT)
+        w = tl.load(weights + head + n, mask=n < N, other=0.0)
+        mean += w * tl.load(dweights + head + n, mask=n < N, other=0.0)
+    expected = tl.sum(mean, 0)
+    for begin in range(0, N, BT):
+        n = begin + tl.arange(0, BT)
+        w = tl.load(weights + head + n, mask=n < N, other=0.0)
+        dw = tl.load(dweights + head + n, mask=n < N, other=0.0)
+        there = _takes_part(mask, n, N, MASK)  # beside an infinity, 0 * (dw - expected) is NaN
+        tl.store(dweights + head + n, tl.where(there, scale * w * (dw - expected), 0.0), mask=n < N)
+
+
+@triton.jit
+def pool_dvisual(
+    dpooled, query, weights, dscores, dvisual, N, D, H, HH: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr
+):
+    """dvisual of one sample's tile of tokens."""
     sample = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BT + tl.arange(0, BT)
     h = tl.arange(0, HH)
     first = sample * H * D
-    there = _takes_part(mask + sample * N, n, N, MASK)
-    s = tl.zeros([HH, BT], tl.float32)
-    dweights = tl.zeros([HH, BT], tl.float32)
-    mean = tl.zeros([HH], tl.float32)
-    for k in range(0, D, BK):
-        d = k + tl.arange(0, BK)
-        v = _tokens(visual + sample * sample_stride, token_stride, n, d, D, there)
-        g = tile(dpooled + first, D, h, d, H, D)
-        s = product(narrow(tile(query + first, D, h, d, H, D), v.dtype), tl.trans(v), s)
-        dweights = product(g, tl.trans(v), dweights)
-        mean += tl.sum(g.to(tl.float32) * tile(pooled + first, D, h, d, H, D).to(tl.float32), 1)
-    best = tl.load(statistics + sample * H + h, mask=h < H, other=0.0)
-    total = tl.load(statistics + (B + sample) * H + h, mask=h < H, other=1.0)
-    w = tl.where((h < H)[:, None] & there[None, :], tl.exp(s * scale - best[:, None]) / total[:, None], 0.0)
-    ds = tl.where((h < H)[:, None] & there[None, :], scale * w * (dweights - mean[:, None]), 0.0)
-    if DQUERY:
-        store_tile(dscores + sample * H * N, N, h, n, H, N, ds)
-    if DVISUAL:
-        w = tl.trans(narrow(w, visual.dtype.element_ty))
-        ds = tl.trans(narrow(ds, visual.dtype.element_ty))
-        for k in range(0, D, BN):
-            d = k + tl.arange(0, BN)
-            e = product(w, tile(dpooled + first, D, h, d, H, D), tl.zeros([BT, BN], tl.float32))
-            e = product(ds, tile(query + first, D, h, d, H, D), e)
-            store_tile(dvisual + sample * N * D, D, n, d, N, D, e)
+    dtype = dvisual.dtype.element_ty
+    w = tl.trans(narrow(tile(weights + sample * H * N, N, h, n, H, N), dtype))
+    ds = tl.trans(narrow(tile(dscores + sample * H * N, N, h, n, H, N), dtype))
+    for k in range(0, D, BN):
+        d = k + tl.arange(0, BN)
+        e = product(w, tile(dpooled + first, D, h, d, H, D), tl.zeros([BT, BN], tl.float32))
+        e = product(ds, tile(query + first, D, h, d, H, D), e)
+        store_tile(dvisual + sample * N * D, D, n, d, N, D, e)
 
 
 class _Inputs:
@@ -233,19 +261,37 @@ def attention_pool_backward(dpooled, visual, query, mask, pooled, statistics, sc
     dvisual, dquery = new_gradient(visual, needs_dvisual), new_gradient(query, needs_dquery)
     if not given.samples:
         return dvisual, dquery
-    dscores = new_floats(visual, *(shape[1:] if needs_dquery else (1, 1)), given.tokens)
+    weights, dscores = new_floats(visual, 2, *shape[1:], given.tokens)
+    dpooled, sizes = dpooled.contiguous(), (given.tokens, given.width, given.heads)
     launch(
-        pool_backward_tokens,
+        pool_weights,
         given.tile_grid,
-        *(dpooled.contiguous(), *given.of_visual, given.query, given.mask, pooled.contiguous(), statistics),
-        *(dvisual, dscores, scale, given.tokens, given.width, given.heads, given.samples),
+        *(dpooled, *given.of_visual, given.query, given.mask, statistics, weights, dscores),
+        *(scale, *sizes, given.samples),
         BK=given.tiles.depth,
-        BN=given.tiles.columns,
-        DVISUAL=needs_dvisual,
-        DQUERY=needs_dquery,
         tiles=given.tiles,
         **given.constants,
     )
+    launch(
+        pool_dscores,
+        (given.samples * given.heads,),
+        *(weights, dscores, given.mask, scale, given.tokens, given.heads),
+        BT=STATISTICS_TILES.rows,
+        MASK=given.constants["MASK"],
+        tiles=STATISTICS_TILES,
+        like=visual,
+    )
+    if needs_dvisual:
+        launch(
+            pool_dvisual,
+            given.tile_grid,
+            *(dpooled, given.query, weights, dscores, dvisual, *sizes),
+            HH=given.constants["HH"],
+            BT=given.tiles.rows,
+            BN=given.tiles.columns,
+            tiles=given.tiles,
+            like=visual,
+        )
     if needs_dquery and given.tokens == 1:
         dquery.zero_()  # one token's weight is 1, whatever the query is
     elif needs_dquery:

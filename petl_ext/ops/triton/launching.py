@@ -92,7 +92,7 @@ def gradient_of_weight(left, right, inner, norm=None):
     Args:
         left: [R, inner or more].
         right: [R, D].
-        norm: (mean, inverse deviation) of the rows of `right`, each [R], by which they are normalized first.
+        norm: [3, R], the rows' means, what rounding left out of those, and the inverse deviations.
     """
     rows, width = right.shape
     (slabs, slab_rows), tiles = _slabs_of(rows), WEIGHT_TILES[has_no_tensor_cores(right.dtype, right.device)]
@@ -101,7 +101,7 @@ def gradient_of_weight(left, right, inner, norm=None):
     launch(
         weight_gradient,
         (slabs, triton.cdiv(width, tiles.columns), triton.cdiv(inner, taken)),
-        *(left, left.stride(0), right, right.stride(0), *(norm or (left, left)), sums),
+        *(left, left.stride(0), right, right.stride(0), left if norm is None else norm, sums),
         *(rows, inner, width, slab_rows),
         LL=taken,
         BR=tiles.rows,

@@ -54,11 +54,17 @@ def rest_of(values, dtype: tl.constexpr):
 
 
 @triton.jit
+def centred(values, mean, rest):
+    """Rows less their mean, of which `rest` is what its float32 leaves out."""
+    return values.to(tl.float32) - mean[:, None] - rest[:, None]
+
+
+@triton.jit
 def weight_gradient(
-    left, left_stride, right, right_stride, mean, inverse, sums, R, L, D, slab_rows,
+    left, left_stride, right, right_stride, statistics, sums, R, L, D, slab_rows,
     LL: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """sums [slabs, L, D] = left^T right of one slab of rows; NORM: `right` less its mean, times inverse."""
+    """sums [slabs, L, D] = left^T right of one slab of rows; NORM: `right` is normalized first."""
     slab = tl.program_id(0)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     inner = tl.program_id(2) * LL + tl.arange(0, LL)
@@ -69,9 +75,10 @@ def weight_gradient(
         a = tile(left, left_stride, rows, inner, end, L)
         b = tile(right, right_stride, rows, d, end, D)
         if NORM:
-            m = tl.load(mean + rows, mask=rows < end, other=0.0)
-            i = tl.load(inverse + rows, mask=rows < end, other=0.0)
-            b = narrow((b.to(tl.float32) - m[:, None]) * i[:, None], right.dtype.element_ty)
+            mean = tl.load(statistics + rows, mask=rows < end, other=0.0)
+            rest = tl.load(statistics + R + rows, mask=rows < end, other=0.0)
+            inverse = tl.load(statistics + R + R + rows, mask=rows < end, other=0.0)
+            b = narrow(centred(b, mean, rest) * inverse[:, None], right.dtype.element_ty)
         total = product(tl.trans(a), b, total)
     store_tile(sums + slab.to(tl.int64) * L * D, D, inner, d, L, D, total)
 
