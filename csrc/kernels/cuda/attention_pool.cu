@@ -14,45 +14,34 @@
 namespace petl::cuda {
 namespace {
 
-// Blocks that a multiprocessor shall be able to run at once: a bound for the compiler's use of registers. Shared memory
-// of float32's backward has room for two.
-template <class T>
-constexpr int kBackwardBlocks = sizeof(T) == 2 ? 3 : 2;
-
-// Calls run(height) with what the part needs, of two to kMostTokenBlocks blocks of tokens.
-template <class T, class Run>
-__device__ __forceinline__ void with_height(const PoolPlace<T>& place, Run run) {
-  static_assert(kMostTokenBlocks == 4, "all heights are here");
-  const int blocks = place.problem.parts.blocks_of(place.part);
-  if (blocks == 4) {
-    run(std::integral_constant<int, 4>{});
-  } else if (blocks == 3) {
-    run(std::integral_constant<int, 3>{});
-  } else {
-    run(std::integral_constant<int, 2>{});
-  }
-}
+// Blocks that a multiprocessor shall be able to run at once: a bound for the compiler's use of registers.
+constexpr int kForwardBlocks = 3, kBackwardBlocks = 2;
 
 template <class T>
-__global__ void __launch_bounds__(kPoolThreads, 3) pool_forward(const __grid_constant__ PoolForwardTask<T> task) {
+__global__ void __launch_bounds__(kPoolThreads, kForwardBlocks)
+    pool_forward(const __grid_constant__ PoolForwardTask<T> task) {
   const PoolPlace<T> place = PoolPlace<T>::of_group(task.problem);
   if (!place.exists()) return;
-  with_height(place, [&](auto blocks) { PoolForward<T, decltype(blocks)::value>::run(task, place); });
+  const int blocks = task.problem.parts.blocks_of(place.part);
+  with_height<kMostTokenBlocks<T>>(blocks,
+                                   [&](auto blocks) { PoolForward<T, decltype(blocks)::value>::run(task, place); });
 }
 
 template <class T>
-__global__ void __launch_bounds__(kPoolThreads, kBackwardBlocks<T>)
+__global__ void __launch_bounds__(kPoolThreads, kBackwardBlocks)
     pool_prepare(const __grid_constant__ PoolBackwardTask<T> task) {
   const PoolPlace<T> place = PoolPlace<T>::of_group(task.problem);
   if (place.exists()) PoolPrepare<T>::run(task, place);
 }
 
 template <class T, bool kOneGroup>
-__global__ void __launch_bounds__(kPoolThreads, kBackwardBlocks<T>)
+__global__ void __launch_bounds__(kPoolThreads, kBackwardBlocks)
     pool_backward(const __grid_constant__ PoolBackwardTask<T> task) {
   const PoolPlace<T> place = PoolPlace<T>::of_all_groups(task.problem);
   if (!place.exists()) return;
-  with_height(place, [&](auto blocks) { PoolBackward<T, decltype(blocks)::value, kOneGroup>::run(task, place); });
+  const int blocks = task.problem.parts.blocks_of(place.part);
+  with_height<kMostTokenBlocks<T, kOneGroup>>(
+      blocks, [&](auto blocks) { PoolBackward<T, decltype(blocks)::value, kOneGroup>::run(task, place); });
 }
 
 // Samples are two axes of the grid, since one of them ends at 65535.
@@ -102,7 +91,7 @@ PoolProblem<T> problem_of(const AttentionPoolInputs& args) {
   problem.N = static_cast<int>(N);
   problem.D = static_cast<int>(D);
   problem.H = static_cast<int>(H);
-  problem.parts = PoolParts::of(N);
+  problem.parts = PoolParts::of<T>(N, H);
   while (1 << problem.group_bits < pool_groups(H)) ++problem.group_bits;
   return problem;
 }
@@ -126,22 +115,30 @@ int launch_finish(Queue queue, const PoolFinish<T>& task) {
   return launch(queue, {grid_of(task.H, task.B), task.threads(), 0}, &pool_finish<T, kByShares>, task);
 }
 
+// Whether parts of samples are to be combined.
+template <class T>
+bool has_parts(const AttentionPoolInputs& args) {
+  return PoolParts::of<T>(args.size.N, args.size.H).count > 1;
+}
+
 template <class T>
 struct PoolForwardWorkspace {
   int64_t sum_stride;
-  T* query;
-  float *sums, *best, *total;
+  T* query = nullptr;
+  float *sums = nullptr, *best = nullptr, *total = nullptr;
   int64_t bytes;
 
   PoolForwardWorkspace(const AttentionPoolInputs& args, void* memory) {
     Partition partition(memory);
     const auto [B, N, D, H] = args.size;
-    const int64_t rows = B * PoolParts::of(N).count * H;
+    const int64_t rows = B * PoolParts::of<T>(N, H).count * H;
     sum_stride = rounded_width<T>(D);
-    query = rounds_queries(args) ? partition.take<T>(B * H * D) : nullptr;
-    sums = partition.take<float>(rows * sum_stride);
-    best = partition.take<float>(rows);
-    total = partition.take<float>(rows);
+    if (rounds_queries(args)) query = partition.take<T>(B * H * D);
+    if (has_parts<T>(args)) {
+      sums = partition.take<float>(rows * sum_stride);
+      best = partition.take<float>(rows);
+      total = partition.take<float>(rows);
+    }
     bytes = partition.bytes();
   }
 };
@@ -149,18 +146,18 @@ struct PoolForwardWorkspace {
 template <class T>
 struct PoolBackwardWorkspace {
   int64_t sum_stride, operand_stride;
-  T *query, *operands;
-  float *sums, *mean, *rests;
+  T *query = nullptr, *operands = nullptr;
+  float *sums = nullptr, *mean, *rests;
   int64_t bytes;
 
   PoolBackwardWorkspace(const AttentionPoolBackward& args, void* memory) {
     Partition partition(memory);
     const auto [B, N, D, H] = args.inputs.size;
-    const int64_t rows = B * PoolParts::of(N).count * H;
+    const int64_t rows = B * PoolParts::of<T>(N, H).count * H;
     sum_stride = operand_stride = rounded_width<T>(D);
-    query = rounds_queries(args.inputs) ? partition.take<T>(B * H * D) : nullptr;
-    operands = args.dvisual.data ? partition.take<T>(B * pool_groups(H) * 2 * kHeadGroup * operand_stride) : nullptr;
-    sums = args.dquery ? partition.take<float>(rows * sum_stride) : nullptr;
+    if (rounds_queries(args.inputs)) query = partition.take<T>(B * H * D);
+    if (args.dvisual.data) operands = partition.take<T>(B * pool_groups(H) * 2 * kHeadGroup * operand_stride);
+    if (args.dquery && has_parts<T>(args.inputs)) sums = partition.take<float>(rows * sum_stride);
     mean = partition.take<float>(B * H);
     rests = partition.take<float>(rows);
     bytes = partition.bytes();
@@ -169,19 +166,22 @@ struct PoolBackwardWorkspace {
 
 template <class T>
 int forward(const AttentionPoolForward& args, void* memory, Queue queue) {
-  if (args.inputs.size.B == 0) return 0;
+  const auto [B, N, D, H] = args.inputs.size;
+  if (B == 0) return 0;
   const PoolForwardWorkspace<T> workspace(args.inputs, memory);
   PoolForwardTask<T> task = {};
   task.problem = problem_of<T>(args.inputs);
+  const bool parts = has_parts<T>(args.inputs);
+  task.best = parts ? workspace.best : args.statistics;
+  task.total = parts ? workspace.total : args.statistics + B * H;
   task.sums = workspace.sums;
   task.sum_stride = workspace.sum_stride;
-  task.best = workspace.best;
-  task.total = workspace.total;
+  task.pooled = static_cast<T*>(args.pooled.data);
   int error = round_queries(queue, args.inputs, workspace.query, task.problem);
   if (error) return error;
-  const Grid grid{grid_of_groups(task.problem), kPoolThreads, kPoolForwardBytes<T>};
+  const Grid grid{grid_of_groups(task.problem), kPoolThreads, pool_forward_bytes<T>(task.problem.parts.tallest())};
   error = launch(queue, grid, &pool_forward<T>, task);
-  if (error) return error;
+  if (error || !parts) return error;
   auto finish = finish_of<T, T>(task.problem, task.sums, task.sum_stride, args.pooled.data);
   finish.best = task.best;
   finish.total = task.total;
@@ -207,6 +207,7 @@ PoolBackwardTask<T> task_of(const AttentionPoolBackward& args, const PoolBackwar
   task.dvisual = static_cast<T*>(args.dvisual.data);
   task.sums = workspace.sums;
   task.sum_stride = workspace.sum_stride;
+  task.dquery = args.dquery;
   return task;
 }
 
@@ -221,9 +222,10 @@ int backward(const AttentionPoolBackward& args, void* memory, Queue queue) {
   const Grid prepare{grid_of_groups(task.problem), kPoolThreads, PoolPrepare<T>::kSharedBytes};
   error = launch(queue, prepare, &pool_prepare<T>, task);
   if (error) return error;
-  const Grid grid{grid_of(task.problem.parts.count, B), kPoolThreads, pool_backward_bytes<T>(H)};
+  const Grid grid{grid_of(task.problem.parts.count, B), kPoolThreads,
+                  pool_backward_bytes<T>(task.problem.parts.tallest(), H)};
   error = launch(queue, grid, H <= kHeadGroup ? &pool_backward<T, true> : &pool_backward<T, false>, task);
-  if (error || !args.dquery) return error;
+  if (error || !task.sums) return error;
   return launch_finish<false>(queue, finish_of<T, float>(task.problem, task.sums, task.sum_stride, args.dquery));
 }
 

@@ -78,13 +78,9 @@ __device__ __forceinline__ void write_gradients(PoolGradientRows<T, kBlocks> row
   using Products = PoolProducts<T>;
   const int tiles = (D + Tile::kColumns - 1) / Tile::kColumns, count = kOneGroup ? tiles : tiles * groups;
   const Products products;
-  typename Products::template Weights<kBlocks> weights[2];
-  const auto load_weights = [&](int group) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) weights[i] = Products::template by_token<kBlocks>(weight_tile(group, i));
-  };
-  if (kOneGroup) load_weights(0);
-  PoolRows<T, 2> heads(operands, stride, [](int) { return true; });
+  const auto weights_of = [&](int group, int i) { return Products::template by_token<kBlocks>(weight_tile(group, i)); };
+  const typename Products::template Weights<kBlocks> only[2] = {weights_of(0, 0), weights_of(0, 1)};
+  PoolRows<T, 2> heads(operands, stride, {true, true});
   // Tiles are visited by columns, and for each by groups.
   const auto copy = [&](int first, int ahead) {
     if (first + ahead >= count) return;
@@ -96,7 +92,6 @@ __device__ __forceinline__ void write_gradients(PoolGradientRows<T, kBlocks> row
   const auto use = [&](int first, int place) {
     const int tile = kOneGroup ? first + place : (first + place) / groups;
     const int group = kOneGroup ? 0 : (first + place) % groups;
-    if (!kOneGroup) load_weights(group);
     if (group == 0) {
 #pragma unroll
       for (int i = 0; i < kBlocks * Products::kColumnBlocks * 4; ++i) {
@@ -105,7 +100,7 @@ __device__ __forceinline__ void write_gradients(PoolGradientRows<T, kBlocks> row
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      products.template add_gradients<kBlocks>(sums, weights[i],
+      products.template add_gradients<kBlocks>(sums, kOneGroup ? only[i] : weights_of(group, i),
                                                Memory::tokens(place) + i * kHeadGroup * Tile::kStride);
     }
     if (kOneGroup || group == groups - 1) rows.write(sums, kOneGroup ? place : tile, tile * Tile::kColumns);
