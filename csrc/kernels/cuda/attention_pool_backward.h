@@ -111,7 +111,14 @@ class PoolBackward {
     const PoolGradientRows<T, kBlocks> rows(task.dvisual + (place.sample * problem.N + place.first_token()) * problem.D,
                                             place.tokens(), problem.D);
     const T* operands = task.operands + place.sample * groups * 2 * kHeadGroup * task.operand_stride;
-    write_gradients<kOneGroup, Memory>(rows, problem.D, operands, task.operand_stride, groups, weight_tile);
+    const auto tile_of = [](int group, int i) { return weight_tile(group, i); };
+    PoolTokenGradients<Memory, kBlocks, T, decltype(tile_of)> gradients(rows, problem.D, operands, task.operand_stride,
+                                                                       tile_of);
+    if constexpr (kOneGroup) {
+      gradients.write_of_one_group();
+    } else {
+      gradients.write(groups);
+    }
   }
 
  private:
@@ -157,7 +164,7 @@ template <class T>
 int pool_backward_bytes(int tallest, int64_t H) {
   const int groups = pool_groups(H), weight_tiles = groups > 1 ? 2 * groups : 0;
   return pool_tile_bytes<T, 2>(tallest) + sizeof(PoolHeadValues) +
-         weight_tiles * PoolWeightTile<T, kMostTokenBlocks<T>>::kElements * sizeof(T);
+         weight_tiles * PoolWeightTile<T, kMostTokenBlocks<T, false>>::kElements * sizeof(T);
 }
 
 }  // namespace petl::cuda

@@ -28,11 +28,11 @@ struct PoolMemory {
   static constexpr int kTokenElements = kBlocks * kTokenBlock * PoolTile<T>::kStride;
   static constexpr int kHeadElements = kHeadGroup * PoolTile<T>::kStride;
   static constexpr int kPlaceElements = kTokenElements + kOperands * kHeadElements;
-  // Places for tiles that are in use, on their way, or kept for the tokens' sums: as many as leave room for two more
-  // blocks on a multiprocessor, and three at least.
-  static constexpr int kRoom = (74 << 10) / (kPlaceElements * sizeof(T));
-  static constexpr int kPlaces = kRoom < 3 ? 3 : kRoom;
-  static constexpr int kBytes = kPlaces * kPlaceElements * static_cast<int>(sizeof(T));
+  // Places for tiles that are in use, on their way, or kept for the tokens' sums: three, or four where two more blocks
+  // still find room on the multiprocessor.
+  static constexpr int kPlaceBytes = kPlaceElements * static_cast<int>(sizeof(T));
+  static constexpr int kPlaces = 4 * kPlaceBytes <= 74 << 10 ? 4 : 3;
+  static constexpr int kBytes = kPlaces * kPlaceBytes;
 
   __device__ __forceinline__ static T* tokens(int place) {
     return reinterpret_cast<T*>(shared_memory()) + place * kPlaceElements;

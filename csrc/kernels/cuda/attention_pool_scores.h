@@ -8,10 +8,10 @@
 namespace petl::cuda {
 
 // Each warp has its share of depth of all products; that of a block of tokens it sends to the warp whose block it is.
-// Shares are added in an order that is the same for every block. This is a round, of blocks `first` to `first` + 3; the
-// letters take the place of the heads' tiles.
+// Shares are added in an order that is the same for every block. In a round each warp gets one block; the letters take
+// the place of the heads' tiles.
 template <class Memory, int kOperands, int kBlocks>
-__device__ __forceinline__ void exchange_shares(const float (&shares)[kOperands][2 * kBlocks][4], int first,
+__device__ __forceinline__ void exchange_shares(const float (&shares)[kOperands][2 * kBlocks][4], int round,
                                                 float (&own)[kOperands][2][kPoolSlots<kBlocks>]) {
   static_assert(Memory::kPlaces >= kPoolWarps - 1, "a place holds the letters of one sender to each");
   const auto letter = [](int operand, int receiver, int sender, int half) -> float4& {
@@ -23,8 +23,9 @@ __device__ __forceinline__ void exchange_shares(const float (&shares)[kOperands]
 #pragma unroll
   for (int i = 0; i < 2 * kOperands * kPoolWarps; ++i) {
     const int operand = i / 8, receiver = i / 2 % 4, half = i % 2;
-    if (first + receiver >= kBlocks) continue;
-    const float (&parts)[4] = shares[operand][2 * (first + receiver) + half];
+    const int block = round * kPoolWarps + receiver;
+    if (block >= kBlocks) continue;
+    const float (&parts)[4] = shares[operand][2 * block + half];
     const float4 share = {parts[0], parts[1], parts[2], parts[3]};
     if (receiver == pool_warp()) {
       mine[operand][half] = share;
@@ -33,14 +34,14 @@ __device__ __forceinline__ void exchange_shares(const float (&shares)[kOperands]
     }
   }
   __syncthreads();
-  if (first + pool_warp() >= kBlocks) return;
+  if (round * kPoolWarps + pool_warp() >= kBlocks) return;
 #pragma unroll
   for (int i = 0; i < 2 * kOperands; ++i) {
     const float4 others[3] = {letter(i / 2, pool_warp(), 1, i % 2), letter(i / 2, pool_warp(), 2, i % 2),
                               letter(i / 2, pool_warp(), 3, i % 2)};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      own[i / 2][j / 2][first + i % 2 * 2 + j % 2] =
+      own[i / 2][j / 2][4 * round + i % 2 * 2 + j % 2] =
           (at(mine[i / 2][i % 2], j) + at(others[0], j)) + (at(others[1], j) + at(others[2], j));
     }
   }
@@ -66,7 +67,10 @@ __device__ __forceinline__ void find_scores(PoolRows<T, kBlocks>& tokens, PoolRo
 #pragma unroll
       for (int i = 0; i < kOperands; ++i) heads[i].copy_part(Memory::heads(place, i), column, rest);
     }
-    if (ahead == Memory::kPlaces - 2) meanwhile();
+    if (ahead == Memory::kPlaces - 2) {
+      meanwhile();
+      __syncwarp();
+    }
   };
   const auto use = [&](int, int place) {
     products.template add_scores<kOperands, kBlocks>(shares, Memory::heads(place, 0), Memory::tokens(place));
@@ -77,8 +81,8 @@ __device__ __forceinline__ void find_scores(PoolRows<T, kBlocks>& tokens, PoolRo
     for (int i = 0; i < kOperands; ++i) heads[i].move(Memory::kPlaces * Tile::kColumns);
   });
 #pragma unroll
-  for (int first = 0; first < kBlocks; first += kPoolWarps) {
-    exchange_shares<Memory, kOperands, kBlocks>(shares, first, own);
+  for (int round = 0; round * kPoolWarps < kBlocks; ++round) {
+    exchange_shares<Memory, kOperands, kBlocks>(shares, round, own);
   }
 }
 
