@@ -1,6 +1,7 @@
 // Attention pooling on CUDA, forward. A block of threads takes a part of one sample's tokens: their products with the
-// queries, the part of the softmax that is theirs, and the tokens' sums by these weights; where there are several parts,
-// a second launch combines them in order. Queries in another dtype than the tokens' are rounded beforehand, once.
+// queries, the part of the softmax that is theirs, and the tokens' sums by these weights; where there are several
+// parts, a second launch combines them in order. Queries in another dtype than the tokens' are rounded beforehand,
+// once.
 #include "kernels/cuda/attention_pool.h"
 #include "kernels/cuda/attention_pool_forward.h"
 #include "kernels/cuda/attention_pool_launch.h"

@@ -1,6 +1,6 @@
 // Attention pooling on CUDA, backward. What blocks have to know of a sample beforehand is one launch; then a block of
-// threads takes a part of one sample's tokens, and finds their gradients and their share of the queries'. Where there are
-// several parts, the shares are combined by a third launch. Queries are as in forward.
+// threads takes a part of one sample's tokens, and finds their gradients and their share of the queries'. Where there
+// are several parts, the shares are combined by a third launch. Queries are as in forward.
 #include "kernels/cuda/attention_pool.h"
 #include "kernels/cuda/attention_pool_launch.h"
 #include "kernels/cuda/attention_pool_prepare.h"

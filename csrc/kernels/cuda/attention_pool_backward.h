@@ -113,7 +113,7 @@ class PoolBackward {
     const T* operands = task.operands + place.sample * groups * 2 * kHeadGroup * task.operand_stride;
     const auto tile_of = [](int group, int i) { return weight_tile(group, i); };
     PoolTokenGradients<Memory, kBlocks, T, decltype(tile_of)> gradients(rows, problem.D, operands, task.operand_stride,
-                                                                       tile_of);
+                                                                        tile_of);
     if constexpr (kOneGroup) {
       gradients.write_of_one_group();
     } else {

@@ -147,7 +147,7 @@ class PoolTokenGradients {
     }
   }
 
-  const Products products_;
+  Products products_;
   Rows rows_;
   const int D_;
   PoolRows<T, 2> operands_;

@@ -29,9 +29,9 @@ struct PoolMemory {
   static constexpr int kHeadElements = kHeadGroup * PoolTile<T>::kStride;
   static constexpr int kPlaceElements = kTokenElements + kOperands * kHeadElements;
   // Places for tiles that are in use, on their way, or kept for the tokens' sums: three, or four where two more blocks
-  // still find room on the multiprocessor.
+  // of forward still find room on the multiprocessor.
   static constexpr int kPlaceBytes = kPlaceElements * static_cast<int>(sizeof(T));
-  static constexpr int kPlaces = 4 * kPlaceBytes <= 74 << 10 ? 4 : 3;
+  static constexpr int kPlaces = kOperands == 1 && 4 * kPlaceBytes <= 74 << 10 ? 4 : 3;
   static constexpr int kBytes = kPlaces * kPlaceBytes;
 
   __device__ __forceinline__ static T* tokens(int place) {

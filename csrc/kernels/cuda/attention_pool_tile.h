@@ -11,8 +11,8 @@ namespace petl::cuda {
 constexpr int kPoolWarps = 4, kPoolThreads = 32 * kPoolWarps;
 // The height of a tensor core's product, and of a block of tokens.
 constexpr int kHeadGroup = 16, kTokenBlock = 16;
-// Of a part. Tall parts leave fewer sums to combine; at this height a multiprocessor runs three blocks in forward and two
-// in backward, of which several groups of heads take more registers and shared memory, and so does float32.
+// Of a part. Tall parts leave fewer sums to combine; at this height a multiprocessor runs three blocks in forward and
+// two in backward, of which several groups of heads take more registers and shared memory, and so does float32.
 template <class T, bool kOneGroup = true>
 constexpr int kMostTokenBlocks = 3 + (sizeof(T) == 2) + kOneGroup;
 
