@@ -13,7 +13,7 @@ UV := $(VENV)-lock/bin/uv
 COMPILE := $(UV) pip compile --quiet --upgrade --universal --python-version 3.10 --no-python-downloads \
 	--custom-compile-command 'make lock'
 
-.PHONY: demo test lint bench gpu lock compat clean
+.PHONY: demo test lint bench counts gpu lock compat clean
 
 demo: $(INSTALLED)
 	$(RUN)petl-ext demo
@@ -28,6 +28,10 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(RUN)python -m pytest bench $(BENCH_OPTIONS)
+
+# What the CUDA kernels ask of the machine, counted without a GPU. It needs nvcc.
+counts: $(INSTALLED)
+	$(RUN)python bench/counts.py --write
 
 # On a machine with a GPU: $(PYTHON) as it is, without an environment of its own and without a network.
 #   make gpu OUT=folder    default: bench/results/<GPU>

@@ -1,7 +1,6 @@
-"""Turns pytest-benchmark's report into one small JSON per run: what was compared, where, and the ratios."""
+"""Turns pytest-benchmark's report into rows of this machine's table: what was compared, where, and the ratios."""
 
 import datetime
-import json
 import os
 import platform
 from pathlib import Path
@@ -9,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from clock import host_clock, race, speed_up
-from results import RESULTS, commit, file_stem, machine_folder
+from results import RESULTS, commit, keep
 
 import petl_ext
 
 
 def pytest_addoption(parser):
     parser.addoption("--rounds", type=int, default=15, help="interleaved rounds per comparison")
-    parser.addoption("--keep", action="store_true", help="write the ratios to bench/results")
+    parser.addoption("--keep", action="store_true", help="write the ratios to the machine's table in bench/results")
 
 
 def pytest_configure(config):
@@ -92,20 +91,13 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def _write(rows):
-    result = {
+    run = {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        "processor": _processor(),
         "cpu_path": petl_ext.ops.cpu_path(),
         "onednn_isa_limit": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": 1,
-        "comparisons": rows,
     }
-    folder = machine_folder(result["processor"])
-    folder.mkdir(parents=True, exist_ok=True)
-    suffix = "-" + result["onednn_isa_limit"].lower() if result["onednn_isa_limit"] else ""
-    path = folder / f"{file_stem()}{suffix}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path.relative_to(RESULTS.parent.parent)
+    return keep(_processor(), [{"name": row["name"]} | run | row for row in rows]).relative_to(RESULTS.parent.parent)

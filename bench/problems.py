@@ -153,7 +153,7 @@ APT = Op(
     forms={"relu": {}, "softmax": {"activation": "softmax"}},
     form={},
     sizes=(50, 200),
-    every_size=(50, 100, 200, 300),
+    every_size=(50, 90, 120, 180, 200, 300, 500),
     cpu_cases=tuple((shape, size) for shape in (VILT, VILT_ONE, METER_IMAGE, CLIP_TEXT, LLAMA) for size in (50, 200)),
     cpu_forms=("relu",),
 )
@@ -174,7 +174,7 @@ ADAPTER = Op(
     },
     form={"norm": True, "residual": "x"},
     sizes=(96, 192),
-    every_size=(50, 100, 200, 300),
+    every_size=(50, 90, 120, 180, 200, 300, 500),
     # Those of a kept module (ViLT, METER), and of the bypasses that replace a skipped one.
     cpu_cases=((VILT, 96), (VILT, 192), (VILT, 288), (VILT_ONE, 96), (METER_IMAGE, 96), (LLAMA, 32)),
     cpu_forms=("parallel", "sequential"),

@@ -1,12 +1,19 @@
-"""Where a measurement is kept: bench/results/<machine>/<date>-<commit>.json."""
+"""Where measurements are kept: one table per machine, bench/results/<machine>.json, the newest value of every case.
+
+Each row says at which commit, on which date and with what it was measured. A run on a GPU, which is more than
+comparisons, has a folder of files: bench/results/<GPU>/<date>-<commit>.*.
+"""
 
 import datetime
+import json
 import os
 import re
 import subprocess
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+# What makes a case, beside its name; a row that agrees with another in all of these takes its place.
+CASE = ("name", "cpu_path", "onednn_isa_limit", "threads")
 
 
 def commit():
@@ -20,11 +27,32 @@ def commit():
         return "unknown"
 
 
-def machine_folder(name):
-    """For the name of a processor or GPU as its vendor writes it."""
-    words = re.findall(r"[\w.-]+", name.lower().replace("(r)", ""), re.ASCII)
-    return RESULTS / "-".join(words)
-
-
 def file_stem():
     return f"{datetime.date.today().isoformat()}-{commit()}"
+
+
+def machine_name(processor):
+    """Of a processor or GPU, as its vendor writes it: a name for a file or a folder."""
+    return "-".join(re.findall(r"[\w.-]+", processor.lower().replace("(r)", ""), re.ASCII))
+
+
+def keep(processor, rows, folder=RESULTS):
+    """Puts rows into the table of a machine.
+
+    Args:
+        processor: as its vendor writes it.
+        rows: dicts with the keys of `CASE`, "date" and "commit", and what was measured.
+
+    Returns:
+        The table's path.
+    """
+    path = folder / f"{machine_name(processor)}.json"
+    kept = json.loads(path.read_text(encoding="utf-8"))["comparisons"] if path.exists() else []
+    table = {_case(row): row for row in [*kept, *rows]}
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in table.values())
+    path.write_text(f'{{\n "machine": {json.dumps(processor)},\n "comparisons": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    return path
+
+
+def _case(row):
+    return tuple(row[name] for name in CASE)

@@ -35,8 +35,8 @@ class Toolkit(NamedTuple):
 
     @property
     def static_runtime(self):
-        places = ("lib64", "lib", "targets/*/lib")
-        found = (path for place in places for path in self.folder.glob(f"{place}/libcudart_static.a"))
+        folders = ("lib64", "lib", "targets/*/lib")
+        found = (path for folder in folders for path in self.folder.glob(f"{folder}/libcudart_static.a"))
         return next(found, None)
 
 

@@ -63,7 +63,7 @@ class Experiment:
         prompts = tasks.class_prompts((image.class_name for image in images), options.template)
         unknown = {image.class_name for image in test_images or images} - prompts.keys()
         if unknown:
-            raise ValueError(f"{options.test_images}: expected the classes of {options.images}, got {sorted(unknown)}")
+            raise ValueError(f"{options.test_images} must hold the classes of {options.images}, got {sorted(unknown)}")
         image_processor = AutoImageProcessor.from_pretrained(options.model)
         return cls(CLIPClassifier(clip, tokenizer, prompts), image_processor, images, test_images, options)
 

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 # They need more than torch.
-_ON_DEMAND = ("hf", "models", "peft")
+_ON_DEMAND = ("cupy", "hf", "models", "peft")
 
 
 def __getattr__(name):

@@ -10,7 +10,7 @@ from importlib import metadata
 import torch
 
 import petl_ext
-from petl_ext.ops.backends import NATIVE, VARIABLE, choices
+from petl_ext.ops.backends import BACKENDS, NATIVE, VARIABLE, choices
 from petl_ext.ops.kernels import OPS, held_kernels
 
 OPTIONAL_PACKAGES = ("transformers", "peft", "diffusers", "triton", "cupy")
@@ -25,11 +25,11 @@ DEMO_PACKAGES = {
 }
 DAS_OUTPUT = (
     "Prints one line of JSON: what DASConfig(skip=...) takes, and the share of the bare backbone's "
-    "multiply-accumulates that remains. Writes search.json, which DepthSearch.from_json reads, and gates.png."
+    "multiply-accumulates that remains. Writes search.json, which DepthSearch.load reads, and gates.png."
 )
 PLACEMENT_OUTPUT = (
     "Prints one line of JSON: what DVPBert(insert_layer=...) takes. Writes search.json, which "
-    "PlacementSearch.from_json reads, and placement.png."
+    "PlacementSearch.load reads, and placement.png."
 )
 
 
@@ -74,6 +74,7 @@ def info():
         *(f"{package} {_version(package)}" for package in OPTIONAL_PACKAGES),
         *(f"kernels: {op} on {_kernels(op)}" for op in OPS),
         f"backend: {petl_ext.ops.backend()} of {' '.join(choices())} ({VARIABLE} chooses)",
+        *(f"backend {backend.name}: {backend.missing}" for backend in BACKENDS.values() if backend.missing),
         f"CUDA kernels: {_cuda_state()}",
         f"CPU path: {petl_ext.ops.cpu_path()} of {torch.ops.petl_ext.cpu_paths()} (PETL_CPU_PATH chooses), "
         f"{torch.get_num_threads()} threads",
@@ -112,7 +113,7 @@ def _run_dvp_demo(options, common):
 
 
 def _run_depth_search(options):
-    from petl_ext.demo.vilt.search import DigitsDepthSearch
+    from petl_ext.demo.vilt.depth_search import DigitsDepthSearch
 
     given = {"num_skip": options.num_skip, "max_macs": options.max_macs}
     goal = {name: value for name, value in given.items() if value is not None} or {"num_skip": 1}
@@ -121,7 +122,7 @@ def _run_depth_search(options):
 
 def _run_placement_search(options):
     _require_language_model()
-    from petl_ext.demo.dvp.search import DigitsPlacementSearch
+    from petl_ext.demo.dvp.placement_search import DigitsPlacementSearch
 
     _run_search(options, DigitsPlacementSearch, {}, tasks=("VQA",))
 

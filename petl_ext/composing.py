@@ -34,7 +34,7 @@ def composed(backbone, sites):
 
 
 def become(module, its_class, others):
-    """Makes `module`, of one of the classes `others` or derived from it, one of `its_class`.
+    """Gives `module`, whose class is one of `others` or derived from one, the class `its_class`.
 
     What other libraries have derived at run time stays on top: `fully_shard` makes of a module's class one of its own.
     """

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import reprlib
 import secrets
 import shutil
 import tempfile
@@ -53,10 +54,10 @@ def _writer():
     return f"{platform.node()}-{os.getpid()}"
 
 
-def _clear_leftovers(place, prefix, end=""):
+def _clear_leftovers(parent, prefix, end=""):
     """Removes what processes of this machine that no longer run have left unfinished; another may be at work."""
     of_this_machine = f"{prefix}{platform.node()}-"
-    for path in place.iterdir() if place.is_dir() else ():
+    for path in parent.iterdir() if parent.is_dir() else ():
         process = path.name.removeprefix(of_this_machine).partition("-")[0]
         if path.name.startswith(of_this_machine) and path.name.endswith(end) and not _runs(process):
             _remove(path)
@@ -104,14 +105,14 @@ def _write(folder, description, tensors):
     from safetensors.torch import save_file
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    place = folder if folder.is_dir() else folder.parent
+    parent = folder if folder.is_dir() else folder.parent
     prefix = f".petl-{folder.name}-"
-    _clear_leftovers(place, prefix)
-    with tempfile.TemporaryDirectory(prefix=f"{prefix}{_writer()}-", dir=place) as scratch:
+    _clear_leftovers(parent, prefix)
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}{_writer()}-", dir=parent) as scratch:
         complete = Path(scratch) / "complete"
         complete.mkdir()
         weights = complete / WEIGHTS_FILE
-        weights.touch()  # whatever safetensors would do, the mode is what the umask says
+        weights.touch()  # so that the mode is what the umask says, not what safetensors would choose
         mode, save = weights.stat().st_mode, secrets.token_hex(16)
         try:
             save_file(tensors, weights, metadata={"format": "pt", SAVE: save})
@@ -150,7 +151,7 @@ def read_files(folder, parse):
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: expected the files {CONFIG_FILE} and {WEIGHTS_FILE}, found no {name}")
+            raise FileNotFoundError(f"{folder} must hold the files {CONFIG_FILE} and {WEIGHTS_FILE}, got no {name}")
     try:
         description = _without_format(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
         save = description.pop(SAVE, None)
@@ -171,7 +172,7 @@ def read_files(folder, parse):
 def check_keys(description, expected, optional=()):
     """Raises a ValueError unless the description has these keys, perhaps without optional ones, and no others."""
     if not set(expected) - set(optional) <= set(description) <= set(expected):
-        raise ValueError(f"expected the keys {sorted(expected)}, found {sorted(description)}")
+        raise ValueError(f"the keys must be {sorted(expected)}, got {sorted(description)}")
 
 
 def check_sizes(options, tensors, folder):
@@ -195,7 +196,8 @@ def fill(ours, theirs, folder):
     A tensor of another floating-point dtype is converted; that is logged, and which hold NaN or infinity.
 
     Raises:
-        ValueError: names, shapes or kinds differ. Nothing has been copied.
+        ValueError: names or shapes differ, or one of two tensors is floating-point and the other is not. Nothing has
+            been copied.
     """
     _check_fit(ours, theirs, folder)
     converted = sorted({f"{theirs[n].dtype} to {t.dtype}" for n, t in ours.items() if theirs[n].dtype != t.dtype})
@@ -247,7 +249,7 @@ def _replace_files(complete, folder, scratch):
 
 def _without_format(description):
     if not isinstance(description, dict) or not isinstance(description.get("format"), int):
-        raise ValueError("expected an object with the key 'format'")
+        raise ValueError(f"it must be an object with the key 'format', got {reprlib.repr(description)}")
     if description["format"] > FORMAT:
         raise ValueError(f"format {description['format']}, but this petl_ext reads formats up to {FORMAT}")
     return {key: value for key, value in description.items() if key != "format"}
@@ -274,9 +276,9 @@ def _check_fit(expected, found, folder):
     for name in expected.keys() & found.keys():
         ours, theirs = expected[name], found[name]
         if ours.shape != theirs.shape:
-            problems.append(f"{name}: expected the shape {tuple(ours.shape)}, found {tuple(theirs.shape)}")
+            problems.append(f"{name} must have the shape {tuple(ours.shape)}, got {tuple(theirs.shape)}")
         elif ours.is_floating_point() != theirs.is_floating_point():
-            problems.append(f"{name}: expected {ours.dtype}, found {theirs.dtype}")
+            problems.append(f"{name} must be {ours.dtype}, got {theirs.dtype}")
     if problems:
         raise ValueError(
             f"{folder} does not fit the model, {len(problems)} differences: {listed(sorted(problems), '; ')}"

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from results import commit, file_stem, machine_folder
+from results import RESULTS, commit, file_stem, machine_name
 
 from gpu import summary
 from gpu.runner import Files, Runner
@@ -70,7 +70,7 @@ def main(arguments=None):
         )
         return 1
     gpu = describe_gpu()
-    folder = (options.out or machine_folder(gpu["name"])).absolute()
+    folder = (options.out or RESULTS / machine_name(gpu["name"])).absolute()
     result = folder / f"{file_stem()}.json"
     files = Files(result, result.with_suffix(".log"), ROOT / "build" / "gpu")
     os.environ["PYTHONPATH"] = PYTHON_PATH

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-KINDS = ("kernel", "gpu_memcpy", "gpu_memset")
+CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 def kernels_of(run):
@@ -24,5 +24,5 @@ def kernels_of(run):
         path = Path(folder) / "trace.json"
         session.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    on_device = [event for event in events if event.get("cat") in KINDS]
+    on_device = [event for event in events if event.get("cat") in CATEGORIES]
     return [(event["name"], float(event["dur"])) for event in sorted(on_device, key=lambda event: float(event["ts"]))]

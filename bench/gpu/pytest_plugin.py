@@ -1,4 +1,4 @@
-"""For pytest -p gpu.pytest_plugin: chooses the tests of one place and tells the runner how they went."""
+"""For pytest -p gpu.pytest_plugin: chooses the tests of one device and tells the runner how they went."""
 
 from collections import Counter
 
@@ -8,20 +8,20 @@ SHOWN = 8  # names of failures on the terminal
 
 
 def pytest_addoption(parser):
-    parser.addoption("--on", help="run only the tests whose `place` has this name")
+    parser.addoption("--on", help="run only the tests whose `device` has this name")
 
 
 def pytest_collection_modifyitems(config, items):
     wanted = config.getoption("--on")
     if not wanted:
         return
-    chosen = [item for item in items if _place(item) == wanted]
+    chosen = [item for item in items if _device(item) == wanted]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
 
 
-def _place(item):
-    return str(item.callspec.params.get("place")) if hasattr(item, "callspec") else None
+def _device(item):
+    return str(item.callspec.params.get("device")) if hasattr(item, "callspec") else None
 
 
 class _Outcomes:
@@ -37,8 +37,8 @@ class _Outcomes:
         if report.failed:
             self.failures.append(report.nodeid)
             record("failed test", name=report.nodeid, message=str(report.longrepr)[-2000:])
-        for kind, values in report.user_properties if report.when == "call" else ():
-            record(kind, test=report.nodeid, **values)
+        for topic, values in report.user_properties if report.when == "call" else ():
+            record(topic, test=report.nodeid, **values)
 
     def pytest_collectreport(self, report):
         if report.failed:

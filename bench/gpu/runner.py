@@ -126,7 +126,7 @@ def _records(processes):
 def _why(entry, codes, limit, processes):
     """The verdict's reason, in one line."""
     reasons = [f"{limit:.0f} s were not enough"] if entry["verdict"] == TIME_LIMIT else []
-    reasons += [record["text"] for record in entry["records"] if record["kind"] == "summary"]
+    reasons += [record["text"] for record in entry["records"] if record["topic"] == "summary"]
     if entry["verdict"] == FAILED:
         failed = [(code, process) for code, process in zip(codes, processes, strict=True) if code]
         reasons += [f"exit code {code}: {process.last_line()}" for code, process in failed]

@@ -1,4 +1,4 @@
-"""How fast the ops are: against eager PyTorch, torch.compile and a plain copy of as many bytes.
+"""How fast the ops are: against eager PyTorch, torch.compile, Triton and a plain copy of as many bytes.
 
 Each contender is captured in a CUDA graph of several calls, so that host time does not count. The calls take turns over
 inputs that together are larger than four times the L2 cache, and each writes to memory of its own: all is cold, as in
@@ -18,7 +18,9 @@ from problems import OPS, Op, draw_rows, forward, forward_backward
 
 from gpu.graphs import captured
 from gpu.step_log import record, seconds_granted
+from gpu.summary import triton_in_words
 from gpu.traffic import FORWARD, FORWARD_BACKWARD, LEAST, OWN, verdicts
+from petl_ext import ops
 
 DIRECTIONS = {FORWARD: forward, FORWARD_BACKWARD: forward_backward}
 ROWS = (61440, 15360)
@@ -74,6 +76,25 @@ def compiled(function):
     # Without it the ninth case would run uncompiled, silently: a function is compiled anew eight times at most.
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
+
+
+def by_triton(function):
+    """The same op, computed by the backend in Triton."""
+
+    def call(*arguments, **named):
+        with ops.backend("triton"):
+            return function(*arguments, **named)
+
+    return call
+
+
+def contenders_of(op):
+    return {
+        "ours": op.ours,
+        "eager": op.reference,
+        "compile": compiled(op.reference),
+        "triton": by_triton(op.ours),
+    }
 
 
 def draw_cold(case, bench):
@@ -203,14 +224,13 @@ def on_the_gpu():
 def main():
     end = time.monotonic() + seconds_granted(default=600)
     bench = on_the_gpu()
-    measured, left_out, flawed = 0, [], []
+    measured, left_out, flawed, lost = 0, [], [], []
     for case in cases():
         if time.monotonic() > end - LAST_CASE:
             left_out.append(str(case))
             continue
-        contenders = {"ours": case.op.ours, "eager": case.op.reference, "compile": compiled(case.op.reference)}
         try:
-            result = compare(case, contenders, bench)
+            result = compare(case, contenders_of(case.op), bench)
         # One op that cannot be run must not hide the times of the others.
         except Exception as error:
             traceback.print_exc()
@@ -219,11 +239,14 @@ def main():
             continue
         record("comparison", **result)
         measured += 1
+        if words := triton_in_words(result):
+            lost.append(f"{case}: {words}")
         if result["wrong"] or "ours" in result["failures"]:
             flawed.append(str(case))
         torch.cuda.empty_cache()
     record("left out for lack of time", cases=left_out)
     faults = f", failed, wrong or not captured: {', '.join(flawed)}" if flawed else ""
+    faults += "".join(f"; {words}" for words in lost)
     record("summary", text=f"{measured} comparisons, {len(left_out)} left out for lack of time{faults}")
     return 1 if flawed or not measured else 0
 

@@ -8,13 +8,13 @@ FILE = "PETL_RECORDS"  # the environment variables that a step is given
 SECONDS = "PETL_SECONDS"
 
 
-def record(kind, **values):
+def record(topic, **values):
     """Adds to the runner's JSON; without the runner it is printed.
 
     Args:
-        kind: "summary", whose `text` stands in the step's one line on the terminal, or whatever the step measures.
+        topic: "summary", whose `text` stands in the step's one line on the terminal, or whatever the step measures.
     """
-    line = json.dumps({"kind": kind, **values})
+    line = json.dumps({"topic": topic, **values})
     if not os.environ.get(FILE):
         print(line, flush=True)
         return

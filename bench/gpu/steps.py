@@ -92,6 +92,7 @@ def steps(counter_report):
         module("speed", "speed", limit=170, least=45),
         module("calls", "calls", limit=60, least=20),
         module("vilt", "vilt", limit=60, least=20),
+        module("cupy_contender", "cupy", limit=30, least=15),
         module("kernel_times", "kernel times", limit=45, least=20),
         counters(counter_report),
     )

@@ -12,19 +12,28 @@ def _of_goals(comparison):
     )
 
 
+def triton_in_words(comparison):
+    """Where a page of Triton beats our kernels; "" where it does not, or did not run."""
+    ratio = comparison.get("speed_up", {}).get("vs triton")
+    return f"Triton is faster, {1 / ratio['median']:.2f} times" if ratio and ratio["median"] < 1 else ""
+
+
 def of_comparison(comparison):
     if "microseconds" not in comparison:
         return f"{comparison['name']:62} not measured: {comparison['failures']}"
     ratios = "  ".join(f"{name} {ratio['median']:5.2f}" for name, ratio in comparison["speed_up"].items())
+    words = triton_in_words(comparison)
     return (
         f"{comparison['name']:62} {comparison['microseconds']['ours']:8.1f} us  {ratios}  "
         f"own traffic {comparison['own_gigabytes_per_second']:6.0f} GB/s = {comparison['share_of_own']:.2f} of a copy"
-        f"{'  WRONG' if comparison['wrong'] else ''}"
+        f"{'  WRONG' if comparison['wrong'] else ''}{f'  {words}' if words else ''}"
     )
 
 
 def lines(document):
-    comparisons = [record for step in document["steps"] for record in step["records"] if record["kind"] == "comparison"]
+    comparisons = [
+        record for step in document["steps"] for record in step["records"] if record["topic"] == "comparison"
+    ]
     goals = [(comparison["name"], _of_goals(comparison)) for comparison in comparisons]
     return [
         *(of_comparison(comparison) for comparison in comparisons),

@@ -7,6 +7,7 @@
 #include <map>
 #include <new>
 
+#include "emulator/counts.h"
 #include "emulator/text.h"
 
 namespace emulator {
@@ -112,6 +113,7 @@ Block::~Block() {
 std::string Block::run(const Launch& launch, uint3 index) {
   launch_ = &launch;
   prepare(index);
+  counts::begin_block(index, thread_count_, shared_.begin(), shared_.bytes(), stacks_, kMaxThreads * kStackBytes);
   running = this;
   current_ = &next();
   threadIdx = current_->index;
@@ -119,6 +121,7 @@ std::string Block::run(const Launch& launch, uint3 index) {
   home_.switch_to(current_->fiber);
   observe(&returned_);
   running = nullptr;
+  counts::end_block();
   if (error_.empty() && !shared_.margins_untouched()) error_ = "writes outside of its shared memory";
   return std::move(error_);
 }
@@ -217,6 +220,8 @@ void Block::meet_warp(const Contribution& own) {
   if (own.operation->orders_memory) publish(channel);
   if (warp.complete(own)) {
     const uint32_t lanes = own.mask & warp.present;
+    if (lanes == warp.present) counts::end_requests(current_warp_);
+    counts::add(own.operation->name);
     own.operation->resolve(warp, lanes);
     if (own.mask == kAllLanes) warp.channels.take_next();
     warp.meeting &= ~lanes;
@@ -236,6 +241,7 @@ void Block::meet_block(const Place& place) {
   const uint32_t bit = uint32_t{1} << current_->lane;
   warp.runnable &= ~bit;
   warp.at_barrier |= bit;
+  if (warp.at_barrier == warp.present) counts::end_requests(current_warp_);
   void* channel = channels_.current();
   publish(channel);
   if (++at_barrier_ == thread_count_) release_barrier();
@@ -244,6 +250,7 @@ void Block::meet_block(const Place& place) {
 }
 
 void Block::release_barrier() {
+  counts::add("barriers");
   for (unsigned i = 0; i < warp_count_; ++i) {
     warps_[i].runnable = warps_[i].at_barrier;
     warps_[i].at_barrier = 0;
@@ -263,6 +270,7 @@ void Block::copy_async(void* shared, const void* global, bool valid, const Place
   if (valid) static_cast<void>(bytes[0] + bytes[15]);  // a bad address shows here, not where the copy lands
   if (valid) note_read(global, 16);
   note_write(shared, 16);  // it may land from now on
+  counts::note_copy(shared, valid ? global : nullptr, place);
   current_->copies.add(shared, valid ? global : nullptr);
   if (launch_->settings.copies == Copies::eager) current_->copies.land_all();
 }

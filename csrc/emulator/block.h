@@ -125,11 +125,12 @@ struct Thread {
 
 struct Launch {
   dim3 grid, block;
-  size_t shared_bytes;
-  const void* kernel;
-  const char* kernel_type;  // as typeid names it
-  void (*call)(const void* kernel, const void* arguments);
-  const void* arguments;
+  size_t shared_bytes = 0;
+  const void* kernel = nullptr;
+  const char* kernel_type = nullptr;  // as typeid names it
+  void (*call)(const void* kernel, const void* arguments) = nullptr;
+  const void* arguments = nullptr;
+  std::vector<unsigned char> parameters;  // the arguments as they lie in the device's constant memory, if counted
   Settings settings;
 };
 

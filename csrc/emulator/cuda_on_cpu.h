@@ -9,6 +9,7 @@
 #include <typeinfo>
 
 #include "emulator/block.h"
+#include "emulator/counts.h"
 #include "emulator/cuda_types.h"
 #include "emulator/ptx_on_cpu.h"
 #include "emulator/warp.h"
@@ -118,6 +119,12 @@ enum cudaError_t {
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
+struct cudaFuncAttributes {
+  int maxDynamicSharedSizeBytes;
+};
+
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeRelaxed = 2 };
+
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
@@ -143,6 +150,8 @@ cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
 
 template <class T>
 cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute attribute, int value) {
@@ -150,6 +159,20 @@ cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute attribute, int val
 }
 
 namespace emulator {
+
+// Each parameter at the next address that is aligned for it, as the device has them.
+template <class... Parameters>
+std::vector<unsigned char> in_constant_memory(const std::tuple<Parameters...>& stored) {
+  std::vector<unsigned char> bytes;
+  const auto append = [&](const auto& parameter) {
+    const size_t alignment = alignof(decltype(parameter));
+    const size_t begin = (bytes.size() + alignment - 1) / alignment * alignment;
+    bytes.resize(begin + sizeof parameter);
+    std::memcpy(bytes.data() + begin, &parameter, sizeof parameter);
+  };
+  std::apply([&](const Parameters&... parameters) { (append(parameters), ...); }, stored);
+  return bytes;
+}
 
 // What makes the device refuse a launch.
 cudaError_t launch(const cudaLaunchConfig_t& config, Launch launch);
@@ -167,6 +190,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   launch.kernel = reinterpret_cast<const void*>(kernel);
   launch.kernel_type = typeid(void(Parameters...)).name();
   launch.arguments = &stored;
+  if constexpr (emulator::counts::kOn) launch.parameters = emulator::in_constant_memory(stored);
   launch.call = [](const void* kernel, const void* arguments) {
     std::apply(reinterpret_cast<Kernel>(const_cast<void*>(kernel)), *static_cast<const Stored*>(arguments));
   };

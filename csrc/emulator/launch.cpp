@@ -80,10 +80,16 @@ class Work {
       if (turn >= blocks_) break;
       const size_t number = launch_.settings.order == Order::forward ? turn : blocks_ - 1 - turn;
       const uint3 index = position(number, launch_.grid);
+      if (launch_.settings.samples_blocks && !is_sample(number, index)) continue;
       const std::string error = block->run(launch_, index);
       if (!error.empty()) report({turn, name_of(launch_) + ", block " + text(index) + ", " + error});
     }
     block_pool().give_back(std::move(block));
+  }
+
+  // The first block and its neighbors, the middle one and the last.
+  bool is_sample(size_t number, uint3 index) const {
+    return index.x + index.y + index.z <= 1 || number == blocks_ / 2 || number + 1 == blocks_;
   }
 
   void report(Failure failure) {

@@ -8,6 +8,17 @@ namespace petl::cuda {
 
 inline unsigned char* shared_memory() { return emulator::running->shared_memory(); }
 
+using SharedAddress = uintptr_t;
+
+inline SharedAddress shared_address(const void* pointer) { return reinterpret_cast<SharedAddress>(pointer); }
+
+inline void keep(SharedAddress&) {}
+
+template <class T>
+T* keep_address(T* shared) {
+  return shared;
+}
+
 inline uint32_t pack_bfloat16(float low, float high) {
   return emulator::to_bfloat16(low) | emulator::to_bfloat16(high) << 16;
 }
@@ -20,8 +31,14 @@ inline float2 unpack_float16(uint32_t packed) {
   return {emulator::Float16::widen(packed & 0xffff), emulator::Float16::widen(packed >> 16)};
 }
 
+inline float max_or_nan(float a, float b) { return b > a || b != b ? b : a; }
+
 inline void load_matrices(uint32_t (&parts)[4], const void* row, const emulator::Place& place = emulator::here()) {
   emulator::load_matrices(parts, row, place);
+}
+
+inline void load_matrices(uint32_t (&parts)[4], SharedAddress row, const emulator::Place& place = emulator::here()) {
+  emulator::load_matrices(parts, reinterpret_cast<const void*>(row), place);
 }
 
 inline void load_matrices_transposed(uint32_t (&parts)[4], const void* row,
@@ -41,6 +58,15 @@ inline void multiply_float16(float (&sums)[4], const uint32_t (&left)[4], const 
 
 inline void copy_async(void* shared, const void* global, bool valid, const emulator::Place& place = emulator::here()) {
   emulator::running->copy_async(shared, global, valid, place);
+}
+
+inline void copy_async(SharedAddress shared, const void* global, bool valid,
+                       const emulator::Place& place = emulator::here()) {
+  emulator::running->copy_async(reinterpret_cast<void*>(shared), global, valid, place);
+}
+
+inline void copy_async(SharedAddress shared, const void* global, const emulator::Place& place = emulator::here()) {
+  emulator::running->copy_async(reinterpret_cast<void*>(shared), global, true, place);
 }
 
 inline void commit_copies() { emulator::running->commit_copies(); }

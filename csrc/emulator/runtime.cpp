@@ -2,6 +2,7 @@
 #include <map>
 #include <mutex>
 
+#include "emulator/counts.h"
 #include "emulator/cuda_on_cpu.h"
 
 namespace {
@@ -63,7 +64,9 @@ cudaError_t emulator::launch(const cudaLaunchConfig_t& config, Launch launch) {
   launch.grid = config.gridDim;
   launch.block = config.blockDim;
   launch.shared_bytes = config.dynamicSmemBytes;
+  counts::begin_launch(launch);
   run(launch);
+  counts::end_launch();
   return cudaSuccess;
 }
 
@@ -128,5 +131,16 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
     return noted(cudaErrorInvalidValue);
   }
   shared_limits().set(kernel, static_cast<size_t>(value));
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  attributes->maxDynamicSharedSizeBytes = static_cast<int>(shared_limits().of(kernel));
+  return cudaSuccess;
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  thread_local cudaStreamCaptureMode current = cudaStreamCaptureModeGlobal;
+  std::swap(current, *mode);
   return cudaSuccess;
 }

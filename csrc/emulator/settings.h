@@ -13,6 +13,8 @@ struct Settings {
   Copies copies = Copies::lazy;
   unsigned threads = 0;                            // of the operating system; 0: one per core
   size_t shared_memory_limit = size_t{227} << 10;  // bytes that a block may ask for
+  // Only the first block of a launch and its neighbors, the middle one and the last run: enough for counts.
+  bool samples_blocks = false;
 };
 
 // At first as the environment variables PETL_EMULATOR_ORDER and PETL_EMULATOR_COPIES say.

@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "emulator/counts.h"
 #include "emulator/half.h"
 
 namespace emulator {
@@ -72,6 +73,19 @@ struct LoadMatrices : Contribution {
 
 using FourColumns = float __attribute__((vector_size(16)));
 
+// Whether a product has a term of rows, columns and depth that are really there. What pads them holds zeros or, where
+// nobody has written, NaN.
+bool is_wanted(const float (&left)[16][16], const FourColumns (&right)[16][2]) {
+  const auto is_there = [](float value) { return value == value && value != 0; };
+  for (unsigned inner = 0; inner < 16; ++inner) {
+    bool in_left = false, in_right = false;
+    for (unsigned row = 0; row < 16; ++row) in_left |= is_there(left[row][inner]);
+    for (unsigned column = 0; column < 8; ++column) in_right |= is_there(right[inner][column / 4][column % 4]);
+    if (in_left && in_right) return true;
+  }
+  return false;
+}
+
 template <class Half>
 struct Multiply : Contribution {
   float* sums;            // rows lane / 4 and that + 8, columns lane % 4 * 2 and the next
@@ -94,6 +108,7 @@ struct Multiply : Contribution {
         std::memcpy(reinterpret_cast<float*>(sums[outer + part * 8]) + pair, own.sums + part * 2, 8);
       }
     });
+    if constexpr (counts::kOn) counts::add("products wanted", is_wanted(left, right));
     for (unsigned row = 0; row < 16; ++row) {
       FourColumns low = sums[row][0], high = sums[row][1];
       for (unsigned inner = 0; inner < 16; ++inner) {
@@ -122,6 +137,7 @@ constexpr Operation kMultiplyFloat16{"multiply_float16", true, false, &Multiply<
 void load(const Operation& operation, uint32_t (&parts)[4], const void* row, const Place& place) {
   running->check_shared(row, operation.name, place);
   note_read(row, 16);
+  counts::note_matrices(row, place);
   running->meet_warp(LoadMatrices{{&operation, kAllLanes, &place}, parts, static_cast<const unsigned char*>(row)});
 }
 

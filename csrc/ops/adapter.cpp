@@ -16,14 +16,15 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-void run(const Cpu&, const AdapterForward& args) { cpu_kernels().adapter_forward(args, &parallel_for); }
+void run(const Cpu&, const AdapterForward& args, const Tensor&) { cpu_kernels().adapter_forward(args, &parallel_for); }
 void run(const Cpu&, const AdapterBackward& args, const Tensor&) {
   cpu_kernels().adapter_backward(args, &parallel_for);
 }
 
 #ifdef PETL_WITH_CUDA
-void run(const Cuda& device, const AdapterForward& args) {
-  device.check("adapter", cuda::adapter_forward(args, device.queue()));
+void run(const Cuda& device, const AdapterForward& args, const Tensor& like) {
+  const Tensor workspace = new_bytes(like, cuda::adapter_forward_workspace(args));
+  device.check("adapter", cuda::adapter_forward(args, workspace.mutable_data_ptr(), device.queue()));
 }
 
 void run(const Cuda& device, const AdapterBackward& args, const Tensor& like) {
@@ -152,7 +153,7 @@ Tensor adapter_forward(const Tensor& x, OptionalTensor residual, OptionalTensor 
   if (residual) residual_rows.emplace(rows_like_x(device, "residual", *residual, x));
   const Result out(x, false);
   const ConstRows none{nullptr, 0, DType::float32};
-  run(device, AdapterForward{rows.view(), residual_rows ? residual_rows->view() : none, out.rows()});
+  run(device, AdapterForward{rows.view(), residual_rows ? residual_rows->view() : none, out.rows()}, x);
   return out.tensor();
 }
 

@@ -14,11 +14,14 @@
 namespace petl {
 namespace {
 
-void run(const Cpu&, const AptForward& args) { cpu_kernels().apt_forward(args, &parallel_for); }
+void run(const Cpu&, const AptForward& args, const Tensor&) { cpu_kernels().apt_forward(args, &parallel_for); }
 void run(const Cpu&, const AptBackward& args, const Tensor&) { cpu_kernels().apt_backward(args, &parallel_for); }
 
 #ifdef PETL_WITH_CUDA
-void run(const Cuda& device, const AptForward& args) { device.check("apt", cuda::apt_forward(args, device.queue())); }
+void run(const Cuda& device, const AptForward& args, const Tensor& like) {
+  const Tensor workspace = new_bytes(like, cuda::apt_forward_workspace(args));
+  device.check("apt", cuda::apt_forward(args, workspace.mutable_data_ptr(), device.queue()));
+}
 
 void run(const Cuda& device, const AptBackward& args, const Tensor& like) {
   const Tensor workspace = new_bytes(like, cuda::apt_backward_workspace(args));
@@ -83,7 +86,8 @@ std::tuple<Tensor, Tensor, Tensor> apt_forward(const Tensor& x, const Tensor& y,
           .out = out.rows(),
           .gate = static_cast<float*>(gate.mutable_data_ptr()),
           .scores = {keep_scores ? scores.mutable_data_ptr() : nullptr, Argument{"apt", "scores", scores}.dtype()},
-      });
+      },
+      x);
   return {out.tensor(), gate, scores};
 }
 

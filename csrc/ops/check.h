@@ -1,4 +1,4 @@
-// What every op checks of its arguments, and how it says so: the op, the argument, what was expected, what came.
+// What every op checks of its arguments, and how it says so: "op: argument must be ..., got ...".
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

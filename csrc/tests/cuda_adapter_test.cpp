@@ -5,6 +5,11 @@
 
 namespace {
 
+void forward(const petl::AdapterForward& args) {
+  std::vector<double> workspace = emulated::workspace(petl::cuda::adapter_forward_workspace(args));
+  emulated::expect_success(petl::cuda::adapter_forward(args, workspace.data(), emulated::kQueue));
+}
+
 void backward(const petl::AdapterBackward& args) {
   std::vector<double> workspace = emulated::workspace(petl::cuda::adapter_backward_workspace(args));
   emulated::expect_success(petl::cuda::adapter_backward(args, workspace.data(), emulated::kQueue));
@@ -16,11 +21,7 @@ int main() {
   using adapter_problem::Residual;
   using petl::AdapterActivation;
   using petl::DType;
-  const adapter_problem::Device device{"emulated",
-                                       [](const petl::AdapterForward& args) {
-                                         emulated::expect_success(petl::cuda::adapter_forward(args, emulated::kQueue));
-                                       },
-                                       backward};
+  const adapter_problem::Device device{"emulated", forward, backward};
   int checked = 0, failed = 0;
   for (const DType dtype : {DType::float32, DType::bfloat16}) {
     for (const bool norm : {false, true}) {
@@ -30,8 +31,12 @@ int main() {
                                                                                Residual::none},
             {65, 72, 50, AdapterActivation::relu, Residual::input},
             {67, 136, 96, AdapterActivation::gelu, Residual::other},
+            {66, 72, 120, AdapterActivation::silu, Residual::other},
+            {130, 64, 161, AdapterActivation::gelu, Residual::input},
             {129, 72, 200, AdapterActivation::relu, Residual::none},
             {33, 64, 300, AdapterActivation::silu, Residual::input},
+            {65, 40, 510, AdapterActivation::relu, Residual::other},
+            {70, 520, 20, AdapterActivation::gelu, Residual::input},
             {600, 24, 9, AdapterActivation::relu, Residual::input}}) {
         // Tensor cores see the weights rounded, which flips ReLU's mask here and there, as in PyTorch.
         const AdapterActivation smooth = dtype == DType::float32 ? activation : AdapterActivation::silu;

@@ -5,6 +5,11 @@
 
 namespace {
 
+void forward(const petl::AptForward& args) {
+  std::vector<double> workspace = emulated::workspace(petl::cuda::apt_forward_workspace(args));
+  emulated::expect_success(petl::cuda::apt_forward(args, workspace.data(), emulated::kQueue));
+}
+
 void backward(const petl::AptBackward& args) {
   std::vector<double> workspace = emulated::workspace(petl::cuda::apt_backward_workspace(args));
   emulated::expect_success(petl::cuda::apt_backward(args, workspace.data(), emulated::kQueue));
@@ -15,10 +20,7 @@ void backward(const petl::AptBackward& args) {
 int main() {
   using petl::Activation;
   using petl::DType;
-  const apt_problem::Device device{
-      "emulated",
-      [](const petl::AptForward& args) { emulated::expect_success(petl::cuda::apt_forward(args, emulated::kQueue)); },
-      backward};
+  const apt_problem::Device device{"emulated", forward, backward};
   int checked = 0, failed = 0;
   for (const Activation activation : {Activation::relu, Activation::softmax}) {
     for (const DType dtype : {DType::float32, DType::bfloat16}) {
@@ -27,8 +29,12 @@ int main() {
                                     {65, 72, 50},
                                     {64, 64, 64},
                                     {67, 136, 100},
+                                    {70, 72, 90},
+                                    {130, 64, 161},
                                     {129, 72, 200},
                                     {33, 64, 300},
+                                    {65, 40, 510},
+                                    {70, 520, 20},
                                     {600, 24, 9}}) {
         ++checked;
         failed += !check(device, apt_problem::Problem(R, D, P, activation, dtype));

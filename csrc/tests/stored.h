@@ -67,7 +67,8 @@ inline Floats rounded(const Floats& values, DType dtype) { return Stored(values,
 inline bool close(const std::string& name, const Floats& actual, const Doubles& wanted, double tolerance) {
   double error = 0, largest = 0;
   for (size_t i = 0; i < wanted.size(); ++i) {
-    error = std::max(error, std::abs(actual[i] - wanted[i]));
+    const double difference = std::abs(actual[i] - wanted[i]);
+    error = std::max(error, std::isnan(difference) ? INFINITY : difference);
     largest = std::max(largest, std::abs(wanted[i]));
   }
   const bool good = error <= tolerance * largest;

@@ -1,4 +1,4 @@
-"""What is attached takes over what a checkpoint of the authors says of its method."""
+"""Changes what is attached as a checkpoint of the authors asks for."""
 
 import dataclasses
 

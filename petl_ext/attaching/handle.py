@@ -59,6 +59,29 @@ class Attachment:
         """The parameters of `named_parameters`, as an optimizer takes them."""
         return (parameter for _, parameter in self.named_parameters())
 
+    def parameter_groups(self, **learning_rates):
+        """What trains, as an optimizer takes it: a list of {"params", "lr", "name"}, one for each learning rate.
+
+            optimizer = torch.optim.AdamW(attachment.parameter_groups(vision=1e-4, language=5e-5, kept=1e-4))
+            Trainer(model, arguments, train_dataset=train, optimizers=(optimizer, None)).train()
+
+        Args:
+            learning_rates: by the family's towers that train, and `kept` for what `keep` names outside of the new
+                layers.
+
+        Raises:
+            ValueError: something that trains would be in no group, or a group would be empty.
+        """
+        found = {}
+        for name, parameter in self.named_parameters():
+            found.setdefault(self._group_of(name), []).append(parameter)
+        if found.keys() != learning_rates.keys():
+            raise ValueError(
+                f"parameter_groups: learning rates must be those of {', '.join(found)}, which train, got "
+                f"{', '.join(learning_rates) or 'none'}"
+            )
+        return [{"params": found[name], "lr": rate, "name": name} for name, rate in learning_rates.items()]
+
     def report(self, tokens=None, inputs=None):
         """A `Report`: every new layer, its parameters, the MACs it adds, which kernel runs there and, if none, why.
 
@@ -105,7 +128,7 @@ class Attachment:
     def freeze(self):
         """For serving: weights that are derived from parameters, such as APT's keys, are made once.
 
-        `report` shows where. Undone by `thaw`, by training mode, and by whatever `APTLayer.freeze` says; new layers
+        `report` shows where. Undone by `thaw`, by training mode, and by all that undoes `APTLayer.freeze`; new layers
         that derive nothing, such as adapters, stay as they are.
 
         Raises:
@@ -178,7 +201,7 @@ class Attachment:
         self.thaw()
 
     def _reinstall(self, change):
-        """Makes of what is installed what `change` makes of it, while the sites have been left."""
+        """Replaces what is installed by what `change` returns for it; it is called while the sites are left."""
         self.installed.leave()
         self.installed = change(self.installed)
         if not self._disabled:
@@ -198,6 +221,10 @@ class Attachment:
 
     def _owns(self, name):
         return name in self._kept or self.installed.holds(name)
+
+    def _group_of(self, name):
+        """The tower of a new layer's parameter, "layers" where its family has no towers, or "kept"."""
+        return (self.family.tower_of(name) or "layers") if self.installed.holds(name) else "kept"
 
     def _tensors(self):
         """What is saved, by state-dict name: new layers and kept modules, buffers too."""

@@ -1,6 +1,7 @@
 """What the entries of `sites` and of `keep` mean: regular expressions, and runs of parts, of dotted names."""
 
 import re
+from typing import NamedTuple
 
 
 def whole_name(pattern):
@@ -25,3 +26,23 @@ def check_patterns(owner, patterns):
 def is_part(entry, name):
     """Whether the dotted `entry`, of `keep`, is a run of whole components of the dotted `name`."""
     return f".{entry}." in f".{name}."
+
+
+class Wanted(NamedTuple):
+    """What one pattern asks for.
+
+    Attributes:
+        pattern: of `sites` or of a family.
+        is_familys: whether it is of a family, which asks for no layer that the model does not use.
+        tower: the family's tower to which it is confined, or None.
+    """
+
+    pattern: str
+    is_familys: bool = False
+    tower: str | None = None
+
+    def takes(self, name, family):
+        """Whether it asks for the module of this dotted name in a model of that family."""
+        if self.is_familys and not family.uses(name):
+            return False
+        return matches(self.pattern, name) and self.tower in (None, family.tower_of(name))

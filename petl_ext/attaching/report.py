@@ -8,6 +8,7 @@ from petl_ext.printing import table
 
 COLUMNS = ("layer", "class", "parameters", "MACs", "kernel", "because")
 SKIPPING_COLUMNS = ("layer that can be skipped", "MACs", "its bypass", "saved", "of the backbone")
+TOWER_COLUMNS = ("tower", "layers", "parameters", "MACs")
 ADDS_NOTHING = "adds nothing to the model"
 
 
@@ -19,10 +20,11 @@ class ReportRow:
         layer: the dotted name of the new layer, or the entry.
         class_name: the layer's class, or "kept": the model's own parameters, which train.
         parameters: how many train.
-        macs: multiply-accumulates added; None where it is not known for what.
+        macs: multiply-accumulates added; None where nothing says for which inputs.
         kernel: what computes there: "apt (cpu, avx512)", "reference" or "none", as where the layer does not run now;
             with ", frozen" where `Attachment.freeze` has derived weights.
         reason: why it is not a kernel.
+        tower: of the model's family, in which the layer stands, or None.
     """
 
     layer: str
@@ -31,6 +33,7 @@ class ReportRow:
     macs: int | None
     kernel: str
     reason: str
+    tower: str | None = None
 
     def cells(self):
         macs = "?" if self.macs is None else f"{self.macs:,}"
@@ -79,6 +82,7 @@ class Report:
         all_macs: multiply-accumulates of the model as it is, where inputs were given.
         backbone_macs: of the bare model, likewise; None where layers have been removed for good.
         layer_costs: a `LayerCosts`, where layers can be skipped and inputs were given.
+        limits: where the method does not go in models of this family, and why.
     """
 
     title: str
@@ -89,6 +93,13 @@ class Report:
     all_macs: int | None = None
     backbone_macs: int | None = None
     layer_costs: LayerCosts | None = None
+    limits: tuple = ()
+
+    @property
+    def towers(self):
+        """{tower: rows of the new layers in it}, in the order of the rows."""
+        names = dict.fromkeys(row.tower for row in self.rows if row.tower is not None)
+        return {name: [row for row in self.rows if row.tower == name] for name in names}
 
     @property
     def macs(self):
@@ -99,9 +110,17 @@ class Report:
         share = self.trained / self.total if self.total else 0
         summary = f"{self.trained:,} of {self.total:,} parameters train ({share:.2%}); {self._macs_text()}"
         lines = [self.title, *table([COLUMNS, *(row.cells() for row in self.rows)]), summary]
+        if len(self.towers) > 1:
+            lines += ["", *table([TOWER_COLUMNS, *self._tower_cells()])]
+        lines += self.limits
         if self.layer_costs is not None:
             lines += ["", *table([SKIPPING_COLUMNS, *self.layer_costs.cells()])]
         return "\n".join(lines)
+
+    def _tower_cells(self):
+        for tower, rows in self.towers.items():
+            macs = "?" if self.counted_for is None else f"{sum(row.macs for row in rows):,}"
+            yield tower, str(len(rows)), f"{sum(row.parameters for row in rows):,}", macs
 
     def _macs_text(self):
         if self.counted_for is None:
@@ -142,7 +161,17 @@ def _report(attachment, macs_of, counted_for, **totals):
     rows += [_kept_row(attachment, entry) for entry in attachment.keep]
     if config.trains_all:
         rows = [ReportRow("the whole model", "its own", trained, 0, "none", ADDS_NOTHING)]
+    totals["limits"] = _limits(attachment.family, config)
     return Report(f"{config} on {type(model).__name__}", rows, trained, total, counted_for, **totals)
+
+
+def _limits(family, config):
+    """What the family's record says of the method and of the towers where `config` leaves the choice to it."""
+    towers = [tower for tower in family.towers if config.sites is None or tower in config.sites]
+    is_familys = config.sites is None or bool(towers)
+    return tuple(
+        f"{name}: {family.limits[name]}" for name in (config.row, *towers) if is_familys and name in family.limits
+    )
 
 
 def _layer_row(attachment, place, macs_of):
@@ -152,7 +181,8 @@ def _layer_row(attachment, place, macs_of):
     if getattr(layer, "is_frozen", False):
         kernel = f"{kernel}, frozen"
     size = sum(parameter.numel() for parameter in layer.parameters() if parameter.requires_grad)
-    return ReportRow(place.layer_name, type(layer).__name__, size, macs_of(place, layer), kernel, reason)
+    tower = attachment.family.tower_of(place.name)
+    return ReportRow(place.layer_name, type(layer).__name__, size, macs_of(place, layer), kernel, reason, tower)
 
 
 def _kept_row(attachment, entry):

@@ -48,16 +48,16 @@ def check_same(saved, config, keep, folder):
     """Raises a ValueError if a `Saved` of that folder is not of this configuration and these entries of `keep`."""
     for what, ours, theirs in (("config", config, saved.config), ("keep", keep, saved.keep)):
         if ours != theirs:
-            raise ValueError(f"{folder}: expected the {what} that is attached, {ours}, found {theirs}")
+            raise ValueError(f"{folder} must hold the {what} that is attached, {ours}, got {theirs}")
 
 
 def _parse(description):
     if "model" in description:
-        raise ValueError(f"saved by {description['model']}.save, which {description['model']}.from_folder reads")
+        raise ValueError(f"saved by {description['model']}.save, which {description['model']}.load reads")
     check_keys(description, ["config", "family", "keep"])
     keep = description["keep"]
     if not isinstance(keep, list) or not all(isinstance(entry, str) for entry in keep):
-        raise ValueError(f"keep must be a list of names, found {keep!r}")
+        raise ValueError(f"keep must be a list of names, got {keep!r}")
     return config_from_dict(description["config"]), description["family"], tuple(keep)
 
 

@@ -2,10 +2,13 @@
 
 from typing import NamedTuple
 
-from petl_ext.attaching.families import FAMILIES, Family
+from petl_ext.attaching.families import Family
 from petl_ext.attaching.methods.class_token import ClassTokenConfig
-from petl_ext.attaching.patterns import is_part, matches
+from petl_ext.attaching.methods.config import TOWERS
+from petl_ext.attaching.patterns import Wanted, is_part
 from petl_ext.attaching.sites.site import Place, candidates_of
+from petl_ext.attaching.suggestion import lines_to_copy
+from petl_ext.attaching.whole_stacks import check_takes_whole_stacks
 from petl_ext.composing import has_foreign_forward
 from petl_ext.printing import listed
 
@@ -72,51 +75,97 @@ def _select_kept(model, config, keep):
 
 
 def _own_places(model, config, family):
-    patterns = config.sites or _patterns(model, config, family)
-    places = _matching(model, config, family, patterns)
-    if config.sites is None:
-        _check_all_fit(model, config, family, {place.name for place in places})
+    wanted = _wanted(model, config, family)
+    places = _matching(model, config, family, wanted)
+    names = {place.name for place in places}
+    _check_all_fit(model, config, family, wanted, names)
+    check_takes_whole_stacks(model, config, family, wanted, names)
+    _check_all_towers(model, config, family, names)
     places = config.with_inner_places(places, model, family)
     for place in places:
         _check_site(place, model.get_submodule(place.name))
     return places
 
 
-def _patterns(model, config, family):
-    if config.row not in family.sites:
-        known = ", ".join(other.name for other in FAMILIES.values() if config.row in other.sites)
-        raise ValueError(
-            f"attach: {type(model).__name__} belongs to none of the families with sites for {config.method} ({known}), "
-            f"so {config} must name them. {_candidates_text(model, config.site_classes_in(family))}"
-        )
-    return family.patterns(config.row)
+def _wanted(model, config, family):
+    """A list of `Wanted`: what `config` asks for, or what the family's record says."""
+    entries = config.sites or (None,)
+    return [wanted for entry in entries for wanted in _wanted_by(entry, model, config, family)]
 
 
-def _matching(model, config, family, patterns):
+def _wanted_by(entry, model, config, family):
+    if entry is not None and entry not in TOWERS:
+        return [Wanted(entry)]
+    if not family.takes(config.row):
+        raise ValueError(_no_sites_text(model, config, family))
+    if entry is not None and entry not in family.towers:
+        towers = ", ".join(map(repr, family.towers)) or "none"
+        raise ValueError(f"attach: {type(model).__name__} has no tower {entry!r}; those of its family: {towers}")
+    return [Wanted(pattern, True, entry) for pattern in family.patterns(config.row)]
+
+
+def _no_sites_text(model, config, family):
+    method, name = type(config).__name__, type(model).__name__
+    if config.row in family.limits:
+        return f"attach: {name} takes no {method}: {family.limits[config.row]}"
+    lines = [
+        f"attach: {name} belongs to none of the families with sites for {config.method}, so {method} must name them. "
+        f"{_candidates_text(model, config.site_classes_in(family))}"
+    ]
+    return "\n".join([*lines, *lines_to_copy(model, config, family)])
+
+
+def _matching(model, config, family, wanted):
     """The places that the patterns match, by pattern and then in the model's order."""
     site_classes = config.site_classes_in(family)
     candidates = candidates_of(model, site_classes)
     order = [name for name, _ in model.named_modules()]
-    chosen = {}
-    for pattern in patterns:
-        matching = {name: found for name, found in candidates.items() if matches(pattern, name)}
-        if not matching:
-            raise ValueError(
-                f"attach: {config} matches nothing in {type(model).__name__} with the pattern {pattern!r}. "
-                f"{_candidates_text(model, site_classes)}"
-            )
+    chosen, lacking, towers = {}, [], set()
+    for each in wanted:
+        matching = {name: found for name, found in candidates.items() if each.takes(name, family)}
+        if matching:
+            towers.add(each.tower)
+        else:
+            lacking.append(each)
         chosen |= {name: matching[name] for name in order if name in matching and name not in chosen}
+    # A tower's patterns are those of all towers of its family; others are each to match something.
+    missed = [each for each in lacking if each.tower is None or each.tower not in towers]
+    if missed:
+        where = f"in the tower {missed[0].tower!r}" if missed[0].tower else f"with the pattern {missed[0].pattern!r}"
+        limit = family.limits.get(missed[0].tower)
+        raise ValueError(
+            f"attach: {config} matches nothing in {type(model).__name__} {where}{f': {limit}' if limit else ''}. "
+            f"{_candidates_text(model, site_classes)}"
+        )
     return [Place(name, site_class) for name, site_class in chosen.items()]
 
 
-def _check_all_fit(model, config, family, fitting):
+def _check_all_fit(model, config, family, wanted, fitting):
     """Raises a ValueError if a module stands where the family's record wants a layer, but is none of the candidates."""
-    patterns = family.patterns(config.row)
-    for name, module in model.named_modules():
-        if name not in fitting and any(matches(pattern, name) for pattern in patterns):
+    patterns = [each for each in wanted if each.is_familys]
+    for name, module in model.named_modules() if patterns else ():
+        holds_one = any(inner.startswith(f"{name}.") for inner in fitting)
+        if name not in fitting and not holds_one and any(each.takes(name, family) for each in patterns):
             raise ValueError(
                 f"attach: {name}, a {type(module).__name__}, stands where {config} puts a layer, but is not what it "
                 f"looks for. {_candidates_text(model, config.site_classes_in(family))}"
+            )
+
+
+def _check_all_towers(model, config, family, names):
+    """Raises a ValueError if the family's record gives one of the model's towers no layer, and `config` does not say
+    that it is to have none."""
+    if config.sites is not None:
+        return
+    reached = {family.tower_of(name) for name in names}
+    there = {family.tower_of(name) for name, _ in model.named_modules()} - {None}
+    for tower in family.towers:
+        if tower in there - reached and reached - {None}:
+            others = [other for other in family.towers if other in reached]
+            raise ValueError(
+                f"attach: {type(model).__name__}'s {tower} tower takes no {type(config).__name__}: "
+                f"{family.limits.get(tower, 'its family has no sites for it')}. For the others alone write "
+                f"sites={others}"
             )
 
 

@@ -26,7 +26,7 @@ class SkippingAttachment(Attachment):
     def __init__(self, model, config, selection, layers):
         bypasses = [place for place in layers if issubclass(place.site_class, SkippableLayer)]
         self.layers = tuple(place.name for place in bypasses)
-        self._stacks = Stacks(model, self.layers, bypasses[0].site_class.rewire)
+        self._stacks = Stacks(model, {place.name: place.site_class for place in bypasses})
         self._chosen = ()
         self._removed = False
         super().__init__(model, config, selection, layers)
@@ -41,7 +41,7 @@ class SkippingAttachment(Attachment):
 
     @config.setter
     def config(self, config):
-        # Made anew when it is asked for: its checks take longer than a change of layers, which every step may bring.
+        # Made when it is asked for: its checks take longer than switching the layers, which every step may do.
         self._config = config
 
     @property
@@ -57,8 +57,8 @@ class SkippingAttachment(Attachment):
             decodes: whether the model may decode with a cache until the next call.
 
         Raises:
-            ValueError: not a layer that can be skipped; or the model's layers are of several kinds, all of one would be
-                skipped, and with decodes a cache would then count no tokens.
+            ValueError: not a layer that can be skipped; or the model's cache has several types of slots, the layers of
+                one type would all be skipped, and with decodes a cache would then count no tokens.
             RuntimeError: the model is disabled, or skipped layers have been removed.
         """
         self._check_attached()
@@ -177,7 +177,7 @@ class SkippingAttachment(Attachment):
 
     def _indices_of(self, layers):
         if isinstance(layers, str) or not isinstance(layers, Iterable):
-            raise ValueError(f"skip: expected a list of indices or names of layers, got {layers!r}")
+            raise ValueError(f"skip: layers must be a list of indices or names of layers, got {layers!r}")
         return tuple(sorted({self._index_of(layer) for layer in layers}))
 
     def _index_of(self, layer):
@@ -185,7 +185,7 @@ class SkippingAttachment(Attachment):
             return layer
         if layer in self.layers:
             return self.layers.index(layer)
-        raise ValueError(f"skip: expected indices below {len(self.layers)} or names of layers, got {layer!r}")
+        raise ValueError(f"skip: layers must be indices below {len(self.layers)} or names of layers, got {layer!r}")
 
     def _names_of(self, indices):
         return {self.layers[index] for index in indices}

@@ -34,7 +34,7 @@ def draw_types(scores, path, majority=False):
     types = next(iter(scores.values())).by_type
     width = 0.8 / len(scores)
     for index, (name, score) in enumerate(scores.items()):
-        positions = [kind + (index - len(scores) / 2 + 0.5) * width for kind in range(len(types))]
+        positions = [position + (index - len(scores) / 2 + 0.5) * width for position in range(len(types))]
         axes.bar(positions, [100 * one.accuracy for one in score.by_type.values()], width, label=name)
     for position, one in enumerate(types.values() if majority else ()):
         label = "" if position else MOST_FREQUENT
@@ -62,7 +62,7 @@ def frame(axes, grid=None):
 
 
 def save_figure(figure, path):
-    """The picture is whole or, after an error, as it was."""
+    """The picture is written whole; after an error the file is as it was."""
     with written_whole(path) as unfinished:
         figure.savefig(unfinished, dpi=120)
 

@@ -130,7 +130,7 @@ def groups_by_rate(named_parameters, rate_of):
 
 @contextmanager
 def one_quiet_thread():
-    """On matrices of this size several threads are slower than one; and a head that is new is no news here."""
+    """On matrices of this size several threads are slower than one. That the head is new needs no warning here."""
     threads, verbosity = torch.get_num_threads(), transformers_logging.get_verbosity()
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()

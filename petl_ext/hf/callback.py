@@ -114,7 +114,8 @@ class SearchCallback(TrainerCallback, ExportableState):
         self._bar = None
 
     def add_to(self, trainer: Trainer) -> "SearchCallback":
-        """Makes it the first callback of `trainer`, so its values reach every tracker; once, however often called.
+        """Makes it the first callback of `trainer`, so that its values reach every tracker. A second call changes
+        nothing.
 
         Returns:
             The callback.
@@ -194,7 +195,7 @@ class SearchCallback(TrainerCallback, ExportableState):
             found = "none" if saved is None else len(saved)
             raise ValueError(
                 f"SearchCallback: resuming needs a checkpoint that holds the state of one {type(self).__name__}, "
-                f"found {found}"
+                f"got {found}"
             )
         attributes = saved["attributes"]
         self.search.load_state_dict(attributes["search"])

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from petl_ext.nn.frozen import Frozen
@@ -43,14 +43,14 @@ class CLIPClassifier(nn.Module):
         self.clip = clip
         wrong = next((prompt for prompt in prompts.values() if not isinstance(prompt, str)), None)
         if wrong is not None:  # the tokenizer would join two into one
-            raise TypeError(f"prompts: expected one text per class, got {wrong!r}")
+            raise TypeError(f"prompts must be one text per class, got {wrong!r}")
         self._row = {name: row for row, name in enumerate(prompts)}
         tokens = tokenizer(list(prompts.values()), padding=True, return_tensors="pt")
         longest = clip.config.text_config.max_position_embeddings
         lengths = tokens["attention_mask"].sum(dim=1).tolist()
         for prompt, length in zip(prompts.values(), lengths, strict=True):
             if length > longest:
-                raise ValueError(f"prompts: expected at most {longest} tokens, got {length} in {prompt!r}")
+                raise ValueError(f"prompts must have at most {longest} tokens, got {length} in {prompt!r}")
         for name in ("input_ids", "attention_mask"):
             self.register_buffer(name, tokens[name].to(clip.logit_scale.device), persistent=False)
         self._frozen = self._frozen_settings = None
@@ -64,9 +64,9 @@ class CLIPClassifier(nn.Module):
         classes = tuple(classes)
         unknown = [name for name in classes if name not in self._row]
         if unknown:
-            raise ValueError(f"classes: expected some of {listed(self._row)}, which have prompts, got {unknown}")
+            raise ValueError(f"classes must be some of {listed(self._row)}, which have prompts, got {unknown}")
         if len(classes) < 2 or len(set(classes)) < len(classes):
-            raise ValueError(f"classes: expected at least two different ones, got {classes}")
+            raise ValueError(f"classes must be at least two different ones, got {classes}")
         self.classes = classes
         self.thaw()
 
@@ -86,9 +86,9 @@ class CLIPClassifier(nn.Module):
     def freeze(self) -> None:
         """Computes the prompts' features once, for serving, or for training while the text encoder does not change.
 
-        Undone by `thaw`, `set_classes`, loading, a move or a cast, and whatever of the text encoder can be seen to
-        change: layers put in, taken out, disabled or set, autocast, parameters in all ways that torch counts. It counts
-        none through `parameter.data`, of collectives and of a fused optimizer.
+        Undone by `thaw`, `set_classes`, loading, a move or a cast, and every change of the text encoder that can be
+        seen: layers put in, taken out, disabled or set, autocast, and changes of parameters that torch counts. It does
+        not count those through `parameter.data`, by collectives or by a fused optimizer.
 
         Raises:
             RuntimeError: dropout makes the features vary, in training mode.
@@ -126,7 +126,7 @@ class CLIPClassifier(nn.Module):
         return [weight for part in self._text_parts() for weight in part.parameters()]
 
     def _text_settings(self) -> tuple:
-        """What the features of the prompts depend on beside weights: what is asked, by modules set how."""
+        """What the prompts' features depend on besides weights: the prompts, and the settings of the modules."""
         device = self.input_ids.device.type
         dtype = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         return self.classes, dtype, [(type(m), _settings(m)) for part in self._text_parts() for m in part.modules()]
@@ -140,7 +140,7 @@ class CLIPClassifier(nn.Module):
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """Attributes that are plain, or hold nothing else: PEFT switches its layers off by such, and scales them."""
+    """Attributes that are plain values or hold only such: with these PEFT switches its layers off and scales them."""
     settings = {}
     for name in vars(module).keys() - _OF_EVERY_MODULE:
         value = vars(module)[name]

@@ -105,11 +105,12 @@ class APTLayer(nn.Module):
         return current_keys(self._frozen, self.prompts, self.down, self.up)
 
     def freeze(self):
-        """Makes the keys once, for serving; gradients to what is in them are refused from then on.
+        """Makes the keys once, for serving; from then on, gradients to the parameters that they were made from are
+        refused.
 
         Undone by `thaw`, `train()`, loading, a move or a cast of the layer, and any change of a parameter that torch
-        counts. It counts none through `parameter.data`, of collectives such as torch.distributed.broadcast, and of a
-        fused optimizer. Copies and pickles of the layer are not frozen.
+        counts. It does not count changes through `parameter.data`, by collectives such as torch.distributed.broadcast,
+        or by a fused optimizer. Copies and pickles of the layer are not frozen.
 
         Raises:
             RuntimeError: the layer is in training mode.

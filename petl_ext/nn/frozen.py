@@ -4,9 +4,9 @@ import torch
 
 
 class Frozen:
-    """A value derived from parameters. It holds for these very ones, while nothing of them can be seen to change.
+    """A value derived from parameters. It is valid for these very tensors as long as torch counts no change of them.
 
-    Not all changes can be seen: torch counts none through `parameter.data`, of collectives and of fused optimizers.
+    Torch does not count changes through `parameter.data`, by collectives or by fused optimizers.
 
     Attributes:
         value: what `make()` has returned.

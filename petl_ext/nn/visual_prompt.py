@@ -1,8 +1,8 @@
 """The layer of dynamic visual prompting."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn import functional as F
 
 from petl_ext.checks import check_positive_integer, check_probability
 from petl_ext.ops.attention_pool import attention_pool

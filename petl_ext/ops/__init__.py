@@ -5,6 +5,7 @@ from petl_ext.ops.apt import apt, apt_reference
 from petl_ext.ops.attention_pool import attention_pool, attention_pool_reference
 from petl_ext.ops.backends import backend
 from petl_ext.ops.kernels import cpu_path
+from petl_ext.ops.triton import add_triton
 
 __all__ = [
     "adapter",
@@ -16,3 +17,5 @@ __all__ = [
     "backend",
     "cpu_path",
 ]
+
+add_triton()

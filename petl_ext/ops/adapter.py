@@ -12,6 +12,7 @@ from math import prod
 import torch
 import torch.nn.functional as F
 
+from petl_ext.ops.arrays import takes_arrays
 from petl_ext.ops.autocast import as_autocast_wants
 from petl_ext.ops.derivatives import differentiable_gradients
 from petl_ext.ops.kernels import raw_ops_for, register
@@ -33,7 +34,7 @@ torch.library.define(
 )
 
 
-def _check(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, activation):
+def check_arguments(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, activation):
     """The arguments' checks for float64, meta tensors and torch.compile, which never reach a kernel; the kernels repeat
     them in C++."""
     if torch.jit.is_tracing():  # sizes are tensors, of which it warns
@@ -91,7 +92,7 @@ def adapter_reference(
         RuntimeError: a shape or the activation is not as `adapter` says.
     """
     x, gain = as_autocast_wants(x), _split(scale)[0]
-    _check(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, activation)
+    check_arguments(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, activation)
 
     def as_x(tensor):
         return tensor.to(x.dtype)
@@ -109,7 +110,7 @@ def adapter_reference(
 @torch.library.register_fake("petl_ext::adapter_forward")
 def _(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, scale, eps, activation):
     weights = (norm_weight, norm_bias, down, down_bias, up, up_bias, gain)
-    _check(x, residual, *weights, activation)
+    check_arguments(x, residual, *weights, activation)
     if residual is not None and residual.dtype != x.dtype:
         raise RuntimeError(f"adapter: residual must have the dtype of x, {x.dtype}, got {residual.dtype}")
     devices = {str(tensor.device) for tensor in (x, residual, *weights) if tensor is not None}
@@ -158,7 +159,12 @@ def _backward_flops(dout, x, norm_weight, norm_bias, down, *rest, **_):
     return 2 * (2 + needs_dx + 2 * needs_dweights) * prod(x[:-1]) * prod(down)
 
 
-register("adapter", _forward_flops, _backward_flops)
+def _sizes(tensors):
+    x, down = tensors[0], tensors[4]
+    return x.numel() // max(1, x.size(-1)), x.size(-1), down.size(0), str(down.dtype).removeprefix("torch.")
+
+
+register("adapter", _forward_flops, _backward_flops, _sizes)
 
 
 class _Adapter(torch.autograd.Function):
@@ -203,6 +209,7 @@ class _Adapter(torch.autograd.Function):
         return dx, dout if needs_dresidual else None, *dweights
 
 
+@takes_arrays
 def adapter(
     x,
     down,

@@ -13,6 +13,7 @@ from math import prod
 import torch
 import torch.nn.functional as F
 
+from petl_ext.ops.arrays import takes_arrays
 from petl_ext.ops.autocast import as_autocast_wants
 from petl_ext.ops.derivatives import differentiable_gradients
 from petl_ext.ops.kernels import raw_ops_for, register
@@ -33,17 +34,18 @@ torch.library.define(
 )
 
 
-def _check(x, y, prompts, keys, log_scale, activation):
+def check_arguments(x, y, prompts, keys, log_scale, activation):
     """The arguments' checks for float64, meta tensors and torch.compile, which never reach a kernel; the kernels repeat
     them in C++."""
     if torch.jit.is_tracing():  # sizes are tensors, of which it warns
         return
     if activation not in ACTIVATIONS:
         raise RuntimeError(f"apt: activation must be {' or '.join(ACTIVATIONS)}, got {activation}")
-    if prompts.dim() != 2 or x.dim() == 0 or x.size(-1) != prompts.size(-1):
-        raise RuntimeError(
-            f"apt: x and prompts must have shapes [..., D] and [P, D], got {x.shape} and {prompts.shape}"
-        )
+    if prompts.dim() != 2 or 0 in prompts.shape:
+        raise RuntimeError(f"apt: prompts must have shape [P, D] with no empty axis, got {list(prompts.shape)}")
+    width = prompts.size(1)
+    if x.dim() == 0 or x.size(-1) != width:
+        raise RuntimeError(f"apt: x must have shape [..., {width}], as wide as prompts, got {list(x.shape)}")
     expected = {"y": (y, x.shape), "keys": (keys, prompts.shape), "log_scale": (log_scale, (1,))}
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
@@ -59,7 +61,7 @@ def apt_reference(x, y, prompts, keys, log_scale, activation="relu", dropout=0.0
     Raises:
         RuntimeError: a shape or the activation is not as `apt` says.
     """
-    _check(x, y, prompts, keys, log_scale, activation)
+    check_arguments(x, y, prompts, keys, log_scale, activation)
     scores = x @ keys.to(x.dtype).mT
     scores = scores.relu_() if activation == "relu" else scores.softmax(-1)
     scores = F.dropout(scores, dropout, training=dropout > 0)
@@ -70,7 +72,7 @@ def apt_reference(x, y, prompts, keys, log_scale, activation="relu", dropout=0.0
 
 @torch.library.register_fake("petl_ext::apt_forward")
 def _(x, y, prompts, keys, log_scale, activation, keep_scores):
-    _check(x, y, prompts, keys, log_scale, activation)
+    check_arguments(x, y, prompts, keys, log_scale, activation)
     devices = {str(tensor.device) for tensor in (x, y, prompts, keys, log_scale)}
     if len(devices) > 1:
         raise RuntimeError(f"apt: all arguments must be on one device, got {', '.join(sorted(devices))}")
@@ -108,7 +110,12 @@ def _backward_flops(dout, x, y, prompts, *rest, **_):
     return 2 * (1 + needs_dx + needs_dprompts + needs_dkeys) * prod(x[:-1]) * prod(prompts)
 
 
-register("apt", _forward_flops, _backward_flops)
+def _sizes(tensors):
+    x, prompts = tensors[0], tensors[2]
+    return x.numel() // max(1, x.size(-1)), x.size(-1), prompts.size(0), str(prompts.dtype).removeprefix("torch.")
+
+
+register("apt", _forward_flops, _backward_flops, _sizes)
 
 
 class _APT(torch.autograd.Function):
@@ -141,6 +148,7 @@ class _APT(torch.autograd.Function):
         )
 
 
+@takes_arrays
 def apt(x, y, prompts, keys, log_scale, activation="relu", dropout=0.0):
     """Adds the approximated prompts' contribution to an attention's output.
 

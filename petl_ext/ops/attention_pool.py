@@ -11,6 +11,7 @@ from math import prod
 
 import torch
 
+from petl_ext.ops.arrays import takes_arrays
 from petl_ext.ops.autocast import as_autocast_wants
 from petl_ext.ops.derivatives import differentiable_gradients
 from petl_ext.ops.kernels import raw_ops_for, register
@@ -29,7 +30,7 @@ torch.library.define(
 )
 
 
-def _check(visual, query, mask):
+def check_arguments(visual, query, mask):
     """The arguments' checks for float64, meta tensors and torch.compile, which never reach a kernel; the kernels repeat
     them in C++."""
     if torch.jit.is_tracing():  # sizes are tensors, of which it warns
@@ -62,7 +63,7 @@ def attention_pool_reference(visual, query, mask=None, scale=1.0, dropout=0.0):
         RuntimeError: a shape is not as `attention_pool` says, or mask is not bool.
     """
     visual = as_autocast_wants(visual)
-    _check(visual, query, mask)
+    check_arguments(visual, query, mask)
     if mask is not None:
         # A weight of zero would let a NaN through.
         visual = visual.masked_fill(~mask[..., None], 0)
@@ -75,7 +76,7 @@ def attention_pool_reference(visual, query, mask=None, scale=1.0, dropout=0.0):
 
 @torch.library.register_fake("petl_ext::attention_pool_forward")
 def _(visual, query, mask, scale):
-    _check(visual, query, mask)
+    check_arguments(visual, query, mask)
     devices = {str(tensor.device) for tensor in (visual, query, mask) if tensor is not None}
     if len(devices) > 1:
         raise RuntimeError(f"attention_pool: all arguments must be on one device, got {', '.join(sorted(devices))}")
@@ -100,7 +101,12 @@ def _backward_flops(dpooled, visual, query, *rest, **_):
     return 2 * (2 + 2 * needs_dvisual + needs_dquery) * visual[1] * prod(query)
 
 
-register("attention_pool", _forward_flops, _backward_flops)
+def _sizes(tensors):
+    visual, query = tensors
+    return visual.size(0) * visual.size(1), visual.size(2), query.size(1), str(query.dtype).removeprefix("torch.")
+
+
+register("attention_pool", _forward_flops, _backward_flops, _sizes)
 
 
 class _AttentionPool(torch.autograd.Function):
@@ -128,6 +134,7 @@ class _AttentionPool(torch.autograd.Function):
         return *(d if needed else None for d, needed in zip(gradients, needs, strict=True)), None, None, None
 
 
+@takes_arrays
 def attention_pool(visual, query, mask=None, scale=1.0, dropout=0.0):
     """Pools each sample's tokens by one softmax per head: `pooled = softmax(scale * query visual^T) visual`.
 

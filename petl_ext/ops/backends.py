@@ -7,7 +7,7 @@ torch.ops that is the backend's. "native", the C++ and CUDA of petl_ext._C, is t
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from petl_ext.checks import check_choice
 
@@ -23,11 +23,15 @@ class Backend:
         name: as `backend` and PETL_BACKEND know it.
         devices: the types of device, such as "cuda", that it is written for.
         namespace: of torch.ops, where its raw ops are.
+        limits: {an op's name: a `petl_ext.ops.kernels.Limits`}, of ops that have any.
+        missing: why it holds no kernel here, and what to do; "" where it does.
     """
 
     name: str
     devices: tuple
     namespace: str
+    limits: dict = field(default_factory=dict)
+    missing: str = ""
 
 
 # In the order in which "auto" looks for a kernel.
@@ -91,15 +95,15 @@ def backend(choice=None):
 
     The choice is the whole process's, as torch.backends' are: threads that were there before, those of
     nn.DataParallel and of the backward pass see it too. A backward pass is computed by the backend of its forward pass,
-    whatever is chosen since; what gradient checkpointing computes again is a forward pass of its own. Code that
-    torch.compile has compiled follows the choice, by compiling anew; an exported program, a traced one and a CUDA graph
-    keep what was chosen when they were made. The environment variable PETL_BACKEND chooses for all that is outside of
-    such a `with`.
+    even if another has been chosen since; what gradient checkpointing computes again is a forward pass of its own. Code
+    that torch.compile has compiled follows the choice, by compiling anew; an exported program, a traced one and a CUDA
+    graph keep what was chosen when they were made. The environment variable PETL_BACKEND chooses for all that is
+    outside of such a `with`.
 
     Args:
         choice: "auto" (the default: the first backend that holds a kernel for the tensors' device), "native" (the
-            kernels in C++ and CUDA), another backend that has been added, or "reference" (plain PyTorch, on every
-            device). None chooses nothing.
+            kernels in C++ and CUDA), "triton" (GPUs), another backend that has been added, or "reference" (plain
+            PyTorch, on every device). None chooses nothing.
 
     Returns:
         A context; where choice is None, the name of what is chosen now.

@@ -12,8 +12,9 @@ import torch
 
 from petl_ext.checks import check_choice, check_probability
 from petl_ext.counting import add_flop_formula
-from petl_ext.ops.backends import AUTO, BACKENDS, NATIVE, REFERENCE, Backend, chosen
+from petl_ext.ops.backends import AUTO, BACKENDS, NATIVE, REFERENCE, VARIABLE, Backend, chosen
 from petl_ext.ops.derivatives import are_transformed
+from petl_ext.ops.preferred import PREFERENCES, preferred_backend
 
 try:
     from petl_ext import _C  # noqa: F401
@@ -27,8 +28,8 @@ except ImportError as error:
     ) from error
 
 
-class CudaLimits(NamedTuple):
-    """What the CUDA kernels of an op take, as C++ says it.
+class Limits(NamedTuple):
+    """What the kernels of an op take on a GPU; for CUDA as C++ says it.
 
     Attributes:
         width_multiple: what the width D is a multiple of.
@@ -51,12 +52,14 @@ class Op:
     Attributes:
         name: "apt".
         flops: {a raw op's name: its FLOPs, computed from its arguments, tensors as their shapes}.
-        cuda_limits: a `CudaLimits`, or None where C++ names none.
+        cuda_limits: a `Limits`, or None where C++ names none.
+        sizes: from the tensors that the op is given, (rows, width, inner size, dtype of the weights); or None.
     """
 
     name: str
     flops: dict[str, Callable]
-    cuda_limits: CudaLimits | None
+    cuda_limits: Limits | None
+    sizes: Callable | None = None
 
 
 class Kernel(NamedTuple):
@@ -72,12 +75,13 @@ class Kernel(NamedTuple):
 
 
 OPS = {}  # {name: Op}. Each op's file enters its own.
+OLDEST_CUDA = (8, 0)  # the least compute capability that the CUDA kernels are compiled for
 # (backend, op, device) of every kernel that there is. Looked up once, since torch.compile cannot look into the
 # dispatcher.
 _HELD = set()
 
 
-def register(name, forward_flops, backward_flops):
+def register(name, forward_flops, backward_flops, sizes=None):
     """Enters an op whose raw ops `petl_ext::<name>_forward` and `_backward` have been defined, with fake kernels.
 
     Where no backend holds a kernel for the tensors' device, they raise from then on.
@@ -90,7 +94,7 @@ def register(name, forward_flops, backward_flops):
     """
     flops = {f"{name}_forward": forward_flops, f"{name}_backward": backward_flops}
     limits = getattr(torch.ops.petl_ext, f"{name}_cuda_limits", None)
-    OPS[name] = Op(name, flops, CudaLimits(*limits()) if limits else None)
+    OPS[name] = Op(name, flops, Limits(*limits()) if limits else None, sizes)
 
     def refuse(*arguments):
         devices = {str(argument.device) for argument in arguments if isinstance(argument, torch.Tensor)}
@@ -102,19 +106,22 @@ def register(name, forward_flops, backward_flops):
     _note_kernels(BACKENDS[NATIVE], name)
 
 
-def add_backend(name, devices, implementations):
+def add_backend(name, devices, implementations, limits=None, missing=""):
     """Adds a backend behind those that there are. Its raw ops have the schemas and the fake kernels of petl_ext's own.
 
     Args:
         name: as `petl_ext.ops.backend` and PETL_BACKEND shall know it.
         devices: the types of device, such as "cuda", that it is written for.
         implementations: {"apt_forward": a function of the raw op's arguments, ...}, of an op both directions.
+        limits: {"apt": a `Limits`, ...} of ops that have any.
+        missing: why it cannot compute now, and what to do, where a package that it needs is not there: it is then
+            known by its name, but holds no kernel.
 
     Raises:
         ValueError: the name is taken or cannot be one, or the implementations are not as above.
     """
     _check_backend(name, implementations)
-    added = Backend(name, tuple(devices), f"petl_{name}")
+    added = Backend(name, tuple(devices), f"petl_{name}", limits or {}, missing)
     for op in [op for op in OPS.values() if op.flops.keys() <= implementations.keys()]:
         for raw, formula in op.flops.items():
             _define_as_native(raw, added, implementations[raw])
@@ -143,6 +150,8 @@ def _define_as_native(raw, backend, implementation):
 
 
 def _note_kernels(backend, op):
+    if backend.missing:
+        return
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for device in backend.devices:
         if has_kernel(f"{backend.namespace}::{op}_forward", torch._C._dispatch_key_for_device(device)):
@@ -173,10 +182,16 @@ def raw_ops_for(op, tensors, dropout=0.0):
     if choice == REFERENCE or dropout != 0 or is_wide or are_transformed(given):
         return None
     device = given[0].device
-    if backend := _backend_for(op, device.type):
+    if PREFERENCES and choice == AUTO and device.type == "cuda":
+        sizes = OPS[op].sizes(tensors)
+        preferred = preferred_backend(op, _name_of(device.index), *sizes)
+        if (preferred, op, "cuda") in _HELD:
+            return BACKENDS[preferred].namespace
+    if backend := _backend_for(op, device):
         return backend.namespace
     # The raw ops give the shapes of tensors that have no contents, and refuse others.
-    if choice in (AUTO, NATIVE) or device.type == "meta":
+    is_refused_there = choice in (AUTO, NATIVE) and (NATIVE, op, device.type) not in _HELD
+    if device.type == "meta" or is_refused_there:
         return BACKENDS[NATIVE].namespace
     raise NotImplementedError(no_kernel_text(op, {str(device)}))
 
@@ -198,33 +213,41 @@ def kernel_for(op, device, dtype, dropout=0.0, sizes=None):
         ValueError: there is no such op, or PETL_BACKEND names no backend.
     """
     check_choice("kernel_for: op", op, OPS)
-    device = torch.device(device).type
+    device = torch.device(device)
     if reason := _reference_because(dtype, dropout):
         return Kernel(REFERENCE, reason)
     if reason := _none_because(op, device, sizes):
         return Kernel("none", reason)
     backend = _backend_for(op, device).name
-    details = [device]
+    details = [device.type]
     if backend != NATIVE:
         details.append(backend)
-    elif device == "cpu":
+    elif device.type == "cpu":
         details.append(cpu_path())
     return Kernel(f"{op} ({', '.join(details)})")
 
 
 def no_kernel_because(op, device, dtype, dropout=0.0, sizes=None):
-    """The reason of `kernel_for` alone, in compiled code too; device is the type of one."""
-    return _reference_because(dtype, dropout) or _none_because(op, device, sizes)
+    """The reason of `kernel_for` alone, in compiled code too."""
+    return _reference_because(dtype, dropout) or _none_because(op, torch.device(device), sizes)
 
 
 def no_kernel_text(op, devices):
     """What a call of `op` on tensors of these devices is refused with."""
-    remedy = ""
+    whose, devices = _holder(), sorted(devices)
+    remedies = [f"{reason}." for backend in BACKENDS.values() if (reason := backend.missing) and _may_use(backend)]
     if chosen() in (AUTO, NATIVE) and any(device.startswith("cuda") for device in devices):
-        remedy = " Installed anew beside a CUDA build of torch, or with PETL_CUDA=1, petl_ext holds CUDA kernels."
-    return (
-        f"petl_ext.ops.{op}: {_nobody_for(', '.join(sorted(devices)))} (`python -m petl_ext info` lists what it "
-        f"holds); petl_ext.ops.{op}_reference runs on every device.{remedy}"
+        remedies.append(
+            "Installed anew beside a CUDA build of torch, or with PETL_CUDA=1, petl_ext holds CUDA kernels for GPUs of "
+            f"compute capability {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]} or later."
+        )
+    return " ".join(
+        (
+            f"petl_ext.ops.{op}: {whose} holds no kernel for {', '.join(devices)} (`python -m petl_ext info` lists "
+            f"what it holds); petl_ext.ops.{op}_reference runs on every device, and computes where it is asked for: by "
+            f'`with petl_ext.ops.backend("{REFERENCE}")` or by {VARIABLE}={REFERENCE}.',
+            *remedies,
+        )
     )
 
 
@@ -239,26 +262,45 @@ def _reference_because(dtype, dropout):
 def _none_because(op, device, sizes):
     backend = _backend_for(op, device)
     if backend is None:
-        return _nobody_for(device)
-    limits = OPS[op].cuda_limits
-    if backend.name == NATIVE and device == "cuda" and sizes and limits and not limits.allow(*sizes):
-        width, inner = sizes
-        return f"the CUDA kernel does not take a width of {width} with {inner}"
+        return f"{_holder()} holds no kernel for {device.type}"
+    limits = backend.limits.get(op)
+    if backend.name == NATIVE and device.type == "cuda":
+        limits = OPS[op].cuda_limits
+    if sizes and limits and not limits.allow(*sizes):
+        whose = "CUDA" if backend.name == NATIVE else backend.name
+        return f"the {whose} kernel does not take a width of {sizes[0]} with {sizes[1]}"
     return ""
 
 
-def _nobody_for(devices):
-    whose = "this build" if chosen() in (AUTO, NATIVE) else f"the backend {chosen()}"
-    return f"{whose} holds no kernel for {devices}"
+def _holder():
+    """Who would have to compute, in words."""
+    return "this build" if chosen() in (AUTO, NATIVE) else f"the backend {chosen()}"
+
+
+def _may_use(backend):
+    return chosen() in (AUTO, backend.name)
 
 
 def _backend_for(op, device):
-    """The first that may be used and holds a kernel, or None."""
-    choice = chosen()
+    """The first that may be used, holds a kernel and can run it on this device, or None."""
     for backend in BACKENDS.values():
-        if choice in (AUTO, backend.name) and (backend.name, op, device) in _HELD:
+        if _may_use(backend) and (backend.name, op, device.type) in _HELD:
+            if backend.name == NATIVE and device.type == "cuda" and not _runs_cuda_kernels(device.index):
+                continue
             return backend
     return None
+
+
+def _runs_cuda_kernels(index):
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(index) >= OLDEST_CUDA
+
+
+def _name_of(index):
+    return torch.cuda.get_device_name(index)
+
+
+# torch.compile calls them when it compiles, instead of looking into them; its own decorator would import all of it.
+_runs_cuda_kernels._dynamo_marked_constant = _name_of._dynamo_marked_constant = True
 
 
 def cpu_path(choice=None):
@@ -276,9 +318,9 @@ def cpu_path(choice=None):
 
 # Rows below which plain PyTorch is faster on one thread of a CPU, by (op, dtype): without gradients, and with them,
 # whose backward pass counts too. None: it is at every size. Measured with 50 and 200 prompts, bottlenecks of 48 to 192
-# and a width of 768, on modules cast to the dtype, not under autocast, where they hold less well (docs/patch.md); what
-# they leave is in bench/results/amd-epyc/2026-11-21-9e7af3f.json. In float16 and on CUDA nothing has been measured, and
-# no row is too few.
+# and a width of 768, on modules cast to the dtype, not under autocast, where they hold less well (docs/patch.md); the
+# ratios that remain with them are in bench/results/amd-epyc.json. In float16 and on CUDA nothing has been measured, and
+# no number of rows is too small.
 FLOORS = {
     ("apt", torch.float32): (128, 200),
     ("apt", torch.bfloat16): (0, 512),

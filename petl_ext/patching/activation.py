@@ -33,7 +33,7 @@ _EXACT, _NEARLY = 1e-12, 1e-6
 
 
 def activation_of(function):
-    """What the ops call that which `function` computes, "softmax" over the last axis included; None: nothing."""
+    """The ops' name for what `function` computes, "softmax" over the last axis included; None where they have none."""
     if type(function) is nn.Softmax:
         return "softmax" if function.dim == -1 else None
     return _name_in(ACTIVATIONS, function, _EXACT)

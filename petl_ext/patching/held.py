@@ -16,7 +16,7 @@ _SHARED_BY_COPIES = (type, types.FunctionType, types.BuiltinFunctionType, types.
 
 def held(module):
     """{name: value} of a module, "" of itself: ".down.weight", ".records[0]", ".calls". Attributes of its class and of
-    those of its parts count as theirs. Of what is held twice the contents stand under one name."""
+    those of its parts count as theirs. What is held twice appears under one of its names."""
     found, met, waiting = {}, set(), [("", module)]
     for name, value in waiting:
         found[name] = value

@@ -33,8 +33,8 @@ class Kind(Composable):
     A subclass has a `forward` that takes what the original's takes. It computes by one of our ops; the original's is
     the next in line, and runs wherever the op does not compute the same.
 
-    The questions are asked of modules that have not become it, whose attributes may be anything until `petl_refusal`
-    has said "". All names begin with petl_: the others are those of other people's modules, and stay theirs.
+    The questions are asked about modules that have not become it; their attributes may be anything until `petl_refusal`
+    has returned "". All names begin with petl_, since all others belong to other people's modules.
 
     Attributes:
         petl_name: in reports.
@@ -59,7 +59,7 @@ class Kind(Composable):
 
     @staticmethod
     def petl_candidates(module):
-        """The `Settings` that it may have: its parts do not tell all that its forward does."""
+        """The `Settings` that it may have: its parts do not show all that its forward does."""
         raise NotImplementedError
 
     @staticmethod

@@ -22,9 +22,9 @@ class Difference(Exception):
 
 
 def probe(kind, module):
-    """Of the kind's candidates the `Settings` with which the op does what the module's forward does, with its
-    attributes, when it trains and when it does not: names and shapes tell neither of a constant nor of the order of
-    things, and nothing of side effects.
+    """The one of the kind's candidates, a `Settings`, with which the op does what the module's forward does, with its
+    attributes, in training and in eval mode: names and shapes do not show constants, the order of steps or side
+    effects.
 
     Raises:
         Difference: there are none.
@@ -46,7 +46,7 @@ def probe(kind, module):
 
 @contextlib.contextmanager
 def _undisturbed():
-    """Without the modes of whoever patches, and without drawing from their random numbers or compiling for them."""
+    """Outside of the caller's modes, without drawing from the caller's random numbers, and without compiling."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.inference_mode(False))
@@ -120,7 +120,7 @@ def _matching(candidates, kind, twin, arguments):
 
 
 def _described(arguments, training):
-    """Of the first probe nothing needs to be said."""
+    """Which inputs these are, for a message: nothing is said of the first probe's."""
     shape = list(arguments[0].shape)
     size = "" if tuple(shape[:-1]) == PROBES[0][0] else f" for {shape}"
     return f"{size} in training" if training else size
@@ -149,7 +149,7 @@ def _same(theirs, kind, twin, settings, arguments):
     vars(twin)["petl_settings"] = settings
     ours = _as_tuple(kind.petl_compute(twin, *arguments))
     return len(theirs) == len(ours) and all(
-        # The library's hidden units, of which nothing is made.
+        # The library's hidden units, which nothing uses.
         our is None or (isinstance(their, torch.Tensor) and _close(their, our))
         for their, our in zip(theirs, ours, strict=True)
     )

@@ -33,8 +33,7 @@ def recognize(module, probed):
     """What `module` is to `patch`, a `Recognized`; None where it has no names that are known.
 
     Args:
-        probed: a dictionary in which is kept what was found out about modules, for others of the same structure: a
-            model holds many.
+        probed: a dictionary that keeps what was found out about a module for others of the same structure.
     """
     for kind in KINDS:
         if kind.petl_looks_like(module):
@@ -101,7 +100,7 @@ def _arguments(forward):
 
 
 def _autocast(module):
-    """Why autocast, of which its methods speak in their bodies or in decorators around them, is an obstacle."""
+    """Why autocast, which its methods use in their bodies or in decorators, is an obstacle."""
     its_class = type(module)
     ancestors = its_class.__mro__[: its_class.__mro__.index(nn.Module)]
     used = [name for ancestor in ancestors for function in vars(ancestor).values() for name in _names_used(function)]

@@ -1,4 +1,4 @@
-"""Adapters of models that are no PeftModel, to files and back."""
+"""Saves and loads adapters of models that are no PeftModel."""
 
 import dataclasses
 from pathlib import Path
@@ -8,8 +8,9 @@ from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from petl_ext.composing import unchanged_on_error
-from petl_ext.peft.layer import PREFIX
+from petl_ext.peft.layer import AdapterTunerLayer, APTTunerLayer
 
+PREFIXES = (APTTunerLayer.petl_prefix, AdapterTunerLayer.petl_prefix)
 PEFT_MODEL = "base_model.model."  # what a PeftModel's state-dict names begin with, and so those of its files
 
 
@@ -73,7 +74,7 @@ def _tensors(model, adapter_name):
     return {
         name: tensor
         for name, tensor in tensors.items()
-        if not (PREFIX in name and name.rpartition(".")[2] in model.peft_config)
+        if not (any(prefix in name for prefix in PREFIXES) and name.rpartition(".")[2] in model.peft_config)
     }
 
 

@@ -139,14 +139,14 @@ class Bandit:
         p is that before the update; without a baseline, R_j itself stands in place of the difference.
 
         Raises:
-            ValueError: not one finite reward per subset, or an arm that there is not. Nothing has changed.
+            ValueError: not one finite reward per subset, or an arm that does not exist. Nothing has changed.
         """
         if len(subsets) != len(rewards) or not subsets:
-            raise ValueError(f"Bandit: one reward per subset, got {len(rewards)} for {len(subsets)} subsets")
+            raise ValueError(f"Bandit: rewards must be one per subset, got {len(rewards)} for {len(subsets)} subsets")
         if not all(math.isfinite(reward) for reward in rewards):
             raise ValueError(f"Bandit: rewards must be finite, got {rewards}")
         if not all(arm in range(self.num_arms) for subset in subsets for arm in subset):
-            raise ValueError(f"Bandit: arms are 0 to {self.num_arms - 1}, got {subsets}")
+            raise ValueError(f"Bandit: arms must be 0 to {self.num_arms - 1}, got {subsets}")
         slopes = [p * (1 - p) for p in self.probabilities]
         mean = math.fsum(rewards) / len(rewards) if self.baseline else 0.0
         for subset, reward in zip(subsets, rewards, strict=True):
@@ -164,15 +164,15 @@ class Bandit:
             ValueError: it is no such state, or that of a bandit with other arguments. Nothing has changed.
         """
         if not isinstance(state, dict):
-            raise ValueError(f"Bandit: a state is a dict, got {state!r}")
+            raise ValueError(f"Bandit: state must be a dict, got {state!r}")
         settings = {name: value for name, value in state.items() if name not in ("preferences", "draws")}
         if settings != self._settings():
-            raise ValueError(f"Bandit: expected a state of {self._settings()}, found {settings}")
+            raise ValueError(f"Bandit: state must be of {self._settings()}, got {settings}")
         preferences, draws = state.get("preferences"), state.get("draws")
         if not are_numbers(preferences, self.num_arms):
-            raise ValueError(f"Bandit: preferences must be {self.num_arms} finite numbers, found {preferences!r}")
+            raise ValueError(f"Bandit: preferences must be {self.num_arms} finite numbers, got {preferences!r}")
         if type(draws) is not int or draws < 0:
-            raise ValueError(f"Bandit: draws must be an integer of 0 or more, found {draws!r}")
+            raise ValueError(f"Bandit: draws must be an integer of 0 or more, got {draws!r}")
         self.preferences = list(map(float, preferences))
         self.draws = draws
 
@@ -193,7 +193,7 @@ class Bandit:
 
     def _order(self, generator, uniform):
         rates = [0.0] * self.num_arms if uniform else self._log_probabilities()
-        # Python promises that random() stays the same in later versions, and of expovariate() it does not.
+        # Python promises that random() stays the same in later versions, but not that expovariate() does.
         waits = [max(-math.log1p(-generator.random()), sys.float_info.min) for _ in rates]
         keys = [math.log(wait) - rate for wait, rate in zip(waits, rates, strict=True)]
         return sorted(range(self.num_arms), key=keys.__getitem__)

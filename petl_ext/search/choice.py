@@ -55,11 +55,11 @@ class Choice(ABC):
         return {"num_arms": self.num_arms}
 
     def described(self, option):
-        """What a state says of the selected option beside the option itself, ready for JSON."""
+        """What a state holds about the selected option besides the option itself, ready for JSON."""
         return {}
 
     def summary(self, option, updates):
-        """What was found after so many updates, in words that go on after the search's name."""
+        """What was found after so many updates, as the rest of a sentence that begins with the search's name."""
         return f"chooses {self.to_json(option)} after {updates} updates"
 
     def plot(self, search, path):

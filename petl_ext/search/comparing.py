@@ -28,7 +28,7 @@ def measured(search, options, compute):
 def rewards_of(search, values):
     """A finite number for each measured value, larger for a better option."""
     rewards = [_reward_of(search, value) if math.isfinite(value) else None for value in values]
-    # What is no number must not be the best, neither where rewards are negative.
+    # NaN must not be the best, even where all rewards are negative.
     lowest = min([0.0, *(reward for reward in rewards if reward is not None)])
     wrong = next((value for value in values if not math.isfinite(value)), None)
     if wrong is not None:
@@ -60,7 +60,7 @@ def _measured_here(search, options, compute):
 def _as_it_was(choice):
     training = {module: module.training for module in choice.model.modules()}
     chosen = choice.chosen()
-    choice.choose(chosen)  # where the model refuses a change of its option, it does so before anything has changed
+    choice.choose(chosen)  # a model that refuses an option does so here, before anything has changed
     try:
         yield
     finally:

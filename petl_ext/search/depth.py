@@ -243,7 +243,7 @@ class DepthSearch(Search):
         layers = list(selection) if isinstance(selection, Iterable) else [None]
         if not all(map(self.choice.is_arm, layers)) or len(set(layers)) < len(layers):
             raise ValueError(
-                f"DepthSearch: macs takes different indices from 0 to {len(self.layers) - 1}, got {selection!r}"
+                f"DepthSearch: selection must be different indices from 0 to {len(self.layers) - 1}, got {selection!r}"
             )
         return self.costs.ratio(layers)
 
@@ -298,7 +298,9 @@ def _costs_of(inputs, attachment):
     if not isinstance(inputs, LayerCosts):
         return attachment.layer_costs(inputs)
     if not isinstance(inputs.layers, dict) or set(inputs.layers) != set(attachment.layers):
-        raise ValueError(f"DepthSearch: expected costs of the layers {list(attachment.layers)}, got {inputs.layers!r}")
+        raise ValueError(
+            f"DepthSearch: inputs must be costs of the layers {list(attachment.layers)}, got {inputs.layers!r}"
+        )
     counts = [(inputs.backbone, inputs.unskipped), *inputs.layers.values()]
     if not all(_are_two_integers(pair) for pair in counts):
         raise ValueError(f"DepthSearch: costs must be integers, two for each layer, got {inputs}")

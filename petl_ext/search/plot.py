@@ -40,7 +40,7 @@ def plot_placement(search, path):
 
 
 def _save(figure, path):
-    """The picture is whole or, after an error, as it was."""
+    """The picture is written whole; after an error the file is as it was."""
     with written_whole(path) as unfinished:
         figure.savefig(unfinished, dpi=150)
 

@@ -189,7 +189,7 @@ class Search(StoredSearch):
             return self.use_selection()
 
     def summary(self) -> str:
-        """What was found, in words that go on after the search's name."""
+        """What was found, as the rest of a sentence that begins with the search's name."""
         return self.choice.summary(self.selection(), len(self.history))
 
     def plot(self, path: str | Path) -> None:

@@ -17,7 +17,7 @@ FORMAT = 1
 
 
 class StoredSearch:
-    """What of a `Search`, which derives from this, outlives its process."""
+    """The part of a `Search` that outlives its process; `Search` derives from it."""
 
     constants_class: ClassVar[type]
 
@@ -50,7 +50,7 @@ class StoredSearch:
         self.fixed = self.choice.from_json(state["selection"]) if state["finished"] else None
         self.history = copy.deepcopy(state["history"])
 
-    def to_json(self, path: str | Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes the state to a file, which is complete or, after an error, as it was."""
         text = json.dumps(self.state_dict(), indent=2, allow_nan=False) + "\n"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -58,14 +58,14 @@ class StoredSearch:
             unfinished.write_text(text, encoding="utf-8")
 
     @classmethod
-    def from_json(cls, path: str | Path, model: nn.Module, **arguments):
-        """The search that `to_json` wrote, on a model with the same layers.
+    def load(cls, path: str | Path, model: nn.Module, **arguments):
+        """The search that `save` wrote, on a model with the same layers.
 
         Args:
             arguments: of the class, what no file holds: process_group and, for a `DepthSearch`, reward.
 
         Raises:
-            ValueError: the file is none of `to_json`, or does not fit the model.
+            ValueError: the file is none of `save`, or does not fit the model.
         """
         try:
             state = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -73,14 +73,14 @@ class StoredSearch:
             constants = cls.constants_class(**state["constants"])
             seed = state["bandit"]["seed"]
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not what {cls.__name__}.to_json writes: {error!r}") from error
+            raise ValueError(f"{path}: not what {cls.__name__}.save writes: {error!r}") from error
         search = cls(model, **stored, seed=seed, **arguments, **dataclasses.asdict(constants))
         search.load_state_dict(state)
         return search
 
     @classmethod
     def arguments_of(cls, state: dict) -> dict:
-        """The arguments of the class, but for constants and seed, that a state tells."""
+        """The arguments of the class, other than constants and seed, that a state holds."""
         return {}
 
 
@@ -103,13 +103,13 @@ def _settings(search):
 
 def _check_settings(search, state):
     if not isinstance(state, dict):
-        raise ValueError(f"{search.name}: a state is a dict, got {state!r}")
+        raise ValueError(f"{search.name}: state must be a dict, got {state!r}")
     if state.get("format") != FORMAT:
-        raise ValueError(f"{search.name}: expected a state of format {FORMAT}, found {state.get('format')!r}")
+        raise ValueError(f"{search.name}: state must be of format {FORMAT}, got {state.get('format')!r}")
     for name, ours in _settings(search).items():
         if state.get(name) != ours:
             raise ValueError(
-                f"{search.name}: the state is of another search: expected {name} {ours!r}, found {state.get(name)!r}"
+                f"{search.name}: the state is of another search: its {name} must be {ours!r}, got {state.get(name)!r}"
             )
 
 
@@ -125,7 +125,7 @@ def _check_progress(search, state):
         ("history", history, isinstance(history, list) and all(_is_entry(search.choice, entry) for entry in history)),
     ):
         if not is_right:
-            raise ValueError(f"{search.name}: the state has a wrong {name} or none, found {reprlib.repr(value)}")
+            raise ValueError(f"{search.name}: state must have a valid {name}, got {reprlib.repr(value)}")
 
 
 def _is_entry(choice, entry):

@@ -83,20 +83,18 @@ def read_questions(path: str | Path) -> list[Question]:
     Programs and annotations of a question are dropped while the file is parsed, so that they never fill the memory
     together.
 
-    Raises ValueError, with the file, the question, what was expected and what came, if a file is malformed or empty or
+    Raises ValueError, with the file, the question, what must be there and what is, if a file is malformed or empty or
     a question comes twice; FileNotFoundError if there is no such file.
     """
     path = Path(path)
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
-        raise FileNotFoundError(f"{path}: expected a folder of .json files, got none in it")
+        raise FileNotFoundError(f"{path} must be a folder of .json files, got none in it")
     questions = {}
     for file in files:
         for question in _read_file(file):
             if question.question_id in questions:
-                raise ValueError(
-                    f"{file}: question_id {question.question_id}: expected every question once, got it again"
-                )
+                raise ValueError(f"{file}: question_id {question.question_id} must come once, got it again")
             questions[question.question_id] = question
     return list(questions.values())
 
@@ -104,7 +102,7 @@ def read_questions(path: str | Path) -> list[Question]:
 def _read_file(path: Path) -> list[Question]:
     content = read_json(path, object_pairs_hook=_only_what_is_read)
     if not isinstance(content, dict) or not content or not all(isinstance(entry, dict) for entry in content.values()):
-        raise ValueError(f"{path}: expected a JSON object of questions by question_id, got {str(content)[:80]}")
+        raise ValueError(f"{path} must be a JSON object of questions by question_id, got {str(content)[:80]}")
     return [_question(key, entry, f"{path}: question_id {key}") for key, entry in content.items()]
 
 
@@ -202,7 +200,7 @@ def _require_answers(questions: Sequence[Question], path: str | Path) -> None:
     missing = [question for question in questions if question.answer is None]
     if missing:
         raise ValueError(
-            f"{path}: question_id {missing[0].question_id}: expected the field 'answer', got none; "
+            f"{path}: question_id {missing[0].question_id} must have the field 'answer', got none; "
             f"{len(missing)} of {len(questions)} questions lack it"
         )
 
@@ -211,7 +209,7 @@ def _require_labels(questions: Sequence[Question], vocabulary: GQAVocabulary, pa
     unknown = [question for question in questions if question.answer not in vocabulary.index]
     if unknown:
         raise ValueError(
-            f"{path}: question_id {unknown[0].question_id}: expected one of the {len(vocabulary)} answers of the "
+            f"{path}: question_id {unknown[0].question_id} must have one of the {len(vocabulary)} answers of the "
             f"vocabulary, got {unknown[0].answer!r}; {len(unknown)} of {len(questions)} questions have such answers"
         )
 
@@ -238,14 +236,14 @@ def accuracy_by_type(
     require_one_each(answers, questions, ("answers", "question"))
     _require_answers(questions, "questions")
     if types not in TYPES:
-        raise ValueError(f"types: expected one of {TYPES}, got {types!r}")
+        raise ValueError(f"types must be one of {TYPES}, got {types!r}")
     by_type = defaultdict(list)
     for answer, question in zip(answers, questions, strict=True):
-        kind = getattr(question, types)
-        if kind is None:
-            raise ValueError(f"{question.where}: expected a {types} type, got none")
-        by_type[kind].append((answer, question.answer))
-    return {kind: _type_accuracy(by_type[kind]) for kind in sorted(by_type)}
+        question_type = getattr(question, types)
+        if question_type is None:
+            raise ValueError(f"{question.where} must have a {types} type, got none")
+        by_type[question_type].append((answer, question.answer))
+    return {question_type: _type_accuracy(by_type[question_type]) for question_type in sorted(by_type)}
 
 
 def _type_accuracy(answered: list[tuple[str, str]]) -> TypeAccuracy:

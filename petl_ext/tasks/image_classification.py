@@ -79,17 +79,17 @@ def read_image_folder(folder: str | Path) -> list[LabeledImage]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: expected a folder of one folder per class, got no such folder")
+        raise FileNotFoundError(f"{folder} must be a folder of one folder per class, got no such folder")
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not classes:
-        raise ValueError(f"{folder}: expected one folder per class, got none in it")
+        raise ValueError(f"{folder} must hold one folder per class, got none in it")
     return [LabeledImage(path, of_class.name) for of_class in classes for path in _images_in(of_class)]
 
 
 def _images_in(folder: Path) -> list[Path]:
     images = sorted(path for path in _visible_files(folder) if is_image_file(path))
     if not images:
-        raise ValueError(f"{folder}: expected images of the class ({', '.join(IMAGE_SUFFIXES)}), got none")
+        raise ValueError(f"{folder} must hold images of the class ({', '.join(IMAGE_SUFFIXES)}), got none")
     return images
 
 
@@ -99,27 +99,27 @@ def _visible_files(folder: Path) -> Iterator[Path]:
         for path in (Path(parent, name) for name in folders):
             # Followed, it would give every image many times, some for training and some for testing.
             if path.is_symlink() and any(path.resolve() == above.resolve() for above in path.parents):
-                raise ValueError(f"{path}: expected a folder of images, got a link to a folder that it lies in")
+                raise ValueError(f"{path} must be a folder of images, got a link to a folder that it lies in")
         yield from (Path(parent, name) for name in files)
 
 
 def draw_shots(images: Iterable[LabeledImage], shots: int, seed: int) -> Draw:
     """`shots` random images of every class.
 
-    With one seed, fewer shots are among the more, and which are drawn of a class depends on no other class: runs that
-    differ in these differ in nothing else.
+    With one seed, a smaller draw is part of a larger one, and what is drawn of a class does not depend on the other
+    classes: runs that differ in these differ in nothing else.
 
     Raises ValueError if `shots` is below 1, or a class has fewer images.
     """
     if shots < 1:
-        raise ValueError(f"shots: expected at least 1, got {shots}")
+        raise ValueError(f"shots must be at least 1, got {shots}")
     by_class = defaultdict(list)
     for image in images:
         by_class[image.class_name].append(image)
     draw = Draw([], [])
     for name, of_class in sorted(by_class.items()):
         if len(of_class) < shots:
-            raise ValueError(f"class {name!r}: expected at least {shots} images for {shots} shots, got {len(of_class)}")
+            raise ValueError(f"class {name!r} must have at least {shots} images for {shots} shots, got {len(of_class)}")
         of_class.sort(key=lambda image: image.path)
         random.Random(f"{seed} {name}").shuffle(of_class)
         draw.shots.extend(of_class[:shots])
@@ -130,11 +130,11 @@ def draw_shots(images: Iterable[LabeledImage], shots: int, seed: int) -> Draw:
 def base_and_new(classes: Iterable[str]) -> BaseAndNew:
     """The first half of the sorted classes, of an odd number the larger one, and the second.
 
-    Raises ValueError for fewer than four classes: in a half of one there is nothing to tell apart.
+    Raises ValueError for fewer than four classes: a half with one class leaves nothing to tell apart.
     """
     ordered = sorted(set(classes))
     if len(ordered) < 4:
-        raise ValueError(f"classes: expected at least 4, two of them base and two new, got {ordered}")
+        raise ValueError(f"classes must be at least 4, two of them base and two new, got {ordered}")
     middle = (len(ordered) + 1) // 2
     return BaseAndNew(tuple(ordered[:middle]), tuple(ordered[middle:]))
 
@@ -144,14 +144,14 @@ def images_of(images: Iterable[LabeledImage], classes: Sequence[str]) -> list[La
     chosen = [image for image in images if image.class_name in classes]
     missing = sorted(set(classes) - {image.class_name for image in chosen})
     if missing:
-        raise ValueError(f"classes: expected images of each, got none of {missing}")
+        raise ValueError(f"classes must have images each, got none of {missing}")
     return chosen
 
 
 def class_prompts(
     classes: Iterable[str], template: str = TEMPLATE, names: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """What a text encoder is told of each class: `template` with the class's name in place of "{}".
+    """What a text encoder reads for each class: `template` with the class's name in place of "{}".
 
     Args:
         classes: as the image folder names them; an underscore is read as a space.
@@ -161,13 +161,13 @@ def class_prompts(
     Raises TypeError if `classes` is a text, ValueError if the template has not one "{}", or `names` lacks a class.
     """
     if isinstance(classes, str):
-        raise TypeError(f"classes: expected several names, got the text {classes!r}")
+        raise TypeError(f"classes must be several names, got the text {classes!r}")
     if template.count("{}") != 1:
-        raise ValueError(f"template: expected a text with one {{}} for the class's name, got {template!r}")
+        raise ValueError(f"template must be a text with one {{}} for the class's name, got {template!r}")
     classes = sorted(set(classes))
     missing = [name for name in classes if names is not None and name not in names]
     if missing:
-        raise ValueError(f"names: expected one for each of {len(classes)} classes, got none for {missing}")
+        raise ValueError(f"names must have one for each of {len(classes)} classes, got none for {missing}")
     known = {name: name.replace("_", " ") for name in classes} if names is None else names
     return {name: template.replace("{}", known[name]) for name in classes}
 
@@ -197,11 +197,11 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
         self.images, self.classes, self.image_processor = list(images), tuple(classes), image_processor
         self.label = {name: label for label, name in enumerate(self.classes)}
         if not self.images:
-            raise ValueError("images: expected at least one, got none")
+            raise ValueError("images must be at least one, got none")
         unknown = next((image for image in self.images if image.class_name not in self.label), None)
         if unknown is not None:
             raise ValueError(
-                f"{unknown.path}: expected one of the {len(self.classes)} classes {listed(self.classes)}, "
+                f"{unknown.path} must be of one of the {len(self.classes)} classes {listed(self.classes)}, "
                 f"got {unknown.class_name!r}"
             )
         self._cache = {} if cache_images else None
@@ -236,7 +236,7 @@ def accuracy_by_class(logits: Tensor, labels: Tensor, classes: Sequence[str]) ->
     logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)
     require_one_each(labels, logits, ("labels", "row of logits"))
     if logits.ndim != 2 or logits.shape[1] != len(classes):
-        raise ValueError(f"logits: expected shape [n, {len(classes)}], got {list(logits.shape)}")
+        raise ValueError(f"logits must have shape [n, {len(classes)}], got {list(logits.shape)}")
     labels = labels.tolist()
     counts = Counter(labels)
     right = Counter(label for label, best in zip(labels, logits.argmax(dim=1).tolist(), strict=True) if label == best)

@@ -117,7 +117,7 @@ def read_image(file: ImageFile, where: str) -> "PIL.Image.Image":
                 raise ValueError(f"more than 8 bits per channel (mode {opened.mode}), which Pillow would cut at 255")
             return ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file}: expected an image ({where}), got a file that cannot be decoded: {error}") from error
+        raise ValueError(f"{file} must be an image ({where}), got a file that cannot be decoded: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class ImageFolder:
         One listing of the folder finds a missing image now rather than after hours of training.
         """
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"{self.folder}: expected the folder of the images, got no such folder")
+            raise FileNotFoundError(f"{self.folder} must be the folder of the images, got no such folder")
         present = {entry.name for entry in os.scandir(self.folder)}
         flat = "/" not in self.name
         missing = [
@@ -163,7 +163,7 @@ class ImageFolder:
         ]
         if missing:
             raise FileNotFoundError(
-                f"{self.of(missing[0])}: expected the image of {missing[0].where} "
+                f"{self.of(missing[0])} must be the image of {missing[0].where} "
                 f"({len(missing)} of {len(entries)} {plural} lack theirs), got no such file"
             )
 
@@ -200,14 +200,14 @@ class ImageTextCollator:
             return dict(tokenizer.pad(texts, return_tensors="pt"))
         longest = max(len(text["input_ids"]) for text in texts)
         if longest > self.text_length:
-            raise ValueError(f"text_length: expected at least {longest}, the longest text, got {self.text_length}")
+            raise ValueError(f"text_length must be at least {longest}, the longest text, got {self.text_length}")
         return dict(tokenizer.pad(texts, padding="max_length", max_length=self.text_length, return_tensors="pt"))
 
     def _images(self, images: list[Tensor]) -> dict[str, Tensor]:
         sizes = {tuple(image.shape[1:]) for image in images}
         masked = "pixel_mask" in self.processor.image_processor.model_input_names
         if not masked and len(sizes) > 1:
-            raise ValueError(f"images: expected one size from a processor without 'pixel_mask', got {sorted(sizes)}")
+            raise ValueError(f"images must have one size for a processor without 'pixel_mask', got {sorted(sizes)}")
         height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
         pixels = images[0].new_zeros(len(images), images[0].shape[0], height, width)
         mask = torch.zeros(len(images), height, width, dtype=torch.long)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional as F
 
 from petl_ext.tasks.files import read_json, write_json
 
@@ -21,14 +21,14 @@ class LabelVocabulary:
         self.answers = tuple(answers)
         self.index = {answer: label for label, answer in enumerate(self.answers)}
         if len(self.index) != len(self.answers):
-            raise ValueError(f"answers: expected {len(self.answers)} different ones, got {len(self.index)}")
+            raise ValueError(f"answers must be {len(self.answers)} different ones, got {len(self.index)}")
 
     @classmethod
     def load(cls, path: str | Path) -> "LabelVocabulary":
         """Reads what `save` wrote. Raises ValueError if the file is not a JSON list of different strings."""
         answers = read_json(path)
         if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-            raise ValueError(f"{path}: expected a JSON list of strings, got {str(answers)[:80]!r}")
+            raise ValueError(f"{path} must be a JSON list of strings, got {str(answers)[:80]!r}")
         return cls(answers)
 
     def save(self, path: str | Path) -> None:
@@ -42,7 +42,7 @@ class LabelVocabulary:
         """The best answer of each row of `logits` [n, len(self)], a tensor or an array."""
         logits = torch.as_tensor(logits)
         if logits.ndim != 2 or logits.shape[1] != len(self):
-            raise ValueError(f"logits: expected shape [n, {len(self)}], got {list(logits.shape)}")
+            raise ValueError(f"logits must have shape [n, {len(self)}], got {list(logits.shape)}")
         return [self.answers[label] for label in logits.argmax(dim=1).tolist()]
 
 
@@ -86,7 +86,7 @@ class TypeAccuracy:
 def require_one_each(given: Sequence, entries: Sequence, names: tuple[str, str]) -> None:
     """Raises ValueError unless there is one of `given` per entry; `names` are theirs: ("answers", "question")."""
     if len(given) != len(entries):
-        raise ValueError(f"{names[0]}: expected {len(entries)}, one per {names[1]}, got {len(given)}")
+        raise ValueError(f"{names[0]} must be {len(entries)}, one per {names[1]}, got {len(given)}")
 
 
 def share_equal(given: Sequence[Hashable], expected: Sequence[Hashable]) -> float:

@@ -74,19 +74,19 @@ class Pairs:
 
 
 def read_pairs(path: str | Path) -> Pairs:
-    """The rows of an official .jsonl or of a .tsv as OFA's; of a tsv's images only the places, never the bytes.
+    """The rows of an official .jsonl or of a .tsv as OFA's, of whose images only where they are in the file is kept.
 
-    A tsv is read once from end to end. Raises ValueError, with the file, the line, what was expected and what came, if
+    A tsv is read once from end to end. Raises ValueError, with the file, the line, what must be there and what is, if
     the file is malformed, empty, or neither .jsonl nor .tsv; FileNotFoundError if there is no such file.
     """
     path = Path(path)
     if path.suffix not in _PARSERS:
-        raise ValueError(f"{path}: expected a file whose name ends in one of {sorted(_PARSERS)}, got {path.suffix!r}")
+        raise ValueError(f"{path} must be a file whose name ends in one of {sorted(_PARSERS)}, got {path.suffix!r}")
     rows = [
         _PARSERS[path.suffix](line, number, start, f"{path}: line {number}") for number, start, line in _lines(path)
     ]
     if not rows:
-        raise ValueError(f"{path}: expected at least one line, got an empty file")
+        raise ValueError(f"{path} must have at least one line, got an empty file")
     labeled = [row for row in rows if row.label != NO_LABEL]
     return Pairs(labeled, len(rows) - len(labeled))
 
@@ -104,7 +104,7 @@ def _parse_json(line: bytes, number: int, start: int, where: str) -> Pair:
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where}: expected a JSON object, got a line that does not parse: {error}") from error
+        raise ValueError(f"{where} must be a JSON object, got a line that does not parse: {error}") from error
     fields = pick(entry, {"pairID": str, "gold_label": str, "sentence2": str}, where)
     name = next((name for name in IMAGE_ID_FIELDS if name in entry), IMAGE_ID_FIELDS[0])
     image_id = pick(entry, {name: str}, where)[name].removesuffix(".jpg")
@@ -116,13 +116,13 @@ def _parse_tsv(line: bytes, number: int, start: int, where: str) -> Pair:
     columns = line.split(b"\t")
     if len(columns) != len(TSV_COLUMNS):
         raise ValueError(
-            f"{where}: expected {len(TSV_COLUMNS)} columns ({', '.join(TSV_COLUMNS)}), got {len(columns)}, "
+            f"{where} must have {len(TSV_COLUMNS)} columns ({', '.join(TSV_COLUMNS)}), got {len(columns)}, "
             f"the first {columns[0][:40]!r}"
         )
     try:
         pair_id, image_id, hypothesis, label = (columns[index].decode("utf-8") for index in (0, 1, 3, 5))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: expected UTF-8, got {error.object[:40]!r}: {error}") from error
+        raise ValueError(f"{where} must be UTF-8, got {error.object[:40]!r}: {error}") from error
     image = (start + len(columns[0]) + len(columns[1]) + 2, len(columns[2]))
     return Pair(number, pair_id, image_id, hypothesis, _label(label, f"{where} (pair {pair_id})"), image)
 
@@ -134,7 +134,7 @@ def _label(given: str, where: str) -> str:
     label = SYNONYMS.get(given, given)
     if label not in LABELS.index and label != NO_LABEL:
         known = [*LABELS.answers, *SYNONYMS, NO_LABEL]
-        raise ValueError(f"{where}: expected one of the labels {known}, got {given!r}")
+        raise ValueError(f"{where} must be one of the labels {known}, got {given!r}")
     return label
 
 
@@ -161,7 +161,8 @@ class _ImageInTsv:
         return f"{self.path}: line {self.line}"
 
     def open(self, mode: str) -> BinaryIO:
-        """The image file's bytes. The tsv is opened anew: a data loader's workers share no position in it."""
+        """The image file's bytes. The tsv is opened each time, so that a data loader's workers share no position in
+        it."""
         with self.path.open(mode) as file:
             file.seek(self.start)
             encoded = file.read(self.length).translate(URLSAFE_TO_STANDARD)
@@ -182,7 +183,7 @@ class SNLIVEDataset(TextImageDataset):
     An item is a dict: the tokenizer's lists, such as `input_ids` and `attention_mask`; `pixel_values` [3, height,
     width]; `labels`, the int of `LABELS`. `left_out` is the number of rows without a label.
 
-    Raises ValueError if the file is malformed or `images` does not fit its kind; FileNotFoundError if a file or an
+    Raises ValueError if the file is malformed or `images` does not fit its format; FileNotFoundError if a file or an
     image is missing (checked for all images here); an unreadable image raises ValueError when it is used.
     """
 
@@ -201,7 +202,7 @@ class SNLIVEDataset(TextImageDataset):
         inside = path.suffix == ".tsv"
         if inside != (images is None):
             expected = "None for a .tsv, which has its images inside" if inside else "the folder of the images"
-            raise ValueError(f"images: expected {expected}, got {images}")
+            raise ValueError(f"images must be {expected}, got {images}")
         source = _ImagesInTsv(path) if inside else ImageFolder(Path(images), image_name)
         if not inside:
             source.require(self.pairs, "pairs")
@@ -233,4 +234,4 @@ def _require_labels(predicted: Sequence[str], pairs: Sequence[Pair]) -> None:
     require_one_each(predicted, pairs, ("predicted", "pair"))
     unknown = [label for label in predicted if label not in LABELS.index]
     if unknown:
-        raise ValueError(f"predicted: expected labels of {LABELS.answers}, got {unknown[0]!r}")
+        raise ValueError(f"predicted must be labels of {LABELS.answers}, got {unknown[0]!r}")

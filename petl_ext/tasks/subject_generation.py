@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from petl_ext.tasks.inputs import IMAGE_SUFFIXES, is_image_file, read_image
 
@@ -33,10 +33,10 @@ def read_images(folder: str | Path, size: int) -> Tensor:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: expected the folder of the images, got no such folder")
+        raise FileNotFoundError(f"{folder} must be the folder of the images, got no such folder")
     paths = sorted(path for path in folder.iterdir() if is_image_file(path))
     if not paths:
-        raise ValueError(f"{folder}: expected images ({', '.join(IMAGE_SUFFIXES)}), got none")
+        raise ValueError(f"{folder} must hold images ({', '.join(IMAGE_SUFFIXES)}), got none")
     return torch.stack([_pixels(read_image(path, path.stem), size) for path in paths])
 
 
@@ -74,13 +74,13 @@ def encode_images(pipeline: Any, images: Tensor, prompt: str) -> EncodedImages:
     """`images` [n, 3, height, width], from -1 to 1, and their prompt as a StableDiffusionPipeline's encoders see them.
 
     Args:
-        pipeline: has `vae` and `encode_prompt`; its text encoder's states are all that its UNet is told.
+        pipeline: has `vae` and `encode_prompt`; its text encoder's states are the UNet's only condition.
 
     Raises ValueError for images that the VAE cannot halve as often as it has to.
     """
     vae, factor = pipeline.vae, pipeline.vae_scale_factor
     if images.shape[-1] % factor or images.shape[-2] % factor:
-        raise ValueError(f"images: expected sides that {factor} divides, got {list(images.shape[-2:])}")
+        raise ValueError(f"images must have sides that {factor} divides, got {list(images.shape[-2:])}")
     latents = [vae.encode(image[None].to(vae.device, vae.dtype)).latent_dist for image in images]
     shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
     means, stds = (torch.cat([getattr(latent, name) for latent in latents]).float() for name in ("mean", "std"))
@@ -105,7 +105,7 @@ class SubjectDataset(torch.utils.data.Dataset):
     def __init__(self, subject: EncodedImages, prior: EncodedImages | None = None):
         if prior is not None and prior.means.shape[1:] != subject.means.shape[1:]:
             raise ValueError(
-                f"prior: expected latents of shape {list(subject.means.shape[1:])}, got {list(prior.means.shape[1:])}"
+                f"prior must have latents of shape {list(subject.means.shape[1:])}, got {list(prior.means.shape[1:])}"
             )
         self.subject, self.prior = subject, prior
 
@@ -141,7 +141,7 @@ def denoising_loss(
     """
     images = latents.shape[1]
     if images not in (1, 2):
-        raise ValueError(f"latents: expected 1 or 2 images per item, the subject's and its class's, got {images}")
+        raise ValueError(f"latents must have 1 or 2 images per item, the subject's and its class's, got {images}")
     latents, prompts = latents.flatten(0, 1), prompts.flatten(0, 1)
     noise = torch.randn_like(latents)
     times = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
@@ -155,9 +155,9 @@ def denoising_loss(
     return losses[0] if images == 1 else losses[0] + prior_weight * losses[1]
 
 
-def _target(kind: str, latents: Tensor, noise: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
-    if kind == "epsilon":
+def _target(prediction_type: str, latents: Tensor, noise: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
+    if prediction_type == "epsilon":
         return noise
-    if kind == "v_prediction":
+    if prediction_type == "v_prediction":
         return signal * noise - spread * latents
-    raise ValueError(f'scheduler: expected the prediction type "epsilon" or "v_prediction", got {kind!r}')
+    raise ValueError(f'scheduler must have the prediction type "epsilon" or "v_prediction", got {prediction_type!r}')

@@ -63,7 +63,7 @@ class Annotation:
 def read_questions(path: str | Path) -> list[Question]:
     """The questions of an official questions file, in its order.
 
-    Raises ValueError, with the file, the entry, what was expected and what came, if the file is malformed or a
+    Raises ValueError, with the file, the entry, what must be there and what is, if the file is malformed or a
     question_id comes twice; FileNotFoundError if there is no such file.
     """
     fields = {"question_id": int, "image_id": int, "question": str}
@@ -86,16 +86,16 @@ def _entries(path: str | Path, key: str) -> list[tuple[str, dict]]:
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
         found = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path}: expected a JSON object with a list under '{key}', got {found}")
+        raise ValueError(f"{path} must be a JSON object with a list under '{key}', got {found}")
     seen = set()
     entries = []
     for index, entry in enumerate(content[key]):
         if not isinstance(entry, dict):
-            raise ValueError(f"{path}: {key}[{index}]: expected a JSON object, got {entry!r}")
+            raise ValueError(f"{path}: {key}[{index}] must be a JSON object, got {entry!r}")
         question_id = str(entry.get("question_id"))
         where = f"{path}: {key}[{index}] (question_id {question_id})"
         if question_id in seen:
-            raise ValueError(f"{where}: expected every question_id once, got it again")
+            raise ValueError(f"{where} must come once, got it again")
         seen.add(question_id)
         entries.append((where, entry))
     return entries
@@ -103,10 +103,10 @@ def _entries(path: str | Path, key: str) -> list[tuple[str, dict]]:
 
 def _ten_answers(answers: list, where: str) -> tuple[str, ...]:
     if len(answers) != ANNOTATORS:
-        raise ValueError(f"{where}: expected {ANNOTATORS} 'answers', got {len(answers)}")
+        raise ValueError(f"{where} must have {ANNOTATORS} 'answers', got {len(answers)}")
     for index, answer in enumerate(answers):
         if not isinstance(answer, dict) or not isinstance(answer.get("answer"), str):
-            raise ValueError(f"{where}: answers[{index}]: expected an object with a string 'answer', got {answer!r}")
+            raise ValueError(f"{where}: answers[{index}] must be an object with a string 'answer', got {answer!r}")
     return tuple(answer["answer"] for answer in answers)
 
 
@@ -118,7 +118,7 @@ class AnswerVocabulary(LabelVocabulary):
         unknown_form = [answer for answer in self.answers if normalize_answer(answer) != answer]
         if unknown_form:
             raise ValueError(
-                f"answers: expected normalized ones, got {unknown_form[0]!r} ({normalize_answer(unknown_form[0])!r})"
+                f"answers must be normalized, got {unknown_form[0]!r} ({normalize_answer(unknown_form[0])!r})"
             )
 
     @classmethod
@@ -194,7 +194,7 @@ def _matching(questions: list[Question], questions_path: str | Path, path: str |
         different = {question_id for question_id, _ in expected.items() ^ got.items()}
         first = min(different)
         raise ValueError(
-            f"{path}: question_id {first}: expected image_id {expected.get(first, 'of no question')} as in "
+            f"{path}: question_id {first} must have image_id {expected.get(first, 'of no question')} as in "
             f"{questions_path}, got {got.get(first, 'no annotation')}; {len(different)} question_ids do not match"
         )
     return [annotations[question.question_id] for question in questions]
@@ -236,7 +236,7 @@ def accuracy_by_type(answers: Sequence[str], annotations: Sequence[Annotation]) 
     by_type = defaultdict(list)
     for answer, annotation in zip(answers, annotations, strict=True):
         by_type[annotation.question_type].append((answer, annotation))
-    return {kind: _type_accuracy(by_type[kind]) for kind in sorted(by_type)}
+    return {question_type: _type_accuracy(by_type[question_type]) for question_type in sorted(by_type)}
 
 
 def _type_accuracy(answered: list[tuple[str, Annotation]]) -> TypeAccuracy:

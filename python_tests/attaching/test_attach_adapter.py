@@ -195,7 +195,7 @@ def test_published_counts_on_meter():
         ({"bottleneck": 0}, "bottleneck must be a positive integer, got 0"),
         ({"scale": "4"}, "scale must be a finite number, got '4'"),
         ({"layer_norm": 1}, "layer_norm must be True or False, got 1"),
-        ({"sites": []}, "sites must be None or a list of regular expressions"),
+        ({"sites": []}, "sites must be None, one of the towers vision, .*, or a list of towers and regular expr"),
     ],
 )
 def test_a_wrong_configuration_is_refused(options, message):
@@ -217,6 +217,6 @@ def test_options_reach_the_layers():
 def test_no_site_is_an_error_that_lists_candidates():
     model = make_model("llama")
     model.config.model_type = "my_llama"
-    families = r"families with sites for adapter \(vilt, .*, llama, UNet2DConditionModel\)"
+    families = r"LlamaForCausalLM belongs to none of the families with sites for adapter"
     with pytest.raises(ValueError, match=rf"{families}.*Candidates, .*: model.layers.0.self_attn, model.layers.0.mlp"):
         petl_ext.attach(model, AdapterConfig())

@@ -1,4 +1,4 @@
-"""What attach refuses, in words that name what was expected and what came, and with the model unchanged."""
+"""What attach refuses, in words that say what must be and what is, and with the model unchanged."""
 
 import pytest
 import torch

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_vilt import CONFIGS, make_inputs, make_model, randomize, run
-from torch.nn.functional import gelu, layer_norm, linear
 
 import petl_ext
 
@@ -14,8 +14,8 @@ ROWS = 7
 
 def rows_through(module, rows):
     if isinstance(module, torch.nn.LayerNorm):
-        return layer_norm(rows, rows.shape[-1:], module.weight, module.bias, module.eps)
-    return linear(rows, module.weight, module.bias)
+        return F.layer_norm(rows, rows.shape[-1:], module.weight, module.bias, module.eps)
+    return F.linear(rows, module.weight, module.bias)
 
 
 def block_by_hand(block, hidden, mask):
@@ -34,7 +34,7 @@ def block_by_hand(block, hidden, mask):
         heads.append(scores.softmax(-1) @ v)
     context = torch.cat(heads, dim=-1)[:, :rows]
     hidden = hidden + rows_through(block.attention.output.dense, context)
-    inner = gelu(rows_through(block.intermediate.dense, rows_through(block.layernorm_after, hidden)))
+    inner = F.gelu(rows_through(block.intermediate.dense, rows_through(block.layernorm_after, hidden)))
     return hidden + rows_through(block.output.dense, inner)
 
 

@@ -134,31 +134,31 @@ def truncate(name):
 
 SCALE = "vilt.encoder.layer.0.attention.output.apt.log_scale"
 REFUSALS = {
-    "no config": (lambda saved: (saved / "petl_config.json").unlink(), "found no petl_config.json"),
-    "no weights": (lambda saved: (saved / "petl_weights.safetensors").unlink(), "found no petl_weights.safetensors"),
+    "no config": (lambda saved: (saved / "petl_config.json").unlink(), "got no petl_config.json"),
+    "no weights": (lambda saved: (saved / "petl_weights.safetensors").unlink(), "got no petl_weights.safetensors"),
     "broken config": (truncate("petl_config.json"), "petl_config.json: "),
     "broken weights": (truncate("petl_weights.safetensors"), "not a complete safetensors file"),
-    "list as config": (lambda saved: (saved / "petl_config.json").write_text("[]"), "expected an object"),
+    "list as config": (lambda saved: (saved / "petl_config.json").write_text("[]"), "it must be an object"),
     "later format": (edit_config(format=2), "format 2, but this petl_ext reads formats up to 1"),
-    "no format": (edit_config(format=None), "expected an object with the key 'format'"),
-    "unknown key": (edit_config(extra=1), "expected the keys .* found .*extra"),
-    "bad keep": (edit_config(keep="classifier"), "keep must be a list of names, found 'classifier'"),
+    "no format": (edit_config(format=None), "it must be an object with the key 'format'"),
+    "unknown key": (edit_config(extra=1), "the keys must be .* got .*extra"),
+    "bad keep": (edit_config(keep="classifier"), "keep must be a list of names, got 'classifier'"),
     "other keep": (edit_config(keep=["vilt.pooler"]), "vilt.pooler"),
     "other family": (edit_config(family="clip"), "of the family 'clip', but ViltForQuestionAnswering is of 'vilt'"),
-    "unknown method": (edit_method(method="lora"), "unknown method 'lora'; this petl_ext knows adapter, apt, "),
+    "unknown method": (edit_method(method="lora"), "method must be one of adapter, apt, .*, got 'lora'"),
     "other method": (edit_config(config=DeepPromptConfig(3).to_dict()), "."),
-    "unknown field": (edit_method(heads=12), "expected the fields .*found .*heads"),
+    "unknown field": (edit_method(heads=12), "must have the fields .*got .*heads"),
     "bad value": (edit_method(rank=0), "rank must be a positive integer, got 0"),
     "other size": (edit_method(num_prompts=6), "."),
     "missing tensor": (edit_weights(lambda tensors: tensors.pop(SCALE)), f"1 differences: {SCALE}: missing"),
     "unexpected tensor": (edit_weights(lambda t: t.update(x=torch.ones(1))), "1 differences: x: unexpected"),
     "other shape": (
         edit_weights(lambda tensors: tensors.update({SCALE: torch.ones(2)})),
-        rf"{SCALE}: expected the shape \(1,\), found \(2,\)",
+        rf"{SCALE} must have the shape \(1,\), got \(2,\)",
     ),
     "other kind": (
         edit_weights(lambda tensors: tensors.update({SCALE: torch.ones(1, dtype=torch.int64)})),
-        f"{SCALE}: expected torch.float32, found torch.int64",
+        f"{SCALE} must be torch.float32, got torch.int64",
     ),
 }
 
@@ -182,9 +182,9 @@ def test_a_folder_that_does_not_fit_is_refused_whole(tmp_path, edit, message, at
 @pytest.mark.parametrize(
     ("config", "keep", "message"),
     [
-        (APTConfig(num_prompts=4), ["classifier"], r"the config that is attached, APTConfig\(num_prompts=4.*found APT"),
-        (CONFIGS[1], ["classifier"], "config that is attached, DeepPromptConfig.*found APTConfig"),
-        (CONFIGS[0], [], r"keep that is attached, \(\), found \('classifier',\)"),
+        (APTConfig(num_prompts=4), ["classifier"], r"the config that is attached, APTConfig\(num_prompts=4.*got APT"),
+        (CONFIGS[1], ["classifier"], "config that is attached, DeepPromptConfig.*got APTConfig"),
+        (CONFIGS[0], [], r"keep that is attached, \(\), got \('classifier',\)"),
     ],
 )
 def test_loading_over_another_attachment_is_refused(tmp_path, config, keep, message):
@@ -202,12 +202,12 @@ def test_models_that_do_not_fit_are_refused(tmp_path):
     attachment.save(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"16 differences: encoder.layer.0.attention.output.apt.down: missing"):
         petl_ext.load(make_model(ViltModel), tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"16 differences|expected the shape \(5, 64\), found \(5, 32\)"):
+    with pytest.raises(ValueError, match=r"16 differences|must have the shape \(5, 64\), got \(5, 32\)"):
         petl_ext.load(make_model(hidden_size=64), tmp_path / "saved")
     bert = BertModel(BertConfig(vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
     with pytest.raises(ValueError, match="family 'vilt', but BertModel is of 'bert'"):
         petl_ext.load(bert, tmp_path / "saved")
-    with pytest.raises(FileNotFoundError, match="nowhere: expected the files"):
+    with pytest.raises(FileNotFoundError, match="nowhere must hold the files"):
         petl_ext.load(make_model(), tmp_path / "nowhere")
 
 

@@ -40,7 +40,7 @@ class Shift(nn.Module):
 class ShiftedAttention(ProjectionSite):
     child = "shift"
     looked_for = "attentions"
-    kinds = ATTENTIONS
+    projections = ATTENTIONS
 
     def changed(self, x, y):
         return y + self.shift.vector
@@ -163,7 +163,7 @@ def test_the_files_are_the_list_of_methods(shift_config):
     assert petl_ext.APTConfig is methods.CONFIGS["apt"]
     with pytest.raises(ValueError, match="adds nothing and keep is empty"):
         petl_ext.attach(made(), petl_ext.ClassifierOnlyConfig())
-    with pytest.raises(ValueError, match=r"with sites for shift \(\), so ShiftConfig.* Candidates, attentions: blocks"):
+    with pytest.raises(ValueError, match=r"with sites for shift, so ShiftConfig.* Candidates, attentions: blocks"):
         petl_ext.attach(made(), shift_config())
 
 

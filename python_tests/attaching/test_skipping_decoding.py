@@ -34,7 +34,7 @@ def test_the_cache_gives_what_the_whole_sequence_gives(family, skip):
 
 
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
-OF_SEVERAL_KINDS = {
+OF_SEVERAL_SLOT_TYPES = {
     "Gemma2": {"head_dim": 8, "layer_types": [SLIDING, FULL] * 2},
     "Cohere2": {"layer_types": [SLIDING, SLIDING, SLIDING, FULL], "eos_token_id": 1, "bos_token_id": 2},
     "Qwen2": {"layer_types": [FULL, SLIDING, FULL, SLIDING], "use_sliding_window": True, "max_window_layers": 1},
@@ -49,7 +49,7 @@ OF_SEVERAL_KINDS = {
 }
 
 
-def attached_with_kinds(name):
+def attached_with_slot_types(name):
     torch.manual_seed(0)
     sizes = {
         "hidden_size": 32,
@@ -64,7 +64,7 @@ def attached_with_kinds(name):
     if not hasattr(transformers, f"{name}ForCausalLM"):
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     config_class = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
-    config = config_class(**sizes | OF_SEVERAL_KINDS[name])
+    config = config_class(**sizes | OF_SEVERAL_SLOT_TYPES[name])
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -78,11 +78,11 @@ def attached_with_kinds(name):
 @pytest.mark.parametrize(
     "skip", [list(subset) for size in range(4) for subset in combinations(range(4), size)], ids=str
 )
-@pytest.mark.parametrize("name", OF_SEVERAL_KINDS)
-def test_each_running_layer_takes_a_slot_of_its_own_kind_in_the_cache(name, skip):
-    model, attachment = attached_with_kinds(name)
-    kinds = OF_SEVERAL_KINDS[name]["layer_types"]
-    if {kind for index, kind in enumerate(kinds) if index not in skip} < set(kinds):
+@pytest.mark.parametrize("name", OF_SEVERAL_SLOT_TYPES)
+def test_each_running_layer_takes_a_slot_of_its_own_type_in_the_cache(name, skip):
+    model, attachment = attached_with_slot_types(name)
+    slot_types = OF_SEVERAL_SLOT_TYPES[name]["layer_types"]
+    if {slot_type for index, slot_type in enumerate(slot_types) if index not in skip} < set(slot_types):
         with pytest.raises(ValueError, match=r"no layer of model\.layers that is \w+_attention would run"):
             attachment.skip(skip)
         assert attachment.skipped == ()
@@ -101,7 +101,7 @@ def test_each_running_layer_takes_a_slot_of_its_own_kind_in_the_cache(name, skip
 
 
 def test_a_search_may_draw_what_cannot_decode():
-    model = attached_with_kinds("Gemma2")[0]
+    model = attached_with_slot_types("Gemma2")[0]
     search = petl_ext.DepthSearch(model, num_skip=2, interval=1, seed=1)
     words = torch.randint(5, 60, (1, 5))
     drawn = set()

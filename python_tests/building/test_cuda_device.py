@@ -4,9 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from clear_masks import with_clear_mask
+from devices import emulation
 from gpu.every_kernel import DTYPES
 from gpu.graphs import captured
-from places import emulation
 from problems import OPS, draw_rows, forward, forward_backward
 from tolerance import assert_as_good_as_torch
 
@@ -41,6 +42,8 @@ def large_problem(op, dtypes, inner, seed=0):
 @pytest.mark.parametrize(("op", "activation", "dim", "inner"), ACTIVATIONS_AND_SIZES)
 def test_hardware_and_emulator_agree(op, activation, dim, inner, dtypes, record_property):
     problem = draw_rows(op, ROWS, dim, inner, *dtypes, activation=activation)
+    if activation == "relu":
+        problem = with_clear_mask(problem)
     with emulation():
         emulated = {name: result.cuda() for name, result in forward_backward(problem, op.ours).items()}
     problem = problem.to("cuda")

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from places import emulated_module, emulation
+from clear_masks import WEIGHTS_OF, pre_activations, with_clear_mask
+from devices import emulated_module, emulation
+from gpu.every_kernel import DTYPES
+from problems import OPS, draw_rows
 
 from petl_ext import ops
 
@@ -66,3 +69,14 @@ def test_results_do_not_depend_on_order_copies_and_threads():
             results.append(apt_outputs_and_gradients())
     for result in results[1:]:
         assert all(torch.equal(ours, first) for ours, first in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dim", [72, 768])
+@pytest.mark.parametrize(("name", "inner"), [(name, inner) for name in WEIGHTS_OF for inner in OPS[name].every_size])
+def test_a_clear_mask_keeps_away_from_zero(name, inner, dim, dtypes):
+    """What test_cuda_device.py compares GPU and emulator on."""
+    problem = draw_rows(OPS[name], 131, dim, inner, *dtypes, activation="relu")
+    before, after = (pre_activations(each) for each in (problem, with_clear_mask(problem)))
+    assert before.abs().min() < 1e-3 * before.abs().max()
+    assert after.abs().min() > 0.25 * after.abs().max() and 0.4 < (after > 0).double().mean() < 0.6

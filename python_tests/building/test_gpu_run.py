@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from clock import host_clock
+from devices import emulation
 from gpu import __main__ as command
 from gpu import every_kernel, speed, summary, traffic, vilt
 from gpu.runner import FAILED, OK, SKIPPED, TIME_LIMIT, Files, Runner, Step
 from gpu.step_log import read_records
 from gpu.steps import PYTHON_PATH, find_tool, steps
-from places import emulation
 from problems import OPS, draw_rows, forward, forward_backward
 
 ROOT = Path(__file__).parents[2]
@@ -131,8 +131,8 @@ def test_a_run_that_is_killed_leaves_what_it_has(tmp_path, monkeypatch, start):
 
 def test_records_cut_off_in_the_middle(tmp_path):
     path = tmp_path / "records"
-    path.write_text('{"kind": "number"}\n{"kind": "num')
-    assert read_records(path) == [{"kind": "number"}]
+    path.write_text('{"topic": "number"}\n{"topic": "num')
+    assert read_records(path) == [{"topic": "number"}]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -165,17 +165,17 @@ def test_finds_tools_beside_the_path(tmp_path, monkeypatch):
     assert find_tool("compute-sanitizer") == str(tool)
 
 
-def test_pytest_plugin_chooses_a_place_and_counts(tmp_path):
+def test_pytest_plugin_chooses_a_device_and_counts(tmp_path):
     (tmp_path / "test_sample.py").write_text(
         "import pytest\n"
-        "@pytest.mark.parametrize('place', ['cuda', 'emulated'])\n"
-        "def test_place(place, record_property):\n"
+        "@pytest.mark.parametrize('device', ['cuda', 'emulated'])\n"
+        "def test_device(device, record_property):\n"
         "    record_property('measured', {'value': 7})\n"
-        "    assert place == 'cuda'\n"
-        "@pytest.mark.parametrize('place', ['cuda'])\n"
-        "def test_bad(place): assert not place\n"
-        "@pytest.mark.parametrize('place', ['cuda'])\n"
-        "def test_left_out(place): pytest.skip('not here')\n"
+        "    assert device == 'cuda'\n"
+        "@pytest.mark.parametrize('device', ['cuda'])\n"
+        "def test_bad(device): assert not device\n"
+        "@pytest.mark.parametrize('device', ['cuda'])\n"
+        "def test_left_out(device): pytest.skip('not here')\n"
         "def test_anywhere(): assert False\n"
     )
     records = tmp_path / "records"
@@ -187,7 +187,7 @@ def test_pytest_plugin_chooses_a_place_and_counts(tmp_path):
     )
     assert result.returncode == 1, result.stdout
     measured, failed, counted, summary = read_records(records)
-    assert measured["kind"] == "measured" and measured["value"] == 7 and measured["test"].endswith("test_place[cuda]")
+    assert measured["topic"] == "measured" and measured["value"] == 7 and measured["test"].endswith("test_device[cuda]")
     assert failed["name"].endswith("test_bad[cuda]") and "assert not" in failed["message"]
     assert (counted["passed"], counted["failed"], counted["skipped"]) == (1, 1, 1)
     assert summary["text"] == "1 passed, 1 failed, 1 skipped: test_sample.py::test_bad[cuda]"
@@ -302,8 +302,8 @@ def test_every_kernel_is_run():
             every_activation=True,
             device="cpu",
         )
-    kinds = sum(len(op.activations) * len(op.every_size) for op in OPS.values())
-    assert solved == kinds * len(every_kernel.DTYPES) and flawed == []
+    calls = sum(len(op.activations) * len(op.every_size) for op in OPS.values())
+    assert solved == calls * len(every_kernel.DTYPES) and flawed == []
 
 
 def test_vilt_with_and_without_apt():
@@ -315,7 +315,7 @@ def test_vilt_with_and_without_apt():
 
 def test_summary_shows_comparisons_goals_and_steps():
     comparison = {
-        "kind": "comparison",
+        "topic": "comparison",
         "name": "apt forward",
         "wrong": {"dx": 0.5},
         "microseconds": {"ours": 21.5},

@@ -24,7 +24,7 @@ LEVELS = [
     {"models"},
     {"search"},
     {""},
-    {"hf", "peft"},
+    {"hf", "peft", "cupy"},
     {"demo"},
     {"cli"},
     {"__main__"},

@@ -183,7 +183,7 @@ def test_a_search_and_its_picture_are_whole_or_as_they_were(tmp_path, monkeypatc
     for _ in range(3):
         search.sample()
         search.update(lambda: torch.tensor(1.0))
-    search.to_json(tmp_path / "search.json")
+    search.save(tmp_path / "search.json")
     search.plot(tmp_path / "gates.png")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -191,7 +191,7 @@ def test_a_search_and_its_picture_are_whole_or_as_they_were(tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fails)
-    for write, name in ((search.to_json, "search.json"), (search.plot, "gates.png")):
+    for write, name in ((search.save, "search.json"), (search.plot, "gates.png")):
         with pytest.raises(OSError, match="No space"):
             write(tmp_path / name)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -210,7 +210,7 @@ def load(method, folder):
     model = bert()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
-        return DVPBert.from_folder(folder, model) if method == "dvp" else petl_ext.load(model, folder)
+        return DVPBert.load(folder, model) if method == "dvp" else petl_ext.load(model, folder)
     except BaseException:
         after = model.state_dict()
         assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
@@ -253,7 +253,7 @@ def test_a_file_that_is_no_configuration(method, text, tmp_path):
 def test_a_folder_of_another_class_is_named_as_such(tmp_path):
     saved("dvp", tmp_path / "dvp")
     saved("apt", tmp_path / "apt")
-    with pytest.raises(ValueError, match=r"saved by DVPBert\.save, which DVPBert\.from_folder reads"):
+    with pytest.raises(ValueError, match=r"saved by DVPBert\.save, which DVPBert\.load reads"):
         load("apt", tmp_path / "dvp")
     with pytest.raises(ValueError, match=r"saved by Attachment\.save, which petl_ext\.load reads"):
         load("dvp", tmp_path / "apt")

@@ -14,15 +14,15 @@ EXCUSE = r"\blonger than others\b"  # in the comment at a file's head
 
 
 def lengths(source):
-    """{(kind, name): lines without docstrings} of the classes and functions of a Python file."""
+    """{(what, name): lines without docstrings} of the classes and functions of a Python file."""
     found = {}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             described = (inner for inner in ast.walk(node) if isinstance(inner, ast.ClassDef | ast.FunctionDef))
             docstrings = [inner.body[0] for inner in described if ast.get_docstring(inner) is not None]
             lines = node.end_lineno - node.lineno + 1
-            kind = "class" if isinstance(node, ast.ClassDef) else "function"
-            found[kind, node.name] = lines - sum(d.end_lineno - d.lineno + 1 for d in docstrings)
+            what = "class" if isinstance(node, ast.ClassDef) else "function"
+            found[what, node.name] = lines - sum(d.end_lineno - d.lineno + 1 for d in docstrings)
     return found
 
 
@@ -32,9 +32,9 @@ def too_long(source, is_python):
     lines = source.count("\n")
     if lines > MOST_LINES and not re.search(EXCUSE, head):
         yield f"{lines} lines"
-    for (kind, name), length in (lengths(source) if is_python else {}).items():
-        if length > (MOST_OF_A_CLASS if kind == "class" else MOST_OF_A_FUNCTION):
-            yield f"the {kind} {name}, {length} lines"
+    for (what, name), length in (lengths(source) if is_python else {}).items():
+        if length > (MOST_OF_A_CLASS if what == "class" else MOST_OF_A_FUNCTION):
+            yield f"the {what} {name}, {length} lines"
 
 
 def sources():

@@ -13,7 +13,7 @@ from petl_ext.demo.charts import types_table
 from petl_ext.demo.data import Score
 from petl_ext.demo.training import Size
 from petl_ext.demo.vilt import every_layer, run
-from petl_ext.demo.vilt.search import DAS
+from petl_ext.demo.vilt.depth_search import DAS
 from petl_ext.demo.vilt.training import ViltRun, groups_of
 from petl_ext.search import DepthSearch
 from petl_ext.tasks.labels import TypeAccuracy
@@ -154,7 +154,7 @@ def test_search_das(search, digits):
     model = prepare(digits).attach(replace(DAS, config=replace(DAS.config, skip=result["skip"]))).model
     assert list(model.petl_attachment.skipped) == result["skip"]
     state = state_in(digits)
-    restored = DepthSearch.from_json(digits / "search.json", model)
+    restored = DepthSearch.load(digits / "search.json", model)
     assert list(restored.selection()) == result["skip"] and restored.step == 10 and restored.finished
     assert_legible(digits / "gates.png")
     assert {path.name for path in digits.iterdir()} == {"digits-150-seed0", "gates.png", "search.json"}
@@ -187,7 +187,7 @@ def test_search_das_goes_on_after_an_interruption(search, digits, monkeypatch, c
     for name in ("checkpoint-90", "checkpoint-91"):
         (checkpoints / name).mkdir()
     (checkpoints / "checkpoint-91" / "trainer_state.json").write_text("{")
-    for options, complaint in (((), f"{checkpoint} is of an interrupted search"), (("--resume",), "expected num_skip")):
+    for options, complaint in (((), f"{checkpoint} is of an interrupted search"), (("--resume",), "num_skip must be")):
         with pytest.raises(SystemExit) as refused:
             search(*options)
         assert refused.value.code == 2 and complaint in capsys.readouterr().err

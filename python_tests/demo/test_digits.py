@@ -85,7 +85,7 @@ def test_number_of_digits_in_a_scene():
 
 
 def test_unknown_split_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"split: expected one of \['test', 'train', 'val'\], got 'dev'"):
+    with pytest.raises(ValueError, match=r"split must be one of \['test', 'train', 'val'\], got 'dev'"):
         write_digits(tmp_path / "data", {"train": 1, "dev": 1}, progress=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -103,7 +103,7 @@ def test_a_seed_gives_the_same_bytes(written, tmp_path):
 
 def test_an_existing_folder_is_left_as_it_is(written, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="folder: expected one that does not exist yet"):
+    with pytest.raises(FileExistsError, match="folder must not exist yet"):
         write_digits(tmp_path, SIZES, progress=False)
     assert bytes_of(tmp_path).keys() == {"notes.txt"}
 
@@ -131,13 +131,13 @@ OBJECTS = [
 ]
 
 
-def every_question(kind):
+def every_question(question_type):
     generator = rng()
-    return {QUESTION_TYPES[kind].ask(OBJECTS, generator) for _ in range(200)}
+    return {QUESTION_TYPES[question_type].ask(OBJECTS, generator) for _ in range(200)}
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"),
+    ("question_type", "expected"),
     [
         (
             "digit at",
@@ -173,25 +173,25 @@ def every_question(kind):
         ),
     ],
 )
-def test_questions_and_answers_of_a_scene(kind, expected):
-    assert every_question(kind) == expected
+def test_questions_and_answers_of_a_scene(question_type, expected):
+    assert every_question(question_type) == expected
 
 
 def test_no_question_where_the_answer_is_not_unique():
     twins = [DigitObject(3, "red", "northwest"), DigitObject(3, "red", "northeast")]
-    for kind in ("color of", "digit of", "hard: position of"):
-        assert QUESTION_TYPES[kind].ask(twins, rng()) is None
+    for question_type in ("color of", "digit of", "hard: position of"):
+        assert QUESTION_TYPES[question_type].ask(twins, rng()) is None
     asked = questions_about(twins, 7, rng())
-    assert {kind for kind, _, _ in asked} == {"digit at", "color at", "hard: count", "hard: exist"}
+    assert {question_type for question_type, _, _ in asked} == {"digit at", "color at", "hard: count", "hard: exist"}
 
 
 def test_question_types_come_with_their_shares():
     generator = rng()
     scenes = SceneMaker("train").make(1500, generator)
     asked = [questions_about(scenes.objects(index), 1, generator)[0] for index in range(1500)]
-    counts = Counter(kind for kind, _, _ in asked)
-    for kind, settings in QUESTION_TYPES.items():
-        assert counts[kind] / 1500 == pytest.approx(settings.share, abs=0.05)
+    counts = Counter(question_type for question_type, _, _ in asked)
+    for question_type, settings in QUESTION_TYPES.items():
+        assert counts[question_type] / 1500 == pytest.approx(settings.share, abs=0.05)
 
 
 def test_captions_are_true_and_are_no_questions():

@@ -39,7 +39,7 @@ TWO = [DigitObject(5, "red", "northwest"), DigitObject(9, "blue", "southwest")]
 
 
 @pytest.mark.parametrize(
-    ("kind", "objects", "expected"),
+    ("question_type", "objects", "expected"),
     [
         ("colorQuery", OBJECTS, {"what color is the 7?": "red"}),
         (
@@ -117,8 +117,8 @@ TWO = [DigitObject(5, "red", "northwest"), DigitObject(9, "blue", "southwest")]
         ("sameColor", TWO, {"are the 5 and the 9 the same color?": "no", "are the 9 and the 5 the same color?": "no"}),
     ],
 )
-def test_gqa_questions_of_a_scene(kind, objects, expected):
-    assert dict(digits_gqa.QUESTION_TYPES[kind].ask(objects)) == expected
+def test_gqa_questions_of_a_scene(question_type, objects, expected):
+    assert dict(digits_gqa.QUESTION_TYPES[question_type].ask(objects)) == expected
 
 
 def test_gqa_color_choices_name_the_answer_first_or_second():
@@ -127,7 +127,7 @@ def test_gqa_color_choices_name_the_answer_first_or_second():
     assert "is the 7 red or blue?" in asked and "is the 7 blue or red?" in asked
 
 
-def test_gqa_places_are_choices_too():
+def test_gqa_positions_are_choices_too():
     beside = [DigitObject(5, "red", "northwest"), DigitObject(9, "blue", "northeast")]
     assert dict(digits_gqa.QUESTION_TYPES["relChoose"].ask(beside)) == {
         "is the 5 to the left or right of the 9?": "left",
@@ -138,9 +138,9 @@ def test_gqa_places_are_choices_too():
 def test_gqa_asks_yes_or_no_only_where_both_could_be_right():
     for seed in range(200):
         asked = digits_gqa.questions_about(TWO, len(digits_gqa.QUESTION_TYPES), rng(seed))
-        kinds = {kind for kind, _, _ in asked}
-        assert len(kinds) == len(asked)
-        assert "sameColor" not in kinds and {"relVerify", "existAnd", "existOr", "existVerify"} <= kinds
+        types = {question_type for question_type, _, _ in asked}
+        assert len(types) == len(asked)
+        assert "sameColor" not in types and {"relVerify", "existAnd", "existOr", "existVerify"} <= types
 
 
 def text_only(train, test):
@@ -163,9 +163,9 @@ def asked(scenes):
     }
 
 
-def chance_of(kind, question):
+def chance_of(question_type, question):
     """All but queries name or imply two answers; a query asks for one of five colors or ten digits."""
-    if digits_gqa.QUESTION_TYPES[kind].structural != "query":
+    if digits_gqa.QUESTION_TYPES[question_type].structural != "query":
         return 1 / 2
     return 1 / 5 if question.startswith("what color") else 1 / 10
 
@@ -181,20 +181,20 @@ def test_gqa_words_and_answers_are_listed(asked):
 
 def test_gqa_answers_are_balanced(asked):
     by_type = defaultdict(Counter)
-    for kind, _, answer in asked["train"] + asked["test"]:
-        by_type[kind][answer] += 1
+    for question_type, _, answer in asked["train"] + asked["test"]:
+        by_type[question_type][answer] += 1
     assert by_type.keys() == digits_gqa.QUESTION_TYPES.keys()
-    for kind, counts in by_type.items():
+    for question_type, counts in by_type.items():
         share = 1 / len(counts)
         error = np.sqrt(share * (1 - share) / counts.total())
         # four standard errors, and a digit's frequency among the pictures
-        assert max(counts.values()) / counts.total() < share + 4 * error + 0.01, (kind, counts)
+        assert max(counts.values()) / counts.total() < share + 4 * error + 0.01, (question_type, counts)
 
 
 def test_gqa_questions_alone_tell_nothing(asked):
-    chance = np.mean([chance_of(kind, question) for kind, question, _ in asked["test"]])
+    chance = np.mean([chance_of(question_type, question) for question_type, question, _ in asked["test"]])
     by_text = text_only(*([(question, answer) for _, question, answer in asked[split]] for split in COUNTS))
-    by_type = text_only(*([(kind, answer) for kind, _, answer in asked[split]] for split in COUNTS))
+    by_type = text_only(*([(question_type, answer) for question_type, _, answer in asked[split]] for split in COUNTS))
     # 3600 questions: a standard error of 0.008
     assert by_text < chance + 0.03 and by_type < chance + 0.03
     assert by_text > chance - 0.04  # the chance is what it is said to be
@@ -231,9 +231,9 @@ def holds(hypothesis, scene):
         return any(matches(at, attributes(words)) for at in scene if sides[words[2]] in row_column[at])
     first, relation, second = words[: words.index("is")], words[words.index("is") + 1], words[-3:]
     before = {"left": (1, "west"), "right": (1, "east"), "above": (0, "north"), "below": (0, "south")}
-    axis, place = before[relation]
+    axis, side = before[relation]
     return any(
-        row_column[one][axis] == place != row_column[two][axis]
+        row_column[one][axis] == side != row_column[two][axis]
         and matches(one, attributes(first))
         and matches(two, attributes(second))
         for one, two in itertools.permutations(scene, 2)
@@ -311,8 +311,8 @@ def test_scenes_that_look_alike_have_every_label_equally_often(hypotheses):
     for objects, _, _, label in hypotheses["train"]:
         counts[len(objects), len({it.color for it in objects})][label] += 1
     assert counts.keys() == {(2, 1), (2, 2), (3, 1), (3, 2), (3, 3)}
-    for kind, labels in counts.items():
-        assert max(labels.values()) <= 1.03 * labels.total() / 3 + 3, (kind, labels)
+    for question_type, labels in counts.items():
+        assert max(labels.values()) <= 1.03 * labels.total() / 3 + 3, (question_type, labels)
 
 
 PARTS = {

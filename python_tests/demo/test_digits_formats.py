@@ -43,9 +43,9 @@ def test_vqa_bytes_stay_as_they_were(tmp_path):
 
 def test_formats_do_not_change_one_another(folder, tmp_path):
     together = bytes_of(folder)
-    for kind in FORMATS:
-        write_digits(tmp_path / kind, SIZES, seed=3, progress=False, formats=[kind])
-        alone = bytes_of(tmp_path / kind)
+    for name in FORMATS:
+        write_digits(tmp_path / name, SIZES, seed=3, progress=False, formats=[name])
+        alone = bytes_of(tmp_path / name)
         assert alone.items() < together.items()
     images = sum(SIZES.values())
     assert len(together) == images + 3 * (2 + 1 + 2)
@@ -66,7 +66,7 @@ write_digits({str(tmp_path / "other")!r}, {SIZES}, seed=4, progress=False, forma
 
 
 def test_an_unknown_format_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"formats: expected some of \['gqa', 'snli_ve', 'vqa'\], got \['coco'\]"):
+    with pytest.raises(ValueError, match=r"formats must be some of \['gqa', 'snli_ve', 'vqa'\], got \['coco'\]"):
         write_digits(tmp_path / "data", SIZES, progress=False, formats=["coco"])
     assert list(tmp_path.iterdir()) == []
 

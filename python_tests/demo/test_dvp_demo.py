@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pictures import assert_legible
 
 from petl_ext.cli import main
@@ -119,7 +120,9 @@ def test_what_makes_the_query_is_frozen(prepared):
 
 def test_the_control_has_the_prompt_of_equal_weights(prepared):
     method = replace(run.DVP, insert_layer=4)
-    model, control = (prepared.make_model(each, "VQA").eval() for each in (method, replace(method, kind="mean")))
+    model, control = (
+        prepared.make_model(each, "VQA").eval() for each in (method, replace(method, visual_input="mean"))
+    )
     batch = prepared.tasks["VQA"].batch("val", 4)
     with torch.no_grad():
         different = model(**batch).logits
@@ -136,8 +139,8 @@ def test_text_alone_and_all_tokens(prepared):
     other = batch | {"visual_features": batch["visual_features"].flip(0)}
     assert torch.equal(blind(**batch).logits, blind(**other).logits)
     assert not torch.allclose(seeing(**batch).logits, seeing(**other).logits)
-    padded = {"input_ids": torch.nn.functional.pad(batch["input_ids"], (0, 3))}
-    padded["attention_mask"] = torch.nn.functional.pad(batch["attention_mask"], (0, 3))
+    padded = {"input_ids": F.pad(batch["input_ids"], (0, 3))}
+    padded["attention_mask"] = F.pad(batch["attention_mask"], (0, 3))
     for model in (blind, seeing):
         torch.testing.assert_close(model(**batch | padded).logits, model(**batch).logits)
 
@@ -158,7 +161,7 @@ def state_in(folder):
 def test_search_placement_goes_on_after_an_interruption(search, folder, prepared, monkeypatch, capsys):
     uninterrupted = search(), state_in(folder)
     model = prepared.make_model(replace(run.DVP, insert_layer=0), "VQA", candidates="all")
-    restored = PlacementSearch.from_json(folder / "search.json", model)
+    restored = PlacementSearch.load(folder / "search.json", model)
     assert uninterrupted[0] == {"insert_layer": restored.selection()}
     assert restored.finished and restored.step == SIZE.search_steps and len(set(restored.bandit.preferences)) > 1
     assert_legible(folder / "placement.png")

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from petl_ext.attaching.families import FAMILIES
-from petl_ext.ops.kernels import OPS
+from petl_ext.ops.kernels import OPS, held_kernels
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = {"compatibility"}  # by make compat
@@ -33,6 +33,20 @@ def test_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with mock.patch.dict(FAMILIES):
         exec(compile(code, page, "exec"), {"__name__": "__main__"})
+
+
+def test_the_page_of_hardware_tells_who_computes():
+    """The columns of its table are the ops; its rows, the devices of which kernels are held."""
+    text = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    header, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    assert header[0] == "device" and set(header[1:-1]) == set(OPS)
+    named = {"C++": ("native", "cpu"), "CUDA": ("native", "cuda"), "Triton": ("triton", "cuda")}
+    for device, *of_ops, _ in rows:
+        for op, whose in zip(header[1:-1], of_ops, strict=True):
+            if whose == "CUDA":
+                continue  # this build may have none
+            assert whose == "on request" or named[whose] in held_kernels(op), (device, op)
+    assert [row[0] for row in rows if row[1] == "on request"] == ["Apple GPU (`mps`), and all others"]
 
 
 def test_readme_names_every_page():

@@ -84,4 +84,4 @@ def test_example(tmp_path, monkeypatch, capsys):
     assert len(names["search"].history) == 2
     assert names["model"].insert_layer == names["search"].selection()
     fresh = BertModel.from_pretrained("bert"), CLIPVisionModel.from_pretrained("clip")
-    assert names["DVPBert"].from_folder("dvp-vqa", *fresh).insert_layer == names["model"].insert_layer
+    assert names["DVPBert"].load("dvp-vqa", *fresh).insert_layer == names["model"].insert_layer

@@ -3,6 +3,7 @@
 import pytest
 import tiny_vilt
 import torch
+import torch.nn.functional as F
 from accelerate import dispatch_model
 from peft import get_peft_model
 from tiny_families import make_inputs, make_model, run
@@ -66,7 +67,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x):
         weight = self.weight.view(torch.int8).view(self.out_features, self.in_features) * self.scale
-        return nn.functional.linear(x, weight.to(x.dtype), self.bias)
+        return F.linear(x, weight.to(x.dtype), self.bias)
 
 
 class Float8Linear(nn.Linear):
@@ -78,7 +79,7 @@ class Float8Linear(nn.Linear):
         self.bias = linear.bias
 
     def forward(self, x):
-        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
 
 
 def quantize(model, linear=PackedLinear):

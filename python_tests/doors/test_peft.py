@@ -99,8 +99,7 @@ def test_the_fused_kernel_runs():
     assert calls.names == [], "the kernel has no dropout"
     for layer in model.modules():
         if isinstance(layer, APTTunerLayer):
-            activation, _ = layer.petl_apt_options["default"]
-            layer.petl_apt_options["default"] = (activation, 0.0)
+            layer.petl_options["default"]["dropout"] = 0.0
     with Calls() as calls:
         run(model, inputs).sum().backward()
     assert calls.names == ["apt_forward"] * LAYERS + ["apt_backward"] * LAYERS

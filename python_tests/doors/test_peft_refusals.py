@@ -14,7 +14,7 @@ from tiny_families import make_model
 
 from petl_ext.attaching.families import FAMILIES, Family
 from petl_ext.peft import APTConfig, APTTunerLayer, load_adapter, save_adapter
-from petl_ext.peft.register import register_method
+from petl_ext.peft.register import register_methods
 
 
 def test_loading_what_does_not_fit_changes_nothing(tmp_path):
@@ -80,7 +80,7 @@ def add(model, config, name):
 
 def test_a_model_of_no_family_needs_targets():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"Sequential belongs to none of the families with default targets .*vilt"):
+    with pytest.raises(ValueError, match=r"Sequential belongs to none of the families with default targets; give"):
         get_peft_model(model, APTConfig(**SIZES))
 
 
@@ -118,11 +118,13 @@ def test_default_targets_of_a_family_may_be_several_patterns():
 
 
 def test_registration_says_what_is_wrong(monkeypatch):
-    with pytest.raises(ImportError, match=r"cannot add its method to peft .*: .*already PEFT method called 'petl_apt'"):
-        register_method()
+    with pytest.raises(
+        ImportError, match=r"cannot add its methods to peft .*: .*already PEFT method called 'petl_apt'"
+    ):
+        register_methods()
     monkeypatch.setattr(peft, "__version__", "0.18.1")
     with pytest.raises(ImportError, match=r"needs peft 0\.19 or later, got 0\.18\.1"):
-        register_method()
+        register_methods()
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.delitem(sys.modules, "petl_ext.peft")
     with pytest.raises(ImportError, match=r"petl_ext\.peft needs peft: pip install peft"):

@@ -67,11 +67,11 @@ def test_other_callbacks_are_restored_beside_it(uninterrupted, tmp_path):
 
 def test_a_checkpoint_of_another_search_is_refused(uninterrupted, tmp_path):
     folder, _ = uninterrupted
-    with pytest.raises(ValueError, match="of another search: expected num_skip 3, found 2"):
+    with pytest.raises(ValueError, match="of another search: its num_skip must be 3, got 2"):
         train(tmp_path, make_search(3), train_size=12, resume=str(folder / "checkpoint-8"), **RESUMED)
     search = make_search()
     Trainer(search.model, make_arguments(tmp_path, **RESUMED), train_dataset=Questions(search.model, 12)).train()
-    with pytest.raises(ValueError, match="holds the state of one SearchCallback, found none"):
+    with pytest.raises(ValueError, match="holds the state of one SearchCallback, got none"):
         train(tmp_path, make_search(), train_size=12, resume=str(tmp_path / "checkpoint-8"), **RESUMED)
 
 
@@ -91,11 +91,11 @@ class AugmentedStream(torch.utils.data.IterableDataset):
 
 
 @pytest.mark.parametrize("taken", range(13))
-@pytest.mark.parametrize("kind", ["shuffled", "in order", "stream"])
-def test_augmented_validation_batches_are_the_same_after_a_resume(kind, taken):
+@pytest.mark.parametrize("order", ["shuffled", "in order", "stream"])
+def test_augmented_validation_batches_are_the_same_after_a_resume(order, taken):
     def new_batches(position):
-        data = AugmentedStream() if kind == "stream" else Augmented()
-        return EndlessBatches(DataLoader(data, batch_size=3, shuffle=kind == "shuffled"), 5, position)
+        data = AugmentedStream() if order == "stream" else Augmented()
+        return EndlessBatches(DataLoader(data, batch_size=3, shuffle=order == "shuffled"), 5, position)
 
     whole = new_batches({"passes": 0, "taken": 0})
     before = [whole.next() for _ in range(taken)]

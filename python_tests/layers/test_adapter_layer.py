@@ -122,13 +122,13 @@ def test_wrong_arguments(name, value):
         AdapterLayer(**{"dim": 64, name: value})
 
 
-def test_training_follows_the_reference(place, monkeypatch):
+def test_training_follows_the_reference(device, monkeypatch):
     """The same losses over 30 steps, with the fused op and with the reference."""
 
     def losses():
         torch.manual_seed(0)
-        layer = AdapterLayer(32, 16, layer_norm=True, trainable_scale=True).to(place.device)
-        x, target = torch.randn(2, 200, 32).to(place.device).unbind()
+        layer = AdapterLayer(32, 16, layer_norm=True, trainable_scale=True).to(device.torch_device)
+        x, target = torch.randn(2, 200, 32).to(device.torch_device).unbind()
         optimizer, history = torch.optim.AdamW(layer.parameters(), lr=1e-2), []
         for _ in range(30):
             loss = (layer(x) - target).square().mean()

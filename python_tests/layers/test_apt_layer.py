@@ -151,13 +151,13 @@ def test_wrong_arguments(name, value):
         APTLayer(**{"dim": 64, name: value})
 
 
-def test_training_follows_the_reference(place, monkeypatch):
+def test_training_follows_the_reference(device, monkeypatch):
     """The same losses over 30 steps, with the fused op and with the reference."""
 
     def losses():
         torch.manual_seed(0)
-        layer = APTLayer(32, num_prompts=16).to(place.device)
-        x, y, target = torch.randn(3, 200, 32).to(place.device).unbind()
+        layer = APTLayer(32, num_prompts=16).to(device.torch_device)
+        x, y, target = torch.randn(3, 200, 32).to(device.torch_device).unbind()
         optimizer, history = torch.optim.AdamW(layer.parameters(), lr=1e-2), []
         for _ in range(30):
             loss = (layer(x, y) - target).square().mean()

@@ -109,9 +109,9 @@ def test_names_and_initialization():
     shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
     weights = {"query": (16, 40), "key": (16, 24), "value": (16, 24), "output": (40, 16)}
     assert shapes == {
-        f"{name}.{kind}": shape if kind == "weight" else shape[:1]
+        f"{name}.{part}": shape if part == "weight" else shape[:1]
         for name, shape in weights.items()
-        for kind in ("weight", "bias")
+        for part in ("weight", "bias")
     }
     layer = VisualPromptLayer(768)
     for parameter in layer.parameters():

@@ -36,13 +36,15 @@ STORED_OTHERWISE = {
     "ignore:.*CSR tensor.*:UserWarning",
     "ignore:Validating sparse tensor invariants:UserWarning",
 )
-@pytest.mark.parametrize("kind", STORED_OTHERWISE)
-def test_tensors_that_are_not_dense_are_refused_by_name(save, kind):
+@pytest.mark.parametrize("storage", STORED_OTHERWISE)
+def test_tensors_that_are_not_dense_are_refused_by_name(save, storage):
     model = tiny_vilt.make_model()
     state = originals.vilt_checkpoint(tiny_vilt.make_model(seed=1), "vqa_classifier")
-    state["vqa_classifier.0.weight"] = STORED_OTHERWISE[kind](state["vqa_classifier.0.weight"])
+    state["vqa_classifier.0.weight"] = STORED_OTHERWISE[storage](state["vqa_classifier.0.weight"])
     path = save(state)
-    message = assert_refused(load_vilt_checkpoint, model, path, rf"no dense.* \(1\): vqa_classifier.0.weight {kind}$")
+    message = assert_refused(
+        load_vilt_checkpoint, model, path, rf"no dense.* \(1\): vqa_classifier.0.weight {storage}$"
+    )
     assert "lacks" not in message
     load_vilt_checkpoint(model, path, ["vqa_classifier"])
 
@@ -233,9 +235,9 @@ def test_files_that_are_no_whole_checkpoints(save, tmp_path):
     )
     path.write_bytes(path.read_bytes()[:-1])
     assert_refused(load_vilt_checkpoint, model, path, "model.ckpt: not a complete safetensors file: ")
-    assert_refused(load_vilt_checkpoint, model, save([1]), "expected a state dict, .*got list")
-    assert_refused(load_vilt_checkpoint, model, save({"state_dict": 3}), "expected a state dict, .*got int")
-    assert_refused(load_vilt_checkpoint, model, save({"epoch": 3}), "'epoch' holds int")
+    assert_refused(load_vilt_checkpoint, model, save([1]), "must be a state dict, .*got list")
+    assert_refused(load_vilt_checkpoint, model, save({"state_dict": 3}), "must be a state dict, .*got int")
+    assert_refused(load_vilt_checkpoint, model, save({"epoch": 3}), "got int under 'epoch'")
     for missing in (tmp_path / "missing.ckpt", tmp_path):
         assert_refused(load_vilt_checkpoint, model, missing, "no such file", error=FileNotFoundError)
 
@@ -253,6 +255,6 @@ def test_arguments_of_the_wrong_kind(save):
         assert_refused(load_vilt_checkpoint, model, path, "matches no key of .*; it has text_embeddings", [entry])
     assert_refused(load_vilt_checkpoint, tiny_meter.make_model(), path, "is no ViLT model", error=TypeError)
     assert_refused(load_meter_checkpoint, model, path, "is no METER model", error=TypeError)
-    with pytest.raises(TypeError, match="expected a ViLT model, got str"):
+    with pytest.raises(TypeError, match="model must be a ViLT model, got str"):
         load_vilt_checkpoint("vilt", path)
     assert_refused(load_vilt_checkpoint, model.to("meta"), path, "is on the meta device")

@@ -5,8 +5,8 @@ import pytest
 import tiny_meter
 import tiny_vilt
 import torch
+import torch.nn.functional as F
 from checkpoint_checks import METER, METHODS, VILT, assert_equal, assert_refused, outcome_of
-from torch.nn.functional import interpolate
 from transformers import (
     ViltForImageAndTextRetrieval,
     ViltForImagesAndTextClassification,
@@ -169,7 +169,7 @@ def resized(weight, grid):
     """[1 + g * g, D] to [1 + grid * grid, D], one column of the table at a time."""
     old = round((len(weight) - 1) ** 0.5)
     images = [column.reshape(1, 1, old, old) for column in weight[1:].unbind(1)]
-    columns = [interpolate(image, size=(grid, grid), mode="bicubic").flatten() for image in images]
+    columns = [F.interpolate(image, size=(grid, grid), mode="bicubic").flatten() for image in images]
     return torch.cat([weight[:1], torch.stack(columns, dim=1)])
 
 

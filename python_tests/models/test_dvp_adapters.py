@@ -106,7 +106,7 @@ def test_adapters_of_any_width(family, tmp_path):
     assert {layer.down.shape for layer in adapters} == {(5, DIM)}
     assert_same(logits(model, inputs), restated(model, **inputs))
     model.save(tmp_path / "saved")
-    again = type(model).from_folder(tmp_path / "saved", make_language_model(family).double())
+    again = type(model).load(tmp_path / "saved", make_language_model(family).double())
     assert again.options["adapter_bottleneck"] == 5
     assert torch.equal(logits(again, inputs), logits(model, inputs))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

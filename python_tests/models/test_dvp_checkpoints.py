@@ -15,8 +15,8 @@ from transformers import BertForMaskedLM, BertForPreTraining, T5Model
 from petl_ext.models import load_dvp_checkpoint, load_meter_checkpoint
 
 every_family = pytest.mark.parametrize("family", CLASSES)
-KINDS = {"plain": {}, "adapters": {"use_adapters": True}, "search": {"candidates": "all"}}
-every_kind = pytest.mark.parametrize("kind", KINDS)
+MODELS = {"plain": {}, "adapters": {"use_adapters": True}, "search": {"candidates": "all"}}
+every_model = pytest.mark.parametrize("made", MODELS)
 
 
 def make_model(family, seed=0, **options):
@@ -30,17 +30,17 @@ def make_inputs(model):
     return inputs | {"pixel_values": torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
 
 
-@every_kind
+@every_model
 @every_family
 @torch.no_grad()
-def test_every_tensor_and_output_is_the_originals(save, family, kind):
-    trained, fresh = (make_model(family, seed=seed, **KINDS[kind]) for seed in (1, 0))
+def test_every_tensor_and_output_is_the_originals(save, family, made):
+    trained, fresh = (make_model(family, seed=seed, **MODELS[made]) for seed in (1, 0))
     state = originals.dvp_checkpoint(trained)
     report = load_dvp_checkpoint(fresh, save(originals.lightning(state)))
     head = {name for name, _ in fresh.named_parameters(remove_duplicate=False) if ".lm_head." in name}
     theirs = trained.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in fresh.state_dict().items() if name not in head)
-    if kind == "search":
+    if made == "search":
         trained.insert_layer = state["layer_alphas"].argmax().item()
     else:
         fresh.insert_layer = trained.insert_layer = 1
@@ -55,7 +55,7 @@ def test_every_tensor_and_output_is_the_originals(save, family, kind):
     assert all(key.endswith(("position_ids", "inv_freq")) for key in besides)
     copied = [(key, note) for key, note in left_out.items() if note.startswith("the same tensor as ")]
     assert copied and all(torch.equal(state[key], state[note.split()[-1]]) for key, note in copied)
-    assert ("layer_alphas" in left_out) == (kind == "search")
+    assert ("layer_alphas" in left_out) == (made == "search")
 
 
 def assert_same(found, expected):
@@ -95,7 +95,7 @@ def test_the_vision_model_and_the_prompt_are_computed_as_the_file_names_them(sav
         types = state[f"token_type_embeddings_options.{layer}.weight"]
         assert torch.equal(fresh.type_embeddings[layer].weight, types)
     x = torch.randn(3, DIM, generator=generator)
-    first, norm, last = ([state[f"vqa_classifier.{i}.{kind}"] for kind in ("weight", "bias")] for i in (0, 1, 3))
+    first, norm, last = ([state[f"vqa_classifier.{i}.{part}"] for part in ("weight", "bias")] for i in (0, 1, 3))
     expected = F.linear(F.gelu(F.layer_norm(F.linear(x, *first), (2 * DIM,), *norm)), *last)
     torch.testing.assert_close(fresh.classifier(x), expected)
 
@@ -191,7 +191,7 @@ def test_copies_must_agree(save, family):
 
 
 def test_a_model_of_another_kind_than_the_file(save):
-    files = {kind: originals.dvp_checkpoint(make_model("bert", seed=1, **KINDS[kind])) for kind in KINDS}
+    files = {made: originals.dvp_checkpoint(make_model("bert", seed=1, **MODELS[made])) for made in MODELS}
     plain, searched = make_model("bert"), make_model("bert", candidates="all")
     adapters = r"make it with use_adapters=True \(24\): adapter_modules.0.down_sampler.weight, "
     assert_refused(load_dvp_checkpoint, plain, save(files["adapters"]), adapters)
@@ -252,10 +252,10 @@ def test_adapters_are_as_wide_as_the_files(save, family):
     inputs = tiny_dvp.make_inputs(trained)
     assert_same(fresh(**inputs).logits, restated(trained, **inputs))
     narrow = make_model(family, use_adapters=True)
-    place = before, narrow.insert_layer, tiny_vilt.snapshot(narrow)
+    state_before = before, narrow.insert_layer, tiny_vilt.snapshot(narrow)
     key = next(key for key in state if key.endswith("1.down_sampler.weight"))
     assert_refused(load_dvp_checkpoint, narrow, state | {key: torch.ones(8, DIM)}, rf"{key} \[8, {DIM}\] for")
-    assert (narrow.options["adapter_bottleneck"], narrow.insert_layer, tiny_vilt.snapshot(narrow)) == place
+    assert (narrow.options["adapter_bottleneck"], narrow.insert_layer, tiny_vilt.snapshot(narrow)) == state_before
 
 
 DAMAGE = [
@@ -303,8 +303,8 @@ def test_files_and_models_of_another_kind(save):
     message = "a state dict of a DVP of petl_ext, .*use load_state_dict"
     assert_refused(load_dvp_checkpoint, models["bert"], save(models["bert"].state_dict()), message)
     path = save(files["bert"])
-    with pytest.raises(TypeError, match="Linear is no DVP model: expected a DVPBert, DVPT5 or DVPLlama"):
+    with pytest.raises(TypeError, match="model must be a DVPBert, DVPT5 or DVPLlama, got Linear"):
         load_dvp_checkpoint(torch.nn.Linear(1, 1), path)
-    with pytest.raises(TypeError, match="expected a DVP model, got str"):
+    with pytest.raises(TypeError, match="model must be a DVP model, got str"):
         load_dvp_checkpoint("bert", path)
     assert_refused(load_meter_checkpoint, models["bert"], path, "is no METER model", error=TypeError)

@@ -30,7 +30,7 @@ def test_files(family, use_adapters, tmp_path):
     tensors = safetensors.torch.load_file(tmp_path / "saved" / "petl_weights.safetensors")
     assert tensors.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
-    again = type(model).from_folder(tmp_path / "saved", make_language_model(family).double())
+    again = type(model).load(tmp_path / "saved", make_language_model(family).double())
     assert again.insert_layer == 2 and again.options == model.options
     assert torch.equal(logits(again, inputs), logits(model, inputs))
 
@@ -41,18 +41,18 @@ def test_a_folder_of_before_knows_no_width(use_adapters, tmp_path):
     model.save(tmp_path / "saved")
     options = json.loads((tmp_path / "saved" / "petl_config.json").read_text())["options"]
     edit_description(tmp_path / "saved", options={k: v for k, v in options.items() if k != "adapter_bottleneck"})
-    again = DVPBert.from_folder(tmp_path / "saved", make_language_model("bert").double())
+    again = DVPBert.load(tmp_path / "saved", make_language_model("bert").double())
     assert again.options == model.options
     edit_description(tmp_path / "saved", options={k: v for k, v in options.items() if k != "num_heads"})
-    with pytest.raises(ValueError, match=r"expected the keys .*num_heads.* found"):
-        DVPBert.from_folder(tmp_path / "saved", make_language_model("bert").double())
+    with pytest.raises(ValueError, match=r"the keys must be .*num_heads.* got"):
+        DVPBert.load(tmp_path / "saved", make_language_model("bert").double())
 
 
 @torch.no_grad()
 def test_files_of_a_search(tmp_path):
     model = make_model("bert", candidates="all")
     model.save(tmp_path / "saved")
-    again = DVPBert.from_folder(tmp_path / "saved", make_language_model("bert").double())
+    again = DVPBert.load(tmp_path / "saved", make_language_model("bert").double())
     assert len(again.visual_prompts) == LAYERS
     again.insert_layer = model.insert_layer = 2
     inputs = make_inputs(model)
@@ -74,13 +74,13 @@ def edit_tensors(folder, change):
 QUERY = "visual_prompts.0.query.weight"
 BAD_FILES = {
     "another class": (lambda f: edit_description(f, model="DVPT5"), "saved from a DVPT5, not a DVPBert"),
-    "another option": (lambda f: edit_description(f, options={"heads": 3}), "expected the keys .*num_heads.* found"),
-    "another key": (lambda f: edit_description(f, extra=1), "expected the keys .* found .*extra"),
+    "another option": (lambda f: edit_description(f, options={"heads": 3}), "the keys must be .*num_heads.* got"),
+    "another key": (lambda f: edit_description(f, extra=1), "the keys must be .* got .*extra"),
     "a later format": (lambda f: edit_description(f, format=2), "format 2"),
     "a missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop(QUERY)), f"{QUERY}: missing"),
     "a tensor too many": (lambda f: edit_tensors(f, lambda t: t.update(x=torch.ones(1))), "x: unexpected"),
-    "another shape": (lambda f: edit_tensors(f, lambda t: t.update({QUERY: torch.ones(1)})), f"{QUERY}: expected"),
-    "no weights": (lambda f: (f / "petl_weights.safetensors").unlink(), "found no petl_weights.safetensors"),
+    "another shape": (lambda f: edit_tensors(f, lambda t: t.update({QUERY: torch.ones(1)})), f"{QUERY} must have"),
+    "no weights": (lambda f: (f / "petl_weights.safetensors").unlink(), "got no petl_weights.safetensors"),
 }
 
 
@@ -95,7 +95,7 @@ def test_bad_files_leave_the_language_model_as_it_was(edit, message, tmp_path):
     trained = {name for name, p in bert.named_parameters() if p.requires_grad}
     classes = [type(module) for module in bert.modules()]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        DVPBert.from_folder(folder, bert)
+        DVPBert.load(folder, bert)
     assert bert.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in bert.state_dict().items())
     assert {name for name, p in bert.named_parameters() if p.requires_grad} == trained

@@ -8,12 +8,12 @@ from tiny_dvp import LABELS, make_inputs, make_model
 from transformers import Trainer, TrainingArguments
 from transformers_names import CHECKPOINTING_ARGUMENT, disable_checkpointing, enable_checkpointing
 
-# What trains of the language model, written out for one layer of each kind.
+# What trains of the language model, written out for one layer of each stack.
 NORMS = {
     "bert": [
-        f"encoder.layer.{{i}}.{part}.LayerNorm.{kind}"
+        f"encoder.layer.{{i}}.{part}.LayerNorm.{name}"
         for part in ("attention.output", "output")
-        for kind in ("weight", "bias")
+        for name in ("weight", "bias")
     ],
     "t5": [
         *(f"encoder.block.{{i}}.layer.{part}.layer_norm.weight" for part in (0, 1)),

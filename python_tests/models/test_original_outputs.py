@@ -279,9 +279,9 @@ def test_what_is_no_checkpoint():
     for given, message in refused.items():
         assert_refused(load_vilt_checkpoint, model, given, message, error=TypeError)
     state = checkpoint_of("vilt")
-    message = "the state dict: expected .*'transformer.norm.bias' holds list"
+    message = "the state dict must be .*got list under 'transformer.norm.bias'"
     assert_refused(load_vilt_checkpoint, model, state | {"transformer.norm.bias": [0.0]}, message)
-    assert_refused(load_vilt_checkpoint, model, {1: torch.ones(1)}, "the state dict: expected .*1 holds Tensor")
+    assert_refused(load_vilt_checkpoint, model, {1: torch.ones(1)}, "the state dict must be .*got Tensor under 1")
     assert_refused(load_vilt_checkpoint, model, {}, "the state dict is not an original ViLT checkpoint.*none")
     assert_refused(load_meter_checkpoint, tiny_meter.make_model(), state, "the state dict seems to be an original ViLT")
     del state["transformer.norm.bias"]

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from devices import CPU_DEVICES
 from memory import saved_for_backward
 from op_problems import ADAPTER, CUDA_TILE, assert_equal, check
-from places import CPU_PLACES
 from problems import draw
 from tolerance import assert_as_good_as_torch
 
@@ -21,16 +21,16 @@ def make_problem(*sizes, **options):
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
-def test_large_hidden_values(place, activation):
+def test_large_hidden_values(device, activation):
     """Far out the activations are the identity or zero: neither they nor their slopes may overflow or lose digits."""
     problem = make_problem(50, 64, 40, activation=activation)
-    check(place, problem.change(x=problem["x"] * 1000))
+    check(device, problem.change(x=problem["x"] * 1000))
 
 
-def check_over_many_draws(place, names, draws, *sizes, **options):
+def check_over_many_draws(device, names, draws, *sizes, **options):
     """For what has its largest error by luck: of few numbers, or of a hidden unit so near to zero that rounding decides
     whether ReLU lets it through."""
-    problems = [make_problem(*sizes, seed=seed, **options).to(place.device) for seed in range(draws)]
+    problems = [make_problem(*sizes, seed=seed, **options).to(device.torch_device) for seed in range(draws)]
 
     def results(problems, function):
         runs = [problem.run(function) for problem in problems]
@@ -44,23 +44,23 @@ def check_over_many_draws(place, names, draws, *sizes, **options):
 
 @DTYPES
 @pytest.mark.parametrize("form", ["bypass", "bare"])
-def test_gradient_of_the_gain_over_many_draws(place, form, dtype):
-    check_over_many_draws(place, ["dscale"], 12, 70, 64, 20, dtype=dtype, **FORMS[form])
+def test_gradient_of_the_gain_over_many_draws(device, form, dtype):
+    check_over_many_draws(device, ["dscale"], 12, 70, 64, 20, dtype=dtype, **FORMS[form])
 
 
 @DTYPES
 @pytest.mark.parametrize("form", ["parallel", "sequential"])
-def test_relu_over_many_draws(place, form, dtype):
-    check_over_many_draws(place, ["dx", "ddown"], 12, CUDA_TILE - 1, 64, 129, dtype=dtype, **FORMS[form])
+def test_relu_over_many_draws(device, form, dtype):
+    check_over_many_draws(device, ["dx", "ddown"], 12, CUDA_TILE - 1, 64, 129, dtype=dtype, **FORMS[form])
 
 
-@pytest.mark.parametrize("place", CPU_PLACES, ids=str, indirect=True)
-def test_hidden_values_beyond_float16(place):
+@pytest.mark.parametrize("device", CPU_DEVICES, ids=str, indirect=True)
+def test_hidden_values_beyond_float16(device):
     """Hidden values beyond float16's range (65504) must not overflow inside, since the output is finite.
 
     On CUDA they do, as in PyTorch: the second product takes them in float16.
     """
-    problem = make_problem(50, 768, 8, dtype=torch.float16).to(place.device)
+    problem = make_problem(50, 768, 8, dtype=torch.float16).to(device.torch_device)
     x, down, up = (problem[name] for name in ("x", "down", "up"))
     problem = problem.change(x=x * 200, down=(down.float() * 400).half(), up=(up.float() * 1e-3).half())
     assert (problem["x"].float() @ problem["down"].float().mT).max() > 65504
@@ -70,36 +70,53 @@ def test_hidden_values_beyond_float16(place):
 
 
 @pytest.mark.parametrize("mean", [1e2, 1e5])
-def test_mean_far_greater_than_deviations(place, mean):
+def test_mean_far_greater_than_deviations(device, mean):
     """The normalized row keeps its digits, which x * inverse - mean * inverse would lose."""
-    problem = make_problem(100, 768, 20, norm=True, residual="another").to(place.device)
+    problem = make_problem(100, 768, 20, norm=True, residual="another").to(device.torch_device)
     problem = problem.change(x=problem["x"] + mean)
-    check(place, problem)
+    check(device, problem)
     oracle, ours = problem.double().run(ops.adapter_reference), problem.run(ops.adapter)
     for name in ("out", "dx", "ddown", "dnorm_weight"):
         error = (ours[name].double() - oracle[name]).abs().max() / oracle[name].abs().max()
         assert error < 5e-6, f"{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_mean_far_greater_than_deviations_in_16_bits(device, dtype):
+    problem = make_problem(300, 256, 96, norm=True, activation="gelu", dtype=dtype, residual="another")
+    check(device, problem.change(x=problem["x"] + 300))
+
+
 @DTYPES
 @pytest.mark.parametrize("form", ["parallel", "bypass"])
 @pytest.mark.parametrize(("weight", "bias"), [(1e-3, 1), (1e-2, 30), (30, 1e-3)])
-def test_norm_weight_and_bias_of_different_sizes(place, weight, bias, form, dtype):
+def test_norm_weight_and_bias_of_different_sizes(device, weight, bias, form, dtype):
     """What a row's deviations say is not lost beside what LayerNorm's bias says of every row, or the reverse."""
     problem = make_problem(70, 256, 40, dtype=dtype, activation="silu", **FORMS[form])
     norm = {name: problem[name] / scale for name, scale in (("norm_weight", 1 / weight), ("norm_bias", 0.2 / bias))}
-    check(place, problem.change(**norm))
+    check(device, problem.change(**norm))
 
 
-def test_constant_rows(place):
+def test_constant_rows(device):
     problem = make_problem(30, 64, 20, norm=True)
-    check(place, problem.change(x=problem["x"][:, :1].expand(30, 64).contiguous()))
+    check(device, problem.change(x=problem["x"][:, :1].expand(30, 64).contiguous()))
+
+
+@DTYPES
+def test_infinity_stays_in_its_column(device, dtype):
+    """Of the gradients that are sums over rows, only those of its column see it."""
+    problem = make_problem(40, 64, 40, dtype=dtype, activation="silu", **FORMS["bypass"]).to(device.torch_device)
+    problem.dout[3, 5] = float("inf")
+    results = problem.run(ops.adapter)
+    for name in ("dup", "dup_bias"):
+        finite = results[name].isfinite().reshape(64, -1)
+        assert not finite[5].all() and finite[:5].all() and finite[6:].all(), name
 
 
 @pytest.mark.parametrize("form", ["bypass", "sequential"])
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
-def test_nan_stays_in_its_row(place, activation, form):
-    problem = make_problem(20, 64, 7, activation=activation, **FORMS[form]).to(place.device)
+def test_nan_stays_in_its_row(device, activation, form):
+    problem = make_problem(20, 64, 7, activation=activation, **FORMS[form]).to(device.torch_device)
     problem["x"][3, 5] = float("nan")
     results = problem.run(ops.adapter)
     for name in ("out", "dx"):
@@ -107,9 +124,9 @@ def test_nan_stays_in_its_row(place, activation, form):
     assert results["out"][3].isnan().all() and results["ddown"].isnan().any()
 
 
-@pytest.mark.parametrize("place", CPU_PLACES, ids=str, indirect=True)
+@pytest.mark.parametrize("device", CPU_DEVICES, ids=str, indirect=True)
 @pytest.mark.parametrize("seed", range(3))
-def test_gradients_are_ten_times_better_than_eager_in_bfloat16(place, seed):
+def test_gradients_are_ten_times_better_than_eager_in_bfloat16(device, seed):
     """A rounded row flips ReLU's mask; the kernels' mask is that of the unrounded one (Frobenius norm, float64).
 
     On CUDA the normalized row is rounded for the tensor cores, as in PyTorch, and the gradients are as good as eager's.
@@ -117,7 +134,7 @@ def test_gradients_are_ten_times_better_than_eager_in_bfloat16(place, seed):
     problem = make_problem(
         1920, 768, 96, dtype=torch.bfloat16, weight_dtype=torch.float32, std=0.02, seed=seed, **FORMS["parallel"]
     )
-    problem = problem.to(place.device)
+    problem = problem.to(device.torch_device)
     oracle, eager = problem.double().run(ops.adapter_reference), problem.run(ops.adapter_reference)
     ours = problem.run(ops.adapter)
     for name in ("dx", "ddown"):
@@ -125,23 +142,23 @@ def test_gradients_are_ten_times_better_than_eager_in_bfloat16(place, seed):
         assert 10 * error <= theirs, f"{name}: {error:.1e}, eager {theirs:.1e}"
 
 
-def test_weights_with_strides(place):
-    problem = make_problem(30, 64, 10, norm=True).to(place.device)
+def test_weights_with_strides(device):
+    problem = make_problem(30, 64, 10, norm=True).to(device.torch_device)
     strided = {name: problem[name].mT.contiguous().mT for name in ("down", "up")}
     strided["up_bias"] = problem["up_bias"].repeat_interleave(2)[::2]
     assert_equal(problem.change(**strided).run(ops.adapter), problem.run(ops.adapter))
 
 
-def test_residual_gradient_is_the_output_gradient_itself(place):
-    problem = make_problem(50, 64, 10, residual="another").to(place.device)
+def test_residual_gradient_is_the_output_gradient_itself(device):
+    problem = make_problem(50, 64, 10, residual="another").to(device.torch_device)
     problem["residual"].requires_grad_()
     out = problem.call(ops.adapter)
     (gradient,) = torch.autograd.grad(out, problem["residual"], problem.dout)
     assert gradient.data_ptr() == problem.dout.data_ptr()
 
 
-def test_residual_that_is_x_or_a_copy_of_it_makes_no_difference(place):
-    given = make_problem(50, 64, 10, norm=True, residual="x").to(place.device)
+def test_residual_that_is_x_or_a_copy_of_it_makes_no_difference(device):
+    given = make_problem(50, 64, 10, norm=True, residual="x").to(device.torch_device)
     copied = replace(given.change(residual=given.tensors["x"].clone()), same={})
     ours, theirs = given.run(ops.adapter), copied.run(ops.adapter)
     torch.testing.assert_close(ours.pop("dx"), theirs.pop("dx") + theirs.pop("dresidual"))
@@ -178,8 +195,8 @@ def test_nothing_is_saved_for_backward_but_inputs(form):
     assert saved_for_backward(call, given=()) and not saved_for_backward(call, problem.tensors.values())
 
 
-def test_residual_in_another_dtype(place):
-    problem = make_problem(30, 64, 10, residual="another").to(place.device)
+def test_residual_in_another_dtype(device):
+    problem = make_problem(30, 64, 10, residual="another").to(device.torch_device)
     residual = problem["residual"].bfloat16().requires_grad_()
     apart = problem.change(residual=None)
     for function in (ops.adapter, ops.adapter_reference):
@@ -195,8 +212,8 @@ def test_residual_in_another_dtype(place):
         torch.ops.petl_ext.adapter_forward(*ADAPTER.raw(problem.change(residual=residual)))
 
 
-def test_autocast_multiplies_in_its_dtype_and_leaves_the_stream_alone(place):
-    problem = make_problem(30, 64, 10, **FORMS["bypass"]).to(place.device)
+def test_autocast_multiplies_in_its_dtype_and_leaves_the_stream_alone(device):
+    problem = make_problem(30, 64, 10, **FORMS["bypass"]).to(device.torch_device)
     x, apart = problem["x"], replace(problem, same={})
     with torch.autocast(x.device.type, torch.bfloat16):
         out, reference = problem.call(ops.adapter), problem.call(ops.adapter_reference)

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from devices import CPU_PATHS, emulation
 from memory import saved_for_backward
 from op_problems import APT, assert_equal, check
-from places import CPU_PATHS, emulation
 from problems import draw
 
 from petl_ext import ops
@@ -23,43 +23,43 @@ def make_problem(*sizes, **options):
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("narrow", ["x", "y"])
-def test_x_and_y_in_two_dtypes(place, narrow, wide):
+def test_x_and_y_in_two_dtypes(device, narrow, wide):
     problem = make_problem(200, 768, 50)
     x, y = (problem[name].to(torch.bfloat16 if name == narrow else wide) for name in ("x", "y"))
-    check(place, replace(problem.change(x=x, y=y), dout=problem.dout.to(y.dtype)))
+    check(device, replace(problem.change(x=x, y=y), dout=problem.dout.to(y.dtype)))
 
 
 @pytest.mark.parametrize("activation", ["relu", "softmax"])
 @pytest.mark.parametrize("spoiled", ["x", "y", "prompts", "keys", "log_scale"])
-def test_a_nan_reaches_all_that_it_reaches_in_eager(place, spoiled, activation):
+def test_a_nan_reaches_all_that_it_reaches_in_eager(device, spoiled, activation):
     """Of the gate, too, which is the greatest score."""
     problem = make_problem(9, 64, 21, activation=activation)
     problem[spoiled].view(-1)[-1] = torch.nan
-    problem = problem.to(place.device)
+    problem = problem.to(device.torch_device)
     ours, theirs = problem.run(ops.apt), problem.run(ops.apt_reference)
     for name, found in ours.items():
         assert not (theirs[name].isnan() & ~found.isnan()).any(), name
 
 
-def test_rows_more_than_2_to_the_31_elements_apart(place):
-    problem = make_problem(2, 64, 10, dtype=torch.bfloat16).to(place.device)
+def test_rows_more_than_2_to_the_31_elements_apart(device):
+    problem = make_problem(2, 64, 10, dtype=torch.bfloat16).to(device.torch_device)
     expected = problem.run(ops.apt)
     # Only the two rows are touched, so only their pages take memory.
-    far_apart = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=place.device).as_strided((2, 64), (2**31, 1))
+    far_apart = problem["x"].new_empty(2**31 + 64).as_strided((2, 64), (2**31, 1))
     for name in ("x", "y"):
         assert_equal(problem.change(**{name: far_apart.copy_(problem[name])}).run(ops.apt), expected)
 
 
-def test_rows_that_overlap(place):
-    problem = make_problem(40, 72, 10).to(place.device)
+def test_rows_that_overlap(device):
+    problem = make_problem(40, 72, 10).to(device.torch_device)
     x = problem["x"].flatten()[: 40 + 72 - 1].unfold(0, 72, 1)
     assert x.stride() == (1, 1)
     assert torch.equal(problem.change(x=x).call(ops.apt), problem.change(x=x.contiguous()).call(ops.apt))
 
 
-def test_large_values_in_float16(place):
+def test_large_values_in_float16(device):
     """Scores beyond float16's range (65504) must not overflow inside, since the output is finite."""
-    problem = make_problem(50, 768, 8, dtype=torch.float16).to(place.device)
+    problem = make_problem(50, 768, 8, dtype=torch.float16).to(device.torch_device)
     x, _, prompts, keys, log_scale = problem.tensors.values()
     keys, prompts = (keys.float() * 400).half(), (prompts.float() * 1e-4).half()
     x, log_scale = x * 200, torch.full_like(log_scale, -12)
@@ -70,8 +70,8 @@ def test_large_values_in_float16(place):
     assert (out.double() - oracle).abs().max() <= 1e-3 * oracle.abs().max()
 
 
-def test_nan_is_not_hidden(place):
-    problem = make_problem(20, 64, 8).to(place.device)
+def test_nan_is_not_hidden(device):
+    problem = make_problem(20, 64, 8).to(device.torch_device)
     problem["x"][3, 5] = float("nan")
     results = problem.run(ops.apt)
     out, dx = results["out"], results["dx"]
@@ -80,17 +80,17 @@ def test_nan_is_not_hidden(place):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_input_gradient_is_many_times_better_than_eager_in_bfloat16(place, seed):
+def test_input_gradient_is_many_times_better_than_eager_in_bfloat16(device, seed):
     """Rounded keys flip ReLU's mask; float32 scores of unrounded keys do not (Frobenius norm against float64).
 
     On the CPU the products of backward see the float32 weights whole as well; on CUDA, where they would cost two more
     products, they see them rounded.
     """
     problem = make_problem(1920, 768, 50, dtype=torch.bfloat16, weight_dtype=torch.float32, std=0.02, seed=seed)
-    problem = problem.to(place.device)
+    problem = problem.to(device.torch_device)
     exact = problem.double().run(ops.apt_reference)["dx"]
     eager, ours = problem.run(ops.apt_reference)["dx"], problem.run(ops.apt)["dx"]
-    times = 8 if place.runs_cuda_kernels else 10
+    times = 8 if device.rounds_for_tensor_cores else 10
     assert times * (ours.double() - exact).norm() <= (eager.double() - exact).norm()
 
 

@@ -6,16 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import CPU_DEVICES, CUDA_DEVICES
 from memory import saved_for_backward
 from op_problems import ATTENTION_POOL, POOL_TILE, assert_equal, check
-from places import CPU_PLACES, CUDA_PLACES
 from problems import draw
 from tolerance import assert_as_good_as_torch
 
 from petl_ext import ops
 
-ON_CPU = pytest.mark.parametrize("place", CPU_PLACES, ids=str, indirect=True)
-ON_CUDA = pytest.mark.parametrize("place", CUDA_PLACES, ids=str, indirect=True)
+ON_CPU = pytest.mark.parametrize("device", CPU_DEVICES, ids=str, indirect=True)
+ON_CUDA = pytest.mark.parametrize("device", CUDA_DEVICES, ids=str, indirect=True)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 MASKED = pytest.mark.parametrize("masked", [None, 0.5], ids=["all tokens", "masked"])
 
@@ -28,20 +28,20 @@ def make_problem(*sizes, **options):
 @MASKED
 @DTYPES
 @pytest.mark.parametrize(("tokens", "dim", "heads"), [(577, 1024, 64), (4096, 64, 12)])
-def test_many_tokens(place, tokens, dim, heads, dtype, masked):
-    check(place, make_problem(1, tokens, dim, heads, dtype=dtype, masked=masked))
+def test_many_tokens(device, tokens, dim, heads, dtype, masked):
+    check(device, make_problem(1, tokens, dim, heads, dtype=dtype, masked=masked))
 
 
 @ON_CPU
-def test_width_of_one(place):
-    check(place, make_problem(2, 70, 1, 7, std=1))
+def test_width_of_one(device):
+    check(device, make_problem(2, 70, 1, 7, std=1))
 
 
 @DTYPES
-def test_one_token_that_has_all_the_weight(place, dtype):
+def test_one_token_that_has_all_the_weight(device, dtype):
     """It is the result, to the bit, and the gradient of its score is what is left of a difference of equals: zero."""
-    problem = make_problem(2, 197, 768, 12, dtype=dtype).to(place.device)
-    chosen = torch.arange(2 * 12, device=place.device).view(2, 12) * 8
+    problem = make_problem(2, 197, 768, 12, dtype=dtype).to(device.torch_device)
+    chosen = torch.arange(2 * 12, device=device.torch_device).view(2, 12) * 8
     pooled = torch.stack([visual[tokens] for visual, tokens in zip(problem["visual"], chosen, strict=True)])
     results = problem.change(query=2 * pooled).run(ops.attention_pool)
     dvisual = torch.zeros_like(problem["visual"])
@@ -54,7 +54,7 @@ def test_one_token_that_has_all_the_weight(place, dtype):
 @pytest.mark.parametrize(
     ("score", "least", "greatest"), [(4, 0.2, 0.5), (7, 0.8, 0.9), (10, 0.99, 0.995), (16, 0.9999, 1)]
 )
-def test_one_token_that_has_most_of_the_weight(place, dtype, score, least, greatest):
+def test_one_token_that_has_most_of_the_weight(device, dtype, score, least, greatest):
     """What the scores' gradients depend on is then the difference of two numbers that are nearly equal."""
     problem = make_problem(3, 150, 256, 4, dtype=dtype, masked=0.2)
     problem["mask"][:, :4] = True
@@ -64,14 +64,15 @@ def test_one_token_that_has_most_of_the_weight(place, dtype, score, least, great
     scores = problem["query"].float() @ problem["visual"].float().mT * problem["scale"]
     weights = scores.masked_fill(~problem["mask"][:, None], float("-inf")).softmax(-1).amax(-1)
     assert least < weights.min() and weights.max() < greatest, weights
-    check(place, problem)
+    check(device, problem)
 
 
 @ON_CPU
 @DTYPES
-def test_scores_of_hundreds_over_many_draws(place, dtype):
+def test_scores_of_hundreds_over_many_draws(device, dtype):
     """Of two tokens with nearly the same score, whose error is smaller is luck, and few such pairs have most of it."""
-    problems = [make_problem(2, 50, 768, 12, dtype=dtype, std=30, seed=seed).to(place.device) for seed in range(48)]
+    problems = [make_problem(2, 50, 768, 12, dtype=dtype, std=30, seed=seed) for seed in range(48)]
+    problems = [problem.to(device.torch_device) for problem in problems]
 
     def results(problems, function):
         runs = [problem.run(function) for problem in problems]
@@ -83,13 +84,14 @@ def test_scores_of_hundreds_over_many_draws(place, dtype):
         assert_as_good_as_torch(name, ours[name], theirs[name], oracle[name])
 
 
-def test_large_values_in_float16(place):
+def test_large_values_in_float16(device):
     """The tokens come close to float16's largest number, and the scores would be beyond it."""
     problem = make_problem(2, 197, 64, 12, dtype=torch.float16)
     problem = problem.change(visual=problem["visual"].clamp(-3, 3) * 20000, scale=problem["scale"] / 20000)
     scores = problem["visual"].float() @ problem["query"].float().mT
     assert problem["visual"].abs().max() > 50000 and scores.abs().max() > 65504
-    oracle, ours = problem.double().run(ops.attention_pool_reference), problem.to(place.device).run(ops.attention_pool)
+    oracle = problem.double().run(ops.attention_pool_reference)
+    ours = problem.to(device.torch_device).run(ops.attention_pool)
     for name, result in ours.items():
         torch.testing.assert_close(result.double(), oracle[name], rtol=1e-3, atol=1e-3 * oracle[name].abs().max())
 
@@ -106,16 +108,16 @@ MASKS = {
 
 @pytest.mark.parametrize("name", MASKS)
 @DTYPES
-def test_mask(place, name, dtype):
+def test_mask(device, name, dtype):
     problem = make_problem(2, 577, 64, 12, dtype=dtype, masked=0.5)
     problem["mask"][1] = False
     problem["mask"][1, MASKS[name]] = True
-    check(place, problem)
+    check(device, problem)
 
 
 @DTYPES
-def test_tokens_that_take_no_part_may_hold_anything(place, dtype):
-    problem = make_problem(3, 197, 64, 12, dtype=dtype, masked=0.5).to(place.device)
+def test_tokens_that_take_no_part_may_hold_anything(device, dtype):
+    problem = make_problem(3, 197, 64, 12, dtype=dtype, masked=0.5).to(device.torch_device)
     expected = problem.run(ops.attention_pool)
     absent = ~problem["mask"][..., None]
     assert not expected["dvisual"].masked_select(absent).any()
@@ -125,15 +127,15 @@ def test_tokens_that_take_no_part_may_hold_anything(place, dtype):
         assert all(result.isfinite().all() for result in changed.run(ops.attention_pool_reference).values())
 
 
-def test_mask_in_which_all_take_part_is_no_mask(place):
-    problem = make_problem(2, 197, 64, 12).to(place.device)
-    masked = problem.change(mask=torch.ones(2, 197, dtype=torch.bool, device=place.device))
+def test_mask_in_which_all_take_part_is_no_mask(device):
+    problem = make_problem(2, 197, 64, 12).to(device.torch_device)
+    masked = problem.change(mask=torch.ones(2, 197, dtype=torch.bool, device=device.torch_device))
     assert_equal(masked.run(ops.attention_pool), problem.run(ops.attention_pool))
 
 
 @ON_CUDA
-def test_sample_of_which_no_token_takes_part_becomes_nan(place):
-    problem = make_problem(4, 70, 64, 3, masked=0.5).to(place.device)
+def test_sample_of_which_no_token_takes_part_becomes_nan(device):
+    problem = make_problem(4, 70, 64, 3, masked=0.5).to(device.torch_device)
     problem["mask"][2] = False
     ours = problem.run(ops.attention_pool)
     assert ours["out"][2].isnan().all() and not ours["out"][[0, 1, 3]].isnan().any()
@@ -141,8 +143,8 @@ def test_sample_of_which_no_token_takes_part_becomes_nan(place):
 
 
 @ON_CPU
-def test_sample_of_which_no_token_takes_part(place):
-    problem = make_problem(4, 70, 64, 3, masked=0.5).to(place.device)
+def test_sample_of_which_no_token_takes_part(device):
+    problem = make_problem(4, 70, 64, 3, masked=0.5).to(device.torch_device)
     problem["mask"][2] = False
     message = "mask must let at least one token of each sample take part .*, got none for sample 2"
     with pytest.raises(RuntimeError, match=message):
@@ -154,23 +156,23 @@ def test_sample_of_which_no_token_takes_part(place):
 
 
 @pytest.mark.parametrize("token", [0, 150])
-def test_nan_stays_in_its_sample(place, token):
-    problem = make_problem(3, 197, 64, 12).to(place.device)
+def test_nan_stays_in_its_sample(device, token):
+    problem = make_problem(3, 197, 64, 12).to(device.torch_device)
     problem["visual"][1, token, 5] = float("nan")
     for name, result in problem.run(ops.attention_pool).items():
         assert result[1].isnan().any() and not result[[0, 2]].isnan().any(), name
 
 
-def test_infinite_score_is_as_in_torch(place):
-    problem = make_problem(2, 70, 64, 3).to(place.device)
+def test_infinite_score_is_as_in_torch(device):
+    problem = make_problem(2, 70, 64, 3).to(device.torch_device)
     problem["visual"][0, 9] = torch.finfo(torch.float32).max
     problem["query"][0].abs_()
     ours, theirs = problem.call(ops.attention_pool), problem.call(ops.attention_pool_reference)
     assert torch.equal(ours.isnan(), theirs.isnan()) and ours[0].isnan().all()
 
 
-def test_mask_and_samples_with_strides(place):
-    problem = make_problem(3, 150, 64, 12, masked=0.5).to(place.device)
+def test_mask_and_samples_with_strides(device):
+    problem = make_problem(3, 150, 64, 12, masked=0.5).to(device.torch_device)
     expected = problem.call(ops.attention_pool)
     assert torch.equal(problem.change(mask=problem["mask"].mT.contiguous().mT).call(ops.attention_pool), expected)
     shared = problem.change(visual=problem["visual"][:1].expand(3, 150, 64), mask=problem["mask"][:1].expand(3, 150))
@@ -190,13 +192,13 @@ def test_tokens_are_not_copied_where_their_rows_are_contiguous():
 
 
 @ON_CPU
-def test_more_samples_than_are_kept_at_a_time(place):
+def test_more_samples_than_are_kept_at_a_time(device):
     """Of this size each sample's sums are a megabyte and more, and four megabytes are kept."""
-    check(place, make_problem(7, 577, 1024, 64))
+    check(device, make_problem(7, 577, 1024, 64))
 
 
-def test_a_sample_is_bit_equal_alone_and_in_a_batch(place):
-    problem = make_problem(9, 300, 64, 12, masked=0.2).to(place.device)
+def test_a_sample_is_bit_equal_alone_and_in_a_batch(device):
+    problem = make_problem(9, 300, 64, 12, masked=0.2).to(device.torch_device)
     expected = problem.run(ops.attention_pool)
     alone = problem.change(**{name: problem[name][4:5] for name in ("visual", "query", "mask")})
     alone = replace(alone, dout=problem.dout[4:5])
@@ -204,8 +206,8 @@ def test_a_sample_is_bit_equal_alone_and_in_a_batch(place):
 
 
 @pytest.mark.parametrize("wanted", [0, 1], ids=["visual", "query"])
-def test_gradient_that_is_not_asked_for_is_not_computed(place, wanted):
-    arguments = next(ATTENTION_POOL.raw_backward(ATTENTION_POOL.problem().to(place.device)))
+def test_gradient_that_is_not_asked_for_is_not_computed(device, wanted):
+    arguments = next(ATTENTION_POOL.raw_backward(ATTENTION_POOL.problem().to(device.torch_device)))
     needs = (wanted == 0, wanted == 1)
     gradients = torch.ops.petl_ext.attention_pool_backward(*arguments[:-2], *needs)
     assert [gradient.numel() > 0 for gradient in gradients] == list(needs)
@@ -264,7 +266,7 @@ def test_saved_for_backward_are_inputs_and_what_has_the_size_of_the_result():
     assert sorted(saved) == [2 * 8 * 12 * 4, problem.dout.nbytes]
 
 
-def test_backward_op_takes_what_forward_returned_only(place):
+def test_backward_op_takes_what_forward_returned_only(device):
     arguments = next(ATTENTION_POOL.raw_backward(ATTENTION_POOL.problem(form="all tokens")))
     dpooled, visual, query, mask, pooled, statistics, *rest = arguments
     backward = torch.ops.petl_ext.attention_pool_backward
@@ -278,9 +280,9 @@ def test_backward_op_takes_what_forward_returned_only(place):
         backward(dpooled, visual, query, mask, pooled, statistics.double(), *rest)
 
 
-def test_autocast_rounds_the_tokens_to_its_dtype(place):
-    problem = ATTENTION_POOL.problem(form="all tokens").to(place.device)
-    with torch.autocast(place.device.type, torch.bfloat16):
+def test_autocast_rounds_the_tokens_to_its_dtype(device):
+    problem = ATTENTION_POOL.problem(form="all tokens").to(device.torch_device)
+    with torch.autocast(device.torch_device.type, torch.bfloat16):
         pooled, reference = problem.call(ops.attention_pool), problem.call(ops.attention_pool_reference)
     assert (pooled.dtype, reference.dtype) == (torch.bfloat16, torch.bfloat16)
     assert torch.equal(pooled, problem.change(visual=problem["visual"].bfloat16()).call(ops.attention_pool))

@@ -179,7 +179,7 @@ def test_state_goes_through_json_and_has_the_same_future():
         again.update(subsets, [0.5, 0.2, 0.9])
     assert again.preferences == bandit.preferences
     other = Bandit(8, seed=3, step_size=0.3)
-    with pytest.raises(ValueError, match=r"expected a state of .*'seed': 3.*found .*'seed': 2"):
+    with pytest.raises(ValueError, match=r"state must be of .*'seed': 3.*got .*'seed': 2"):
         other.load_state_dict(state)
     assert (other.preferences, other.draws) == ([0.0] * 8, 0)
 
@@ -192,9 +192,9 @@ def test_state_goes_through_json_and_has_the_same_future():
         ({"preferences": [1.0, 2.0, None]}, "preferences must be 3 finite numbers"),
         ({"preferences": [1.0, 2.0]}, "preferences must be 3 finite numbers"),
         ({"preferences": None}, "preferences must be 3 finite numbers"),
-        ({"draws": -1}, "draws must be an integer of 0 or more, found -1"),
-        ({"draws": None}, "draws must be an integer of 0 or more, found None"),
-        ({"seed": None}, "expected a state of"),
+        ({"draws": -1}, "draws must be an integer of 0 or more, got -1"),
+        ({"draws": None}, "draws must be an integer of 0 or more, got None"),
+        ({"seed": None}, "state must be of"),
     ],
 )
 def test_a_damaged_state_is_refused_and_changes_nothing(change, message):
@@ -203,7 +203,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(change, message):
     before = bandit.state_dict()
     with pytest.raises(ValueError, match=message):
         bandit.load_state_dict({**before, "preferences": [1.0, 2.0, 3.0], **change})
-    with pytest.raises(ValueError, match="a state is a dict"):
+    with pytest.raises(ValueError, match="state must be a dict"):
         bandit.load_state_dict([])
     assert bandit.state_dict() == before
 
@@ -228,10 +228,10 @@ def test_wrong_arguments_are_named(arguments, message):
 @pytest.mark.parametrize(
     ("subsets", "rewards", "message"),
     [
-        ([(0,), (1,)], [1.0], "one reward per subset, got 1 for 2"),
-        ([], [], "one reward per subset"),
+        ([(0,), (1,)], [1.0], "rewards must be one per subset, got 1 for 2"),
+        ([], [], "rewards must be one per subset"),
         ([(0,), (1,)], [1.0, math.nan], "rewards must be finite"),
-        ([(0,), (3,)], [1.0, 2.0], "arms are 0 to 2"),
+        ([(0,), (3,)], [1.0, 2.0], "arms must be 0 to 2"),
     ],
 )
 def test_a_refused_update_changes_nothing(subsets, rewards, message):

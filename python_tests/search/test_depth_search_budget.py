@@ -21,10 +21,10 @@ def test_costs_follow_the_names_of_the_layers(unequal, tmp_path):
     state = json.loads(json.dumps(search.state_dict(), sort_keys=True))
     state["costs"]["layers"] = dict(reversed(state["costs"]["layers"].items()))
     (tmp_path / "search.json").write_text(json.dumps(state))
-    read = DepthSearch.from_json(tmp_path / "search.json", attached(hidden=SIZES)[0])
+    read = DepthSearch.load(tmp_path / "search.json", attached(hidden=SIZES)[0])
     assert read.costs.savings == costs.savings
     for layers in ({}, {**costs.layers, "more": [1, 0]}, list(costs.layers.values())):
-        with pytest.raises(ValueError, match=r"expected costs of the layers \['layers\.0', "):
+        with pytest.raises(ValueError, match=r"must be costs of the layers \['layers\.0', "):
             DepthSearch(model, 2, inputs=LayerCosts(1, 1, layers))
     with pytest.raises(ValueError, match="costs must be integers, two for each layer"):
         DepthSearch(model, 2, inputs=LayerCosts("1", 1, costs.layers))
@@ -34,7 +34,7 @@ def test_macs_are_of_different_layers(unequal):
     model, _, costs = unequal
     search = DepthSearch(model, 2, inputs=costs)
     for selection in ([1, 1], [-1], [99], [True], "12", 3):
-        with pytest.raises(ValueError, match="macs takes different indices from 0 to 7, got"):
+        with pytest.raises(ValueError, match="selection must be different indices from 0 to 7, got"):
             search.macs(selection)
 
 

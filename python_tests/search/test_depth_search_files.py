@@ -14,7 +14,7 @@ from petl_ext import DepthSearch
 def damaged_states(state):
     """What a file can be that is no state, beside words that the refusal says."""
     entry = state["history"][0]
-    yield {name: value for name, value in state.items() if name != "history"}, "wrong history or none"
+    yield {name: value for name, value in state.items() if name != "history"}, "must have a valid history"
     for name, value in (
         ("history", [{**entry, "preferences": None}]),
         ("history", [{**entry, "subsets": [[99]]}]),
@@ -25,13 +25,13 @@ def damaged_states(state):
         ("selection", [0, 99]),
         ("selection", None),
     ):
-        yield {**state, name: value}, f"wrong {name} or none"
+        yield {**state, name: value}, f"must have a valid {name}"
     for name, value in (("draws", None), ("preferences", ["a"] * LAYERS), ("preferences", [math.nan] * LAYERS)):
         yield {**state, "bandit": {**state["bandit"], name: value}}, f"Bandit: {name} must be"
-    yield {**state, "bandit": []}, "Bandit: a state is a dict"
-    yield {**state, "costs": []}, "expected costs None"
-    yield {**state, "constants": {**state["constants"], "probability": []}}, "expected constants"
-    yield [], "a state is a dict"
+    yield {**state, "bandit": []}, "Bandit: state must be a dict"
+    yield {**state, "costs": []}, "costs must be None"
+    yield {**state, "constants": {**state["constants"], "probability": []}}, "constants must be"
+    yield [], "state must be a dict"
 
 
 def test_a_damaged_state_is_refused_and_changes_nothing(tmp_path):
@@ -45,7 +45,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(tmp_path):
         assert other.state_dict() == before
         (tmp_path / "search.json").write_text(json.dumps(state))
         with pytest.raises(ValueError):
-            DepthSearch.from_json(tmp_path / "search.json", attached()[0])
+            DepthSearch.load(tmp_path / "search.json", attached()[0])
 
 
 def test_pictures_say_what_to_install(tmp_path, monkeypatch):
@@ -59,11 +59,11 @@ def test_pictures_say_what_to_install(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_skip": 3}, "expected num_skip 3, found 2"),
-        ({"interval": 5}, "expected constants .*'interval': 5.*found .*'interval': 10"),
-        ({"seed": 1}, "'seed': 1.*found.*'seed': 0"),
-        ({"inputs": costs_that_save(*[1] * LAYERS)}, "expected costs .*found None"),
-        ({"model": attached(hidden=(DIM,) * 7)[0]}, "expected layers"),
+        ({"num_skip": 3}, "num_skip must be 3, got 2"),
+        ({"interval": 5}, "constants must be .*'interval': 5.*got .*'interval': 10"),
+        ({"seed": 1}, "'seed': 1.*got.*'seed': 0"),
+        ({"inputs": costs_that_save(*[1] * LAYERS)}, "costs must be .*got None"),
+        ({"model": attached(hidden=(DIM,) * 7)[0]}, "layers must be"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
@@ -75,7 +75,7 @@ def test_the_state_of_another_search_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(json_copy(search.state_dict()))
     assert other.state_dict() == before
-    with pytest.raises(ValueError, match="expected a state of format 1, found None"):
+    with pytest.raises(ValueError, match="state must be of format 1, got None"):
         other.load_state_dict({})
 
 
@@ -83,7 +83,7 @@ def test_the_json_file_says_what_was_found(tmp_path):
     search = make_search()
     run_search(search, 30, losses_of(search))
     (tmp_path / "search.json").write_text("before")
-    search.to_json(tmp_path / "search.json")
+    search.save(tmp_path / "search.json")
     read = json.loads((tmp_path / "search.json").read_text())
     assert read["layers"] == [f"layers.{index}" for index in range(LAYERS)]
     assert read["selection"] == list(search.selection())
@@ -94,7 +94,7 @@ def test_the_json_file_says_what_was_found(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["search.json"]
     search.history[0]["losses"] = [math.nan]
     with pytest.raises(ValueError, match="not JSON compliant"):
-        search.to_json(tmp_path / "search.json")
+        search.save(tmp_path / "search.json")
     assert json.loads((tmp_path / "search.json").read_text()) == read
     assert [path.name for path in tmp_path.iterdir()] == ["search.json"]
 
@@ -102,8 +102,8 @@ def test_the_json_file_says_what_was_found(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 1}', '{"num_skip": 2, "max_macs": null}'])
 def test_another_json_file_is_refused(text, tmp_path):
     (tmp_path / "other.json").write_text(text)
-    with pytest.raises(ValueError, match=r"other\.json: not what DepthSearch\.to_json writes"):
-        DepthSearch.from_json(tmp_path / "other.json", attached()[0])
+    with pytest.raises(ValueError, match=r"other\.json: not what DepthSearch\.save writes"):
+        DepthSearch.load(tmp_path / "other.json", attached()[0])
 
 
 def test_the_picture_is_drawn(tmp_path):

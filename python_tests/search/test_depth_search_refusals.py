@@ -103,7 +103,7 @@ def test_wrong_arguments_are_named(arguments, message):
         make_search(**{"num_skip": 2, **arguments})
 
 
-def test_a_misspelt_constant_is_refused():
+def test_a_misspelled_constant_is_refused():
     with pytest.raises(TypeError, match="intervall"):
         make_search(intervall=3)
 

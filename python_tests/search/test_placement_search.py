@@ -8,8 +8,9 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from placement_searches import make_search, run_search, scores_of
-from searched_models import PLACES as LAYERS
+from searched_models import PROMPTED_LAYERS as LAYERS
 from searched_models import Placed, json_copy
 from torch import nn
 from two_processes import in_two_processes, refusal_of_other_draws
@@ -133,7 +134,7 @@ def planted_selection(seed):
     for _ in range(250):
         search.sample()
         images, labels = new_batch()
-        nn.functional.cross_entropy(model(images), labels).backward()
+        F.cross_entropy(model(images), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
         images, labels = new_batch()
@@ -150,22 +151,22 @@ def test_the_state_of_another_search_is_refused(tmp_path):
     search, other = make_search(), make_search(seed=1)
     run_search(search, 5, scores_of(search))
     before = other.state_dict()
-    with pytest.raises(ValueError, match=r"Bandit: expected .*'seed': 1.*found.*'seed': 0"):
+    with pytest.raises(ValueError, match=r"Bandit: state must be of .*'seed': 1.*got.*'seed': 0"):
         other.load_state_dict(search.state_dict())
     assert other.state_dict() == before
-    with pytest.raises(ValueError, match=r"another search: expected constants .*'interval': 2"):
+    with pytest.raises(ValueError, match=r"another search: its constants must be .*'interval': 2"):
         make_search(interval=2).load_state_dict(search.state_dict())
     longer = Placed()
     longer.num_layers = 9
-    search.to_json(tmp_path / "search.json")
-    with pytest.raises(ValueError, match="expected num_layers 9, found 6"):
-        PlacementSearch.from_json(tmp_path / "search.json", longer)
-    with pytest.raises(ValueError, match=r"search\.json: not what DepthSearch\.to_json writes"):
-        DepthSearch.from_json(tmp_path / "search.json", Placed())
+    search.save(tmp_path / "search.json")
+    with pytest.raises(ValueError, match="num_layers must be 9, got 6"):
+        PlacementSearch.load(tmp_path / "search.json", longer)
+    with pytest.raises(ValueError, match=r"search\.json: not what DepthSearch\.save writes"):
+        DepthSearch.load(tmp_path / "search.json", Placed())
     depth_search = {"bandit": {"seed": 0}, "constants": {"num_subsets": 3}}
     (tmp_path / "depth.json").write_text(json.dumps(depth_search))
-    with pytest.raises(ValueError, match=r"depth\.json: not what PlacementSearch\.to_json writes: .*num_subsets"):
-        PlacementSearch.from_json(tmp_path / "depth.json", Placed())
+    with pytest.raises(ValueError, match=r"depth\.json: not what PlacementSearch\.save writes: .*num_subsets"):
+        PlacementSearch.load(tmp_path / "depth.json", Placed())
 
 
 def test_the_selection_is_used_between_steps_and_in_the_end(caplog):
@@ -231,7 +232,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(tmp_path):
         assert other.state_dict() == before
         (tmp_path / "search.json").write_text(json.dumps({**state, **change}))
         with pytest.raises(ValueError):
-            PlacementSearch.from_json(tmp_path / "search.json", Placed())
+            PlacementSearch.load(tmp_path / "search.json", Placed())
 
 
 def test_a_score_that_is_not_one_number_is_named():

@@ -59,7 +59,7 @@ def test_a_found_layer_is_trained_on_and_kept(family, tmp_path):
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
     model.save(tmp_path / "found")
-    again = type(model).from_folder(tmp_path / "found", make_language_model(family).double()).eval()
+    again = type(model).load(tmp_path / "found", make_language_model(family).double()).eval()
     with torch.no_grad():
         found = again(**inputs).logits
         assert again.insert_layer == 2 and torch.equal(found, model(**inputs).logits)

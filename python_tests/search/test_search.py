@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from searched_models import Placed, attached, json_copy
 from torch import nn
 
@@ -24,7 +25,7 @@ class Activated(nn.Module):
 
     def forward(self, x, labels):
         output = ACTIVATIONS[self.activation](self.linear(x))
-        return {"loss": nn.functional.mse_loss(output, labels), "output": output}
+        return {"loss": F.mse_loss(output, labels), "output": output}
 
 
 class ActivationChoice(OneArm):
@@ -131,8 +132,8 @@ def test_a_loaded_state_has_the_same_future(searched, steps, tmp_path):
     search, resumed = searched.new(**constants), searched.new(**constants)
     run_search(search, steps, searched.compute(search))
     resumed.load_state_dict(json_copy(search.state_dict()))
-    search.to_json(tmp_path / "search.json")
-    read = searched.search_class.from_json(tmp_path / "search.json", searched.new_model())
+    search.save(tmp_path / "search.json")
+    read = searched.search_class.load(tmp_path / "search.json", searched.new_model())
     assert search.state_dict() == resumed.state_dict() == read.state_dict()
     futures = [run_search(each, 60, searched.compute(each, seed=1)) for each in (search, resumed, read)]
     assert futures[0] == futures[1] == futures[2]
@@ -314,10 +315,10 @@ STORED = {
 NEXT = {"depth": [(1, 3), (2, 7)], "placement": [2, 2]}
 
 
-@pytest.mark.parametrize("kind", STORED)
-def test_a_stored_search_is_read_and_goes_on(kind, tmp_path):
-    (tmp_path / "search.json").write_text(json.dumps(STORED[kind]))
-    searched = SEARCHED[kind]
-    search = searched.search_class.from_json(tmp_path / "search.json", searched.new_model())
-    assert search.state_dict() == STORED[kind]
-    assert [search.sample() for _ in range(2)] == NEXT[kind]
+@pytest.mark.parametrize("name", STORED)
+def test_a_stored_search_is_read_and_goes_on(name, tmp_path):
+    (tmp_path / "search.json").write_text(json.dumps(STORED[name]))
+    searched = SEARCHED[name]
+    search = searched.search_class.load(tmp_path / "search.json", searched.new_model())
+    assert search.state_dict() == STORED[name]
+    assert [search.sample() for _ in range(2)] == NEXT[name]

@@ -22,7 +22,7 @@ def differ(found, expected):
     return (found - expected).abs().max() > 1e-2
 
 
-# Modules of the language model that have an adapter, written out for one layer of each kind.
+# Modules of the language model that have an adapter, written out for one layer of each stack.
 ADAPTER_PLACES = {
     "bert": ["encoder.layer.{i}.attention.output.dropout", "encoder.layer.{i}.output.dropout"],
     "t5": [

@@ -37,9 +37,9 @@ def assert_equal(results, expected):
         assert torch.equal(result, expected[name]), name
 
 
-def check(place, problem):
+def check(device, problem):
     """Dtypes of the output and all gradients, and values by the one tolerance rule."""
-    op, problem = problem.op, problem.to(place.device)
+    op, problem = problem.op, problem.to(device.torch_device)
     oracle, theirs = problem.double().run(op.reference), problem.run(op.reference)
     for name, result in problem.run(op.ours).items():
         expected = problem.tensors[op.out_like if name == "out" else name[1:]].dtype
@@ -241,7 +241,7 @@ ADAPTER = Tested(
     },
     int_message={
         "residual": "residual must have the dtype of x",
-        "scale": "gain must be float32, bfloat16 or float16, got Int",
+        "scale": "gain must be float32, bfloat16 or float16, got (Int|torch.int32)",
     },
     wrong_for_kernels={},
     wrong={

@@ -173,7 +173,7 @@ def put_visual(state, key, clip):
 
 def dvp_checkpoint(model, head="vqa_classifier"):
     """Of a DVPBert, DVPT5 or DVPLlama with a vision model; adapters and candidates as the model has them."""
-    state, family = Original(), model.family
+    state, family = Original(), model.language_model_type
     put_language_model(state, family, model.language_model.base_model)
     put_visual(state, "visumodel", model.vision_model)
     state["visumodel.proj"] = torch.randn(model.vision_model.config.hidden_size, 6)
@@ -218,9 +218,9 @@ def put_language_model(state, family, base):
 def dvp_adapters(model):
     """{the list's name: adapters in its order}."""
     base = model.language_model.base_model
-    if model.family == "bert":
+    if model.language_model_type == "bert":
         places = [m for layer in base.encoder.layer for m in (layer.attention.output.dropout, layer.output.dropout)]
-    elif model.family == "llama":
+    elif model.language_model_type == "llama":
         places = [m for layer in base.layers for m in (layer.self_attn, layer.mlp)]
     else:
         encoder = [m for b in base.encoder.block for m in (b.layer[0].SelfAttention, b.layer[1].DenseReluDense)]

@@ -3,12 +3,13 @@
 import json
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import petl_ext
 
 DIM, LAYERS = 8, 8  # of Stack
-PLACES = 6  # of Placed, for its prompt
+PROMPTED_LAYERS = 6  # of Placed
 
 
 class Layer(nn.Module):
@@ -42,7 +43,7 @@ class Stack(nn.Module):
         for layer in self.layers:
             x = layer(x)
         x = self.head(self.dropout(x))
-        return {"output": x} if target is None else {"loss": nn.functional.mse_loss(x, target)}
+        return {"output": x} if target is None else {"loss": F.mse_loss(x, target)}
 
 
 def attached(**arguments):
@@ -52,13 +53,13 @@ def attached(**arguments):
 
 
 class Placed(nn.Module):
-    """A stack of `PLACES` layers; entering at layer K, an image's vector goes through what is left of them."""
+    """A stack of `PROMPTED_LAYERS` layers; entering at layer K, an image's vector goes through what is left of them."""
 
     def __init__(self, best=0, seed=0):
         super().__init__()
         torch.manual_seed(seed)
-        self.insert_layer, self.num_layers, self.best = 0, PLACES, best
-        self.candidates = nn.ModuleList(nn.Linear(4, 4) for _ in range(PLACES))
+        self.insert_layer, self.num_layers, self.best = 0, PROMPTED_LAYERS, best
+        self.candidates = nn.ModuleList(nn.Linear(4, 4) for _ in range(PROMPTED_LAYERS))
         self.dropout = nn.Dropout(0.5)
         self.head = nn.Linear(4, 3)
 

@@ -5,6 +5,7 @@ The restatements take weights by name from the model's parameters, mask by -inf,
 
 import tiny_families
 import torch
+import torch.nn.functional as F
 from prompt_projections import with_all_projections
 from tiny_families import DIM, TOKENS, WORDS
 
@@ -124,7 +125,7 @@ def _bert(model, input_ids, attention_mask, visual, original):
         y = weights.linear("attention.output.dense", attention(q, k, v, hidden(mask), (DIM // HEADS) ** -0.5))
         y = weights.adapter("attention.output.dropout", y)
         x = weights.layer_norm("attention.output.LayerNorm", y + x)
-        y = torch.nn.functional.gelu(weights.linear("intermediate.dense", x))
+        y = F.gelu(weights.linear("intermediate.dense", x))
         y = weights.adapter("output.dropout", weights.linear("output.dense", y))
         x = weights.layer_norm("output.LayerNorm", y + x)
     return x[:, 1]
@@ -198,7 +199,7 @@ def llama_states(model, input_ids, attention_mask, visual, ends):
         q, k = rotated(q), rotated(k)
         k, v = (each_twice(rows) for rows in (k, v))
         y = attention(q, k, v, hidden(mask) + later(x.size(1)), (DIM // HEADS) ** -0.5)
-        silu = torch.nn.functional.silu
+        silu = F.silu
         x = x + weights.adapter("self_attn", weights.linear("self_attn.o_proj", y), silu)
         normed = weights.rms_norm("post_attention_layernorm", x)
         y = silu(weights.linear("mlp.gate_proj", normed)) * weights.linear("mlp.up_proj", normed)

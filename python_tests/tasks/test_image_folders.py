@@ -28,7 +28,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     assert [image.path.name for image in ic.read_image_folder(tmp_path / "photos")] == ["a.png", "b.png"]
     link.unlink()
     link.symlink_to(tmp_path / "photos" / "cat")
-    with pytest.raises(ValueError, match=r"cat/more: expected a folder of images, got a link to a folder that it"):
+    with pytest.raises(ValueError, match=r"cat/more must be a folder of images, got a link to a folder that it"):
         ic.read_image_folder(tmp_path / "photos")
 
 
@@ -53,9 +53,9 @@ def test_every_reader_turns_photographs_upright(orientation, turn, suffix, tmp_p
 
 
 def test_a_folder_without_classes_or_images_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: expected a folder of one folder per class"):
+    with pytest.raises(FileNotFoundError, match="nowhere must be a folder of one folder per class"):
         ic.read_image_folder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="expected one folder per class, got none"):
+    with pytest.raises(ValueError, match="must hold one folder per class, got none"):
         ic.read_image_folder(empty_folder(tmp_path, "a.jpg"))
-    with pytest.raises(ValueError, match=r"dog: expected images of the class .*, got none"):
+    with pytest.raises(ValueError, match=r"dog must hold images of the class .*, got none"):
         ic.read_image_folder(empty_folder(tmp_path, "cat/a.jpg", "dog/a.txt"))

@@ -161,9 +161,9 @@ def test_workers_read_a_tsv(files, processor):
 
 
 def test_images_are_where_the_format_has_them(files, processor):
-    with pytest.raises(ValueError, match=r"images: expected None for a \.tsv"):
+    with pytest.raises(ValueError, match=r"images must be None for a \.tsv"):
         tsv_dataset(files, processor, images=files / "images")
-    with pytest.raises(ValueError, match="images: expected the folder of the images, got None"):
+    with pytest.raises(ValueError, match="images must be the folder of the images, got None"):
         official_dataset(files, processor, images=None)
 
 
@@ -171,10 +171,10 @@ def test_missing_and_broken_images_are_named(files, processor):
     path = files / "images" / "2407214681.jpg"
     path.write_bytes(path.read_bytes()[:300])
     where = r"image_id 2407214681, pair 2407214681\.jpg#0r1c, line 2"
-    with pytest.raises(ValueError, match=rf"2407214681\.jpg: expected an image \({where}\)"):
+    with pytest.raises(ValueError, match=rf"2407214681\.jpg must be an image \({where}\)"):
         official_dataset(files, processor)[1]
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=rf"2407214681\.jpg: expected .* {where} \(1 of 3 pairs lack theirs"):
+    with pytest.raises(FileNotFoundError, match=rf"2407214681\.jpg must be .* {where} \(1 of 3 pairs lack theirs"):
         official_dataset(files, processor)
 
 
@@ -185,21 +185,21 @@ def test_a_broken_image_of_a_tsv_is_named(files, processor, image):
     (files / "snli_ve_dev.tsv").write_bytes(b"\n".join(b"\t".join(row) for row in columns))
     data = tsv_dataset(files, processor)
     assert data[0]["labels"] == 1 and data[2]["labels"] == 2
-    with pytest.raises(ValueError, match=r"snli_ve_dev\.tsv: line 2: expected an image .*pair 2407214681\.jpg#0r1c"):
+    with pytest.raises(ValueError, match=r"snli_ve_dev\.tsv: line 2 must be an image .*pair 2407214681\.jpg#0r1c"):
         data[1]
 
 
 def test_a_truncated_jsonl_names_its_last_line(tmp_path):
     first, second = (json.dumps(official(*row)) for row in ROWS[:2])
     for end in range(1, len(second), 53):
-        refused(tmp_path / "a.jsonl", f"{first}\n{second[:end]}", r"a\.jsonl: line 2: expected a JSON object, got")
+        refused(tmp_path / "a.jsonl", f"{first}\n{second[:end]}", r"a\.jsonl: line 2 must be a JSON object, got")
 
 
 def test_a_truncated_tsv_names_its_last_line(tmp_path):
     first, second = tsv_lines(base64.b64encode)[:2]
     for end in (1, 30, 60, len(second) // 2, len(second) - 20, len(second) - 14):
         refused(
-            tmp_path / "a.tsv", first + b"\n" + second[:end], r"a\.tsv: line 2: expected 6 columns \(unique id, .*got"
+            tmp_path / "a.tsv", first + b"\n" + second[:end], r"a\.tsv: line 2 must have 6 columns \(unique id, .*got"
         )
     refused(tmp_path / "a.tsv", first + b"\n" + second[:-3], r"a\.tsv: line 2 \(pair 2407214681.*got 'contradict'")
 
@@ -207,22 +207,22 @@ def test_a_truncated_tsv_names_its_last_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", "", "expected at least one line, got an empty file"),
-        ("a.tsv", "", "expected at least one line, got an empty file"),
-        ("a.json", "{}", r"expected a file whose name ends in one of \['.jsonl', '.tsv'\], got '.json'"),
-        ("a.jsonl", "3", "line 1: expected a JSON object, got 3"),
+        ("a.jsonl", "", "must have at least one line, got an empty file"),
+        ("a.tsv", "", "must have at least one line, got an empty file"),
+        ("a.json", "{}", r"must be a file whose name ends in one of \['.jsonl', '.tsv'\], got '.json'"),
+        ("a.jsonl", "3", "line 1 must be a JSON object, got 3"),
         (
             "a.jsonl",
             json.dumps(official("1", "p", "x", "yes")),
-            r"line 1 \(pair p\): expected one of the labels .*'yes'",
+            r"line 1 \(pair p\) must be one of the labels .*'yes'",
         ),
-        ("a.jsonl", json.dumps(official(1, "p", "x", "neutral")), "line 1: expected 'Flickr30K_ID' to be str, got 1"),
-        ("a.jsonl", '{"pairID": "p", "gold_label": "-", "sentence2": "x"}', "expected the field 'Flickr30K_ID'"),
-        ("a.jsonl", '{"pairID": "p", "gold_label": "-"}', "line 1: expected the field 'sentence2', got only"),
-        ("a.tsv", "1\t2\tabc\tx\tcaption\tneutral\textra", "line 1: expected 6 columns .* got 7"),
-        ("a.tsv", "1\t2\tabc\tx\tcaption\tunknown", r"line 1 \(pair 1\): expected one of the labels .*'unknown'"),
-        ("a.tsv", b"1\t2\tabc\t\xff\tcaption\tneutral", "line 1: expected UTF-8"),
-        ("a.jsonl", b'{"pairID": "\xff"}', "line 1: expected a JSON object"),
+        ("a.jsonl", json.dumps(official(1, "p", "x", "neutral")), "line 1: 'Flickr30K_ID' must be str, got 1"),
+        ("a.jsonl", '{"pairID": "p", "gold_label": "-", "sentence2": "x"}', "must have the field 'Flickr30K_ID'"),
+        ("a.jsonl", '{"pairID": "p", "gold_label": "-"}', "line 1 must have the field 'sentence2', got only"),
+        ("a.tsv", "1\t2\tabc\tx\tcaption\tneutral\textra", "line 1 must have 6 columns .* got 7"),
+        ("a.tsv", "1\t2\tabc\tx\tcaption\tunknown", r"line 1 \(pair 1\) must be one of the labels .*'unknown'"),
+        ("a.tsv", b"1\t2\tabc\t\xff\tcaption\tneutral", "line 1 must be UTF-8"),
+        ("a.jsonl", b'{"pairID": "\xff"}', "line 1 must be a JSON object"),
     ],
 )
 def test_malformed_files(tmp_path, name, content, message):
@@ -241,7 +241,7 @@ def test_metrics_by_hand(files):
     assert snli_ve.LABELS.decode([[0.1, 0.3, 0.2]]) == ["neutral"]
     prediction = SimpleNamespace(predictions=np.eye(3), label_ids=np.array([0, 1, 1]))
     assert snli_ve.compute_metrics(prediction) == {"accuracy": pytest.approx(2 / 3)}
-    with pytest.raises(ValueError, match="predicted: expected 3, one per pair, got 1"):
+    with pytest.raises(ValueError, match="predicted must be 3, one per pair, got 1"):
         snli_ve.accuracy(["neutral"], pairs)
-    with pytest.raises(ValueError, match=r"predicted: expected labels of .*, got 'maybe'"):
+    with pytest.raises(ValueError, match=r"predicted must be labels of .*, got 'maybe'"):
         snli_ve.confusion(["maybe"] * 3, pairs)

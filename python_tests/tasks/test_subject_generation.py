@@ -73,12 +73,12 @@ def test_images_come_in_the_order_of_their_names(images):
 
 
 def test_folders_without_images_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: expected the folder of the images"):
+    with pytest.raises(FileNotFoundError, match="nowhere must be the folder of the images"):
         sg.read_images(tmp_path / "nowhere", 8)
-    with pytest.raises(ValueError, match=r"expected images .*, got none"):
+    with pytest.raises(ValueError, match=r"must hold images .*, got none"):
         sg.read_images(tmp_path, 8)
     (tmp_path / "broken.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"broken.png: expected an image"):
+    with pytest.raises(ValueError, match=r"broken.png must be an image"):
         sg.read_images(tmp_path, 8)
 
 
@@ -94,7 +94,7 @@ def test_images_are_encoded_as_the_pipeline_would(pipeline, images):
     torch.testing.assert_close(subject.stds, latents.std * scale)
     torch.testing.assert_close(subject.prompt, states)
     assert not torch.equal(subject.draw(0), subject.draw(0))
-    with pytest.raises(ValueError, match=r"images: expected sides that 2 divides, got \[15, 15\]"):
+    with pytest.raises(ValueError, match=r"images must have sides that 2 divides, got \[15, 15\]"):
         sg.encode_images(pipeline, torch.zeros(1, 3, 15, 15), "a dog")
 
 
@@ -105,7 +105,7 @@ def test_the_class_is_seen_beside_the_subject():
     assert data[3]["latents"].flatten(1).mean(1).tolist() == data[3]["prompts"].flatten(1).mean(1).tolist() == [1, 2]
     assert len(sg.SubjectDataset(encoded(2))) == 2 and sg.SubjectDataset(encoded(2))[1]["latents"].shape[0] == 1
     smaller = sg.EncodedImages(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), torch.zeros(tiny.WORDS, 20))
-    with pytest.raises(ValueError, match=r"prior: expected latents of shape \[4, 8, 8\], got \[4, 2, 2\]"):
+    with pytest.raises(ValueError, match=r"prior must have latents of shape \[4, 8, 8\], got \[4, 2, 2\]"):
         sg.SubjectDataset(encoded(2), smaller)
 
 
@@ -158,9 +158,9 @@ def test_the_class_counts_as_much_as_its_weight(tokenizer):
 
 
 def test_what_the_loss_cannot_be_made_of_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r'expected the prediction type "epsilon" or "v_prediction", got \'sample\''):
+    with pytest.raises(ValueError, match=r'must have the prediction type "epsilon" or "v_prediction", got \'sample\''):
         sg.denoising_loss(*draw("sample", tokenizer, images=1))
-    with pytest.raises(ValueError, match=r"latents: expected 1 or 2 images per item, .* got 3"):
+    with pytest.raises(ValueError, match=r"latents must have 1 or 2 images per item, .* got 3"):
         sg.denoising_loss(*draw("epsilon", tokenizer, images=3))
 
 

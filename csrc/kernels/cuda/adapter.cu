@@ -1,133 +1,14 @@
-// The bottleneck adapter on CUDA. Forward is one launch. Backward computes the first product anew, and
-// then the rows' gradients, slabs of the weights' gradients, and from their sums the gradients of the parameters.
+// The bottleneck adapter on CUDA. Forward packs the weights and computes the rows. Backward packs them, computes the
+// first product anew, and then the rows' gradients, slabs of the weights' gradients, and from their sums the gradients
+// of the parameters.
 #include "kernels/cuda/adapter.h"
 #include "kernels/cuda/adapter_backward.h"
+#include "kernels/cuda/adapter_finish.h"
 #include "kernels/cuda/adapter_forward.h"
 #include "kernels/cuda/weight_gradient.h"
 
 namespace petl::cuda {
 namespace {
-
-constexpr int kThreads = 256;
-
-struct NormTermsTask {
-  NormTerms terms;
-  Weights down, down_bias;
-  Norm norm;
-};
-
-// One block per hidden unit.
-__global__ void __launch_bounds__(kThreads) adapter_norm_terms(const __grid_constant__ NormTermsTask task) {
-  double weighted = 0, biased = 0;
-  for (int column = 8 * threadIdx.x; column < task.down.columns; column += 8 * kThreads) {
-    float down[8], weight[8], bias[8];
-    unpack(task.down.load(blockIdx.x, column), task.down.dtype, down);
-    load_row(task.norm.weight, column, weight);
-    load_row(task.norm.bias, column, bias);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      weighted += double{down[i]} * weight[i];
-      biased += double{down[i]} * bias[i];
-    }
-  }
-  double* scratch = reinterpret_cast<double*>(shared_memory());
-  weighted = sum_block(weighted, scratch);
-  biased = sum_block(biased, scratch);
-  if (threadIdx.x > 0) return;
-  task.terms.mean_weight[blockIdx.x] = static_cast<float>(weighted / task.down.columns);
-  task.terms.bias[blockIdx.x] =
-      static_cast<float>(biased + load_scalar(task.down_bias.data, task.down_bias.dtype, blockIdx.x));
-}
-
-struct AdapterSums {
-  float* sums[2];  // [slabs, B, D]: dhidden^T x (normalized, if x is) and hidden^T dout; their sums replace the first
-  int slabs;
-  int64_t count;
-};
-
-__global__ void __launch_bounds__(kThreads) adapter_add_slabs(const __grid_constant__ AdapterSums task) {
-  const int64_t index = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * 4;
-  float* sums = task.sums[blockIdx.y];
-  if (index < task.count) add_slabs(sums, task.slabs, task.count, index, sums);
-}
-
-struct AdapterFinish {
-  const float* down_sums;     // [B, D], dhidden^T x
-  const float* up_sums;       // [B, D], hidden^T dout
-  const float* dhidden_sums;  // [slabs, B]
-  const float* dout_sums;     // [slabs, D]
-  int slabs;
-  int D, inner;
-  Weights down;
-  Norm norm;
-  Scale scale;
-  AdapterBackward targets;
-};
-
-constexpr int kFinishColumns = 32, kFinishRows = kThreads / kFinishColumns;
-
-// The sums over rows become the gradients of the parameters, for 32 columns of D per block:
-//
-//     ddown = down_sums norm_weight + ddown_bias norm_bias^T    dup = scale up_sums^T
-//     dnorm_weight = sum_b down down_sums                       dnorm_bias = sum_b down ddown_bias
-__global__ void __launch_bounds__(kThreads) adapter_finish(const __grid_constant__ AdapterFinish task) {
-  float* bias_sums = reinterpret_cast<float*>(shared_memory());  // [B]
-  float* norm_sums = bias_sums + task.inner;                     // [2, kFinishRows, kFinishColumns]
-  for (int b = threadIdx.x; b < task.inner; b += kThreads) {
-    float sum = 0;
-    for (int slab = 0; slab < task.slabs; ++slab) sum += task.dhidden_sums[slab * task.inner + b];
-    bias_sums[b] = sum;
-    if (blockIdx.x == 0) task.targets.ddown_bias[b] = sum;
-  }
-  __syncthreads();
-  const int lane = threadIdx.x % kFinishColumns, first = threadIdx.x / kFinishColumns;
-  const int column = blockIdx.x * kFinishColumns + lane;
-  const bool valid = column < task.D, has_norm = task.norm.exists();
-  const float scale = task.scale.value();
-  float weight = 1, bias = 0, dweight = 0, dbias = 0;
-  if (valid && has_norm) {
-    weight = load_scalar(task.norm.weight.data, task.norm.weight.dtype, column);
-    bias = load_scalar(task.norm.bias.data, task.norm.bias.dtype, column);
-  }
-  for (int b = first; valid && b < task.inner; b += kFinishRows) {
-    const int64_t index = int64_t{b} * task.D + column;
-    const float sum = task.down_sums[index];
-    task.targets.ddown[index] = has_norm ? sum * weight + bias_sums[b] * bias : sum;
-    task.targets.dup[int64_t{column} * task.inner + b] = scale * task.up_sums[index];
-    if (!has_norm) continue;
-    const float down = load_scalar(task.down.data, task.down.dtype, b * task.down.stride + column);
-    dweight += down * sum;
-    dbias += down * bias_sums[b];
-  }
-  norm_sums[threadIdx.x] = dweight;
-  norm_sums[kThreads + threadIdx.x] = dbias;
-  __syncthreads();
-  if (first > 0 || !valid) return;
-  float dout_sum = 0;
-  for (int slab = 0; slab < task.slabs; ++slab) dout_sum += task.dout_sums[slab * task.D + column];
-  task.targets.dup_bias[column] = scale * dout_sum;
-  if (!has_norm) return;
-  dweight = dbias = 0;
-  for (int row = 0; row < kFinishRows; ++row) {
-    dweight += norm_sums[row * kFinishColumns + lane];
-    dbias += norm_sums[kThreads + row * kFinishColumns + lane];
-  }
-  task.targets.dnorm_weight[column] = dweight;
-  task.targets.dnorm_bias[column] = dbias;
-}
-
-struct DgainTask {
-  const double* shares;
-  int64_t blocks;
-  float* dgain;
-};
-
-__global__ void __launch_bounds__(kThreads) adapter_dgain(const __grid_constant__ DgainTask task) {
-  double share = 0;
-  for (int64_t block = threadIdx.x; block < task.blocks; block += kThreads) share += task.shares[block];
-  share = sum_block(share, reinterpret_cast<double*>(shared_memory()));
-  if (threadIdx.x == 0) *task.dgain = static_cast<float>(share);
-}
 
 Norm norm_of(const AdapterInputs& inputs) {
   return {weights_of(inputs.norm_weight, 1, inputs.size.D), weights_of(inputs.norm_bias, 1, inputs.size.D),
@@ -138,29 +19,64 @@ Scale scale_of(const AdapterInputs& inputs) { return {inputs.scale, inputs.gain.
 
 int64_t kept_width(const AdapterSizes& size) { return round_up(size.B, kVectorWidth); }
 
-// Computes the hidden units; the caller adds where they or the output go.
-template <class T>
-AdapterForwardOp<T> forward_op(const AdapterInputs& inputs) {
-  const auto [R, D, B] = inputs.size;
-  AdapterForwardOp<T> op = {};
-  set_operands(op, inputs.x, weights_of(inputs.down, B, D), weights_of(inputs.up, D, B), R, D, B);
-  op.activation = inputs.activation;
-  op.norm = norm_of(inputs);
-  op.down_bias = weights_of(inputs.down_bias, 1, B);
-  op.up_bias = weights_of(inputs.up_bias, 1, D);
-  op.scale = scale_of(inputs);
-  op.kept = static_cast<int>(kept_width(inputs.size));
-  return op;
-}
+// The parameters as the kernels of a pass take them.
+template <class T, class Layout, class Shape>
+struct AdapterPacking {
+  AdapterVectors vectors;
+  PackTask<AdapterRows> task;
+  const T* down;  // of the first product with x
+
+  AdapterPacking(const AdapterInputs& inputs, Partition& partition)
+      : vectors(AdapterVectors::in(partition, inputs.size)) {
+    const auto [R, D, B] = inputs.size;
+    task = {};
+    task.rows = {weights_of(inputs.down, B, D), weights_of(inputs.down_bias, 1, B), weights_of(inputs.up_bias, 1, D),
+                 norm_of(inputs), vectors};
+    task.operands[0] = first_operand<Layout>(task.rows.down, Order::columns, D, B);
+    if (kFolds<T>) task.operands[0].gain = task.rows.norm.weight;
+    down = place_operand<T>(task.operands[0], partition);
+  }
+};
 
 template <class T>
-int forward(const AdapterForward& args, Queue queue) {
-  AdapterForwardOp<T> op = forward_op<T>(args.inputs);
-  op.residual = static_cast<const T*>(args.residual.data);
-  op.residual_stride = args.residual.stride;
-  op.out = static_cast<T*>(args.out.data);
-  return op.R > 0 ? launch_sandwich(queue, op) : 0;
+void set_first(AdapterFirst<T>& op, const AdapterInputs& inputs, const T* down, const T* up,
+               const AdapterVectors& vectors) {
+  const auto [R, D, B] = inputs.size;
+  set_operands(op, inputs.x, down, up, R, D, B);
+  op.has_norm = inputs.norm_weight.data != nullptr;
+  op.epsilon = inputs.epsilon;
+  op.vectors = vectors;
 }
+
+template <class T, class Shape>
+struct AdapterForwardPass {
+  using Layout = SandwichLayout<Shape, false>;
+
+  const AdapterForward& args;
+  Partition partition;
+  AdapterPacking<T, Layout, Shape> packing;
+  const T* up;
+
+  AdapterForwardPass(const AdapterForward& args, void* memory)
+      : args(args), partition(memory), packing(args.inputs, partition) {
+    const auto [R, D, B] = args.inputs.size;
+    PackedOperand& operand = packing.task.operands[1];
+    operand = second_operand<Layout, Shape>(weights_of(args.inputs.up, D, B), Order::columns, D, B);
+    up = place_operand<T>(operand, partition);
+  }
+
+  int run(Queue queue) const {
+    AdapterForwardOp<T> op = {};
+    set_first(op, args.inputs, packing.down, up, packing.vectors);
+    op.activation = args.inputs.activation;
+    op.scale = scale_of(args.inputs);
+    op.residual = static_cast<const T*>(args.residual.data);
+    op.residual_stride = args.residual.stride;
+    op.out = static_cast<T*>(args.out.data);
+    const int error = launch_packing<T>(queue, packing.task);
+    return error ? error : launch_sandwich<Shape>(queue, op);
+  }
+};
 
 // What backward keeps between its launches.
 template <class T>
@@ -168,25 +84,20 @@ struct AdapterWorkspace {
   int slabs;
   int64_t blocks;
   RowStatistics* statistics;
-  float* hidden_products;
-  NormTerms norm_terms;
+  float* products;
   double* shares = nullptr;
   T* hidden = nullptr;
   T* dhidden = nullptr;
   float* sums[2] = {};
   float* dhidden_sums = nullptr;
   float* dout_sums = nullptr;
-  int64_t bytes;
 
-  AdapterWorkspace(const AdapterBackward& args, void* memory) {
+  AdapterWorkspace(const AdapterBackward& args, int64_t blocks, Partition& partition) : blocks(blocks) {
     const auto [R, D, B] = args.inputs.size;
     const int64_t kept = kept_width(args.inputs.size);
-    Partition partition(memory);
-    slabs = R > 0 ? slab_count(R, D, B, 2) : 0;
-    blocks = blocks_of_rows<T>(R, B);
+    slabs = R > 0 ? slab_count<T>(R, D, B, 2, true) : 0;
     statistics = partition.take<RowStatistics>(R);
-    hidden_products = partition.take<float>(R * kept);
-    norm_terms = {partition.take<float>(B), partition.take<float>(B)};
+    products = partition.take<float>(R * kept);
     if (args.dgain) shares = partition.take<double>(blocks);
     if (args.ddown) {
       hidden = partition.take<T>(R * kept);
@@ -196,50 +107,8 @@ struct AdapterWorkspace {
       dhidden_sums = partition.take<float>(slabs * B);
       dout_sums = partition.take<float>(slabs * D);
     }
-    bytes = partition.bytes();
   }
 };
-
-template <class T>
-int backward_products(const AdapterBackward& args, const AdapterWorkspace<T>& workspace, Queue queue) {
-  AdapterForwardOp<T> op = forward_op<T>(args.inputs);
-  op.hidden_products = workspace.hidden_products;
-  op.statistics = workspace.statistics;
-  if (op.norm.exists()) {
-    const NormTermsTask task{workspace.norm_terms, op.first, op.down_bias, op.norm};
-    const dim3 blocks(static_cast<unsigned>(op.inner));
-    const int error = launch(queue, {blocks, kThreads, kThreads / 32 * sizeof(double)}, &adapter_norm_terms, task);
-    if (error) return error;
-    op.norm.bias = {};  // of no elements: it is loaded as zeros
-  }
-  return launch_sandwich(queue, op);
-}
-
-template <class T>
-int backward_rows(const AdapterBackward& args, const AdapterWorkspace<T>& workspace, Queue queue) {
-  const AdapterInputs& inputs = args.inputs;
-  const auto [R, D, B] = inputs.size;
-  AdapterBackwardOp<T> op = {};
-  set_operands(op, args.dout, weights_of(inputs.up, D, B), weights_of(inputs.down, B, D), R, D, B);
-  op.activation = inputs.activation;
-  op.norm = norm_of(inputs);
-  op.mean_weight = workspace.norm_terms.mean_weight;
-  op.up_bias = weights_of(inputs.up_bias, 1, D);
-  op.scale = scale_of(inputs);
-  op.x = static_cast<const T*>(inputs.x.data);
-  op.x_stride = inputs.x.stride;
-  op.statistics = workspace.statistics;
-  op.residual_is_input = args.residual_is_input;
-  op.dx = static_cast<T*>(args.dx.data);
-  op.hidden_products = workspace.hidden_products;
-  const ConstRows both_biases{workspace.norm_terms.bias, B, DType::float32};
-  op.hidden_bias = weights_of(op.norm.exists() ? both_biases : inputs.down_bias, 1, B);
-  op.hidden = workspace.hidden;
-  op.dhidden = workspace.dhidden;
-  op.kept = static_cast<int>(kept_width(inputs.size));
-  op.shares = workspace.shares;
-  return launch_sandwich(queue, op);
-}
 
 template <class T>
 int backward_weights(const AdapterBackward& args, const AdapterWorkspace<T>& workspace, Queue queue) {
@@ -251,6 +120,7 @@ int backward_weights(const AdapterBackward& args, const AdapterWorkspace<T>& wor
   task.D = static_cast<int>(D);
   task.inner = static_cast<int>(B);
   task.slabs = workspace.slabs;
+  task.problem_count = 2;
   GradientProblem<T>& of_down = task.problems[0];
   of_down.left = workspace.dhidden;
   of_down.left_stride = kept;
@@ -266,62 +136,124 @@ int backward_weights(const AdapterBackward& args, const AdapterWorkspace<T>& wor
   of_up.right_stride = args.dout.stride;
   of_up.sums = workspace.sums[1];
   of_up.right_sums = workspace.dout_sums;
-  return launch_gradients(queue, task, 2);
+  return launch_gradients(queue, task);
 }
 
 template <class T>
-int finish_weights(const AdapterBackward& args, const AdapterWorkspace<T>& workspace, Queue queue) {
-  const auto [R, D, B] = args.inputs.size;
-  const AdapterSums sums{{workspace.sums[0], workspace.sums[1]}, workspace.slabs, B * D};
-  const dim3 vectors(static_cast<unsigned>(divide_up(B * D, 4 * kThreads)), 2);
-  const int error = launch(queue, {vectors, kThreads, 0}, &adapter_add_slabs, sums);
-  if (error) return error;
-  AdapterFinish task = {};
-  task.down_sums = workspace.sums[0];
-  task.up_sums = workspace.sums[1];
-  task.dhidden_sums = workspace.dhidden_sums;
-  task.dout_sums = workspace.dout_sums;
-  task.slabs = workspace.slabs;
-  task.D = static_cast<int>(D);
-  task.inner = static_cast<int>(B);
-  task.down = weights_of(args.inputs.down, B, D);
-  task.norm = norm_of(args.inputs);
-  task.scale = scale_of(args.inputs);
-  task.targets = args;
-  const int shared_bytes = static_cast<int>(B + 2 * kThreads) * sizeof(float);
-  const dim3 columns(static_cast<unsigned>(divide_up(D, kFinishColumns)));
-  return launch(queue, {columns, kThreads, shared_bytes}, &adapter_finish, task);
+int finish(const AdapterBackward& args, const AdapterWorkspace<T>& workspace, Queue queue) {
+  AdapterSums sums;
+  sums.down = workspace.sums[0];
+  sums.up = workspace.sums[1];
+  sums.dhidden = workspace.dhidden_sums;
+  sums.dout = workspace.dout_sums;
+  sums.slabs = workspace.slabs;
+  sums.shares = workspace.shares;
+  sums.blocks = workspace.blocks;
+  return finish_adapter(queue, args, sums);
 }
 
-template <class T>
-int backward(const AdapterBackward& args, void* memory, Queue queue) {
-  const AdapterWorkspace<T> workspace(args, memory);
-  int error = 0;
-  if (args.inputs.size.R > 0) {
-    error = backward_products(args, workspace, queue);
-    if (!error) error = backward_rows(args, workspace, queue);
-    if (!error && args.ddown) error = backward_weights(args, workspace, queue);
+template <class T, class Shape>
+struct AdapterBackwardPass {
+  using Layout = SandwichLayout<Shape, false>;
+
+  const AdapterBackward& args;
+  Partition partition;
+  AdapterPacking<T, Layout, Shape> packing;
+  const T *up, *down;  // of the products with dout and dhidden
+  AdapterWorkspace<T> workspace;
+
+  AdapterBackwardPass(const AdapterBackward& args, void* memory)
+      : args(args),
+        partition(memory),
+        packing(args.inputs, partition),
+        workspace(args, blocks_of_rows<Shape>(args.inputs.size.R), partition) {
+    const auto [R, D, B] = args.inputs.size;
+    PackedOperand* const operands = packing.task.operands;
+    operands[1] = first_operand<Layout>(weights_of(args.inputs.up, D, B), Order::depth, D, B);
+    operands[2] = second_operand<Layout, Shape>(weights_of(args.inputs.down, B, D), Order::depth, D, B);
+    up = place_operand<T>(operands[1], partition);
+    down = place_operand<T>(operands[2], partition);
   }
-  if (!error && args.ddown) error = finish_weights(args, workspace, queue);
-  if (error || !args.dgain) return error;
-  const DgainTask task{workspace.shares, workspace.blocks, args.dgain};
-  return launch(queue, {dim3(1), kThreads, kThreads / 32 * sizeof(double)}, &adapter_dgain, task);
+
+  int run(Queue queue) const {
+    int error = 0;
+    if (args.inputs.size.R > 0) {
+      error = launch_packing<T>(queue, packing.task);
+      if (!error) error = products(queue);
+      if (!error) error = rows(queue);
+      if (!error && args.ddown) error = backward_weights(args, workspace, queue);
+    }
+    return error ? error : finish(args, workspace, queue);
+  }
+
+ private:
+  int products(Queue queue) const {
+    AdapterProductsOp<T> op = {};
+    set_first<T>(op, args.inputs, packing.down, nullptr, packing.vectors);
+    op.products = workspace.products;
+    op.statistics = workspace.statistics;
+    op.kept = static_cast<int>(kept_width(args.inputs.size));
+    return launch_sandwich<Shape>(queue, op);
+  }
+
+  int rows(Queue queue) const {
+    const AdapterInputs& inputs = args.inputs;
+    AdapterBackwardOp<T> op = {};
+    set_operands(op, args.dout, up, down, inputs.size.R, inputs.size.D, inputs.size.B);
+    op.activation = inputs.activation;
+    op.vectors = packing.vectors;
+    op.scale = scale_of(inputs);
+    op.x = inputs.norm_weight.data ? static_cast<const T*>(inputs.x.data) : nullptr;
+    op.x_stride = inputs.x.stride;
+    op.statistics = workspace.statistics;
+    op.residual_is_input = args.residual_is_input;
+    op.dx = static_cast<T*>(args.dx.data);
+    op.products = workspace.products;
+    op.hidden = workspace.hidden;
+    op.dhidden = workspace.dhidden;
+    op.kept = static_cast<int>(kept_width(inputs.size));
+    op.shares = workspace.shares;
+    return launch_sandwich<Shape>(queue, op);
+  }
+};
+
+// Calls function with the pass of a call.
+template <class Function>
+auto with_pass(const AdapterForward& args, void* memory, const Function& function) {
+  const AdapterSizes& size = args.inputs.size;
+  return with_element(args.inputs.x.dtype, [&](auto element) {
+    using T = decltype(element);
+    return with_forward_shape<T>(
+        size.R, size.B, [&](auto shape) { return function(AdapterForwardPass<T, decltype(shape)>(args, memory)); });
+  });
+}
+
+template <class Function>
+auto with_pass(const AdapterBackward& args, void* memory, const Function& function) {
+  return with_element(args.inputs.x.dtype, [&](auto element) {
+    using T = decltype(element);
+    return with_shape<T>(args.inputs.size.B,
+                         [&](auto shape) { return function(AdapterBackwardPass<T, decltype(shape)>(args, memory)); });
+  });
 }
 
 }  // namespace
 
-int adapter_forward(const AdapterForward& args, Queue queue) {
-  return with_element(args.inputs.x.dtype, [&](auto element) { return forward<decltype(element)>(args, queue); });
+int64_t adapter_forward_workspace(const AdapterForward& args) {
+  return with_pass(args, nullptr, [](const auto& pass) { return pass.partition.bytes(); });
+}
+
+int adapter_forward(const AdapterForward& args, void* workspace, Queue queue) {
+  if (args.inputs.size.R == 0) return 0;
+  return with_pass(args, workspace, [&](const auto& pass) { return pass.run(queue); });
 }
 
 int64_t adapter_backward_workspace(const AdapterBackward& args) {
-  return with_element(args.inputs.x.dtype,
-                      [&](auto element) { return AdapterWorkspace<decltype(element)>(args, nullptr).bytes; });
+  return with_pass(args, nullptr, [](const auto& pass) { return pass.partition.bytes(); });
 }
 
 int adapter_backward(const AdapterBackward& args, void* workspace, Queue queue) {
-  return with_element(args.inputs.x.dtype,
-                      [&](auto element) { return backward<decltype(element)>(args, workspace, queue); });
+  return with_pass(args, workspace, [&](const auto& pass) { return pass.run(queue); });
 }
 
 }  // namespace petl::cuda

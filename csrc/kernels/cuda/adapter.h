@@ -7,7 +7,8 @@ namespace petl::cuda {
 
 inline constexpr Limits kAdapterLimits{"the bottleneck B", kMaxInner};
 
-int adapter_forward(const AdapterForward& args, Queue queue);
+int64_t adapter_forward_workspace(const AdapterForward& args);
+int adapter_forward(const AdapterForward& args, void* workspace, Queue queue);
 int64_t adapter_backward_workspace(const AdapterBackward& args);
 int adapter_backward(const AdapterBackward& args, void* workspace, Queue queue);
 

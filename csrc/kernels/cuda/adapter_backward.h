@@ -4,12 +4,6 @@
 
 namespace petl::cuda {
 
-// What the normalization's backward needs of the weights alone, for each hidden unit b.
-struct NormTerms {
-  float* mean_weight;  // [B], mean over d of norm_weight[d] down[b, d]
-  float* bias;         // [B], what both biases give the hidden unit: norm_bias down[b]^T + down_bias[b]
-};
-
 // From dout to dx, the left operands of the weights' gradients, and a share of dgain per block of rows:
 //
 //     dhidden = scale (dout up) act'(hidden)    dnormalized = dhidden down    dx = what LayerNorm makes of it (+ dout)
@@ -17,139 +11,173 @@ struct NormTerms {
 // LayerNorm's backward needs two sums over a row of dnormalized, mean(w dnormalized) and mean(w dnormalized
 // normalized). Both follow from dhidden before the second product: sum_b dhidden[b] mean_weight[b], and sum_b
 // dhidden[b] products[b] / D. The products are kept without the biases, which may be far greater.
+// Sums dout up_bias^T of the block's rows, which is their bias' share of dgain.
+template <class Op, class Copy>
+class BiasShare {
+ public:
+  template <class Block>
+  __device__ __forceinline__ BiasShare(const Op& op, const Block& block) : op_(op), rows_(block.rows) {}
+
+  __device__ __forceinline__ bool wants(int column) const { return op_.shares && column < op_.D; }
+
+  template <class T>
+  __device__ __forceinline__ void look(const T* vector, int copy, int column) {
+    constexpr int kValues = 16 / sizeof(T);
+    if (Copy::row() + copy * Copy::kRowStep >= rows_) return;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) sum_ = fmaf(to_float(vector[i]), op_.vectors.up_bias[column + i], sum_);
+  }
+
+  template <class Block>
+  __device__ __forceinline__ void end(const Block&) const {}
+  __device__ __forceinline__ double share() const { return sum_; }
+
+ private:
+  const Op& op_;
+  const int rows_;
+  float sum_ = 0;
+};
+
 template <class T>
 struct AdapterBackwardOp {
   using Element = T;
-  static constexpr Order kFirstOrder = Order::depth, kSecondOrder = Order::depth;
-  static constexpr bool kSplits = false, kTransforms = false;
+  static constexpr bool kRest = false, kWritesRows = true;
   static constexpr int most_resident_blocks(int) { return 2; }
+  template <class Copy>
+  using Watch = BiasShare<AdapterBackwardOp, Copy>;
 
   const T* left;  // dout
   int64_t left_stride;
-  Weights first;   // up
-  Weights second;  // down
+  const T *first, *second;  // up, down
   int64_t R;
   int D, inner;
   AdapterActivation activation;
-  Norm norm;
-  const float* mean_weight;  // see NormTerms
-  Weights up_bias;
+  AdapterVectors vectors;
   Scale scale;
-  const T* x;
+  const T* x;  // null: not normalized
   int64_t x_stride;
-  const RowStatistics* statistics;  // [R]
+  const RowStatistics* statistics;  // [R], those of rows that are not normalized change nothing
   bool residual_is_input;
   T* dx;
-  const float* hidden_products;  // [R, kept], of normalized x with down
-  Weights hidden_bias;           // [1, B], which makes the hidden units of them
-  T* hidden;                     // [R, kept], after the activation; null: no weight has a gradient
-  T* dhidden;                    // [R, kept], likewise
+  const float* products;  // [R, kept], of normalized x with down
+  T* hidden;              // [R, kept], after the activation; null: no weight has a gradient
+  T* dhidden;             // [R, kept], likewise
   int kept;
   double* shares;  // of dgain, one per block of rows; null: not wanted
 
   struct Terms {
-    RowStatistics statistics[kMaxThreadRows];
+    const RowStatistics* statistics;  // of the thread's first line, in shared memory
     float mean[kMaxThreadRows], slope[kMaxThreadRows];
-    double share;
   };
   struct Inputs {
     Packed<T> dout, x;
   };
 
-  template <class Block>
-  __device__ __forceinline__ void begin(const Block&) const {}
-  __device__ __forceinline__ bool splits() const { return false; }
-  __device__ __forceinline__ bool writes_rows() const { return dx || shares; }
-  __device__ __forceinline__ bool multiplies() const { return dx; }
+  struct Rows {
+    RowWalk<const T> dout, x;
+    RowWalk<T> dx;
 
-  template <class Block, class SumsOfThread>
-  __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Tile<T> tile) const {
-    const float factor = scale.value();
+    __device__ __forceinline__ Rows(const AdapterBackwardOp& op, int64_t row, int column)
+        : dout(RowWalk<const T>::from(op.left, op.left_stride, row, column)),
+          x(RowWalk<const T>::from(op.x, op.x_stride, row, column)),
+          dx(RowWalk<T>::from(op.dx, op.D, row, column)) {}
+    __device__ __forceinline__ void advance(int columns) {
+      dout.first += columns;
+      x.first += columns;
+      dx.first += columns;
+    }
+  };
+
+  struct Columns {
+    EightFloats weight;
+
+    __device__ __forceinline__ Columns(const AdapterBackwardOp& op, int column)
+        : weight(op.vectors.norm_weight + column) {}
+  };
+
+  __device__ __forceinline__ bool writes_rows() const { return dx; }
+  __device__ __forceinline__ bool multiplies() const { return true; }
+
+  template <class Block, class SumsOfThread, class Hidden>
+  __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Hidden tile, double& share) const {
     Terms terms = {};
-    block.for_each(sums, inner, [&](int line, int column, float (&gradients)[8]) {
-      const bool valid = column < kept && block.row(line) < R;
-      const int64_t place = block.row(line) * kept + column;
-      float units[8], bias[8];
-      unpack(load_if(valid, hidden_products + place), units);
-      load_row(hidden_bias, column, bias);
-      float sum = 0, mean = 0, slope = 0;
+    const float factor = scale.value();
+    with_activation(activation, [&](auto kind) {
+      block.for_each_group(inner, [&](int group, int column) {
+        const EightFloats biases(vectors.biases + column), weights(vectors.mean_weight + column);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const bool inside = column + i < inner;
-        const ActivationValue unit = cuda::activate(activation, units[i] + bias[i]);
-        sum += inside ? gradients[i] * unit.value : 0;
-        gradients[i] = inside ? factor * gradients[i] * unit.derivative : 0;
-        if (norm.exists() && inside) {
-          mean += gradients[i] * mean_weight[column + i];
-          slope += gradients[i] * units[i];
+        for (int line = 0; line < Block::kThreadRows; ++line) {
+          float gradients[8], units[8];
+          sums.get(group, line, gradients);
+          differentiate<decltype(kind)::value>(block, line, column, biases, weights, factor, gradients, units, terms,
+                                               share);
+          const Packed<T> packed = pack<T>(gradients);
+          tile.store(block.local_row(line), column, packed);
+          const bool kept_here = (dhidden != nullptr) & (column < kept) & block.has(line);
+          const int64_t place = block.row(0) * kept + line * (int64_t{8} * kept) + column;
+          store_if(kept_here, dhidden + place, packed);
+          store_if(kept_here, hidden + place, pack<T>(units));
         }
-        units[i] = unit.value;
-      }
-      terms.mean[line] += mean;
-      terms.slope[line] += slope / static_cast<float>(D);
-      terms.share += double{scale.factor} * sum;
-      const Packed<T> packed = pack<T>(gradients);
-      store(tile.data + block.local_row(line) * tile.stride + column, packed);
-      if (!valid || !dhidden) return;
-      store(dhidden + place, packed);
-      store(hidden + place, pack<T>(units));
+      });
     });
-    if (!norm.exists()) return terms;
     block.reduce_rows(terms.mean, Add());
     block.reduce_rows(terms.slope, Add());
-#pragma unroll
-    for (int line = 0; line < Block::kThreadRows; ++line) {
-      if (block.row(line) < R) terms.statistics[line] = statistics[block.row(line)];
+    terms.statistics = block.row_statistics + block.local_row(0);
+    for (int row = threadIdx.x; row < block.rows; row += blockDim.x) {
+      block.row_statistics[row] = statistics[block.first_row() + row];
     }
+    // The second product's first barrier is between these and their readers.
     return terms;
   }
 
-  __device__ __forceinline__ Inputs prefetch(int64_t row, int column) const {
-    Inputs inputs = {};
-    if (residual_is_input || shares) inputs.dout = load(left + row * left_stride + column);
-    if (norm.exists() && dx) inputs.x = load(x + row * x_stride + column);
-    return inputs;
+  // From the gradients of eight hidden units after the activation to those before it; `units` become the hidden units.
+  template <AdapterActivation kActivation, class Block>
+  __device__ __forceinline__ void differentiate(const Block& block, int line, int column, const EightFloats& biases,
+                                                const EightFloats& weights, float factor, float (&gradients)[8],
+                                                float (&units)[8], Terms& terms, double& share) const {
+    const bool valid = column < kept && block.has(line);
+    unpack(load_if(valid, products + block.row(0) * kept + line * (int64_t{8} * kept) + column), units);
+    float sum = 0, slope = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const bool inside = valid && column + i < inner;
+      const ActivationValue unit = cuda::activate<kActivation>(units[i] + biases.values[i]);
+      sum += inside ? gradients[i] * unit.value : 0;
+      gradients[i] = inside ? factor * gradients[i] * unit.derivative : 0;
+      terms.mean[line] += gradients[i] * weights.values[i];
+      slope += gradients[i] * units[i];
+      units[i] = unit.value;
+    }
+    terms.slope[line] += x ? slope / static_cast<float>(D) : 0;
+    share += sum;
   }
 
-  __device__ __forceinline__ void write(int64_t row, int column, const float (&products)[8], const Inputs& inputs,
-                                        const Terms& terms, int line, double& share) const {
-    float dout[8];
+  __device__ __forceinline__ Inputs prefetch(bool valid, const Rows& rows, int line, int column) const {
+    return {load_if(valid & residual_is_input, rows.dout.at(line, column)),
+            load_if(valid & (x != nullptr), rows.x.at(line, column))};
+  }
+
+  __device__ __forceinline__ void write(bool valid, const Rows& rows, int line, int column, const float (&products)[8],
+                                        const Inputs& inputs, const Columns& columns, const Terms& terms,
+                                        float&) const {
+    float dout[8], values[8];
     unpack(inputs.dout, dout);
-    if (shares) share += double{scale.factor} * dot_up_bias(dout, column);
-    if (!dx) return;
-    float values[8];
+    unpack(inputs.x, values);
+    const RowStatistics row = terms.statistics[8 * line];
+    const float slope = -row.inverse * terms.slope[line];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = products[i];
-    if (norm.exists()) {
-      float x_values[8], weight[8];
-      unpack(inputs.x, x_values);
-      load_row(norm.weight, column, weight);
-      const RowStatistics& row_values = terms.statistics[line];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float normalized = row_values.normalized(x_values[i]);
-        values[i] = row_values.inverse * (weight[i] * values[i] - terms.mean[line] - normalized * terms.slope[line]);
-      }
+    for (int i = 0; i < 8; ++i) {
+      const float centered = values[i] - row.mean - row.mean_rest;
+      const float gradient = fmaf(slope, centered, fmaf(columns.weight.values[i], products[i], -terms.mean[line]));
+      values[i] = fmaf(row.inverse, gradient, dout[i]);
     }
-    if (residual_is_input) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) values[i] += dout[i];
-    }
-    store(dx + row * D + column, pack<T>(values));
-  }
-
-  __device__ __forceinline__ float dot_up_bias(const float (&dout)[8], int column) const {
-    float bias[8], sum = 0;
-    load_row(up_bias, column, bias);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum += dout[i] * bias[i];
-    return sum;
+    store_if(valid, rows.dx.at(line, column), pack<T>(values));
   }
 
   template <class Block>
-  __device__ __forceinline__ void end(const Block& block, const Terms& terms, double share) const {
+  __device__ __forceinline__ void end(const Block& block, double share) const {
     if (!shares) return;
-    const double total = sum_block(terms.share + share, block.block_scratch);
+    const double total = sum_block(double{scale.factor} * share, block.block_scratch);
     if (threadIdx.x == 0) shares[blockIdx.x] = total;
   }
 };

@@ -1,100 +1,94 @@
-// Prompt diffusion on CUDA. Forward is one launch; backward is three: the rows' gradients, slabs of the weights'
-// gradients, and the sums of the slabs.
+// Prompt diffusion on CUDA. Forward is two launches, of which the first packs the weights; backward is four: the same,
+// the rows' gradients, slabs of the weights' gradients, and the sums of the slabs.
 #include "kernels/cuda/apt.h"
 #include "kernels/cuda/apt_backward.h"
+#include "kernels/cuda/apt_finish.h"
 #include "kernels/cuda/apt_forward.h"
 #include "kernels/cuda/weight_gradient.h"
 
 namespace petl::cuda {
 namespace {
 
-struct AptFinish {
-  const float* sums[2];  // [slabs, P D]
-  float* targets[2];     // [P D]; null: not wanted
-  int slabs;
-  int64_t count;
-  const double* shares;
-  int64_t blocks;
-  float* dlog_scale;  // null: not wanted
+// The weights of a pass, packed: `first` [P, D] meets left's rows, `second` [P, D] the hidden units.
+template <class T, class Layout, class Shape>
+struct AptPacking {
+  PackTask<NoRows> task = {};
+  const T *first, *second;
+
+  AptPacking(const AptSizes& size, const ConstRows& first_rows, const ConstRows& second_rows, Partition& partition) {
+    const auto [R, D, P] = size;
+    task.operands[0] = first_operand<Layout>(weights_of(first_rows, P, D), Order::columns, D, P);
+    task.operands[1] = second_operand<Layout, Shape>(weights_of(second_rows, P, D), Order::depth, D, P);
+    first = place_operand<T>(task.operands[0], partition);
+    second = place_operand<T>(task.operands[1], partition);
+  }
 };
 
-constexpr int kFinishThreads = 256;
+template <class T, class Shape, bool kRest>
+struct AptForwardPass {
+  using Layout = SandwichLayout<Shape, kRest>;
 
-__global__ void __launch_bounds__(kFinishThreads) apt_finish(const __grid_constant__ AptFinish task) {
-  float* target = task.targets[blockIdx.y];
-  const int64_t index = (int64_t{blockIdx.x} * kFinishThreads + threadIdx.x) * 4;
-  if (target && index < task.count) add_slabs(task.sums[blockIdx.y], task.slabs, task.count, index, target);
-  if (!task.dlog_scale || blockIdx.x + blockIdx.y > 0) return;
-  double share = 0;
-  for (int64_t block = threadIdx.x; block < task.blocks; block += kFinishThreads) share += task.shares[block];
-  share = sum_block(share, reinterpret_cast<double*>(shared_memory()));
-  if (threadIdx.x == 0) *task.dlog_scale = static_cast<float>(share);
-}
+  const AptForward& args;
+  Partition partition;
+  AptPacking<T, Layout, Shape> packing;
 
-template <class T>
-int forward(const AptForward& args, Queue queue) {
-  const auto [R, D, P] = args.size;
-  AptForwardOp<T> op;
-  set_operands(op, args.x, weights_of(args.keys, P, D), weights_of(args.prompts, P, D), R, D, P);
-  op.activation = args.activation;
-  op.log_scale = args.log_scale.data;
-  op.log_scale_dtype = args.log_scale.dtype;
-  op.y = static_cast<const T*>(args.y.data);
-  op.y_stride = args.y.stride;
-  op.out = static_cast<T*>(args.out.data);
-  op.gate = args.gate;
-  op.scores = static_cast<typename KeptOf<T>::Type*>(args.scores.data);
-  op.kept = static_cast<int>(args.size.kept());
-  return R > 0 ? launch_sandwich(queue, op) : 0;
+  AptForwardPass(const AptForward& args, void* memory)
+      : args(args), partition(memory), packing(args.size, args.keys, args.prompts, partition) {}
+
+  int run(Queue queue) const {
+    AptForwardOp<T, kRest> op;
+    set_operands(op, args.x, packing.first, packing.second, args.size.R, args.size.D, args.size.P);
+    op.activation = args.activation;
+    op.log_scale = args.log_scale.data;
+    op.log_scale_dtype = args.log_scale.dtype;
+    op.y = static_cast<const T*>(args.y.data);
+    op.y_stride = args.y.stride;
+    op.out = static_cast<T*>(args.out.data);
+    op.gate = args.gate;
+    op.scores = static_cast<typename KeptOf<T>::Type*>(args.scores.data);
+    op.kept = static_cast<int>(args.size.kept());
+    const int error = launch_packing<T>(queue, packing.task);
+    return error ? error : launch_sandwich<Shape>(queue, op);
+  }
+};
+
+// Calls function with the pass of a call.
+template <class Function>
+auto with_forward(const AptForward& args, void* memory, const Function& function) {
+  return with_element(args.x.dtype, [&](auto element) {
+    using T = decltype(element);
+    const bool rest = args.activation == Activation::relu && args.keys.dtype == DType::float32;
+    return with_forward_shape<T>(args.size.R, args.size.P, [&](auto shape) {
+      if constexpr (sizeof(T) == 2) {
+        if (rest) return function(AptForwardPass<T, decltype(shape), true>(args, memory));
+      }
+      return function(AptForwardPass<T, decltype(shape), false>(args, memory));
+    });
+  });
 }
 
 // What backward keeps between its launches.
 template <class T>
 struct AptWorkspace {
   int slabs;
-  int64_t blocks;
   T* dscores = nullptr;
   T* weighted = nullptr;
   float* sums[2];
+  int64_t blocks;
   double* shares;
-  int64_t bytes;
 
-  AptWorkspace(const AptBackward& args, void* memory) {
+  AptWorkspace(const AptBackward& args, int64_t blocks, Partition& partition) : blocks(blocks) {
     const auto [R, D, P] = args.size;
     const bool of_weights = args.dprompts || args.dkeys;
-    Partition partition(memory);
-    slabs = R > 0 ? slab_count(R, D, P, 2) : 0;
-    blocks = blocks_of_rows<T>(R, P);
+    slabs = R > 0 ? slab_count<T>(R, D, P, 2, false) : 0;
     shares = partition.take<double>(blocks);
     if (of_weights) {
       dscores = partition.take<T>(R * args.size.kept());
       weighted = partition.take<T>(R * args.size.kept());
     }
     for (float*& part : sums) part = of_weights ? partition.take<float>(slabs * P * D) : nullptr;
-    bytes = partition.bytes();
   }
 };
-
-template <class T>
-int backward_rows(const AptBackward& args, const AptWorkspace<T>& workspace, Queue queue) {
-  const auto [R, D, P] = args.size;
-  AptBackwardOp<T> op;
-  set_operands(op, args.dout, weights_of(args.prompts, P, D), weights_of(args.keys, P, D), R, D, P);
-  op.activation = args.activation;
-  op.log_scale = args.log_scale.data;
-  op.log_scale_dtype = args.log_scale.dtype;
-  op.y = args.dlog_scale ? static_cast<const T*>(args.y.data) : nullptr;
-  op.y_stride = args.y.stride;
-  op.gate = args.gate;
-  op.scores = static_cast<const typename KeptOf<T>::Type*>(args.scores.data);
-  op.kept = static_cast<int>(args.size.kept());
-  op.dx = static_cast<T*>(args.dx.data);
-  op.dy = static_cast<T*>(args.dy.data);
-  op.dscores = workspace.dscores;
-  op.weighted = workspace.weighted;
-  op.shares = workspace.shares;
-  return launch_sandwich(queue, op);
-}
 
 template <class T>
 int backward_weights(const AptBackward& args, const AptWorkspace<T>& workspace, Queue queue) {
@@ -116,49 +110,95 @@ int backward_weights(const AptBackward& args, const AptWorkspace<T>& workspace, 
   of_prompts.right = static_cast<const T*>(args.dout.data);
   of_prompts.right_stride = args.dout.stride;
   of_prompts.sums = workspace.sums[1];
-  int problems = 0;
-  if (args.dkeys) task.problems[problems++] = of_keys;
-  if (args.dprompts) task.problems[problems++] = of_prompts;
-  return launch_gradients(queue, task, problems);
+  if (args.dkeys) task.problems[task.problem_count++] = of_keys;
+  if (args.dprompts) task.problems[task.problem_count++] = of_prompts;
+  return launch_gradients(queue, task);
 }
 
 template <class T>
-int backward(const AptBackward& args, void* memory, Queue queue) {
-  const AptWorkspace<T> workspace(args, memory);
-  const bool of_weights = args.dkeys || args.dprompts;
-  int error = 0;
-  if (args.size.R > 0) {
-    error = backward_rows(args, workspace, queue);
-    if (!error && of_weights) error = backward_weights(args, workspace, queue);
-  }
-  if (error || (!of_weights && !args.dlog_scale)) return error;
-  const int64_t count = args.size.P * args.size.D;
+int finish(const AptBackward& args, const AptWorkspace<T>& workspace, Queue queue) {
   AptFinish task = {};
   task.sums[0] = workspace.sums[0];
   task.sums[1] = workspace.sums[1];
   task.targets[0] = args.dkeys;
   task.targets[1] = args.dprompts;
   task.slabs = workspace.slabs;
-  task.count = count;
+  task.count = args.size.P * args.size.D;
   task.shares = workspace.shares;
   task.blocks = workspace.blocks;
   task.dlog_scale = args.dlog_scale;
-  const dim3 blocks(static_cast<unsigned>(of_weights ? divide_up(count, 4 * kFinishThreads) : 1), of_weights ? 2 : 1);
-  return launch(queue, {blocks, kFinishThreads, kFinishThreads / 32 * sizeof(double)}, &apt_finish, task);
+  return finish_apt(queue, task);
+}
+
+template <class T, class Shape>
+struct AptBackwardPass {
+  using Layout = SandwichLayout<Shape, false>;
+
+  const AptBackward& args;
+  Partition partition;
+  AptPacking<T, Layout, Shape> packing;
+  AptWorkspace<T> workspace;
+
+  AptBackwardPass(const AptBackward& args, void* memory)
+      : args(args),
+        partition(memory),
+        packing(args.size, args.prompts, args.keys, partition),
+        workspace(args, blocks_of_rows<Shape>(args.size.R), partition) {}
+
+  int run(Queue queue) const {
+    int error = args.size.R > 0 ? launch_packing<T>(queue, packing.task) : 0;
+    if (!error && args.size.R > 0) error = rows(queue);
+    if (!error && args.size.R > 0 && (args.dkeys || args.dprompts)) error = backward_weights(args, workspace, queue);
+    return error ? error : finish(args, workspace, queue);
+  }
+
+ private:
+  int rows(Queue queue) const {
+    AptBackwardOp<T> op;
+    set_operands(op, args.dout, packing.first, packing.second, args.size.R, args.size.D, args.size.P);
+    op.activation = args.activation;
+    op.log_scale = args.log_scale.data;
+    op.log_scale_dtype = args.log_scale.dtype;
+    op.y = args.dlog_scale ? static_cast<const T*>(args.y.data) : nullptr;
+    op.y_stride = args.y.stride;
+    op.gate = args.gate;
+    op.scores = static_cast<const typename KeptOf<T>::Type*>(args.scores.data);
+    op.kept = static_cast<int>(args.size.kept());
+    op.dx = static_cast<T*>(args.dx.data);
+    op.dy = static_cast<T*>(args.dy.data);
+    op.dscores = workspace.dscores;
+    op.weighted = workspace.weighted;
+    op.shares = workspace.shares;
+    return launch_sandwich<Shape>(queue, op);
+  }
+};
+
+template <class Function>
+auto with_backward(const AptBackward& args, void* memory, const Function& function) {
+  return with_element(args.x.dtype, [&](auto element) {
+    using T = decltype(element);
+    return with_shape<T>(args.size.P,
+                         [&](auto shape) { return function(AptBackwardPass<T, decltype(shape)>(args, memory)); });
+  });
 }
 
 }  // namespace
 
-int apt_forward(const AptForward& args, Queue queue) {
-  return with_element(args.x.dtype, [&](auto element) { return forward<decltype(element)>(args, queue); });
+int64_t apt_forward_workspace(const AptForward& args) {
+  return with_forward(args, nullptr, [](const auto& pass) { return pass.partition.bytes(); });
+}
+
+int apt_forward(const AptForward& args, void* workspace, Queue queue) {
+  if (args.size.R == 0) return 0;
+  return with_forward(args, workspace, [&](const auto& pass) { return pass.run(queue); });
 }
 
 int64_t apt_backward_workspace(const AptBackward& args) {
-  return with_element(args.x.dtype, [&](auto element) { return AptWorkspace<decltype(element)>(args, nullptr).bytes; });
+  return with_backward(args, nullptr, [](const auto& pass) { return pass.partition.bytes(); });
 }
 
 int apt_backward(const AptBackward& args, void* workspace, Queue queue) {
-  return with_element(args.x.dtype, [&](auto element) { return backward<decltype(element)>(args, workspace, queue); });
+  return with_backward(args, workspace, [&](const auto& pass) { return pass.run(queue); });
 }
 
 }  // namespace petl::cuda

@@ -7,7 +7,8 @@ namespace petl::cuda {
 
 inline constexpr Limits kAptLimits{"the number of prompts P", kMaxInner};
 
-int apt_forward(const AptForward& args, Queue queue);
+int64_t apt_forward_workspace(const AptForward& args);
+int apt_forward(const AptForward& args, void* workspace, Queue queue);
 int64_t apt_backward_workspace(const AptBackward& args);
 int apt_backward(const AptBackward& args, void* workspace, Queue queue);
 

@@ -11,14 +11,15 @@ template <class T>
 struct AptBackwardOp {
   using Element = T;
   using Kept = typename KeptOf<T>::Type;
-  static constexpr Order kFirstOrder = Order::columns, kSecondOrder = Order::depth;
-  static constexpr bool kSplits = false, kTransforms = false;
+  template <class>
+  using Watch = NoWatch;
+  static constexpr bool kRest = false, kWritesRows = true;
   static constexpr int most_resident_blocks(int groups) { return groups <= 2 ? 3 : 2; }
 
   const T* left;  // dout
   int64_t left_stride;
-  Weights first;   // prompts
-  Weights second;  // keys
+  const T* first;   // prompts
+  const T* second;  // keys
   int64_t R;
   int D, inner;
   Activation activation;
@@ -37,20 +38,49 @@ struct AptBackwardOp {
 
   struct Terms {
     float scale;
-    double share;  // the thread's, of sum(dout (out - exp(log_scale) y))
   };
   struct Inputs {
     Packed<T> dout, y;
   };
 
-  template <class Block>
-  __device__ __forceinline__ void begin(const Block&) const {}
-  __device__ __forceinline__ bool splits() const { return false; }
+  struct Rows {
+    // One flag each: a condition of several would become a branch for every vector.
+    bool has_y, has_dx, has_dy;
+    RowWalk<const T> dout, y;
+    RowWalk<T> dx, dy;
+
+    __device__ __forceinline__ Rows(const AptBackwardOp& op, int64_t row, int column)
+        : has_y(op.y),
+          has_dx(op.dx),
+          has_dy(op.dy),
+          dout(RowWalk<const T>::from(op.left, op.left_stride, row, column)),
+          y(RowWalk<const T>::from(op.y, op.y_stride, row, column)),
+          dx(RowWalk<T>::from(op.dx, op.D, row, column)),
+          dy(RowWalk<T>::from(op.dy, op.D, row, column)) {}
+    __device__ __forceinline__ void advance(int columns) {
+      dout.first += columns;
+      y.first += columns;
+      dx.first += columns;
+      dy.first += columns;
+    }
+  };
+
+  struct Columns {
+    __device__ __forceinline__ Columns(const AptBackwardOp&, int) {}
+  };
+
   __device__ __forceinline__ bool writes_rows() const { return dx || dy || y; }
   __device__ __forceinline__ bool multiplies() const { return dx; }
 
-  __device__ __forceinline__ void load_scores(int64_t row, int column, float (&values)[8]) const {
-    unpack(load_if(row < R && column < kept, scores + row * kept + column), values);
+  // Where the thread's kept scores of a line lie, less the column.
+  template <class Block>
+  __device__ __forceinline__ int64_t place_of(const Block& block, int line) const {
+    return block.row(0) * kept + line * (int64_t{8} * kept);
+  }
+
+  template <class Block>
+  __device__ __forceinline__ Packed<Kept> load_scores(const Block& block, int line, int column) const {
+    return load_if(block.has(line) && column < kept, scores + place_of(block, line) + column);
   }
 
   // sum over the row of scores * products
@@ -61,71 +91,104 @@ struct AptBackwardOp {
     for (float& total : totals) total = 0;
     block.for_each(sums, inner, [&](int line, int column, float (&products)[8]) {
       float values[8];
-      load_scores(block.row(line), column, values);
+      unpack(load_scores(block, line, column), values);
 #pragma unroll
       for (int i = 0; i < 8; ++i) totals[line] += values[i] * products[i];
     });
     block.reduce_rows(totals, Add());
   }
 
-  template <class Block, class SumsOfThread>
-  __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Tile<T> hidden) const {
-    const float scale = expf(load_scalar(log_scale, log_scale_dtype, 0));
-    float totals[Block::kThreadRows], factor[Block::kThreadRows];
-    sum_rows(sums, block, totals);
-    Terms terms{scale, 0};
-#pragma unroll
-    for (int line = 0; line < Block::kThreadRows; ++line) {
-      factor[line] = block.row(line) < R ? scale * gate[block.row(line)] : 0;
-      if (block.column_warp() == 0 && threadIdx.x % 4 == 0) terms.share += double{factor[line]} * totals[line];
-    }
-    const bool relu = activation == Activation::relu;
+  template <class Block, class Hidden>
+  __device__ __forceinline__ void store_gradients(const Block& block, Hidden hidden, int line, int column,
+                                                  const float (&gradients)[8], const float (&values)[8]) const {
+    const Packed<T> packed = pack<T>(gradients);
+    hidden.store(block.local_row(line), column, packed);
+    const bool valid = (dscores != nullptr) & (column < kept) & block.has(line);
+    const int64_t place = place_of(block, line) + column;
+    store_if(valid, dscores + place, packed);
+    store_if(valid, weighted + place, pack<T>(values));
+  }
+
+  // Scores beyond the last are kept as zeros, and so are their gradients.
+  template <class Block, class SumsOfThread, class Hidden>
+  __device__ __forceinline__ void activate_relu(SumsOfThread& sums, const Block& block, Hidden hidden,
+                                                const float (&factor)[Block::kThreadRows], double& share) const {
     block.for_each(sums, inner, [&](int line, int column, float (&products)[8]) {
-      float values[8];
-      load_scores(block.row(line), column, values);
+      float values[8], sum = 0;
+      unpack(load_scores(block, line, column), values);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         // A comparison written so that the gradient at a NaN is NaN, not zero.
-        const float through = relu ? (values[i] <= 0 ? 0 : products[i]) : values[i] * (products[i] - totals[line]);
-        products[i] = masked(column + i < inner, factor[line] * through);
-        values[i] = masked(column + i < inner, factor[line] * values[i]);
+        products[i] = values[i] <= 0 ? 0 : factor[line] * products[i];
+        sum += values[i] * products[i];
+        values[i] *= factor[line];
       }
-      const Packed<T> packed = pack<T>(products);
-      store(hidden.data + block.local_row(line) * hidden.stride + column, packed);
-      if (column >= kept || block.row(line) >= R) return;
-      if (!dscores) return;
-      store(dscores + block.row(line) * kept + column, packed);
-      store(weighted + block.row(line) * kept + column, pack<T>(values));
+      share += sum;
+      store_gradients(block, hidden, line, column, products, values);
     });
+  }
+
+  template <class Block, class SumsOfThread, class Hidden>
+  __device__ __forceinline__ void activate_softmax(SumsOfThread& sums, const Block& block, Hidden hidden,
+                                                   const float (&factor)[Block::kThreadRows], double& share) const {
+    float totals[Block::kThreadRows];
+    sum_rows(sums, block, totals);
+#pragma unroll
+    for (int line = 0; line < Block::kThreadRows; ++line) {
+      if (block.column_warp() == 0 && threadIdx.x % 4 == 0) share += double{factor[line]} * totals[line];
+    }
+    block.for_each(sums, inner, [&](int line, int column, float (&products)[8]) {
+      float values[8];
+      unpack(load_scores(block, line, column), values);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float gradient = values[i] * (products[i] - totals[line]);
+        products[i] = masked(column + i < inner, factor[line] * gradient);
+        values[i] *= factor[line];
+      }
+      store_gradients(block, hidden, line, column, products, values);
+    });
+  }
+
+  template <class Block, class SumsOfThread, class Hidden>
+  __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Hidden hidden,
+                                            double& share) const {
+    const Terms terms{expf(load_scalar(log_scale, log_scale_dtype, 0))};
+    float factor[Block::kThreadRows];
+#pragma unroll
+    for (int line = 0; line < Block::kThreadRows; ++line) {
+      factor[line] = block.has(line) ? terms.scale * gate[block.row(line)] : 0;
+    }
+    if (activation == Activation::relu) {
+      activate_relu(sums, block, hidden, factor, share);
+    } else {
+      activate_softmax(sums, block, hidden, factor, share);
+    }
     return terms;
   }
 
-  __device__ __forceinline__ Inputs prefetch(int64_t row, int column) const {
-    Inputs inputs = {};
-    if (dy || y) inputs.dout = load(left + row * left_stride + column);
-    if (y) inputs.y = load(y + row * y_stride + column);
-    return inputs;
+  __device__ __forceinline__ Inputs prefetch(bool valid, const Rows& rows, int line, int column) const {
+    return {load_if(valid, rows.dout.at(line, column)), load_if(valid & rows.has_y, rows.y.at(line, column))};
   }
 
-  __device__ __forceinline__ void write(int64_t row, int column, const float (&products)[8], const Inputs& inputs,
-                                        const Terms& terms, int, double& share) const {
-    if (dx) store(dx + row * D + column, pack<T>(products));
-    float values[8], other[8];
+  __device__ __forceinline__ void write(bool valid, const Rows& rows, int line, int column, const float (&products)[8],
+                                        const Inputs& inputs, const Columns&, const Terms& terms, float& share) const {
+    float values[8], other[8], sum = 0;
     unpack(inputs.dout, values);
     unpack(inputs.y, other);
-    float sum = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       sum += values[i] * other[i];
       values[i] *= terms.scale;
     }
-    share += double{terms.scale} * sum;
-    if (dy) store(dy + row * D + column, pack<T>(values));
+    share += terms.scale * sum;
+    store_if(valid & rows.has_dx, rows.dx.at(line, column), pack<T>(products));
+    store_if(valid & rows.has_dy, rows.dy.at(line, column), pack<T>(values));
   }
 
   template <class Block>
-  __device__ __forceinline__ void end(const Block& block, const Terms& terms, double share) const {
-    const double total = sum_block(terms.share + share, block.block_scratch);
+  __device__ __forceinline__ void end(const Block& block, double share) const {
+    const double total = sum_block(share, block.block_scratch);
     if (threadIdx.x == 0) shares[blockIdx.x] = total;
   }
 };

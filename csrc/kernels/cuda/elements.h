@@ -43,6 +43,11 @@ __device__ __forceinline__ void store(T* target, const Packed<T>& packed) {
   for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) reinterpret_cast<uint4*>(target)[i] = packed.words[i];
 }
 
+template <class T>
+__device__ __forceinline__ void store_if(bool valid, T* target, const Packed<T>& packed) {
+  if (valid) store(target, packed);
+}
+
 __device__ __forceinline__ void unpack(const Packed<float>& packed, float (&values)[8]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -88,18 +93,6 @@ __device__ __forceinline__ Packed<float> pack<float>(const float (&values)[8]) {
       {{__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]), __float_as_uint(values[3])},
        {__float_as_uint(values[4]), __float_as_uint(values[5]), __float_as_uint(values[6]),
         __float_as_uint(values[7])}}};
-}
-
-// Elements 2 i and 2 i + 1.
-template <class T>
-__device__ __forceinline__ uint32_t pair_of(const Packed<T>& packed, int i) {
-  const uint4 word = packed.words[0];
-  return i == 0 ? word.x : i == 1 ? word.y : i == 2 ? word.z : word.w;
-}
-
-__device__ __forceinline__ uint2 pair_of(const Packed<float>& packed, int i) {
-  const uint4 word = packed.words[i / 2];
-  return i % 2 == 0 ? uint2{word.x, word.y} : uint2{word.z, word.w};
 }
 
 // values - T(values): what rounding to T leaves out.

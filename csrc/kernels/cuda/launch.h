@@ -24,16 +24,16 @@ inline bool has_shared_memory(int device, int bytes) {
          bytes <= limit;
 }
 
+// Loads a kernel on the current device, and lets its blocks have so much dynamic shared memory: once, and also where
+// the first use is inside of a stream's capture.
+cudaError_t prepare(const void* kernel, int device, int shared_bytes);
+
 template <class... Arguments>
 inline int launch(Queue queue, const Grid& grid, void (*kernel)(Arguments...), const Arguments&... arguments) {
   // torch has made the device current in its own copy of the CUDA runtime; the one linked here shares the device's
   // context with it, but not its choice.
   cudaError_t error = cudaSetDevice(queue.device);
-  // Above 48 kB of shared memory a kernel has to ask.
-  if (error == cudaSuccess && grid.shared_bytes > 48 << 10) {
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 grid.shared_bytes);
-  }
+  if (error == cudaSuccess) error = prepare(reinterpret_cast<const void*>(kernel), queue.device, grid.shared_bytes);
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config = {};
     config.gridDim = grid.blocks;

@@ -1,5 +1,4 @@
-// Products of tiles in shared memory, one warp's share: sums [16, 32 kGroups] += left [16, depth] right [depth,
-// columns].
+// What a product's sums are: one step of it, and where a warp's threads hold them.
 //
 // Tensor cores multiply bfloat16 and float16; float32 is multiplied as it is, by every thread for itself. Both leave
 // the sums in the same places: lane 4 g + t holds of each 8-column block columns 2 t and 2 t + 1 of rows g (sums 0 and
@@ -12,12 +11,6 @@ namespace petl::cuda {
 // Long sums of floats are sums of sums of this depth, which keeps their rounding errors as small as a good library's.
 // Tensor cores' sums are of products of 8 or 11 bits; there it would change nothing.
 constexpr int kShortSum = 128;
-
-template <class T>
-struct Tile {
-  T* data;
-  int stride;
-};
 
 // A thread's part of the sums of one warp: kBlocks blocks of 16 rows, kGroups groups of four 8-column blocks. Its rows
 // are numbered 0 ... 2 kBlocks - 1: rows g and g + 8 of the first block, then of the second.
@@ -67,57 +60,6 @@ __device__ __forceinline__ void multiply_step(float (&sums)[4], const uint32_t (
   multiply_float16(sums, left, right);
 }
 
-// Two neighboring 8-column blocks of 16 rows of depth; `right` points at the first element of the first.
-template <class T, Order kOrder>
-__device__ __forceinline__ void load_right(uint32_t (&parts)[4], const T* right, int stride) {
-  const int lane = threadIdx.x % 32;
-  if constexpr (kOrder == Order::columns) {
-    load_matrices(parts, right + (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8);
-  } else {
-    load_matrices_transposed(parts, right + lane % 16 * stride + lane / 16 * 8);
-  }
-}
-
-// Two neighboring 8-column blocks of the sums, 16 rows deep.
-template <class T, Order kOrder, int kBlocks, int kGroups>
-__device__ __forceinline__ void multiply_pair(Sums<kBlocks, kGroups>& sums, int group, int pair,
-                                              const uint32_t (&left)[kBlocks][4], const T* right, int stride) {
-  uint32_t parts[4];
-  load_right<T, kOrder>(parts, right, stride);
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
-    multiply_step(sums.parts[block][group][2 * pair], left[block], {parts[0], parts[1]}, T{});
-    multiply_step(sums.parts[block][group][2 * pair + 1], left[block], {parts[2], parts[3]}, T{});
-  }
-}
-
-// `rest`, if its data is not null, is added to right: what rounding left out of it.
-template <class T, Order kOrder, int kBlocks, int kGroups>
-__device__ __forceinline__ void multiply(Sums<kBlocks, kGroups>& sums, Tile<const T> left, Tile<const T> right,
-                                         const T* rest, Groups groups, int depth) {
-  const int lane = threadIdx.x % 32;
-  const int column_elements = kOrder == Order::columns ? right.stride : 1;
-  for (int k = 0; k < depth; k += 16) {
-    uint32_t left_parts[kBlocks][4];
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      load_matrices(left_parts[block], left.data + (16 * block + lane % 16) * left.stride + k + lane / 16 * 8);
-    }
-    const int step = 32 * groups.first * column_elements + k * (kOrder == Order::columns ? 1 : right.stride);
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      if (group >= groups.count) break;
-      const int begin = step + 32 * group * groups.step * column_elements;
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        const int offset = begin + 16 * pair * column_elements;
-        multiply_pair<T, kOrder>(sums, group, pair, left_parts, right.data + offset, right.stride);
-        if (rest) multiply_pair<T, kOrder>(sums, group, pair, left_parts, rest + offset, right.stride);
-      }
-    }
-  }
-}
-
 __device__ __forceinline__ float at(const float4& vector, int i) {
   return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
 }
@@ -155,30 +97,6 @@ __device__ __forceinline__ void multiply_step(float (&sums)[4], const float4 (&l
   }
 }
 
-template <class T, Order kOrder, int kBlocks, int kGroups>
-__device__ __forceinline__ void multiply(Sums<kBlocks, kGroups>& sums, Tile<const float> left, Tile<const float> right,
-                                         const float*, Groups groups, int depth) {
-  static_assert(kBlocks == 1, "two blocks of rows with sums of sums would not fit the registers");
-  const int g = threadIdx.x % 32 / 4;
-  const int column_elements = kOrder == Order::columns ? right.stride : 1;
-  for (int k = 0; k < depth; k += 4) {
-    const float4 left_parts[2] = {*reinterpret_cast<const float4*>(left.data + g * left.stride + k),
-                                  *reinterpret_cast<const float4*>(left.data + (g + 8) * left.stride + k)};
-    const float* right_step =
-        right.data + 32 * groups.first * column_elements + k * (kOrder == Order::columns ? 1 : right.stride);
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      if (group >= groups.count) break;
-#pragma unroll
-      for (int block = 0; block < 4; ++block) {
-        float parts[4][2];
-        load_right<kOrder>(parts, right_step + (32 * group * groups.step + 8 * block) * column_elements, right.stride);
-        multiply_step(sums.parts[0][group][block], left_parts, parts);
-      }
-    }
-  }
-}
-
 // Sums over a long depth: of floats, sums of sums, of which the short ones end at every multiple of kShortSum.
 template <class T, int kBlocks, int kGroups>
 struct LongSums;
@@ -191,6 +109,8 @@ struct LongSums<float, kBlocks, kGroups> {
     sums.clear();
     total.clear();
   }
+  // Before a chunk that is not added to what is there.
+  __device__ __forceinline__ void begin() { total.clear(); }
   __device__ __forceinline__ void end_of(int depth) {
     if (depth % kShortSum == 0) finish();
   }
@@ -206,6 +126,7 @@ struct LongSums {
   Sums<kBlocks, kGroups> sums;
 
   __device__ __forceinline__ void clear() { sums.clear(); }
+  __device__ __forceinline__ void begin() {}
   __device__ __forceinline__ void end_of(int) {}
   __device__ __forceinline__ Sums<kBlocks, kGroups>& finish() { return sums; }
 };

@@ -15,6 +15,25 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return memory;
 }
 
+// Where something lies in shared memory.
+using SharedAddress = uint32_t;
+
+__device__ __forceinline__ SharedAddress shared_address(const void* pointer) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(pointer));
+}
+
+// Makes the compiler keep a value in a register where it would rather find it again and again from the thread's number,
+// inside of loops.
+__device__ __forceinline__ void keep(SharedAddress& value) { asm volatile("" : "+r"(value)); }
+
+// The same address, kept in a register: the compiler would find it anew at each of its uses. For load_matrices and
+// copy_async; where it points is forgotten, so that other accesses would be slower.
+template <class T>
+__device__ __forceinline__ T* keep_address(T* shared) {
+  asm volatile("" : "+l"(shared));
+  return shared;
+}
+
 // Two floats rounded to nearest, the first in the lower half.
 __device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
   uint32_t packed;
@@ -36,19 +55,29 @@ __device__ __forceinline__ float2 unpack_float16(uint32_t packed) {
   return values;
 }
 
+// The greater one; NaN if either is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float greater;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(greater) : "f"(a), "f"(b));
+  return greater;
+}
+
 // Four 8 x 8 matrices of 16-bit elements. Lane i names row i % 8 of matrix i / 8, 16 bytes in shared memory; lane i
 // receives of each matrix elements 2 (i % 4) and the next of row i / 4.
-__device__ __forceinline__ void load_matrices(uint32_t (&parts)[4], const void* row) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+__device__ __forceinline__ void load_matrices(uint32_t (&parts)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(parts[0]), "=r"(parts[1]), "=r"(parts[2]), "=r"(parts[3])
-               : "r"(address)
+               : "r"(row)
                : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(uint32_t (&parts)[4], const void* row) {
+  load_matrices(parts, shared_address(row));
 }
 
 // The same of the transposed matrices: lane i receives of each elements 2 (i % 4) and the next of column i / 4.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&parts)[4], const void* row) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  const SharedAddress address = shared_address(row);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(parts[0]), "=r"(parts[1]), "=r"(parts[2]), "=r"(parts[3])
                : "r"(address)
@@ -75,10 +104,17 @@ __device__ __forceinline__ void multiply_float16(float (&sums)[4], const uint32_
 }
 
 // Begins to copy 16 bytes to shared memory, past the registers; zeros where `valid` is false, and `global` is not read.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+__device__ __forceinline__ void copy_async(SharedAddress shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void copy_async(SharedAddress shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+  copy_async(shared_address(shared), global, valid);
 }
 
 // Ends a group of copies, possibly an empty one.

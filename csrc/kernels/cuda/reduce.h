@@ -10,7 +10,7 @@ struct Add {
 
 // A NaN wins, from either side.
 struct Max {
-  __device__ __forceinline__ float operator()(float a, float b) const { return b > a || b != b ? b : a; }
+  __device__ __forceinline__ float operator()(float a, float b) const { return max_or_nan(a, b); }
 };
 
 // Lanes 4 g ... 4 g + 3 hold parts of one row.
@@ -29,6 +29,17 @@ __device__ __forceinline__ float sum_warp(float value) {
 __device__ __forceinline__ double sum_warp(double value) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
+  return value;
+}
+
+// The greatest of every thread's value, in all threads. `scratch` has room for one value per warp.
+__device__ __forceinline__ float max_block(float value, float* scratch) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) value = max_or_nan(value, __shfl_xor_sync(0xffffffffu, value, lanes));
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = scratch[0];
+  for (unsigned warp = 1; warp < blockDim.x / 32; ++warp) value = max_or_nan(value, scratch[warp]);
   return value;
 }
 

@@ -1,7 +1,7 @@
 // How a block of threads divides the work on its rows, and where each thread stands.
 #pragma once
+#include "kernels/cuda/chunk_product.h"
 #include "kernels/cuda/layer_norm.h"
-#include "kernels/cuda/product.h"
 #include "kernels/cuda/reduce.h"
 
 namespace petl::cuda {
@@ -9,10 +9,11 @@ namespace petl::cuda {
 constexpr int kMaxThreadRows = 4;
 
 // How a block of threads divides the work: kRowWarps x kColumnWarps warps; a warp has kRowBlocks blocks of 16 rows, and
-// of the inner columns every kColumnWarps-th group of 32, kGroups at most. With two row blocks, what a warp loads of
-// the weights from shared memory serves twice as many products.
-template <class T, int kRowBlocks_, int kGroups_, int kRowWarps_, int kColumnWarps_, int kChunk_, int kResidentBlocks_>
+// of the inner columns every kColumnWarps-th group of 32, kGroups or one less. With two row blocks, what a warp loads
+// of the weights from shared memory serves twice as many products.
+template <class T, int kRowBlocks_, int kGroups_, int kRowWarps_, int kColumnWarps_, int kResidentBlocks_>
 struct Shape {
+  using Self = Shape;
   using Element = T;
   static constexpr int kRowBlocks = kRowBlocks_, kGroups = kGroups_, kRowWarps = kRowWarps_,
                        kColumnWarps = kColumnWarps_;
@@ -21,20 +22,12 @@ struct Shape {
   static constexpr int kResidentBlocks = kResidentBlocks_;
   static constexpr int kRows = 16 * kRowBlocks * kRowWarps;
   static constexpr int kInner = 32 * kGroups * kColumnWarps;
-  // Columns of left, rows of the first weights, that are multiplied between two barriers.
-  static constexpr int kChunk = kChunk_;
-  // Chunks of left that are on their way or in use. Three on their way are 6 or 12 kB per block.
-  static constexpr int kStages = 4;
-  // The second weights come in tiles of this size: one or two vectors of eight per thread.
-  static constexpr int kSecondColumns = kRowBlocks == 2 || kColumnWarps == 4 ? 128 : 64;
-  static constexpr int kSecondDepth = 32;
-  static constexpr int kSecondGroups = kSecondColumns / 32 / kColumnWarps;
-  // Depth of a step of a product.
-  static constexpr int kStep = sizeof(T) == 2 ? 16 : 4;
-  static constexpr int kPadding = 16 / sizeof(T);
-  static constexpr int kLeftStride = kChunk + kPadding;
-  static constexpr int kHiddenStride = kInner + kPadding;
-  static constexpr int kLeftElements = kRows * kLeftStride;
+  // The fewest inner columns, in whole groups, with which every warp has kGroups of them or one less; the smallest
+  // shape takes all that are fewer.
+  static constexpr int kLeastInner = kInner == 64 ? 32 : 32 * ((kGroups - 1) * kColumnWarps + 1);
+  // Of the columns of D that a block sums at once.
+  static constexpr int kSecondGroups = kColumnWarps == 1 ? 2 : kColumnWarps == 4 ? 1 : kRowBlocks;
+  static constexpr int kSecondColumns = 32 * kColumnWarps * kSecondGroups;
 };
 
 // Where a thread stands.
@@ -47,6 +40,7 @@ struct Block {
   float* row_scratch;             // [kRows, kColumnWarps]
   double* block_scratch;          // one per warp
   RowStatistics* row_statistics;  // [kRows]
+  int rows;                       // of the block's that there are
 
   __device__ __forceinline__ static int warp() { return threadIdx.x / 32; }
   // Warps whose numbers differ by 4 share a part of the multiprocessor; those of the first columns, which may have a
@@ -59,6 +53,7 @@ struct Block {
     return first_of_warp() + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * line;
   }
   __device__ __forceinline__ static int64_t row(int line) { return first_row() + local_row(line); }
+  __device__ __forceinline__ bool has(int line) const { return local_row(line) < rows; }
   // The first of the thread's eight columns in a group of 32.
   __device__ __forceinline__ static int column(int group) {
     return 32 * (column_warp() + group * Shape::kColumnWarps) + static_cast<int>(threadIdx.x) % 4 * 8;
@@ -84,6 +79,16 @@ struct Block {
         visit(line, column(group), values);
         sums.set(group, line, values);
       }
+    }
+  }
+
+  // Calls visit(group, column) for the thread's sums by groups, of which it has eight columns.
+  template <class Visit>
+  __device__ __forceinline__ static void for_each_group(int columns, Visit visit) {
+    const int count = groups(columns).count;
+#pragma unroll
+    for (int group = 0; group < Shape::kGroups; ++group) {
+      if (group < count) visit(group, column(group));
     }
   }
 
@@ -116,20 +121,60 @@ struct Block {
 template <class T, int kInner>
 struct ShapeFor;
 template <class T>
-struct ShapeFor<T, 64> : Shape<T, 1, 2, 4, 1, 32, 3> {};
+struct ShapeFor<T, 64> : Shape<T, 1, 2, 4, 1, 3> {};
 template <class T>
-struct ShapeFor<T, 128> : Shape<T, 1, 4, 4, 1, 32, 3> {};
+struct ShapeFor<T, 96> : Shape<T, 1, 3, 4, 1, 3> {};
 template <class T>
-struct ShapeFor<T, 256> : Shape<T, 2, 4, 4, 2, 16, 1> {};
+struct ShapeFor<T, 128> : Shape<T, 1, 4, 4, 1, 3> {};
 template <class T>
-struct ShapeFor<T, 512> : Shape<T, 2, 4, 2, 4, 16, 1> {};
+struct ShapeFor<T, 192> : Shape<T, 2, 3, 4, 2, 1> {};
+template <class T>
+struct ShapeFor<T, 256> : Shape<T, 2, 4, 4, 2, 1> {};
+template <class T>
+struct ShapeFor<T, 384> : Shape<T, 2, 3, 2, 4, 1> {};
+template <class T>
+struct ShapeFor<T, 512> : Shape<T, 2, 4, 2, 4, 1> {};
 template <>
-struct ShapeFor<float, 64> : Shape<float, 1, 1, 2, 2, 16, 3> {};
+struct ShapeFor<float, 64> : Shape<float, 1, 1, 2, 2, 3> {};
 template <>
-struct ShapeFor<float, 128> : Shape<float, 1, 2, 2, 2, 16, 3> {};
+struct ShapeFor<float, 96> : Shape<float, 1, 2, 2, 2, 3> {};
 template <>
-struct ShapeFor<float, 256> : Shape<float, 1, 4, 4, 2, 16, 1> {};
+struct ShapeFor<float, 128> : ShapeFor<float, 96> {};
 template <>
-struct ShapeFor<float, 512> : Shape<float, 1, 4, 2, 4, 16, 1> {};
+struct ShapeFor<float, 192> : Shape<float, 1, 3, 4, 2, 1> {};
+template <>
+struct ShapeFor<float, 256> : Shape<float, 1, 4, 4, 2, 1> {};
+template <>
+struct ShapeFor<float, 384> : Shape<float, 1, 3, 2, 4, 1> {};
+template <>
+struct ShapeFor<float, 512> : Shape<float, 1, 4, 2, 4, 1> {};
+
+// Calls function with the smallest shape that holds the inner columns. Of the sizes alone, so that every device and
+// every run adds in the same order.
+template <class T, class Function>
+auto with_shape(int64_t inner, const Function& function) {
+  if (inner <= 64) return function(typename ShapeFor<T, 64>::Self());
+  if (inner <= 96) return function(typename ShapeFor<T, 96>::Self());
+  if (inner <= 128) return function(typename ShapeFor<T, 128>::Self());
+  if (inner <= 192) return function(typename ShapeFor<T, 192>::Self());
+  if (inner <= 256) return function(typename ShapeFor<T, 256>::Self());
+  if (inner <= 384) return function(typename ShapeFor<T, 384>::Self());
+  return function(typename ShapeFor<T, 512>::Self());
+}
+
+// For up to 64 inner columns, blocks of twice as many rows: what a block copies of the weights serves them all.
+template <class T>
+struct WideShape : Shape<T, 2, 2, 4, 1, 2> {};
+// From so many rows on. Below, there would be too few blocks for a large GPU.
+constexpr int64_t kManyRows = 32'768;
+
+// The same for forward, which in this shape has registers enough.
+template <class T, class Function>
+auto with_forward_shape(int64_t R, int64_t inner, const Function& function) {
+  if constexpr (sizeof(T) == 2) {
+    if (inner > 32 && inner <= 64 && R >= kManyRows) return function(typename WideShape<T>::Self());
+  }
+  return with_shape<T>(inner, function);
+}
 
 }  // namespace petl::cuda

@@ -1,5 +1,4 @@
-// Weights on their way from device memory to shared memory. They come in any dtype, and are rounded to the dtype of the
-// products only here: so no launch before the kernel has to, and every block of threads reads them as they are.
+// Weights as they lie in device memory, in any dtype.
 #pragma once
 #include "kernels/cuda/elements.h"
 
@@ -62,68 +61,5 @@ struct Weights {
 __device__ __forceinline__ int slot_of(int column) {
   return (column & ~31) | (column & 6) << 2 | (column >> 2 & 6) | (column & 1);
 }
-
-// A tile [kDepth, kColumns] of a right operand: read into registers, then written to shared memory in T, as
-// [slot][depth] for Order::columns and [depth][slot] for Order::depth.
-template <class T, Order kOrder, int kDepth, int kColumns, int kThreads>
-class WeightStage {
- public:
-  static constexpr int kPadding = 16 / sizeof(T);  // lets rows begin in different banks
-  static constexpr int kStride = (kOrder == Order::columns ? kDepth : kColumns) + kPadding;
-  static constexpr int kElements = (kOrder == Order::columns ? kColumns : kDepth) * kStride;
-
-  __device__ __forceinline__ void load(const Weights& weights, int depth, int column) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const Place place = place_of(i);
-      packed_[i] = kOrder == Order::columns ? weights.load(column + place.row, depth + place.column)
-                                            : weights.load(depth + place.row, column + place.column);
-    }
-  }
-
-  // `rest`, if not null, takes what rounding leaves out.
-  __device__ __forceinline__ void store(const Weights& weights, T* tile, T* rest) const {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      float values[8];
-      unpack(packed_[i], weights.dtype, values);
-      const Packed<T> rounded = pack<T>(values);
-      store_vector(tile, place_of(i), rounded);
-      if (rest == nullptr) continue;
-      subtract_rounded(rounded, values);
-      store_vector(rest, place_of(i), pack<T>(values));
-    }
-  }
-
- private:
-  static constexpr int kRowVectors = (kOrder == Order::columns ? kDepth : kColumns) / 8;
-  static constexpr int kVectors = kDepth * kColumns / 8 / kThreads;
-  static_assert(kVectors * kThreads * 8 == kDepth * kColumns, "every thread takes as many vectors");
-
-  struct Place {
-    int row, column;
-  };
-
-  __device__ __forceinline__ static Place place_of(int i) {
-    const int vector = i * kThreads + static_cast<int>(threadIdx.x);
-    return {vector / kRowVectors, vector % kRowVectors * 8};
-  }
-
-  __device__ __forceinline__ static void store_vector(T* tile, Place place, const Packed<T>& packed) {
-    if constexpr (kOrder == Order::columns) {
-      cuda::store(tile + slot_of(place.row) * kStride + place.column, packed);
-    } else {
-      // Neighboring columns 2 q and 2 q + 1 stay neighbors; the pairs go to four different blocks.
-#pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        const auto pair = pair_of(packed, q);
-        T* target = tile + place.row * kStride + slot_of(place.column + 2 * q);
-        *reinterpret_cast<decltype(pair_of(packed, q))*>(target) = pair;
-      }
-    }
-  }
-
-  AnyPacked packed_[kVectors];
-};
 
 }  // namespace petl::cuda

@@ -28,10 +28,10 @@ def config_from_dict(data):
     fields = dict(data)
     method = fields.pop("method", None)
     if method not in CONFIGS:
-        raise ValueError(f"unknown method {method!r}; this petl_ext knows {', '.join(CONFIGS)}")
+        raise ValueError(f"method must be one of {', '.join(CONFIGS)}, got {method!r}")
     expected = {field.name for field in dataclasses.fields(CONFIGS[method])}
     if not expected - CONFIGS[method].later_fields <= fields.keys() <= expected:
-        raise ValueError(f"method {method!r}: expected the fields {sorted(expected)}, found {sorted(fields)}")
+        raise ValueError(f"method {method!r} must have the fields {sorted(expected)}, got {sorted(fields)}")
     return CONFIGS[method](**fields)
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from petl_ext.attaching.methods.config import Config
 from petl_ext.attaching.sites.output_modules import AttentionOutputSite, MLPOutputSite
-from petl_ext.attaching.sites.projections import ATTENTIONS, MLPS, ProjectionSite
+from petl_ext.attaching.sites.projections import ATTENTIONS, MLPS, ProjectionSite, SecondStreamSite
 from petl_ext.attaching.sites.site import Site, fused_kernel
 from petl_ext.nn import AdapterLayer
 from petl_ext.nn.adapter import adapter_macs
@@ -87,11 +87,29 @@ class ParallelAdapterOutput(MLPOutputSite, AdapterSite):
         return self.adapter(input_tensor, residual=hidden_states)
 
 
+class SequentialAdapterSecondStream(SecondStreamSite, AdapterSite):
+    """The adapter behind the projection of a joint attention's second stream: SD3, Flux."""
+
+    child = "adapter_second"
+    looked_for = "joint attentions of two streams"
+
+    def changed_second(self, x, y):
+        return self.adapter_second(y)
+
+
+class ParallelAdapterSecondStream(SequentialAdapterSecondStream):
+    """The adapter beside a joint attention, for its second stream."""
+
+    def changed_second(self, x, y):
+        return self.adapter_second(x, residual=y)
+
+
 class SequentialAdapterProjection(ProjectionSite, AdapterSite):
     """The adapter behind the projection in which an attention or MLP ends (arXiv 1902.00751), before the residual."""
 
     looked_for = "attentions and MLPs that end in a projection"
-    kinds = ATTENTIONS + MLPS
+    projections = ATTENTIONS | MLPS
+    second_stream = SequentialAdapterSecondStream
 
     def changed(self, x, y):
         return self.adapter(y)
@@ -99,6 +117,8 @@ class SequentialAdapterProjection(ProjectionSite, AdapterSite):
 
 class ParallelAdapterProjection(SequentialAdapterProjection):
     """The adapter beside such an attention or MLP (arXiv 2110.04366): it reads the same input."""
+
+    second_stream = ParallelAdapterSecondStream
 
     def changed(self, x, y):
         return self.adapter(x, residual=y)

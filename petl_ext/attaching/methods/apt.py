@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from petl_ext.attaching.methods.config import Config
 from petl_ext.attaching.sites.output_modules import AttentionOutputSite
-from petl_ext.attaching.sites.projections import ATTENTIONS, ProjectionSite
+from petl_ext.attaching.sites.projections import ATTENTIONS, ProjectionSite, SecondStreamSite
 from petl_ext.attaching.sites.site import Site, fused_kernel
 from petl_ext.nn import APTLayer
 from petl_ext.nn.apt import apt_macs
@@ -42,12 +42,23 @@ class APTSelfOutput(AttentionOutputSite, APTSite):
         return hidden_states
 
 
+class APTSecondStream(SecondStreamSite, APTSite):
+    """What a joint attention becomes besides for its second stream, which scores prompts of its own: SD3, Flux."""
+
+    child = "apt_second"
+    looked_for = "joint attentions of two streams"
+
+    def changed_second(self, x, y):
+        return self.apt_second(x, y)
+
+
 class APTAttention(ProjectionSite, APTSite):
     """What an attention becomes that ends in its projection: CLIP, T5, LLaMA, diffusers. In cross-attention too the
     prompts are scored by what asks, the hidden states, as in METER."""
 
     looked_for = "attentions that end in their projection"
-    kinds = ATTENTIONS
+    projections = ATTENTIONS
+    second_stream = APTSecondStream
 
     def changed(self, x, y):
         return self.apt(x, y)

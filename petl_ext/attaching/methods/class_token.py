@@ -40,10 +40,10 @@ class ClassToken(nn.Module):
 
 
 class EmbeddedClassToken(Site):
-    """What text embeddings become whose first row is replaced: ViLT.
+    """What text embeddings become so that their first row is replaced: ViLT.
 
-    The vector starts as the embedding of `first_token` at the first position, as the authors' does but for the dropout
-    of 0.1 that theirs has passed. Where the vocabulary holds no such token, or the embeddings have another width, it
+    The vector starts as the embedding of `first_token` at the first position, as the authors' does, except that theirs
+    has passed a dropout of 0.1. Where the vocabulary holds no such token, or the embeddings have another width, it
     starts as `ClassToken` says.
 
     Attributes:
@@ -90,7 +90,7 @@ class EmbeddedClassToken(Site):
 
 
 class TransformedClassToken(EmbeddedClassToken):
-    """What the linear layer behind a text encoder becomes, of whose output the first row is replaced: METER.
+    """What the linear layer behind a text encoder becomes so that the first row of its output is replaced: METER.
 
     The vector starts as RoBERTa's input embedding of <s>, as the authors' does.
     """

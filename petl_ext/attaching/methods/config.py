@@ -4,7 +4,11 @@ import dataclasses
 from typing import ClassVar
 
 from petl_ext.attaching.patterns import check_patterns
+from petl_ext.attaching.sites.site import Place
 from petl_ext.checks import check_switch
+
+# What a family may call the parts of its models.
+TOWERS = ("vision", "language", "fusion", "text", "encoder", "decoder")
 
 
 class Config:
@@ -16,12 +20,12 @@ class Config:
             None for a method that adds nothing to the model.
         site_classes: {row: what modules can become there}; a pattern of that row may match candidates of several.
         trains_all: whether every parameter of the model trains.
-        later_fields: those that folders saved before there were any do not have; they stand for the default.
-        sites: which of the model's candidate sites get a layer. None stands for those of the model family's table;
-            otherwise regular expressions, each of which must match the end of a site's dotted name from a dot or from
-            its start: "attention.output", r"layer\\.[0-5]\\.attention\\.output"; of CLIP's two towers only the one that
-            sees, r"vision_model\\..*self_attn"; of a UNet only the cross-attentions, "attn2". So they also say where
-            in a model of no known family.
+        later_fields: those that folders saved by older versions lack; their defaults hold there.
+        sites: which of the model's candidate sites get a layer. None stands for those of the model family's record;
+            "vision", or several in a list, for those in the family's towers of these names, which are `TOWERS`.
+            Other entries are regular expressions, each of which must match the end of a site's dotted name from a dot
+            or from its start: "attention.output", r"layer\\.[0-5]\\.attention\\.output"; of a UNet only the
+            cross-attentions, "attn2". So they also say where in a model of no known family.
         class_token: whether the method trains a class token too, which `ClassTokenConfig` explains, as the authors'
             APT, its baselines and DAS's METER do; ViLT and METER only.
     """
@@ -43,8 +47,8 @@ class Config:
         return self.site_classes[self.row]
 
     def with_inner_places(self, places, model, family):
-        """The places that were found for `row`, and those that follow from them."""
-        return places
+        """The places that were found for `row`, and those that follow from them: a joint attention's second stream."""
+        return [inner for place in places for inner in (place, *_second_streams(place, model))]
 
     def to_dict(self):
         return {"method": self.method, **dataclasses.asdict(self)}
@@ -53,7 +57,17 @@ class Config:
         sites, name = self.sites, type(self).__name__
         if sites is None:
             return
-        if not isinstance(sites, list | tuple) or not sites or not all(isinstance(site, str) for site in sites):
-            raise ValueError(f"{name}: sites must be None or a list of regular expressions, got {sites!r}")
-        check_patterns(name, sites)
-        object.__setattr__(self, "sites", tuple(sites))
+        entries = (sites,) if sites in TOWERS else sites
+        if not isinstance(entries, list | tuple) or not entries or not all(isinstance(entry, str) for entry in entries):
+            raise ValueError(
+                f"{name}: sites must be None, one of the towers {', '.join(TOWERS)}, or a list of towers and regular "
+                f"expressions, got {sites!r}"
+            )
+        check_patterns(name, entries)
+        object.__setattr__(self, "sites", tuple(entries))
+
+
+def _second_streams(place, model):
+    second = getattr(place.site_class, "second_stream", None)
+    if second is not None and second.stands_in(model.get_submodule(place.name)):
+        yield Place(place.name, second)

@@ -93,19 +93,19 @@ class SkippableLayer(AdapterSite):
         return hidden_states
 
     @staticmethod
-    def rewire(stack, numbered, kinds):
-        """Called with all layers of one stack, the `numbered_modules` of each and its `layer_kinds`, after the set of
+    def rewire(stack, numbered, slot_types):
+        """Called with all layers of one stack, the `numbered_modules` of each and its `slot_types_of`, after the set of
         skipped ones has changed.
 
         A key-value cache takes its length from layer 0, so a decoder whose first layer is skipped would believe the
         cache to be empty and give every token the position 0: the layers that run are numbered anew, each with the next
-        slot of its own kind.
+        slot of its own type.
         """
-        slots = {kind: iter([slot for slot, its in enumerate(kinds) if its == kind]) for kind in kinds}
-        for layer, modules, kind in zip(stack, numbered, kinds, strict=True):
+        slots = {name: iter([slot for slot, its in enumerate(slot_types) if its == name]) for name in slot_types}
+        for layer, modules, slot_type in zip(stack, numbered, slot_types, strict=True):
             if getattr(layer, "skipped", False):
                 continue
-            slot = next(slots[kind])
+            slot = next(slots[slot_type])
             for module in modules:
                 module.layer_idx = slot
 
@@ -165,7 +165,7 @@ class DASConfig(Config):
     """Dynamic architecture skipping (arXiv 2309.01479): a bypass adapter for every layer, which takes the layer's place
     while it is skipped, and adapters beside the attentions and MLPs of the layers that run.
 
-    Both kinds are `AdapterLayer`s with LayerNorm. Which layers are skipped can change at any time
+    Both are `AdapterLayer`s with LayerNorm. Which layers are skipped can change at any time
     (`SkippingAttachment.skip`); `DepthSearch` finds those that a task does not need. CLIP, LLaMA and T5 get bypasses
     only; those of LLaMA and T5 keep the first norm of the layer that they replace in place of one of their own.
 
@@ -213,7 +213,7 @@ class DASConfig(Config):
         super().__post_init__()
 
     def site_classes_in(self, family):
-        return (family.skippable,)
+        return family.skippables
 
     def with_inner_places(self, places, model, family):
         """The bypasses, each told how many adapters are lost with its layer, and these adapters."""

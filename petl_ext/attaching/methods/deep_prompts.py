@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn import functional as F
 
 from petl_ext.attaching.methods.config import Config
 from petl_ext.attaching.sites.site import Site
 from petl_ext.checks import check_positive_integer
 
-# The initialization of the ViLT baseline has 16 x 16 RGB patches in it whatever the model's patches are.
+# The ViLT baseline initializes as for patches of 16 x 16 RGB pixels, also where the model's are others.
 PATCH_INPUTS = 3 * 16 * 16
 
 

@@ -93,9 +93,10 @@ def _check_steps(module, adds_input):
 
 def _output_modules(model):
     for name, module in model.named_modules():
-        output = getattr(module, "output", None)
-        if _takes_output_and_input(output):
-            yield f"{name}.output".lstrip("."), output, list(module.children())
+        for child in ("output", "output_query"):  # a Q-Former's queries have their own
+            output = module._modules.get(child)
+            if _takes_output_and_input(output):
+                yield f"{name}.{child}".lstrip("."), output, list(module.children())
 
 
 def _takes_output_and_input(module):
@@ -106,4 +107,4 @@ def _takes_output_and_input(module):
 
 
 def _is_self_attention(module):
-    return all(hasattr(module, part) for part in ("query", "key", "value"))
+    return any(all(hasattr(module, f"{part}{end}") for part in ("query", "key", "value")) for end in ("", "_proj"))

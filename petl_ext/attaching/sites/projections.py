@@ -6,52 +6,79 @@ that holds more than is known here, which might be a gate or a norm behind the p
 """
 
 import inspect
+from typing import ClassVar
 
 from torch import nn
 
 from petl_ext.attaching.sites.site import Site
 
-# Dotted names of their projections, in which the first reads the module's input and the last makes its output.
-ATTENTIONS = (
-    ("q_proj", "k_proj", "v_proj", "out_proj"),
-    ("q_proj", "k_proj", "v_proj", "o_proj"),
-    ("q", "k", "v", "o"),
-    ("to_q", "to_k", "to_v", "to_out.0"),
+# Dotted names of their projections, in which the first reads the module's input and the last makes its output, and what
+# else such a module may hold because it acts before the last one, on scores, queries, keys or values.
+SCORES = (
+    *("relative_attention_bias", "relative_position_bias", "rotary_emb", "sinks", "attn_drop"),
+    *("q_norm", "k_norm", "v_norm", "qk_norm", "norm_q", "norm_k", "norm_cross", "norm_added_q", "norm_added_k"),
 )
-MLPS = (
-    ("fc1", "fc2"),
-    ("gate_proj", "up_proj", "down_proj"),
-    ("wi", "wo"),
-    ("wi_0", "wi_1", "wo"),
-    ("net.0.proj", "net.2"),
+# diffusers' fused projections and processors, and its joint attentions, which have projections for two streams.
+DIFFUSERS = ("to_qkv", "to_kv", "processor")
+JOINT = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0")
+ATTENTIONS = {
+    ("q_proj", "k_proj", "v_proj", "out_proj"): SCORES,
+    ("q_proj", "k_proj", "v_proj", "o_proj"): SCORES,
+    ("q_proj", "k_proj", "v_proj", "projection_layer"): SCORES,
+    ("q", "k", "v", "o"): SCORES,
+    JOINT: (*SCORES, *DIFFUSERS, "to_added_qkv", "to_add_out"),
+    ("to_q", "to_k", "to_v", "to_out.0"): (*SCORES, *DIFFUSERS),
+    ("qkv", "proj"): SCORES,
+    ("qkv", "projection"): (*SCORES, "dropout"),
+    ("qkv_proj", "o_proj"): SCORES,
+    ("Wqkv", "Wo"): SCORES,
+    ("q_lin", "k_lin", "v_lin", "out_lin"): (*SCORES, "dropout"),
+    # Qwen's linear attention: a convolution, a decay and a gated norm, all before the last projection.
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"): ("conv1d", "dt_bias", "A_log", "norm"),
+    ("in_proj_qkvz", "in_proj_ba", "out_proj"): ("conv1d", "dt_bias", "A_log", "norm"),
+}
+MLPS = dict.fromkeys(
+    (
+        ("fc1", "fc2"),
+        ("gate_proj", "up_proj", "down_proj"),
+        ("up_proj", "down_proj"),
+        ("gate_up_proj", "down_proj"),
+        ("wi", "wo"),
+        ("wi_0", "wi_1", "wo"),
+        ("Wi", "Wo"),
+        ("lin1", "lin2"),
+        ("linear_fc1", "linear_fc2"),
+        ("weights_in", "weights_out"),
+        ("net.0.proj", "net.2"),
+    ),
+    (),
 )
-# What an attention may hold besides: biases of its scores, norms of queries and keys, and diffusers' fused projections
-# and processors.
-SCORES_ONLY = ("relative_attention_bias", "rotary_emb", "q_norm", "k_norm", "norm_q", "norm_k", "norm_cross")
-DIFFUSERS_ONLY = ("to_qkv", "to_kv", "processor")
 
 
 class ProjectionSite(Site):
     """An attention or MLP that takes hidden states [..., D] first and returns the projected ones, alone or in a tuple.
 
     Attributes:
-        kinds: of `ATTENTIONS` and `MLPS`, those that can become such a site.
+        projections: of `ATTENTIONS` and `MLPS`, those that can become such a site.
+        second_stream: the `SecondStreamSite` that a joint attention becomes besides.
     """
 
-    kinds: tuple
+    projections: dict
+    second_stream = None
 
     @classmethod
     def candidates(cls, model):
-        return {name: module for name, module in model.named_modules() if _names(module, cls.kinds)}
+        return {name: module for name, module in model.named_modules() if _names(module, cls.projections)}
 
     @classmethod
     def neighbor(cls, module):
-        return module.get_submodule(_names(module, cls.kinds)[-1])
+        return module.get_submodule(_names(module, cls.projections)[-1])
 
     @classmethod
     def check(cls, module):
-        names = _names(module, cls.kinds)
-        for problem in (_signature_problem(module), _width_problem(module, names), _last_step_problem(module, names)):
+        names = _names(module, cls.projections)
+        last = _last_step_problem(module, names, cls.projections[names])
+        for problem in (_signature_problem(module), _width_problem(module, names), last):
             if problem:
                 raise ValueError(problem)
 
@@ -66,9 +93,37 @@ class ProjectionSite(Site):
         raise NotImplementedError
 
 
-def _names(module, kinds):
-    """Which of `kinds` the module is, or None."""
-    return next((names for names in kinds if all(_is_linear(_inner(module, name)) for name in names)), None)
+class SecondStreamSite(ProjectionSite):
+    """The second stream of a joint attention, `encoder_hidden_states` [..., D], as in SD3's and Flux's transformers.
+
+    Such an attention returns both streams in a tuple. It becomes a `ProjectionSite` for the first one, whose class
+    comes before this in the composed class and whose `changed` is called from there.
+    """
+
+    projections: ClassVar[dict] = {
+        ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"): (*ATTENTIONS[JOINT], "to_q", "to_k", "to_v", "to_out")
+    }
+
+    @classmethod
+    def stands_in(cls, module):
+        """Whether the module has a second stream whose output is used."""
+        return _names(module, cls.projections) is not None
+
+    def forward(self, hidden_states, encoder_hidden_states=None, *arguments, **named):
+        output = super().forward(hidden_states, encoder_hidden_states, *arguments, **named)
+        if encoder_hidden_states is None:
+            return output
+        first, second = output
+        return first, self.changed_second(encoder_hidden_states, second)
+
+    def changed_second(self, x, y):
+        """The second stream's new output from its input x and its own output y, all [..., D]."""
+        raise NotImplementedError
+
+
+def _names(module, projections):
+    """Which of `projections` the module is, or None."""
+    return next((names for names in projections if all(_is_linear(_inner(module, name)) for name in names)), None)
 
 
 def _inner(module, name):
@@ -95,21 +150,22 @@ def _width_problem(module, names):
     return None if read == made else f"{names[-1]} must give the width that {names[0]} takes, {read}, got {made}"
 
 
-def _last_step_problem(module, names):
-    behind = _what_may_come_behind(module, names)
+def _last_step_problem(module, names, inside):
+    behind = _what_may_come_behind(module, names, inside)
     return f"{names[-1]} must be its last step, but {behind} may come behind" if behind else None
 
 
-def _what_may_come_behind(module, names):
+def _what_may_come_behind(module, names, inside):
     """In words; an empty string for nothing. Dropout inside an MLP changes nothing for the layers that go there."""
-    known = (*names, *SCORES_ONLY, *DIFFUSERS_ONLY)
+    known = (*names, *inside)
     others = {
         name: inner
         for name, inner in module.named_modules()
         if not any(f"{name}.".startswith(f"{part}.") for part in known)
     }
     suspects = [f"{name}.{own}".lstrip(".") for name, inner in others.items() for own in inner._parameters]
-    if names in ATTENTIONS:
+    suspects = [suspect for suspect in suspects if suspect not in known]
+    if names not in MLPS:
         suspects += [f"the dropout {name}" for name, inner in others.items() if _drops(inner)]
     if getattr(module, "residual_connection", False):
         suspects.append("a residual")

@@ -2,7 +2,7 @@
 
 A dark cell is empty: "is there a digit in the northwest?" is "no" there. A question alone tells nothing about its
 answer: a yes-no question is asked only where its type has true and false ones to choose from, and a fair coin chooses;
-a choice names the right answer first or second equally often; colors, digits and places are drawn alike.
+a choice names the right answer first or second equally often; colors, digits and positions are drawn alike.
 """
 
 import json
@@ -238,13 +238,17 @@ def write(split: SceneSplit, rng: np.random.Generator) -> None:
     for index in range(len(split.scenes)):
         asked = questions_about(split.scenes.objects(index), split.questions_per_scene, rng)
         for number, (detailed, question, answer) in enumerate(asked):
-            kind = QUESTION_TYPES[detailed]
+            types = QUESTION_TYPES[detailed]
             questions[str(split.image_id(index) * QUESTIONS_PER_IMAGE_ID + number)] = {
                 "question": question,
                 "imageId": split.image_path(index).stem,
                 "answer": answer,
                 "isBalanced": True,
-                "types": {"structural": kind.structural, "semantic": kind.semantic, "detailed": detailed},
+                "types": {
+                    "structural": types.structural,
+                    "semantic": types.semantic,
+                    "detailed": detailed,
+                },
             }
     files = GQADigitsFiles.of(split.folder, split.name)
     files.questions.write_text(json.dumps(questions), encoding="utf-8")

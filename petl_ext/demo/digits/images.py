@@ -38,12 +38,12 @@ class DigitImageMaker:
 
     def __init__(self, split: str, domain: str = "plain"):
         if domain not in GROUND_BRIGHTNESS:
-            raise ValueError(f"domain: expected one of {sorted(GROUND_BRIGHTNESS)}, got {domain!r}")
+            raise ValueError(f"domain must be one of {sorted(GROUND_BRIGHTNESS)}, got {domain!r}")
         self.scenes, self.brightness = SceneMaker(split), GROUND_BRIGHTNESS[domain]
         self.num_pictures = len(self.scenes.labels)
 
     def make(self, pictures: np.ndarray, rng: np.random.Generator) -> DigitImages:
-        """One image of each of `pictures`, indices below `num_pictures`: size, place and colors are drawn."""
+        """One image of each of `pictures`, indices below `num_pictures`: size, position and colors are drawn."""
         layouts = rng.integers(len(self.scenes.cells), size=len(pictures))
         colors, grounds = rng.integers(len(COLORS), size=(2, len(pictures)))
         palette = np.array(list(COLORS.values()), dtype=np.float32)[:, None, None]
@@ -64,7 +64,7 @@ def write_digit_images(
     """
     folder, maker = Path(folder), DigitImageMaker(split, domain)
     if copies < 1:
-        raise ValueError(f"copies: expected at least 1, got {copies}")
+        raise ValueError(f"copies must be at least 1, got {copies}")
     rng = np.random.default_rng([seed, *split.encode(), *domain.encode()])
     with new_folder(folder) as unfinished:
         for name in CLASSES:

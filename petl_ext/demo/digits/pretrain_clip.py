@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from petl_ext.demo.digits.images import CLASSES, DigitImageMaker, DigitImages

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import BertTokenizer, ViltConfig, ViltForMaskedLM, ViltImageProcessorPil, ViltProcessor
 from transformers.utils import ModelOutput
 
@@ -150,11 +150,11 @@ def make_captions(scenes: Scenes, num_whole: int, rng: np.random.Generator) -> C
 
 
 def _masked(words: list[str], rng: np.random.Generator) -> tuple[list[str], dict[int, int]]:
-    """`words` with one attribute of each phrase masked, and the masked word's id at its place."""
+    """`words` with one attribute of each phrase masked, and the masked word's id at its position."""
     words, hidden = list(words), {}
-    for places in _attribute_places(words):
-        shares = np.array([MASK_SHARE[ATTRIBUTE_OF[words[at]]] for at in places])
-        at = int(rng.choice(places, p=shares / shares.sum()))
+    for positions in _attribute_positions(words):
+        shares = np.array([MASK_SHARE[ATTRIBUTE_OF[words[at]]] for at in positions])
+        at = int(rng.choice(positions, p=shares / shares.sum()))
         hidden[at] = WORD_ID[words[at]]
         words[at] = "[MASK]"
     return words, hidden
@@ -162,12 +162,12 @@ def _masked(words: list[str], rng: np.random.Generator) -> tuple[list[str], dict
 
 def _with_another_word(words: list[str], rng: np.random.Generator) -> list[str]:
     """`words` with one attribute replaced by another value of it."""
-    at = int(rng.choice([at for places in _attribute_places(words) for at in places]))
+    at = int(rng.choice([at for positions in _attribute_positions(words) for at in positions]))
     others = [word for word in ATTRIBUTES[ATTRIBUTE_OF[words[at]]] if word != words[at]]
     return [*words[:at], others[rng.integers(len(others))], *words[at + 1 :]]
 
 
-def _attribute_places(words: list[str]) -> list[list[int]]:
+def _attribute_positions(words: list[str]) -> list[list[int]]:
     """Where the attributes stand in each phrase of a caption."""
     phrases: list[list[int]] = [[]]
     for at, word in enumerate(words):
@@ -181,7 +181,7 @@ def _attribute_places(words: list[str]) -> list[list[int]]:
 def _is_true(words: list[str], objects: list[DigitObject]) -> bool:
     """Whether each phrase fits an object: a caption with another word may still be true of the scene."""
     described = [{str(it.digit), it.color, it.position} for it in objects]
-    phrases = [{words[at] for at in places} for places in _attribute_places(words)]
+    phrases = [{words[at] for at in positions} for positions in _attribute_positions(words)]
     return all(any(phrase <= attributes for attributes in described) for phrase in phrases)
 
 
@@ -238,8 +238,8 @@ def measure(model: PretrainingModel, num_scenes: int = 1500) -> dict[str, float]
         metrics[f"tag: {name}"] = _accuracy(logits[filled], labels[filled])
     logits, labels = model.word_results(output, captions)
     for name, words in ATTRIBUTES.items():
-        of_kind = torch.isin(labels, torch.tensor([WORD_ID[word] for word in words]))
-        metrics[f"masked word: {name}"] = _accuracy(logits[of_kind], labels[of_kind])
+        of_attribute = torch.isin(labels, torch.tensor([WORD_ID[word] for word in words]))
+        metrics[f"masked word: {name}"] = _accuracy(logits[of_attribute], labels[of_attribute])
     metrics["matching"] = _accuracy(*model.match_results(output, captions))
     metrics["matching, majority"] = captions.matches.float().mean().item()
     return metrics

@@ -91,7 +91,7 @@ class SceneMaker:
         from sklearn.datasets import load_digits
 
         if split not in PICTURES:
-            raise ValueError(f"split: expected one of {sorted(PICTURES)}, got {split!r}")
+            raise ValueError(f"split must be one of {sorted(PICTURES)}, got {split!r}")
         data = load_digits()
         mine = split_pictures()[split]
         self.labels = data.target[mine]

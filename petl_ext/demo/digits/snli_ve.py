@@ -143,7 +143,7 @@ TEMPLATES: dict[str, Callable[[Cells], Judged]] = {
 
 
 class HypothesisMaker:
-    """Makes hypotheses so that each template, and each kind of scene, has every label about equally often."""
+    """Makes hypotheses: each template, and each count of digits and colors, has every label about equally often."""
 
     def __init__(self, rng: np.random.Generator):
         self.rng = rng
@@ -158,23 +158,23 @@ class HypothesisMaker:
             template, label, hypothesis = next(self._possible(cells, made))
             made[template] = (template, hypothesis, LABEL_OF[label])
             self.by_template[template, label] += 1
-            self.by_scene[_kind(cells), label] += 1
+            self.by_scene[_counts(cells), label] += 1
         return list(made.values())
 
     def _possible(self, cells: Cells, made: Container[str]) -> Iterator[tuple[str, int, str]]:
         """A hypothesis of each template not in `made` and each label that the scene allows, the rarest first."""
-        kinds = [(template, label) for template in TEMPLATES if template not in made for label in LABEL_OF]
-        order = [kinds[index] for index in self.rng.permutation(len(kinds))]
-        for template, label in sorted(order, key=lambda kind: self._frequency(_kind(cells), *kind)):
+        wanted = [(template, label) for template in TEMPLATES if template not in made for label in LABEL_OF]
+        order = [wanted[index] for index in self.rng.permutation(len(wanted))]
+        for template, label in sorted(order, key=lambda pair: self._frequency(_counts(cells), *pair)):
             candidates = [text for text, judged in TEMPLATES[template](cells) if judged == label]
             if candidates:
                 yield template, label, candidates[self.rng.integers(len(candidates))]
 
-    def _frequency(self, kind: tuple[int, int], template: str, label: int) -> int:
-        return self.by_template[template, label] * len(TEMPLATES) + self.by_scene[kind, label]
+    def _frequency(self, counts: tuple[int, int], template: str, label: int) -> int:
+        return self.by_template[template, label] * len(TEMPLATES) + self.by_scene[counts, label]
 
 
-def _kind(cells: Cells) -> tuple[int, int]:
+def _counts(cells: Cells) -> tuple[int, int]:
     """What of a scene could give the label away: how many digits and how many colors it shows."""
     objects = [cell for cell in cells.values() if cell is not None]
     return len(objects), len({it.color for it in objects})

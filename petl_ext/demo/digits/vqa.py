@@ -92,7 +92,7 @@ QUESTION_TYPES = {
 
 def questions_about(objects: list[DigitObject], count: int, rng: np.random.Generator) -> list[tuple[str, str, str]]:
     """`count` questions of different types about one scene: (question type, question, answer)."""
-    shares = np.array([kind.share for kind in QUESTION_TYPES.values()])
+    shares = np.array([question_type.share for question_type in QUESTION_TYPES.values()])
     names = list(QUESTION_TYPES)
     asked = []
     for index in rng.choice(len(names), size=len(names), replace=False, p=shares / shares.sum()):
@@ -129,20 +129,20 @@ def write(split: SceneSplit, rng: np.random.Generator) -> None:
     for index in range(len(split.scenes)):
         image_id = split.image_id(index)
         asked = questions_about(split.scenes.objects(index), split.questions_per_scene, rng)
-        for number, (kind, question, answer) in enumerate(asked):
+        for number, (question_type, question, answer) in enumerate(asked):
             ids = {"image_id": image_id, "question_id": image_id * QUESTIONS_PER_IMAGE_ID + number}
             questions.append(ids | {"question": question})
-            annotations.append(ids | _annotation(kind, answer))
+            annotations.append(ids | _annotation(question_type, answer))
     files = DigitsFiles.of(split.folder, split.name)
     files.questions.write_text(json.dumps({"questions": questions}), encoding="utf-8")
     files.annotations.write_text(json.dumps({"annotations": annotations}), encoding="utf-8")
 
 
-def _annotation(kind: str, answer: str) -> dict:
+def _annotation(question_type: str, answer: str) -> dict:
     answers = [{"answer": answer, "answer_confidence": "yes", "answer_id": who + 1} for who in range(ANNOTATORS)]
     return {
-        "question_type": kind,
-        "answer_type": QUESTION_TYPES[kind].answer_type,
+        "question_type": question_type,
+        "answer_type": QUESTION_TYPES[question_type].answer_type,
         "multiple_choice_answer": answer,
         "answers": answers,
     }

@@ -41,7 +41,7 @@ def write_digits(
     """
     folder = Path(folder)
     if not set(formats) <= set(WRITERS):
-        raise ValueError(f"formats: expected some of {sorted(WRITERS)}, got {list(formats)}")
+        raise ValueError(f"formats must be some of {sorted(WRITERS)}, got {list(formats)}")
     num_scenes = num_scenes or {"train": 5000, "val": 500, "test": 1000}
     with new_folder(folder) as unfinished:
         for name, count in num_scenes.items():
@@ -49,9 +49,9 @@ def write_digits(
             split = SceneSplit(unfinished, name, SceneMaker(name).make(count, rng), questions_per_scene)
             _write_images(split, tqdm(range(count), desc=f"digits {name}", disable=not progress))
             rngs = {"vqa": rng}  # VQAv2's questions go on where the scenes stopped
-            for kind in formats:
-                kind_rng = rngs.get(kind) or np.random.default_rng([seed, *name.encode(), *kind.encode()])
-                WRITERS[kind](split, kind_rng)
+            for form in formats:
+                form_rng = rngs.get(form) or np.random.default_rng([seed, *name.encode(), *form.encode()])
+                WRITERS[form](split, form_rng)
     return {split: DigitsFiles.of(folder, split) for split in num_scenes}
 
 
@@ -62,7 +62,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises FileExistsError if `folder` exists.
     """
     if folder.exists():
-        raise FileExistsError(f"folder: expected one that does not exist yet, got {folder}")
+        raise FileExistsError(f"folder must not exist yet, got {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(folder) as unfinished:
         unfinished.mkdir()

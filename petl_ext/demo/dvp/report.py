@@ -109,7 +109,7 @@ def _types_header(task):
 
 
 def _name(row, chosen):
-    every = row.method.kind == "prompt" and not row.method.use_adapters
+    every = row.method.visual_input == "prompt" and not row.method.use_adapters
     return f"**{row.name}** ({CHOICE})" if every and row.method.insert_layer == chosen else row.name
 
 
@@ -142,8 +142,8 @@ def _draw_layers(results, path):
         capsize=3,
         label="DVP_adp",
     )
-    for (kind, label, dashes), color in zip(LINES, ("0.5", "#7a5ea8", "#d4502a"), strict=True):
-        axes.axhline(100 * results.first(kind).score.accuracy, linestyle=dashes, color=color, label=label)
+    for (visual_input, label, dashes), color in zip(LINES, ("0.5", "#7a5ea8", "#d4502a"), strict=True):
+        axes.axhline(100 * results.first(visual_input).score.accuracy, linestyle=dashes, color=color, label=label)
     axes.set_xticks(layers)
     axes.set_ylim(0, 100)
     frame(axes, grid="y")

@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 
 from petl_ext.counting import count_macs, count_parameters
 from petl_ext.demo.data import Score
+from petl_ext.demo.dvp.placement_search import find_insert_layer
 from petl_ext.demo.dvp.report import write_report
-from petl_ext.demo.dvp.search import find_insert_layer
 from petl_ext.demo.dvp.training import LAYERS, DVPRun, Method
 from petl_ext.demo.training import one_quiet_thread
 from petl_ext.search import PlacementSearch
@@ -42,7 +42,7 @@ class Measured:
 
     @property
     def name(self):
-        prompted = self.method.kind in ("mean", "prompt")
+        prompted = self.method.visual_input in ("mean", "prompt")
         return f"{self.method.name}, layer {self.method.insert_layer}" if prompted else self.method.name
 
 
@@ -57,17 +57,19 @@ class Results:
     @property
     def every_layer(self):
         """DVP's rows on VQA, from layer 0."""
-        return [row for row in self.rows["VQA"] if row.method.kind == "prompt" and not row.method.use_adapters]
+        return [row for row in self.rows["VQA"] if row.method.visual_input == "prompt" and not row.method.use_adapters]
 
     @property
     def chosen(self):
         """DVP's row on VQA at the search's choice."""
         return self.every_layer[self.search.selection()]
 
-    def first(self, kind, use_adapters=False):
-        """The first row on VQA of that kind."""
+    def first(self, visual_input, use_adapters=False):
+        """The first row on VQA with that input."""
         rows = self.rows["VQA"]
-        return next(row for row in rows if row.method.kind == kind and row.method.use_adapters == use_adapters)
+        return next(
+            row for row in rows if row.method.visual_input == visual_input and row.method.use_adapters == use_adapters
+        )
 
 
 def run_dvp_demo(output="demo_out", quick=False, seed=0, progress=True):

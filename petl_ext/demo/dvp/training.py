@@ -17,13 +17,13 @@ class Method:
     """A row of the tables.
 
     Attributes:
-        kind: "text only", "all tokens", "mean" or "prompt".
+        visual_input: "text only", "all tokens", "mean" or "prompt".
         insert_layer: where the prompt enters and the lowest layer of which something is trained; None stands for the
             search's choice.
     """
 
     name: str
-    kind: str
+    visual_input: str
     insert_layer: int | None = None
     use_adapters: bool = False
 
@@ -75,14 +75,15 @@ class DVPRun(Run):
         """A new model of a method, on CPU and in training mode."""
         set_seed(self.seed)
         num_labels, width = len(self.tasks[task].vocabulary), self.visual_dim
-        if method.kind in ("text only", "all tokens"):
-            model = PromptedBert(read_language_model(), num_labels, width if method.kind == "all tokens" else None)
+        if method.visual_input in ("text only", "all tokens"):
+            prompt_width = width if method.visual_input == "all tokens" else None
+            model = PromptedBert(read_language_model(), num_labels, prompt_width)
             freeze_below(model.language_model, method.insert_layer)
             return model.train()
         options = {"insert_layer": method.insert_layer, "use_adapters": method.use_adapters, **options}
         model = make_dvp(num_labels, width, initial_texts(self.tasks[task]), **options)
         freeze_below(model.language_model, method.insert_layer)
-        if method.kind == "mean":
+        if method.visual_input == "mean":
             model.visual_prompts[0] = MeanPromptLayer.like(model.visual_prompts[0])
         return model
 

@@ -7,8 +7,8 @@ from tqdm.auto import tqdm
 
 from petl_ext.demo.charts import markdown
 from petl_ext.demo.training import one_quiet_thread
+from petl_ext.demo.vilt.depth_search import DAS, find_layers
 from petl_ext.demo.vilt.run import train
-from petl_ext.demo.vilt.search import DAS, find_layers
 from petl_ext.demo.vilt.training import ViltRun
 
 

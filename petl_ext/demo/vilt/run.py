@@ -16,8 +16,8 @@ from petl_ext import AdapterConfig, APTConfig, ClassifierOnlyConfig, DeepPromptC
 from petl_ext.attaching.handle import Attachment
 from petl_ext.counting import count_macs
 from petl_ext.demo.training import one_quiet_thread
+from petl_ext.demo.vilt.depth_search import DAS, find_layers
 from petl_ext.demo.vilt.report import Measured, write_report
-from petl_ext.demo.vilt.search import DAS, find_layers
 from petl_ext.demo.vilt.training import BOTTLENECK, Method, ViltRun
 from petl_ext.search import DepthSearch
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from petl_ext.attaching.amend import add_class_token, freeze_scales
 from petl_ext.composing import unchanged_on_error
 from petl_ext.models.checkpoints.adapt import second_row
-from petl_ext.models.checkpoints.plan import Layout, attached_configs, fill, opened, places_of
+from petl_ext.models.checkpoints.plan import Layout, attached_configs, fill, opened, tensors_of
 from petl_ext.models.checkpoints.rules import LayerNames, Rule, lookup, rule
 from petl_ext.printing import listed
 
@@ -75,8 +75,8 @@ REFUSED = {
 }
 
 
-class Family(NamedTuple):
-    """All that is known of one architecture.
+class Architecture(NamedTuple):
+    """All that is known of the files of one architecture.
 
     Attributes:
         title: its name.
@@ -84,7 +84,7 @@ class Family(NamedTuple):
         landmark: a tensor that every backbone has.
         origin: what its files are, as origins.py says.
         backbone: rules; their names are relative to the backbone.
-        layers: (place in the file, place in the backbone, LayerNames).
+        layers: (stem of the keys in the file, stem of the names in the backbone, LayerNames).
         heads: {model class: roots of the heads that fit it, the preferred first}.
         left_out: {key with placeholders: why it is left out}, of this architecture alone.
         class_token: the module of the backbone that carries a class token.
@@ -106,46 +106,48 @@ class Family(NamedTuple):
     trains_scale: bool
 
 
-def load_family(model, source, ignore, family):
-    """Fills a model of the family; the arguments, what it returns and raises are those of `load_vilt_checkpoint`."""
-    prefix = _prefix(model, family)
-    checkpoint = opened(source, ignore, family.origin)
+def load_checkpoint(model, source, ignore, architecture):
+    """Fills a model of that architecture. Arguments, result and errors are those of `load_vilt_checkpoint`."""
+    prefix = _prefix(model, architecture)
+    checkpoint = opened(source, ignore, architecture.origin)
     before = attached_configs(model)
     with unchanged_on_error(model):
-        _attach_class_token(model, checkpoint, prefix + family.class_token)
-        report = fill(model, checkpoint, _layout(model, family, prefix))
-    if not family.trains_scale and any(name.endswith(".apt.log_scale") for key in report.keys for name in key.names):
+        _attach_class_token(model, checkpoint, prefix + architecture.class_token)
+        report = fill(model, checkpoint, _layout(model, architecture, prefix))
+    filled = [name for key in report.keys for name in key.names]
+    if not architecture.trains_scale and any(name.endswith(".apt.log_scale") for name in filled):
         freeze_scales(model)
-    settings = _set_epsilons(model, {line.replace(BACKBONE, prefix): value for line, value in family.epsilons.items()})
+    epsilons = {line.replace(BACKBONE, prefix): value for line, value in architecture.epsilons.items()}
+    settings = _set_epsilons(model, epsilons)
     after = attached_configs(model)
     if after != before:
         settings[ATTACHED] = f"{listed(list(map(str, after)))}, was {listed(list(map(str, before)))}"
     return dataclasses.replace(report, settings=settings)
 
 
-def _prefix(model, family):
+def _prefix(model, architecture):
     """How the names of the backbone's tensors begin."""
-    places = places_of(model, family.title)
-    prefix = f"{family.child}." if hasattr(model, family.child) else ""
-    if prefix + family.landmark not in places:
+    tensors = tensors_of(model, architecture.title)
+    prefix = f"{architecture.child}." if hasattr(model, architecture.child) else ""
+    if prefix + architecture.landmark not in tensors:
         raise TypeError(
-            f"{type(model).__name__} is no {family.title} model: it has no {family.landmark}, neither of its own nor "
-            f"in {family.child!r}"
+            f"{type(model).__name__} is no {architecture.title} model: it has no {architecture.landmark}, "
+            f"neither of its own nor in {architecture.child!r}"
         )
     return prefix
 
 
-def _layout(model, family, prefix):
-    class_token = rule(CLASS_TOKEN, f"{family.class_token}.class_token.vector")
+def _layout(model, architecture, prefix):
+    class_token = rule(CLASS_TOKEN, f"{architecture.class_token}.class_token.vector")
     return Layout(
-        places=places_of(model, family.title),
+        model_tensors=tensors_of(model, architecture.title),
         rules=tuple(
             each._replace(names=tuple(prefix + name for name in each.names))
-            for each in (*_layer_rules(family), class_token, *family.backbone)
+            for each in (*_layer_rules(architecture), class_token, *architecture.backbone)
         ),
         needed=(prefix,),
-        heads={root: HEADS[root] for root in _heads_for(model, family)},
-        left_out=LEFT_OUT | family.left_out,
+        heads={root: HEADS[root] for root in _heads_for(model, architecture)},
+        left_out=LEFT_OUT | architecture.left_out,
         refused=REFUSED,
         attached=attached_configs(model),
     )
@@ -175,14 +177,14 @@ def _set_epsilons(model, epsilons):
     return settings
 
 
-def _layer_rules(family):
+def _layer_rules(architecture):
     return [
-        Rule(f"{place}.{old}", (f"{site}.{new}",), layer=layer)
-        for place, site, layer in family.layers
+        Rule(f"{theirs}.{old}", (f"{ours}.{new}",), layer=layer)
+        for theirs, ours, layer in architecture.layers
         for old, new in layer.parts.items()
     ]
 
 
-def _heads_for(model, family):
+def _heads_for(model, architecture):
     """The roots of the heads that fit a model of this class or of a class derived from it."""
-    return next((family.heads[c.__name__] for c in type(model).__mro__ if c.__name__ in family.heads), ())
+    return next((architecture.heads[c.__name__] for c in type(model).__mro__ if c.__name__ in architecture.heads), ())

@@ -7,7 +7,7 @@ from petl_ext.composing import unchanged_on_error
 from petl_ext.models.checkpoints import origins
 from petl_ext.models.checkpoints.backbones import SEQUENTIAL_ADAPTER
 from petl_ext.models.checkpoints.clip import CLIP_PROJ, visual_rules
-from petl_ext.models.checkpoints.plan import Layout, attached_configs, fill, opened, places_of
+from petl_ext.models.checkpoints.plan import Layout, attached_configs, fill, opened, tensors_of
 from petl_ext.models.checkpoints.rules import rule
 from petl_ext.models.dvp import DVPModel
 
@@ -22,12 +22,12 @@ class Adapters(NamedTuple):
     Attributes:
         key: of the list.
         stack: where the language model keeps the layers.
-        places: what the adapters of one layer stand behind, in their order.
+        sites: of one layer, the modules that its adapters stand behind, in their order.
     """
 
     key: str
     stack: str
-    places: tuple
+    sites: tuple
 
 
 class LanguageModel(NamedTuple):
@@ -110,10 +110,10 @@ def load_dvp_checkpoint(model, checkpoint, ignore=()):
         ValueError: as `load_vilt_checkpoint`, and where copies of one tensor differ, or the search's preferences are
             not one finite number for each layer. The model has not changed.
     """
-    places_of(model, "DVP")
+    tensors_of(model, "DVP")
     if not isinstance(model, DVPModel):
-        raise TypeError(f"{type(model).__name__} is no DVP model: expected a DVPBert, DVPT5 or DVPLlama")
-    checkpoint = opened(checkpoint, ignore, origins.DVP[model.family])
+        raise TypeError(f"model must be a DVPBert, DVPT5 or DVPLlama, got {type(model).__name__}")
+    checkpoint = opened(checkpoint, ignore, origins.DVP[model.language_model_type])
     before = _settings_of(model)
     with unchanged_on_error(model):
         _fit_adapters(model, checkpoint)
@@ -130,7 +130,7 @@ def _settings_of(model):
 
 def _fit_adapters(model, checkpoint):
     """Gives the model adapters as wide as the file's, where both have any."""
-    for adapters in LANGUAGE_MODELS[model.family].adapters:
+    for adapters in LANGUAGE_MODELS[model.language_model_type].adapters:
         down = checkpoint.wanted(f"{adapters.key}.0.down_sampler.weight")
         if down is None or down.dim() != 2 or not model.options["use_adapters"]:
             continue
@@ -152,12 +152,12 @@ def _set_insert_layer(model, checkpoint):
 
 
 def _layout(model):
-    names = LANGUAGE_MODELS[model.family]
+    names = LANGUAGE_MODELS[model.language_model_type]
     base = next(name for name, module in model.named_modules() if module is model.language_model.base_model)
     searched = model.options["candidates"] is not None
     parts = [f"{base}.{part}." for part in (*model.parts, names.unused) if part]
     return Layout(
-        places=places_of(model, "DVP"),
+        model_tensors=tensors_of(model, "DVP"),
         rules=(
             *_adapter_rules(model, names, base),
             *_language_rules(names, base),
@@ -167,7 +167,7 @@ def _layout(model):
         needed=(*parts, "vision_model.", "visual_prompts.", "type_embeddings."),
         heads={} if model.classifier is None else {root: _head_rules(root) for root in CLASSIFIERS},
         left_out=LEFT_OUT,
-        refused=_prompts_of_the_other_kind(searched),
+        refused=_refused_prompts(searched),
         attached=attached_configs(model),
     )
 
@@ -187,7 +187,7 @@ def _language_rules(names, base):
 def _adapter_rules(model, names, base):
     for adapters in names.adapters:
         layers = model.get_submodule(f"{base}.{adapters.stack}")
-        sites = [f"{base}.{adapters.stack}.{i}.{place}" for i in range(len(layers)) for place in adapters.places]
+        sites = [f"{base}.{adapters.stack}.{i}.{site}" for i in range(len(layers)) for site in adapters.sites]
         for index, site in enumerate(sites):
             for theirs, ours in SEQUENTIAL_ADAPTER.parts.items():
                 yield rule(f"{adapters.key}.{index}.{theirs}", f"{site}.adapter.{ours}", needs=NEEDS_ADAPTERS)
@@ -200,7 +200,7 @@ def _prompt_rules(searched):
     yield rule(f"token_type_embeddings{options}.weight", f"type_embeddings.{index}.weight")
 
 
-def _prompts_of_the_other_kind(searched):
+def _refused_prompts(searched):
     """{key: why it is refused}."""
     options, reason = ("", ONE_PROMPT) if searched else ("_options", PROMPTS_OF_SEARCH)
     return {f"{name}{options}.{{rest}}": reason for name in ("cross_attn", "token_type_embeddings")}

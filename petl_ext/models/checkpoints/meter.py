@@ -8,8 +8,8 @@ from petl_ext.models.checkpoints.backbones import (
     DAS_BYPASS,
     PARALLEL_ADAPTER,
     SEQUENTIAL_ADAPTER,
-    Family,
-    load_family,
+    Architecture,
+    load_checkpoint,
 )
 from petl_ext.models.checkpoints.clip import CLIP_PROJ, CLIP_TEXT, visual_rules
 from petl_ext.models.checkpoints.rules import rule
@@ -17,7 +17,7 @@ from petl_ext.models.checkpoints.rules import rule
 METER_APT = APT._replace(config="APTConfig(num_prompts={num_prompts}, rank={rank}, train_scale=False)")
 _FUSION = "cross_modal_{stream}_layers.{i}"
 
-METER = Family(
+METER = Architecture(
     title="METER",
     child="meter",
     landmark="vit_model.embeddings.patch_embedding.weight",
@@ -78,4 +78,4 @@ def load_meter_checkpoint(model, checkpoint, ignore=()):
     Raises:
         TypeError, FileNotFoundError, ValueError: as `load_vilt_checkpoint`.
     """
-    return load_family(model, checkpoint, ignore, METER)
+    return load_checkpoint(model, checkpoint, ignore, METER)

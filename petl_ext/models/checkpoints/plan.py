@@ -29,7 +29,7 @@ class Layout(NamedTuple):
     """What there is to know of a model before its file is read.
 
     Attributes:
-        places: {name: tensor} of its parameters and buffers, as `places_of` gives them.
+        model_tensors: {name: tensor} of its parameters and buffers, as `tensors_of` gives them.
         rules: for the keys of its files, but those of heads.
         needed: how the names begin of what every file must fill; the rest are heads.
         heads: {root in the file: rules} of the heads that fit it, the preferred first.
@@ -38,7 +38,7 @@ class Layout(NamedTuple):
         attached: what `attached_configs` gives.
     """
 
-    places: dict
+    model_tensors: dict
     rules: tuple
     needed: tuple
     heads: dict
@@ -47,7 +47,7 @@ class Layout(NamedTuple):
     attached: tuple
 
 
-def places_of(model, title):
+def tensors_of(model, title):
     """{name: tensor} of a model's parameters and buffers, those that share a tensor too.
 
     Raises:
@@ -55,12 +55,12 @@ def places_of(model, title):
         ValueError: it is on the meta device.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a {title} model, got {type(model).__name__}")
-    places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    for name, tensor in places.items():
+        raise TypeError(f"model must be a {title} model, got {type(model).__name__}")
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors.items():
         if tensor.is_meta:
             raise ValueError(f"{name} of {type(model).__name__} is on the meta device; make the model on another first")
-    return places
+    return tensors
 
 
 def attached_configs(model):
@@ -72,7 +72,7 @@ def opened(source, ignore, origin):
     """The `Checkpoint` of a path or a state dict, which must be what `origin` says, as origins.py has it.
 
     Raises:
-        TypeError, FileNotFoundError, ValueError: as `load_vilt_checkpoint`, of what is no matter of the model.
+        TypeError, FileNotFoundError, ValueError: those of `load_vilt_checkpoint` that do not depend on the model.
     """
     checkpoint = read(source)
     check_origin(checkpoint, origin)
@@ -88,18 +88,21 @@ def fill(model, checkpoint, layout):
     Raises:
         ValueError: it does not fit. Nothing has been copied.
     """
-    name, plan = checkpoint.name, _Plan(model, layout, checkpoint)
+    plan = _Plan(model, layout, checkpoint)
     for key in checkpoint.tensors:
         plan.take(key)
     unfilled = plan.unfilled()
     if plan.problems:
         lines = [f"  {title} ({len(entries)}): {listed(entries)}" for title, entries in plan.problems.items()]
-        raise ValueError("\n".join([f"{name} does not fit {type(model).__name__}, which has not changed:", *lines]))
+        title = f"{checkpoint.name} does not fit {type(model).__name__}, which has not changed:"
+        raise ValueError("\n".join([title, *lines]))
     with torch.no_grad():
-        for place, tensor in plan.filled.items():
-            layout.places[place].copy_(tensor)
+        for name, tensor in plan.filled.items():
+            layout.model_tensors[name].copy_(tensor)
     outcomes, conversions = tuple(plan.outcomes), dict(plan.conversions)
-    return CheckpointReport(name, type(model).__name__, outcomes, unfilled, conversions, tuple(plan.not_finite))
+    return CheckpointReport(
+        checkpoint.name, type(model).__name__, outcomes, unfilled, conversions, tuple(plan.not_finite)
+    )
 
 
 class _Plan:
@@ -115,7 +118,7 @@ class _Plan:
 
     def __init__(self, model, layout, checkpoint):
         self.layout = layout
-        self.places = layout.places
+        self.model_tensors = layout.model_tensors
         self.tensors = tensors = checkpoint.tensors
         self.ignored = checkpoint.ignored
         self.buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
@@ -139,7 +142,7 @@ class _Plan:
             self._take_twin(key, rule.twin)
         elif rule.layer and (reason := self._layer_problem(key, rule)):
             self._problem(reason, key)
-        elif all(name in self.places for name in rule.names):
+        elif all(name in self.model_tensors for name in rule.names):
             self._fill(key, rule)
         elif rule.absent:
             self._record(key, "left out", note=rule.absent)
@@ -150,12 +153,12 @@ class _Plan:
         """{name: why that is all right} of the tensors that no key fills; where it is not, that is a problem."""
         owners = {}
         for name, tensor in self.filled.items():
-            owner = owners.setdefault(id(self.places[name]), name)
+            owner = owners.setdefault(id(self.model_tensors[name]), name)
             if name != owner and not _is_same(tensor, self.filled[owner]):
                 self._problem(TIED, f"{owner} and {name}")
         reasons = {
-            name: self._why_unfilled(name, owners.get(id(place)))
-            for name, place in self.places.items()
+            name: self._why_unfilled(name, owners.get(id(tensor)))
+            for name, tensor in self.model_tensors.items()
             if name not in self.filled
         }
         for name, reason in reasons.items():
@@ -184,30 +187,30 @@ class _Plan:
             self.excused.update(names)
             self._problem("no dense tensors", f"{key} {storage}")
             return
-        wanted = [self.places[name].shape for name in names]
+        wanted = [self.model_tensors[name].shape for name in names]
         if rule.adapt and tensor.dim() == len(wanted[0]):
             tensor, note = rule.adapt(tensor, wanted[0])
         pieces = tensor.chunk(len(names)) if tensor.dim() else (tensor,)
         if [piece.shape for piece in pieces] != wanted:
-            self.excused.update(names)  # named here, and so not once more as lacking
+            self.excused.update(names)  # reported here, so not reported as missing too
             self._problem(self._misfit(key), self._both_shapes(key, names))
             return
         for name, piece in zip(names, pieces, strict=True):
             self._fill_one(key, name, piece)
         action = "split" if len(names) > 1 else "adapted" if note else "loaded"
         self._record(key, action, names, note)
-        dtypes = [str(t.dtype).removeprefix("torch.") for t in (self.tensors[key], self.places[names[0]])]
+        dtypes = [str(t.dtype).removeprefix("torch.") for t in (self.tensors[key], self.model_tensors[names[0]])]
         if dtypes[0] != dtypes[1]:
             self.conversions[tuple(dtypes)] += 1
 
     def _fill_one(self, key, name, piece):
-        place = self.places[name]
-        if not (piece.is_floating_point() and place.is_floating_point()):
-            self._problem("not floating-point", f"{key} {piece.dtype} for {name} {place.dtype}")
+        target = self.model_tensors[name]
+        if not (piece.is_floating_point() and target.is_floating_point()):
+            self._problem("not floating-point", f"{key} {piece.dtype} for {name} {target.dtype}")
         elif name in self.filled:
             self._problem("filled by another key too", f"{name} by {key}")
         else:
-            self.filled[name] = piece.to(place.dtype)
+            self.filled[name] = piece.to(target.dtype)
             self._check_finite(key, name, piece)
 
     def _check_finite(self, key, name, piece):
@@ -248,7 +251,7 @@ class _Plan:
                 f"layers of another method than is attached: the file's are those of {self._config(key, layer)}, "
                 f"the model's of {', '.join(map(str, attached))}"
             )
-        if not all(name in self.places for name in rule.names):
+        if not all(name in self.model_tensors for name in rule.names):
             return f"layers that the model does not have there; attach {self._config(key, layer)} first"
         if not rows:  # the model is a part of the one that knows
             return "layers whose method cannot be told; load into the model that petl_ext.attach was given"
@@ -268,7 +271,7 @@ class _Plan:
         return "shapes that do not fit"
 
     def _both_shapes(self, key, names):
-        shapes = ", ".join(f"{name} {list(self.places[name].shape)}" for name in names)
+        shapes = ", ".join(f"{name} {list(self.model_tensors[name].shape)}" for name in names)
         return f"{key} {list(self.tensors[key].shape)} for {shapes}"
 
     def _record(self, key, action, names=(), note=""):
@@ -295,8 +298,8 @@ def _ignored(checkpoint, ignore):
 def _is_same(tensor, other):
     if _unusual_storage(tensor) or _unusual_storage(other):
         return False
-    same_kind = tensor.shape == other.shape and tensor.dtype == other.dtype
-    return same_kind and torch.allclose(tensor, other, rtol=0, atol=0, equal_nan=True)
+    alike = tensor.shape == other.shape and tensor.dtype == other.dtype
+    return alike and torch.allclose(tensor, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _unusual_storage(tensor):

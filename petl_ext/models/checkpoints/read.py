@@ -39,7 +39,7 @@ class Checkpoint(NamedTuple):
 
 
 def read(source):
-    """The `Checkpoint` of a file, or of a state dict that is there already.
+    """The `Checkpoint` of a file, or of a state dict in memory.
 
     Raises:
         TypeError: source is neither a path nor a mapping.
@@ -59,20 +59,18 @@ def read(source):
 def _checkpoint(name, content):
     tensors = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(tensors, Mapping):
-        raise ValueError(
-            f"{name}: expected a state dict, by itself or under 'state_dict', got {type(tensors).__name__}"
-        )
+        raise ValueError(f"{name} must be a state dict, by itself or under 'state_dict', got {type(tensors).__name__}")
     for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise ValueError(
-                f"{name}: expected a Lightning checkpoint with 'state_dict', or tensors by name; {key!r} holds "
-                f"{type(value).__name__}"
+                f"{name} must be a Lightning checkpoint with 'state_dict', or tensors by name, got "
+                f"{type(value).__name__} under {key!r}"
             )
     return Checkpoint(name, {key: tensor.detach() for key, tensor in tensors.items()})
 
 
 def _content(path):
-    """What safetensors or torch.save has written; which of the two is told by the file's first bytes."""
+    """What safetensors or torch.save has written; the file's first bytes tell which of the two."""
     with path.open("rb") as file:
         start = file.read(9)
         file.seek(0)

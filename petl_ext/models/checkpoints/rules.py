@@ -38,7 +38,7 @@ class Rule(NamedTuple):
 
 
 class LayerNames(NamedTuple):
-    """One kind of layer that the code bases add.
+    """A layer that the code bases add.
 
     Attributes:
         config: what attaches it here, with sizes in braces.

@@ -8,12 +8,12 @@ from petl_ext.models.checkpoints.backbones import (
     DAS_BYPASS,
     PARALLEL_ADAPTER,
     SEQUENTIAL_ADAPTER,
-    Family,
-    load_family,
+    Architecture,
+    load_checkpoint,
 )
 from petl_ext.models.checkpoints.rules import rule
 
-VILT = Family(
+VILT = Architecture(
     title="ViLT",
     child="vilt",
     landmark="embeddings.patch_embeddings.projection.weight",
@@ -109,4 +109,4 @@ def load_vilt_checkpoint(model, checkpoint, ignore=()):
             unknown keys, other shapes, layers of another method than is attached, tensors of the backbone that it
             lacks. The model has not changed.
     """
-    return load_family(model, checkpoint, ignore, VILT)
+    return load_checkpoint(model, checkpoint, ignore, VILT)

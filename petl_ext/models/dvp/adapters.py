@@ -10,7 +10,7 @@ from petl_ext.nn import AdapterLayer
 
 
 class AdapterPlan(NamedTuple):
-    """Where a family's adapters go and what they are.
+    """Where the adapters of a type of language model go and what they are.
 
     Attributes:
         sites: regular expression over the dotted names of modules, whose output, or its first part, is adapted.
@@ -35,7 +35,7 @@ class AdapterPlan(NamedTuple):
 
 
 class AdaptedOutput(Composable):
-    """What a module becomes behind whose output [..., D], or the first part of a tuple, stands the child `adapter`.
+    """What a module becomes to get the child `adapter` behind its output [..., D], or behind the first part of a tuple.
 
     Not a `Site`: those are of what `attach` has put in, and it puts nothing into a model that carries some. These stay
     for good, and it may put other layers beside them.

@@ -14,7 +14,7 @@ from petl_ext.nn import VisualPromptLayer
 from petl_ext.saving import check_keys, check_sizes, fill, read_files, write_files
 
 HEAD_STD = 0.02
-# What folders saved before there were any do not have; they stand for the default.
+# Folders saved by older versions lack these; their defaults hold there.
 LATER_OPTIONS = ("adapter_bottleneck",)
 
 
@@ -33,7 +33,7 @@ class DVPModel(Refusals, nn.Module):
     the dtype of the language model's embeddings.
 
     Args:
-        language_model: a Hugging Face model of the family, with a head of its own or without.
+        language_model: a Hugging Face model of the class's type, with a head of its own or without.
         vision_model: frozen; a module that, given pixel_values, returns an output with last_hidden_state [B, N, Dv],
             class token included, such as CLIPVisionModel. None where `forward` is given visual_features.
         insert_layer: K. It can be changed at any time: `model.insert_layer = 3`.
@@ -61,7 +61,7 @@ class DVPModel(Refusals, nn.Module):
         ValueError: a wrong argument. The language model has not changed.
     """
 
-    family: ClassVar[str]
+    language_model_type: ClassVar[str]
     parts: ClassVar[tuple]  # of the base model that run
     norms: ClassVar[tuple]  # (part, what else is in the names of the parameters that train beside adapters)
     adapters: ClassVar[AdapterPlan]
@@ -159,7 +159,7 @@ class DVPModel(Refusals, nn.Module):
         write_files(folder, {"model": type(self).__name__, "options": options}, self._trained())
 
     @classmethod
-    def from_folder(cls, folder, language_model, vision_model=None):
+    def load(cls, folder, language_model, vision_model=None):
         """A model as it was saved: made from the same language model and vision encoder, and filled.
 
         Raises:
@@ -220,7 +220,7 @@ class DVPModel(Refusals, nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def _freeze(self):
-        """Lets train: new layers and, of the language model, adapters and norms or all that runs."""
+        """Makes trainable: the new layers and, of the language model, adapters and norms, or all that runs."""
         self.language_model.requires_grad_(False)
         if self.vision_model is not None:
             self.vision_model.requires_grad_(False)
@@ -285,7 +285,8 @@ def with_prompt(attention_mask):
 
 
 def _dtype_of(module):
-    """In which it computes. Quantized weights are integers, or no parameters at all, and compute in float32."""
+    """The dtype that a module computes in. Quantized weights are integers, or no parameters at all, and compute in
+    float32."""
     dtypes = (parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
     return next(dtypes, torch.float32)
 

@@ -19,7 +19,7 @@ class DVPBert(DVPModel):
     `AdapterConfig` puts them before the dropout. The LayerNorms of the encoder train, not that of the embeddings.
     """
 
-    family = "bert"
+    language_model_type = "bert"
     parts = ("embeddings", "encoder")
     norms = (("encoder.", "LayerNorm"),)
     adapters = AdapterPlan(

@@ -15,7 +15,7 @@ from petl_ext.models.dvp.adapters import AdapterPlan
 from petl_ext.models.dvp.base import DVPModel, with_prompt
 from petl_ext.tasks.labels import IGNORED, label_loss
 
-# transformers 5.24 gave it another name, in outputs too, and is to forget the old one.
+# transformers 5.24 renamed it, in outputs too, and will drop the old name.
 CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
 
 
@@ -35,7 +35,7 @@ class DVPLlama(DVPModel):
     residual. All norms train.
     """
 
-    family = "llama"
+    language_model_type = "llama"
     parts = ("embed_tokens", "layers", "norm")
     norms = (("layers.", "layernorm"), ("norm.", ""))
     adapters = AdapterPlan(

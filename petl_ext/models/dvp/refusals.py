@@ -10,7 +10,7 @@ from petl_ext.checks import check_positive_integer, check_switch
 class Refusals:
     """Comes before nn.Module in a DVP model. Every error is a ValueError that begins with the model's class."""
 
-    family: ClassVar[str]
+    language_model_type: ClassVar[str]
     parts: ClassVar[tuple]
 
     def _check_text(self, input_ids, attention_mask):
@@ -34,9 +34,10 @@ class Refusals:
 
     def _check_language_model(self, model):
         found = getattr(getattr(model, "config", None), "model_type", None)
-        if found != self.family:
+        if found != self.language_model_type:
             raise self._wrong(
-                f"language_model must be a Hugging Face model of the type {self.family!r}, got {type(model).__name__}"
+                f"language_model must be a Hugging Face model of the type {self.language_model_type!r}, "
+                f"got {type(model).__name__}"
             )
         missing = [part for part in self.parts if not hasattr(model.base_model, part)]
         if missing:

@@ -21,7 +21,7 @@ class DVPT5(DVPModel):
     With use_adapters: on the outputs of all attentions and MLPs, before dropout and residual. All norms train.
     """
 
-    family = "t5"
+    language_model_type = "t5"
     parts = ("shared", "encoder", "decoder")
     norms = (("encoder.", "layer_norm"), ("decoder.", "layer_norm"))
     adapters = AdapterPlan(

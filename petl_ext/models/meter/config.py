@@ -31,7 +31,7 @@ class MeterConfig(PreTrainedConfig):
 
     model_type = "meter"
     sub_configs: ClassVar[dict] = {"text_config": RobertaConfig, "vision_config": CLIPVisionConfig}
-    is_decoder: ClassVar[bool] = False  # transformers' attention asks
+    is_decoder: ClassVar[bool] = False  # transformers' attention reads it
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -55,10 +55,12 @@ class MeterConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check_parts(self):
-        for name, kind in self.sub_configs.items():
+        for name, config_class in self.sub_configs.items():
             part = getattr(self, name)
-            if not isinstance(part, kind):
-                raise TypeError(f"MeterConfig: {name} must be a {kind.__name__} or a dict, got {type(part).__name__}")
+            if not isinstance(part, config_class):
+                raise TypeError(
+                    f"MeterConfig: {name} must be a {config_class.__name__} or a dict, got {type(part).__name__}"
+                )
         for name, least in (("num_fusion_layers", 1), ("modality_type_vocab_size", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"MeterConfig: {name} must be at least {least}, got {getattr(self, name)}")

@@ -1,4 +1,4 @@
-"""Which of two arguments a text or an image has come by."""
+"""Tells by which of two arguments a text or an image was given."""
 
 from typing import NamedTuple
 

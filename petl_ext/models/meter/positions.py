@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch.nn import functional as F
+import torch.nn.functional as F
 
 from petl_ext.checks import check_positive_integer
 

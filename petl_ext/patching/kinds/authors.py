@@ -115,7 +115,7 @@ class Bottleneck(Kind):
 
     @staticmethod
     def petl_candidates(module):
-        # DVP's for LLaMA calls silu, of which no part tells.
+        # DVP's for LLaMA calls silu, which no part shows.
         activation = module._modules.get(_bottleneck_names(module)[2])
         return [Settings(name) for name in (ACTIVATIONS if activation is None else [activation_of(activation)])]
 
@@ -160,7 +160,7 @@ class ParallelAdapter(Kind):
 
     @staticmethod
     def petl_refusal(module):
-        norm = ("adapter_layer_norm_before",) if _norm_place(module) else ()
+        norm = ("adapter_layer_norm_before",) if _norm_option(module) else ()
         if reason := refuse_names(module, ("down_proj", "up_proj", "non_linear_func", *norm), ("scale",)):
             return reason
         if type(getattr(module, "dropout", None)) not in (int, float):
@@ -182,8 +182,8 @@ class ParallelAdapter(Kind):
 
     @staticmethod
     def petl_compute(module, x, add_residual=True, residual=None):
-        norm = module.adapter_layer_norm_before if _norm_place(module) else None
-        last = _norm_place(module) == "out"
+        norm = module.adapter_layer_norm_before if _norm_option(module) else None
+        last = _norm_option(module) == "out"
         first = None if last else norm
         residual = (x if residual is None else residual) if add_residual else None
         out = adapter(
@@ -212,7 +212,7 @@ class ParallelAdapter(Kind):
         return module.down_proj.in_features, module.down_proj.out_features
 
 
-def _norm_place(module):
+def _norm_option(module):
     option = getattr(module, "adapter_layernorm_option", None)
     return option if option in ("in", "out") else None
 
