@@ -62,11 +62,11 @@ int forward(const AttentionPoolForward& args, void* memory, Queue queue) {
   const Grid grid{grid_of_groups(task.problem), kPoolThreads, pool_forward_bytes<T>(task.problem.parts.tallest())};
   error = launch(queue, grid, &pool_forward<T>, task);
   if (error || !parts) return error;
-  PoolFinish finish = finish_of(task.problem, task.sums, task.sum_stride, args.pooled.data);
+  auto finish = finish_of<T, T>(task.problem, task.sums, task.sum_stride, args.pooled.data);
   finish.best = task.best;
   finish.total = task.total;
   finish.statistics = args.statistics;
-  return launch_finish<kDTypeOf<T>, true>(queue, finish);
+  return launch_finish<true>(queue, finish);
 }
 
 }  // namespace

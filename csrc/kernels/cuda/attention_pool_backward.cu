@@ -86,8 +86,7 @@ int backward(const AttentionPoolBackward& args, void* memory, Queue queue) {
                   pool_backward_bytes<T>(task.problem.parts.tallest(), H)};
   error = launch(queue, grid, H <= kHeadGroup ? &pool_backward<T, true> : &pool_backward<T, false>, task);
   if (error || !task.sums) return error;
-  const PoolFinish finish = finish_of(task.problem, task.sums, task.sum_stride, args.dquery);
-  return launch_finish<DType::float32, false>(queue, finish);
+  return launch_finish<false>(queue, finish_of<T, float>(task.problem, task.sums, task.sum_stride, args.dquery));
 }
 
 }  // namespace

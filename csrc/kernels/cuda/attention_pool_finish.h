@@ -1,45 +1,39 @@
 // The small launches beside those of attention pooling's blocks: queries are rounded, the parts' sums combined.
 #pragma once
-#include <type_traits>
-
 #include "kernels/cuda/attention_pool_tile.h"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/reduce.h"
 
 namespace petl::cuda {
 
-// These kernels are chosen by dtypes, those with products by elements.
-template <DType kDType>
-using ElementOf = std::conditional_t<kDType == DType::float32, float,
-                                     std::conditional_t<kDType == DType::bfloat16, Bfloat16, Float16>>;
-
 // Rows [B * H, D] in the dtype of the products; a block takes one.
+template <class T, class Source>
 struct PoolRound {
-  const void* rows;
+  const Source* rows;
   int64_t stride;
-  void* out;
+  T* out;
   int64_t B;
   int H, D;
 };
 
-template <DType kOut, DType kRows>
-__global__ void __launch_bounds__(kPoolThreads) pool_round(const __grid_constant__ PoolRound task) {
-  using Out = ElementOf<kOut>;
+template <class T, class Source>
+__global__ void __launch_bounds__(kPoolThreads) pool_round(const __grid_constant__ PoolRound<T, Source> task) {
   if (pool_sample() >= task.B) return;
   const int64_t row = pool_sample() * task.H + blockIdx.x;
   for (int column = threadIdx.x * 8; column < task.D; column += kPoolThreads * 8) {
     float values[8];
-    unpack(load(static_cast<const ElementOf<kRows>*>(task.rows) + row * task.stride + column), values);
-    static_cast<Packed<Out>*>(task.out)[(row * task.D + column) / 8] = pack<Out>(values);
+    unpack(load(task.rows + row * task.stride + column), values);
+    reinterpret_cast<Packed<T>*>(task.out)[(row * task.D + column) / 8] = pack<T>(values);
   }
 }
 
 // The parts' sums of one head to its row: by their shares of the softmax, as in forward, or as they are.
+template <class T>
 struct PoolFinish {
   const float* sums;  // [B, parts, H, sum_stride]
   int64_t sum_stride;
   const float *best, *total;  // [B, parts, H]
-  void* out;                  // [B * H, D]
+  T* out;                     // [B * H, D]
   float* statistics;          // [2, B * H]
   int64_t B;
   int parts, H, D;
@@ -80,11 +74,12 @@ __device__ __forceinline__ void store_four(T* to, const float4& values) {
 }
 
 // Of one row and a warp's columns, the sums of a few parts, all of whose loads are under way at the same time.
+template <class T>
 struct PoolBatch {
-  static constexpr int kParts = 4, kWords = PoolFinish::kWords;
+  static constexpr int kParts = 4, kWords = PoolFinish<T>::kWords;
   float4 words[kParts][kWords];
 
-  __device__ __forceinline__ void load(const PoolFinish& task, const float* sums, int first_part, int column) {
+  __device__ __forceinline__ void load(const PoolFinish<T>& task, const float* sums, int first_part, int column) {
     const int64_t part_stride = task.H * task.sum_stride;
 #pragma unroll
     for (int i = 0; i < kParts * kWords; ++i) {
@@ -105,34 +100,34 @@ struct PoolBatch {
   }
 };
 
-template <DType kOut, bool kByShares>
-__global__ void __launch_bounds__(PoolFinish::kMostThreads) pool_finish(const __grid_constant__ PoolFinish task) {
-  using Out = ElementOf<kOut>;
-  constexpr int kWords = PoolFinish::kWords;
+template <class T, bool kByShares>
+__global__ void __launch_bounds__(PoolFinish<T>::kMostThreads) pool_finish(const __grid_constant__ PoolFinish<T> task) {
+  using Batch = PoolBatch<T>;
+  constexpr int kWords = PoolFinish<T>::kWords;
   if (pool_sample() >= task.B) return;
-  const int column = pool_warp() * PoolFinish::kWarpColumns + pool_lane() * 4;
+  const int column = pool_warp() * PoolFinish<T>::kWarpColumns + pool_lane() * 4;
   const int64_t row = pool_sample() * task.H + blockIdx.x, first = pool_sample() * task.parts * task.H + blockIdx.x;
   const float* sums = task.sums + first * task.sum_stride;
-  PoolBatch batch;
+  Batch batch;
   batch.load(task, sums, 0, column);
   float own_share = 1;  // of part `part` / 32 * 32 + lane
   float4 values[kWords] = {};
   const PoolSoftmax softmax(task.best + first, task.total + first, kByShares ? task.parts : 0, task.H);
 #pragma unroll 1
-  for (int part = 0; part < task.parts; part += PoolBatch::kParts) {
+  for (int part = 0; part < task.parts; part += Batch::kParts) {
     if (part > 0) batch.load(task, sums, part, column);
     if (kByShares && part % 32 == 0) {
       const int own = part + pool_lane();
       own_share = own < task.parts ? expf(task.best[first + int64_t{own} * task.H] - softmax.best) / softmax.total : 0;
     }
 #pragma unroll
-    for (int i = 0; i < PoolBatch::kParts; ++i) {
+    for (int i = 0; i < Batch::kParts; ++i) {
       batch.add_to(values, i, __shfl_sync(0xffffffffu, own_share, (part + i) % 32));
     }
   }
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
-    if (column + i * 128 < task.D) store_four(static_cast<Out*>(task.out) + row * task.D + column + i * 128, values[i]);
+    if (column + i * 128 < task.D) store_four(task.out + row * task.D + column + i * 128, values[i]);
   }
   if (kByShares && threadIdx.x == 0) {
     task.statistics[row] = softmax.best;

@@ -25,11 +25,6 @@ int64_t rounded_width(int64_t D) {
   return round_up(D, PoolTile<T>::kColumns);
 }
 
-template <class T>
-constexpr DType kDTypeOf = std::is_same_v<T, float>      ? DType::float32
-                           : std::is_same_v<T, Bfloat16> ? DType::bfloat16
-                                                         : DType::float16;
-
 inline bool rounds_queries(const AttentionPoolInputs& args) { return args.query.dtype != args.visual.dtype; }
 
 // The queries in the dtype of the tokens, in `memory` if they have another one.
@@ -40,13 +35,14 @@ int round_queries(Queue queue, const AttentionPoolInputs& args, T* memory, PoolP
   if (!rounds_queries(args)) return 0;
   problem.query = memory;
   problem.query_stride = problem.D;
-  const PoolRound task{args.query.data, args.query.stride, memory, problem.B, problem.H, problem.D};
   return with_element(args.query.dtype, [&](auto element) {
-    constexpr DType kQuery = kDTypeOf<decltype(element)>;
-    if constexpr (kQuery == kDTypeOf<T>) {
+    using Source = decltype(element);
+    if constexpr (std::is_same_v<Source, T>) {
       return 0;
     } else {
-      return launch(queue, {grid_of(task.H, task.B), kPoolThreads, 0}, &pool_round<kDTypeOf<T>, kQuery>, task);
+      const PoolRound<T, Source> task{
+          static_cast<const Source*>(args.query.data), args.query.stride, memory, problem.B, problem.H, problem.D};
+      return launch(queue, {grid_of(task.H, task.B), kPoolThreads, 0}, &pool_round<T, Source>, task);
     }
   });
 }
@@ -76,12 +72,12 @@ bool has_parts(const AttentionPoolInputs& args) {
 }
 
 // Of the sums of all parts, as they are.
-template <class T>
-PoolFinish finish_of(const PoolProblem<T>& problem, const float* sums, int64_t sum_stride, void* out) {
-  PoolFinish finish = {};
+template <class T, class Out>
+PoolFinish<Out> finish_of(const PoolProblem<T>& problem, const float* sums, int64_t sum_stride, void* out) {
+  PoolFinish<Out> finish = {};
   finish.sums = sums;
   finish.sum_stride = sum_stride;
-  finish.out = out;
+  finish.out = static_cast<Out*>(out);
   finish.B = problem.B;
   finish.parts = problem.parts.count;
   finish.H = problem.H;
@@ -89,9 +85,9 @@ PoolFinish finish_of(const PoolProblem<T>& problem, const float* sums, int64_t s
   return finish;
 }
 
-template <DType kOut, bool kByShares>
-int launch_finish(Queue queue, const PoolFinish& task) {
-  return launch(queue, {grid_of(task.H, task.B), task.threads(), 0}, &pool_finish<kOut, kByShares>, task);
+template <bool kByShares, class T>
+int launch_finish(Queue queue, const PoolFinish<T>& task) {
+  return launch(queue, {grid_of(task.H, task.B), task.threads(), 0}, &pool_finish<T, kByShares>, task);
 }
 
 }  // namespace petl::cuda
