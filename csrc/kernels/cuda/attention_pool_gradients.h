@@ -94,7 +94,6 @@ class PoolTokenGradients {
       typename Rows::Sums sums = {};
       add(sums, place(at), weights[0], weights[1]);
       rows_.write(sums, at, (first + at) * Tile::kColumns);
-      __syncwarp();
     };
     stream_rounds<Memory::kPlaces>(tiles, copy, use, [&] {
       operands_.move(Memory::kPlaces * Tile::kColumns);
@@ -118,7 +117,6 @@ class PoolTokenGradients {
       add(sums, place(at), weights_of(group, 0), weights_of(group, 1));
       if (++group < groups) return;
       rows_.write(sums, 0, column);
-      __syncwarp();
       rows_.move(1);
       column += Tile::kColumns;
       group = 0;

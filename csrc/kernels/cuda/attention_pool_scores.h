@@ -67,10 +67,7 @@ __device__ __forceinline__ void find_scores(PoolRows<T, kBlocks>& tokens, PoolRo
 #pragma unroll
       for (int i = 0; i < kOperands; ++i) heads[i].copy_part(Memory::heads(place, i), column, rest);
     }
-    if (ahead == Memory::kPlaces - 2) {
-      meanwhile();
-      __syncwarp();
-    }
+    if (ahead == Memory::kPlaces - 2) meanwhile();
   };
   const auto use = [&](int, int place) {
     products.template add_scores<kOperands, kBlocks>(shares, Memory::heads(place, 0), Memory::tokens(place));

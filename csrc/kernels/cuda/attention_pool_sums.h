@@ -83,7 +83,6 @@ __device__ __forceinline__ void sum_tokens(PoolRows<T, kBlocks>& tokens, const T
         rows.store(half, column_of(place) + 8 * block, sums[block][2 * half], sums[block][2 * half + 1]);
       }
     }
-    __syncwarp();
   };
   tokens.move(-Memory::kPlaces * Tile::kColumns);
   rows.move(last * Tile::kColumns);
