@@ -3,6 +3,7 @@
 
 #include "attention_pool_problem.h"
 #include "emulated.h"
+#include "emulator/settings.h"
 #include "kernels/cuda/attention_pool.h"
 
 namespace {
@@ -21,6 +22,10 @@ void backward(const petl::AttentionPoolBackward& args) {
 
 int main() {
   using petl::DType;
+  // What a block may ask for on the GPUs that have least, 8.6, 8.9 and 12.0.
+  emulator::Settings settings = emulator::settings();
+  settings.shared_memory_limit = 99 << 10;
+  emulator::configure(settings);
   const attention_pool_problem::Device device{"emulated", forward, backward};
   int checked = 0, failed = 0;
   for (const DType dtype : {DType::float32, DType::bfloat16}) {
@@ -28,7 +33,11 @@ int main() {
       for (const auto& [B, N, D, H] : {std::tuple<int64_t, int64_t, int64_t, int64_t>{1, 2, 8, 1},
                                        {2, 64, 72, 12},
                                        {1, 65, 136, 17},
-                                       {2, 150, 264, 40}}) {
+                                       {2, 150, 264, 40},
+                                       {1, 120, 136, 64},
+                                       {1, 33, 1160, 5},
+                                       {2, 81, 520, 16},
+                                       {1, 197, 776, 12}}) {
         ++checked;
         failed += !check(device, attention_pool_problem::Problem(B, N, D, H, dtype, masked));
       }

@@ -11,6 +11,7 @@ from tolerance import assert_as_good_as_torch
 TILE = 96  # rows per tile on the widest CPU path
 CUDA_TILE = 128  # and of the largest block of threads
 POOL_TILE, POOL_SPLIT = 64, 128  # tokens that are taken at a time, and that one thread takes at most on the CPU
+CUDA_POOL_PART = 80  # and that one block of threads takes at most
 
 # Of [60, 64], each with the same elements.
 ROW_LAYOUTS = {
@@ -279,6 +280,8 @@ ATTENTION_POOL = Tested(
             (1, POOL_TILE - 1, 768, 12),
             (2, POOL_TILE, 64, 16),
             (1, POOL_TILE + 1, 1024, 1),
+            (1, CUDA_POOL_PART, 136, 16),
+            (1, CUDA_POOL_PART + 1, 1160, 12),
             (2, POOL_SPLIT - 1, 64, 64),
             (1, POOL_SPLIT, 1024, 16),
             (2, POOL_SPLIT + 1, 768, 5),

@@ -20,8 +20,9 @@ struct PoolBackwardTask {
   T* operands;
   int64_t operand_stride;
   T* dvisual;   // [B, N, D]; null: not needed
-  float* sums;  // [B, parts, H, sum_stride]; null: not needed
+  float* sums;  // [B, parts, H, sum_stride]; null: not needed, or a sample has one part
   int64_t sum_stride;
+  float* dquery;  // [B * H, D]; null: not needed
 };
 
 // Where one token has most of a head's weight, its product with dpooled is nearly the mean, and of their difference, on
@@ -61,46 +62,40 @@ struct PoolHeadValues {
   }
 };
 
-// Of a thread's tokens and heads, as PoolScores has them: the weights, and the gradients of the scores but for their
-// scale.
+// Of a thread's tokens and heads: the weights, and the gradients of the scores but for their scale.
+template <int kBlocks>
 struct PoolDifferentials {
-  float weights[2][2][2], dscores[2][2][2];
+  static constexpr int kSlots = kPoolSlots<kBlocks>;
+  float weights[2][kSlots], dscores[2][kSlots];
 
-  template <int kBlocks, class T>
-  __device__ __forceinline__ void find(const PoolPlace<T>& place, const PoolScores (&products)[2],
-                                       const PoolHeadValues& of) {
-    bool present[2][2];
+  // From a group's products with the part's tokens; load() loads the heads' values.
+  template <class T, class Load>
+  __device__ __forceinline__ void find(const PoolBackwardTask<T>& task, const PoolPlace<T>& place,
+                                       PoolRows<T, kBlocks>& tokens, const PoolHeadValues& of, Load load) {
+    const PoolProblem<T>& problem = place.problem;
+    PoolRows<T, 1> heads[2] = {head_rows(place, problem.query, problem.query_stride),
+                               head_rows(place, task.dpooled, task.dpooled_stride)};
+    float products[2][2][kSlots];
+    find_scores<PoolMemory<T, 2, kBlocks>, 2, kBlocks>(tokens, heads, problem.D, products, load);
+    bool present[kSlots];
     find_present<kBlocks>(place, present);
-    const float scale = place.problem.scale;
-    products[0].for_each([&](int half, int block, int i, float score) {
-      const int head = pool_head(half);
-      const float dweight = products[1].parts[block][2 * half + i];
-      float &weight = weights[half][block][i], &dscore = dscores[half][block][i];
-      weight = dscore = 0;
-      if (!present[block][i] || head >= place.heads()) return;
-      weight = expf(scale * score - of.best[head]) * of.factor[head];
-      dscore = weight * ((dweight - of.mean[head]) - of.rest[head]);
-    });
+#pragma unroll
+    for (int i = 0; i < 2 * kSlots; ++i) {
+      const int half = i / kSlots, slot = i % kSlots, head = pool_head(half);
+      const bool counts = present[slot] && head < place.heads();
+      const float score = problem.scale * products[0][half][slot], dweight = products[1][half][slot];
+      const float weight = expf(score - of.best[head]) * of.factor[head];
+      weights[half][slot] = counts ? weight : 0;
+      dscores[half][slot] = counts ? weight * ((dweight - of.mean[head]) - of.rest[head]) : 0;
+    }
   }
 };
-
-// A group's products with the part's tokens, and what follows of them; load() loads the heads' values.
-template <int kBlocks, class T, class Load>
-__device__ __forceinline__ void find_differentials(const PoolBackwardTask<T>& task, const PoolPlace<T>& place,
-                                                   PoolRows<T, kBlocks>& tokens, const PoolHeadValues& of, Load load,
-                                                   PoolDifferentials& found) {
-  const PoolProblem<T>& problem = place.problem;
-  PoolRows<T, 1> heads[2] = {head_rows(place, problem.query, problem.query_stride),
-                             head_rows(place, task.dpooled, task.dpooled_stride)};
-  PoolScores products[2];
-  find_scores<PoolMemory<T, 2, kBlocks>, 2, kBlocks>(tokens, heads, problem.D, products, load);
-  found.find<kBlocks>(place, products, of);
-}
 
 // kOneGroup: whether all heads are of one group.
 template <class T, int kBlocks, bool kOneGroup>
 class PoolBackward {
   using Memory = PoolMemory<T, 2, kBlocks>;
+  using WeightTile = PoolWeightTile<T, kBlocks>;
 
  public:
   __device__ __forceinline__ static void run(const PoolBackwardTask<T>& task, const PoolPlace<T>& place) {
@@ -116,7 +111,14 @@ class PoolBackward {
     const PoolGradientRows<T, kBlocks> rows(task.dvisual + (place.sample * problem.N + place.first_token()) * problem.D,
                                             place.tokens(), problem.D);
     const T* operands = task.operands + place.sample * groups * 2 * kHeadGroup * task.operand_stride;
-    write_gradients<kOneGroup, Memory>(rows, problem.D, operands, task.operand_stride, groups, weight_tile);
+    const auto tile_of = [](int group, int i) { return weight_tile(group, i); };
+    PoolTokenGradients<Memory, kBlocks, T, decltype(tile_of)> gradients(rows, problem.D, operands, task.operand_stride,
+                                                                        tile_of);
+    if constexpr (kOneGroup) {
+      gradients.write_of_one_group();
+    } else {
+      gradients.write(groups);
+    }
   }
 
  private:
@@ -128,38 +130,41 @@ class PoolBackward {
   // tiles, which the next group would need again.
   __device__ __forceinline__ static T* weight_tile(int group, int i) {
     T* const behind = reinterpret_cast<T*>(&values() + 1);
-    return kOneGroup ? Memory::heads(i, 0) : behind + (2 * group + i) * PoolWeightTile<T>::kElements;
+    return kOneGroup ? Memory::heads(i, 0) : behind + (2 * group + i) * WeightTile::kElements;
   }
 
   __device__ __forceinline__ static void run_group(const PoolBackwardTask<T>& task, const PoolPlace<T>& place,
                                                    int group) {
     PoolRows<T, kBlocks> tokens = token_rows<T, kBlocks>(place);
-    PoolDifferentials found;
-    const auto load = [&] {
+    PoolDifferentials<kBlocks> found;
+    found.find(task, place, tokens, values(), [&] {
       values().load(task, place);
       values().load_mean(task, place);
-    };
-    find_differentials<kBlocks>(task, place, tokens, values(), load, found);
+    });
 #pragma unroll
-    for (int i = 0; i < 8; ++i) found.dscores[i / 4][i / 2 % 2][i % 2] *= place.problem.scale;
+    for (int i = 0; i < 2 * found.kSlots; ++i) found.dscores[i / found.kSlots][i % found.kSlots] *= place.problem.scale;
     // All have read their letters.
     __syncthreads();
-    if (pool_warp() < kBlocks) {
-      store_weights(weight_tile(group, 0), found.dscores);
-      store_weights(weight_tile(group, 1), found.weights);
-    }
+    store_weights<kBlocks>(weight_tile(group, 0), found.dscores);
+    store_weights<kBlocks>(weight_tile(group, 1), found.weights);
     __syncthreads();
-    if (!task.sums) return;
     const int64_t row = place.partial_row();
-    sum_tokens<Memory, kBlocks>(tokens, weight_tile(group, 0), place.problem.D, place.heads(),
-                                task.sums + row * task.sum_stride, task.sum_stride);
+    const T* weights = weight_tile(group, 0);
+    if (task.sums) {
+      const PoolPartSums<T> rows(task.sums + row * task.sum_stride, task.sum_stride);
+      sum_tokens<Memory, kBlocks>(tokens, weights, place.problem.D, place.heads(), rows);
+    } else if (task.dquery) {
+      const PoolAllSums<T, float> rows(task.dquery + row * place.problem.D, place.problem.D, 1, 1);
+      sum_tokens<Memory, kBlocks>(tokens, weights, place.problem.D, place.heads(), rows);
+    }
   }
 };
 
 template <class T>
-int pool_backward_bytes(int64_t H) {
+int pool_backward_bytes(int tallest, int64_t H) {
   const int groups = pool_groups(H), weight_tiles = groups > 1 ? 2 * groups : 0;
-  return pool_tile_bytes<T, 2>() + sizeof(PoolHeadValues) + weight_tiles * PoolWeightTile<T>::kElements * sizeof(T);
+  return pool_tile_bytes<T, 2>(tallest) + sizeof(PoolHeadValues) +
+         weight_tiles * PoolWeightTile<T, kMostTokenBlocks<T, false>>::kElements * sizeof(T);
 }
 
 }  // namespace petl::cuda

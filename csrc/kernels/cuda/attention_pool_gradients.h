@@ -70,53 +70,87 @@ class PoolGradientRows {
 };
 
 // rows [tokens, D] = sum over groups of weight_tile(group, 0)^T query + weight_tile(group, 1)^T dpooled, of which the
-// operands [groups, 2, kHeadGroup, stride] are tiles' rows. With one group its weights stay in registers.
-template <bool kOneGroup, class Memory, int kBlocks, class T, class WeightTile>
-__device__ __forceinline__ void write_gradients(PoolGradientRows<T, kBlocks> rows, int D, const T* operands,
-                                                int64_t stride, int groups, WeightTile weight_tile) {
+// operands [groups, 2, kHeadGroup, stride] are tiles' rows.
+template <class Memory, int kBlocks, class T, class WeightTile>
+class PoolTokenGradients {
   using Tile = PoolTile<T>;
   using Products = PoolProducts<T>;
-  const int tiles = (D + Tile::kColumns - 1) / Tile::kColumns, count = kOneGroup ? tiles : tiles * groups;
-  const Products products;
-  typename Products::template Weights<kBlocks> weights[2];
-  // Not a loop: for sm_100 it stays one, and what is indexed by it then lies in memory.
-  const auto load_weights = [&](int group) {
-    weights[0] = Products::template by_token<kBlocks>(weight_tile(group, 0));
-    weights[1] = Products::template by_token<kBlocks>(weight_tile(group, 1));
-  };
-  if (kOneGroup) load_weights(0);
-  PoolRows<T, 2> heads(operands, stride, [](int) { return true; });
+  using Weights = typename Products::template Weights<kBlocks>;
+  using Rows = PoolGradientRows<T, kBlocks>;
+
+ public:
+  __device__ __forceinline__ PoolTokenGradients(const Rows& rows, int D, const T* operands, int64_t stride,
+                                                const WeightTile& weight_tile)
+      : rows_(rows), D_(D), operands_(operands, stride, {true, true}), stride_(stride), weight_tile_(weight_tile) {}
+
+  // Of a single group, whose weights stay in registers.
+  __device__ __forceinline__ void write_of_one_group() {
+    const Weights weights[2] = {weights_of(0, 0), weights_of(0, 1)};
+    const int tiles = tile_count();
+    const auto copy = [&](int first, int ahead) {
+      if (first + ahead < tiles) operands_.copy(place(ahead % Memory::kPlaces), ahead * Tile::kColumns);
+    };
+    const auto use = [&](int first, int at) {
+      typename Rows::Sums sums = {};
+      add(sums, place(at), weights[0], weights[1]);
+      rows_.write(sums, at, (first + at) * Tile::kColumns);
+    };
+    stream_rounds<Memory::kPlaces>(tiles, copy, use, [&] {
+      operands_.move(Memory::kPlaces * Tile::kColumns);
+      rows_.move(Memory::kPlaces);
+    });
+  }
+
   // Tiles are visited by columns, and for each by groups.
-  const auto copy = [&](int first, int ahead) {
-    if (first + ahead >= count) return;
-    const int group = (first + ahead) % groups, column = (first + ahead) / groups * Tile::kColumns;
-    heads.copy(Memory::tokens(ahead % Memory::kPlaces),
-               kOneGroup ? ahead * Tile::kColumns : column + group * 2 * kHeadGroup * static_cast<int>(stride));
-  };
-  typename PoolGradientRows<T, kBlocks>::Sums sums;
-  const auto use = [&](int first, int place) {
-    const int tile = kOneGroup ? first + place : (first + place) / groups;
-    const int group = kOneGroup ? 0 : (first + place) % groups;
-    if (!kOneGroup) load_weights(group);
-    if (group == 0) {
+  __device__ __forceinline__ void write(int groups) {
+    const int count = tile_count() * groups, next_group = 2 * kHeadGroup * static_cast<int>(stride_);
+    int copied = 0, group = 0, column = 0;
+    const auto copy = [&](int first, int ahead) {
+      if (first + ahead >= count) return;
+      operands_.copy(place(ahead % Memory::kPlaces), 0);
+      const bool is_last = ++copied == groups;
+      operands_.move(is_last ? Tile::kColumns - (groups - 1) * next_group : next_group);
+      if (is_last) copied = 0;
+    };
+    typename Rows::Sums sums = {};
+    const auto use = [&](int, int at) {
+      add(sums, place(at), weights_of(group, 0), weights_of(group, 1));
+      if (++group < groups) return;
+      rows_.write(sums, 0, column);
+      rows_.move(1);
+      column += Tile::kColumns;
+      group = 0;
+      clear(sums);
+    };
+    stream_rounds<Memory::kPlaces>(count, copy, use, [] {});
+  }
+
+ private:
+  __device__ __forceinline__ int tile_count() const { return (D_ + Tile::kColumns - 1) / Tile::kColumns; }
+  __device__ __forceinline__ static T* place(int i) { return Memory::tokens(i); }
+  __device__ __forceinline__ Weights weights_of(int group, int i) const {
+    return Products::template by_token<kBlocks>(weight_tile_(group, i));
+  }
+
+  __device__ __forceinline__ void add(typename Rows::Sums& sums, const T* tile, const Weights& of_query,
+                                      const Weights& of_dpooled) const {
+    products_.template add_gradients<kBlocks>(sums, of_query, tile);
+    products_.template add_gradients<kBlocks>(sums, of_dpooled, tile + kHeadGroup * Tile::kStride);
+  }
+
+  __device__ __forceinline__ static void clear(typename Rows::Sums& sums) {
 #pragma unroll
-      for (int i = 0; i < kBlocks * Products::kColumnBlocks * 4; ++i) {
-        sums[i / 4 / Products::kColumnBlocks][i / 4 % Products::kColumnBlocks][i % 4] = 0;
-      }
+    for (int i = 0; i < kBlocks * Products::kColumnBlocks * 4; ++i) {
+      sums[i / 4 / Products::kColumnBlocks][i / 4 % Products::kColumnBlocks][i % 4] = 0;
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      products.template add_gradients<kBlocks>(sums, weights[i],
-                                               Memory::tokens(place) + i * kHeadGroup * Tile::kStride);
-    }
-    if (kOneGroup || group == groups - 1) rows.write(sums, kOneGroup ? place : tile, tile * Tile::kColumns);
-    __syncwarp();
-  };
-  stream_rounds<Memory::kPlaces>(count, copy, use, [&] {
-    if (!kOneGroup) return;
-    heads.move(Memory::kPlaces * Tile::kColumns);
-    rows.move(Memory::kPlaces);
-  });
-}
+  }
+
+  Products products_;
+  Rows rows_;
+  const int D_;
+  PoolRows<T, 2> operands_;
+  const int64_t stride_;
+  const WeightTile weight_tile_;
+};
 
 }  // namespace petl::cuda

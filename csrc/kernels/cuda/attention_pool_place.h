@@ -1,5 +1,8 @@
 // What a block of threads of attention pooling works on, and where its tiles lie.
 #pragma once
+#include <algorithm>
+#include <type_traits>
+
 #include "kernels/cuda/attention_pool_tile.h"
 
 namespace petl::cuda {
@@ -25,11 +28,11 @@ struct PoolMemory {
   static constexpr int kTokenElements = kBlocks * kTokenBlock * PoolTile<T>::kStride;
   static constexpr int kHeadElements = kHeadGroup * PoolTile<T>::kStride;
   static constexpr int kPlaceElements = kTokenElements + kOperands * kHeadElements;
-  // Places for tiles that are in use, on their way, or kept for the tokens' sums: as many as leave room for two more
-  // blocks on a multiprocessor, and three at least.
-  static constexpr int kRoom = (74 << 10) / (kPlaceElements * sizeof(T));
-  static constexpr int kPlaces = kRoom < 3 ? 3 : kRoom;
-  static constexpr int kBytes = kPlaces * kPlaceElements * sizeof(T);
+  // Places for tiles that are in use, on their way, or kept for the tokens' sums: three, or four where two more blocks
+  // of forward still find room on the multiprocessor.
+  static constexpr int kPlaceBytes = kPlaceElements * static_cast<int>(sizeof(T));
+  static constexpr int kPlaces = kOperands == 1 && 4 * kPlaceBytes <= 74 << 10 ? 4 : 3;
+  static constexpr int kBytes = kPlaces * kPlaceBytes;
 
   __device__ __forceinline__ static T* tokens(int place) {
     return reinterpret_cast<T*>(shared_memory()) + place * kPlaceElements;
@@ -41,15 +44,27 @@ struct PoolMemory {
   __device__ __forceinline__ static float* scratch() { return reinterpret_cast<float*>(tokens(kPlaces)); }
 };
 
-// The most that a part's tiles take, whatever its height.
-template <class T, int kOperands>
-constexpr int pool_tile_bytes() {
-  constexpr int kBytes[] = {PoolMemory<T, kOperands, 2>::kBytes, PoolMemory<T, kOperands, 3>::kBytes,
-                            PoolMemory<T, kOperands, 4>::kBytes};
-  static_assert(kMostTokenBlocks == 4, "all heights are here");
-  int most = 0;
-  for (int bytes : kBytes) most = bytes > most ? bytes : most;
-  return most;
+// Parts have kernels of their own for every height; a single block of tokens counts as two.
+constexpr int kLeastHeight = 2;
+
+// What the tiles take of a problem whose tallest part has so many blocks; others may have one less.
+template <class T, int kOperands, int kHeight = kMostTokenBlocks<T>>
+int pool_tile_bytes(int tallest) {
+  if constexpr (kHeight == kLeastHeight) {
+    return PoolMemory<T, kOperands, kHeight>::kBytes;
+  } else {
+    if (tallest < kHeight) return pool_tile_bytes<T, kOperands, kHeight - 1>(tallest);
+    return std::max(PoolMemory<T, kOperands, kHeight>::kBytes, PoolMemory<T, kOperands, kHeight - 1>::kBytes);
+  }
+}
+
+// Calls run(height) with the height that a part of so many blocks needs, kHeight at most.
+template <int kHeight, class Run>
+__device__ __forceinline__ void with_height(int blocks, Run run) {
+  if constexpr (kHeight > kLeastHeight) {
+    if (blocks < kHeight) return with_height<kHeight - 1>(blocks, run);
+  }
+  run(std::integral_constant<int, kHeight>{});
 }
 
 // A block's place in its sample.
@@ -82,8 +97,16 @@ struct PoolPlace {
   __device__ __forceinline__ int tokens() const {
     return min(problem.parts.blocks_of(part) * kTokenBlock, problem.N - first_token());
   }
-  __device__ __forceinline__ bool takes_part(int token) const {
-    return token < tokens() && (!problem.mask || problem.mask[sample * problem.N + first_token() + token]);
+  // Of some of the part's tokens, whether they take part.
+  template <int kCount>
+  __device__ __forceinline__ void find_present(const int (&of)[kCount], bool (&present)[kCount]) const {
+    const int count = tokens();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) present[i] = of[i] < count;
+    if (!problem.mask) return;
+    const uint8_t* const mask = problem.mask + sample * problem.N + first_token();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) present[i] = present[i] && mask[of[i]];
   }
 };
 
@@ -91,12 +114,18 @@ template <class T, int kBlocks>
 __device__ __forceinline__ PoolRows<T, kBlocks> token_rows(const PoolPlace<T>& place) {
   const PoolProblem<T>& problem = place.problem;
   const T* first = problem.visual + place.sample * problem.visual_sample + place.first_token() * problem.visual_stride;
-  return {first, problem.visual_stride, [&](int token) { return place.takes_part(token); }};
+  int rows[kBlocks];
+  bool present[kBlocks];
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) rows[i] = PoolRows<T, kBlocks>::row(i);
+  place.find_present(rows, present);
+  return {first, problem.visual_stride, present};
 }
 
 template <class T>
 __device__ __forceinline__ PoolRows<T, 1> head_rows(const PoolPlace<T>& place, const T* rows, int64_t stride) {
-  return {rows + place.first_row() * stride, stride, [&](int head) { return head < place.heads(); }};
+  const bool present[1] = {PoolRows<T, 1>::row(0) < place.heads()};
+  return {rows + place.first_row() * stride, stride, present};
 }
 
 }  // namespace petl::cuda

@@ -61,7 +61,7 @@ __device__ __forceinline__ void pack_operands(const PoolBackwardTask<T>& task, c
 template <class T>
 class PoolPrepare {
   // The rests are found in one way for all heights of parts: it is rare.
-  static constexpr int kBlocks = kMostTokenBlocks;
+  static constexpr int kBlocks = kMostTokenBlocks<T>;
   using Memory = PoolMemory<T, 2, kBlocks>;
 
  public:
@@ -99,14 +99,14 @@ class PoolPrepare {
                                                     Meanwhile meanwhile) {
     PoolRows<T, 1> pooled = head_rows(place, task.pooled, task.pooled_stride);
     PoolRows<T, 1> dpooled[1] = {head_rows(place, task.dpooled, task.dpooled_stride)};
-    PoolScores products[1];
+    float products[1][2][kPoolSlots<1>];
     find_scores<Memory, 1, 1>(pooled, dpooled, place.problem.D, products, meanwhile);
     const int g = pool_lane() / 4;
     if (pool_warp() == 0 && pool_lane() % 4 == g / 2) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float (&parts)[4] = products[0].parts[half];
-        values().mean[pool_head(half)] = g % 2 == 0 ? parts[2 * half] : parts[2 * half + 1];
+        const float (&own)[4] = products[0][half];
+        values().mean[pool_head(half)] = g % 2 == 0 ? own[2 * half] : own[2 * half + 1];
       }
     }
     __syncthreads();
@@ -115,11 +115,12 @@ class PoolPrepare {
   // The part's share of what rounding left out of the means: the sum of all dscores is zero but for it.
   __device__ __forceinline__ static void find_rests(const PoolBackwardTask<T>& task, const PoolPlace<T>& place) {
     PoolRows<T, kBlocks> tokens = token_rows<T, kBlocks>(place);
-    PoolDifferentials found;
-    find_differentials<kBlocks>(task, place, tokens, values(), [&] { values().load(task, place); }, found);
+    PoolDifferentials<kBlocks> found;
+    found.find(task, place, tokens, values(), [&] { values().load(task, place); });
     float rest[2] = {};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) rest[i / 4] += found.dscores[i / 4][i / 2 % 2][i % 2];
+    for (int i = 0; i < 2 * found.kSlots; ++i)
+      rest[i / found.kSlots] += found.dscores[i / found.kSlots][i % found.kSlots];
     reduce_pool_tokens(rest, reinterpret_cast<float*>(&values() + 1), Add());
     if (pool_warp() != 0 || pool_lane() % 4 != 0) return;
 #pragma unroll

@@ -12,7 +12,6 @@ namespace petl::cuda {
 template <class T>
 class PoolProducts {
   using Tile = PoolTile<T>;
-  using WeightTile = PoolWeightTile<T>;
 
  public:
   // The warp's columns of a tile, in blocks of eight.
@@ -60,7 +59,7 @@ class PoolProducts {
   __device__ __forceinline__ static Weights<kBlocks> by_head(const T* tile) {
     Weights<kBlocks> weights;
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) load_matrices(weights.parts[block], tile + lane_of(block));
+    for (int block = 0; block < kBlocks; ++block) load_matrices(weights.parts[block], tile + lane_of<kBlocks>(block));
     return weights;
   }
 
@@ -71,7 +70,7 @@ class PoolProducts {
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
       uint32_t parts[4];
-      load_matrices_transposed(parts, tile + lane_of(block));
+      load_matrices_transposed(parts, tile + lane_of<kBlocks>(block));
 #pragma unroll
       for (int i = 0; i < 4; ++i) weights.parts[block][i] = parts[i == 1 ? 2 : i == 2 ? 1 : i];
     }
@@ -111,8 +110,9 @@ class PoolProducts {
   }
 
  private:
+  template <int kBlocks>
   __device__ __forceinline__ static int lane_of(int block) {
-    return WeightTile::at(pool_lane() % 16, kTokenBlock * block + pool_lane() / 16 * 8);
+    return PoolWeightTile<T, kBlocks>::at(pool_lane() % 16, kTokenBlock * block + pool_lane() / 16 * 8);
   }
 
   // Where the lane's row of a matrix begins, of both halves of the warp's columns: of rows of a left operand or of
@@ -124,7 +124,6 @@ class PoolProducts {
 template <>
 class PoolProducts<float> {
   using Tile = PoolTile<float>;
-  using WeightTile = PoolWeightTile<float>;
 
  public:
   static constexpr int kColumnBlocks = Tile::kColumns / kPoolWarps / 8;
@@ -175,6 +174,7 @@ class PoolProducts<float> {
                                            const float* tokens) const {
 #pragma unroll 4
     for (int token = 0; token < kBlocks * kTokenBlock; token += 4) {
+      using WeightTile = PoolWeightTile<float, kBlocks>;
       const float4 left[2] = {four(weights.tile + WeightTile::at(g(), token)),
                               four(weights.tile + WeightTile::at(g() + 8, token))};
       multiply_columns(sums, left, tokens + token * Tile::kStride);
@@ -184,6 +184,7 @@ class PoolProducts<float> {
   template <int kBlocks>
   __device__ __forceinline__ void add_gradients(float (&sums)[kBlocks][kColumnBlocks][4],
                                                 const Weights<kBlocks>& weights, const float* heads) const {
+    using WeightTile = PoolWeightTile<float, kBlocks>;
 #pragma unroll 1
     for (int head = 0; head < kHeadGroup; head += 4) {
 #pragma unroll

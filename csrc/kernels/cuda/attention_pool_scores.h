@@ -7,57 +7,43 @@
 
 namespace petl::cuda {
 
-// Of a block of tokens, which one warp cares for, one thread's products with heads g and g + 8 (for lane 4 g + t):
-// of each the tokens 8 block + 2 t + i of the warp's sixteen are parts[block][2 * half + i].
-struct PoolScores {
-  float parts[2][4];
-
-  // Calls visit(half, block, i, score).
-  template <class Visit>
-  __device__ __forceinline__ void for_each(Visit visit) const {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) visit(i / 2 % 2, i / 4, i % 2, parts[i / 4][i % 4]);
-  }
-};
-
-__device__ __forceinline__ int pool_head(int half) { return pool_lane() / 4 + 8 * half; }
-__device__ __forceinline__ int pool_token(int block, int i) {
-  return kTokenBlock * pool_warp() + 8 * block + pool_lane() % 4 * 2 + i;
-}
-
-// Each warp has its share of depth of all products; warp w gets of those with block w the others' shares. They are
-// added in an order that is the same for every block. The letters take the place of the heads' tiles.
+// Each warp has its share of depth of all products; that of a block of tokens it sends to the warp whose block it is.
+// Shares are added in an order that is the same for every block. In a round each warp gets one block; the letters take
+// the place of the heads' tiles.
 template <class Memory, int kOperands, int kBlocks>
-__device__ __forceinline__ void exchange_shares(const float (&shares)[kOperands][2 * kBlocks][4],
-                                                PoolScores (&own)[kOperands]) {
+__device__ __forceinline__ void exchange_shares(const float (&shares)[kOperands][2 * kBlocks][4], int round,
+                                                float (&own)[kOperands][2][kPoolSlots<kBlocks>]) {
   static_assert(Memory::kPlaces >= kPoolWarps - 1, "a place holds the letters of one sender to each");
-  const auto letter = [](int operand, int block, int sender, int half) -> float4& {
-    float4* const first = reinterpret_cast<float4*>(Memory::heads(sender - 1, 0));
-    return first[((operand * kBlocks + block) * 2 + half) * 32 + pool_lane()];
+  const auto letter = [](int operand, int receiver, int sender, int half) -> float4& {
+    float4* const letters = reinterpret_cast<float4*>(Memory::heads(sender - 1, 0));
+    return letters[((operand * kPoolWarps + receiver) * 2 + half) * 32 + pool_lane()];
   };
+  float4 mine[kOperands][2];
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < kOperands * kBlocks; ++i) {
-    const int operand = i / kBlocks, block = i % kBlocks;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float (&parts)[4] = shares[operand][2 * block + half];
-      if (block == pool_warp()) {
-        for (int j = 0; j < 4; ++j) own[operand].parts[half][j] = parts[j];
-      } else {
-        letter(operand, block, pool_warp() ^ block, half) = {parts[0], parts[1], parts[2], parts[3]};
-      }
+  for (int i = 0; i < 2 * kOperands * kPoolWarps; ++i) {
+    const int operand = i / 8, receiver = i / 2 % 4, half = i % 2;
+    const int block = round * kPoolWarps + receiver;
+    if (block >= kBlocks) continue;
+    const float (&parts)[4] = shares[operand][2 * block + half];
+    const float4 share = {parts[0], parts[1], parts[2], parts[3]};
+    if (receiver == pool_warp()) {
+      mine[operand][half] = share;
+    } else {
+      letter(operand, receiver, pool_warp() ^ receiver, half) = share;
     }
   }
   __syncthreads();
-  if (pool_warp() >= kBlocks) return;
+  if (round * kPoolWarps + pool_warp() >= kBlocks) return;
 #pragma unroll
   for (int i = 0; i < 2 * kOperands; ++i) {
-    float (&parts)[4] = own[i / 2].parts[i % 2];
     const float4 others[3] = {letter(i / 2, pool_warp(), 1, i % 2), letter(i / 2, pool_warp(), 2, i % 2),
                               letter(i / 2, pool_warp(), 3, i % 2)};
 #pragma unroll
-    for (int j = 0; j < 4; ++j) parts[j] = (parts[j] + at(others[0], j)) + (at(others[1], j) + at(others[2], j));
+    for (int j = 0; j < 4; ++j) {
+      own[i / 2][j / 2][4 * round + i % 2 * 2 + j % 2] =
+          (at(mine[i / 2][i % 2], j) + at(others[0], j)) + (at(others[1], j) + at(others[2], j));
+    }
   }
 }
 
@@ -65,7 +51,7 @@ __device__ __forceinline__ void exchange_shares(const float (&shares)[kOperands]
 // tokens are still in shared memory, and the rows' pointers have moved on by Memory::kPlaces tiles for each round.
 template <class Memory, int kOperands, int kBlocks, class T, class Meanwhile>
 __device__ __forceinline__ void find_scores(PoolRows<T, kBlocks>& tokens, PoolRows<T, 1> (&heads)[kOperands], int D,
-                                            PoolScores (&own)[kOperands], Meanwhile meanwhile) {
+                                            float (&own)[kOperands][2][kPoolSlots<kBlocks>], Meanwhile meanwhile) {
   using Tile = PoolTile<T>;
   const PoolProducts<T> products;
   float shares[kOperands][2 * kBlocks][4] = {};
@@ -91,16 +77,19 @@ __device__ __forceinline__ void find_scores(PoolRows<T, kBlocks>& tokens, PoolRo
 #pragma unroll
     for (int i = 0; i < kOperands; ++i) heads[i].move(Memory::kPlaces * Tile::kColumns);
   });
-  exchange_shares<Memory, kOperands, kBlocks>(shares, own);
+#pragma unroll
+  for (int round = 0; round * kPoolWarps < kBlocks; ++round) {
+    exchange_shares<Memory, kOperands, kBlocks>(shares, round, own);
+  }
 }
 
-// Which of the thread's tokens take part: [block][i].
+// Which of the thread's tokens take part.
 template <int kBlocks, class T>
-__device__ __forceinline__ void find_present(const PoolPlace<T>& place, bool (&present)[2][2]) {
+__device__ __forceinline__ void find_present(const PoolPlace<T>& place, bool (&present)[kPoolSlots<kBlocks>]) {
+  int tokens[kPoolSlots<kBlocks>];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    present[i / 2][i % 2] = pool_warp() < kBlocks && place.takes_part(pool_token(i / 2, i % 2));
-  }
+  for (int slot = 0; slot < kPoolSlots<kBlocks>; ++slot) tokens[slot] = pool_token(slot);
+  place.find_present(tokens, present);
 }
 
 // Combines the values of all tokens, for heads g and g + 8 of lane 4 g + t; every thread gets the results of its heads.
@@ -122,21 +111,17 @@ __device__ __forceinline__ void reduce_pool_tokens(float (&values)[2], float* sc
 }
 static_assert(kPoolWarps == 4, "so many values are combined");
 
-template <class T>
-__device__ __forceinline__ void store_pair(T* to, const float (&pair)[2]) {
-  if constexpr (sizeof(T) == 2) {
-    *reinterpret_cast<uint32_t*>(to) = pack_pair(pair[0], pair[1], T{});
-  } else {
-    *reinterpret_cast<float2*>(to) = {pair[0], pair[1]};
-  }
-}
-
-// values[half][block][i] of a thread, as PoolScores has them, to a weight tile.
-template <class T>
-__device__ __forceinline__ void store_weights(T* tile, const float (&values)[2][2][2]) {
+// A thread's weights to their tile.
+template <int kBlocks, class T>
+__device__ __forceinline__ void store_weights(T* tile, const float (&values)[2][kPoolSlots<kBlocks>]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    store_pair(tile + PoolWeightTile<T>::at(pool_head(i / 2), pool_token(i % 2, 0)), values[i / 2][i % 2]);
+  for (int slot = 0; slot < kPoolSlots<kBlocks>; slot += 2) {
+    if (pool_block(slot) >= kBlocks) continue;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      T* const to = tile + PoolWeightTile<T, kBlocks>::at(pool_head(half), pool_token(slot));
+      store_pair(to, values[half][slot], values[half][slot + 1]);
+    }
   }
 }
 

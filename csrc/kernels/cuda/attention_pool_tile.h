@@ -11,7 +11,10 @@ namespace petl::cuda {
 constexpr int kPoolWarps = 4, kPoolThreads = 32 * kPoolWarps;
 // The height of a tensor core's product, and of a block of tokens.
 constexpr int kHeadGroup = 16, kTokenBlock = 16;
-constexpr int kMostTokenBlocks = 4;  // of a part
+// Of a part. Tall parts leave fewer sums to combine; at this height a multiprocessor runs three blocks in forward and
+// two in backward, of which several groups of heads take more registers and shared memory, and so does float32.
+template <class T, bool kOneGroup = true>
+constexpr int kMostTokenBlocks = 3 + (sizeof(T) == 2) + kOneGroup;
 
 __device__ __forceinline__ int pool_lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ int pool_warp() { return threadIdx.x / 32; }
@@ -21,17 +24,19 @@ __host__ __device__ __forceinline__ int pool_groups(int64_t H) {
   return static_cast<int>((H + kHeadGroup - 1) / kHeadGroup);
 }
 
-// A part is whole blocks of tokens; no part has more than one block more than another. All this depends on the number
-// of tokens alone, so that neither do results depend on the rest of a batch.
+// A part is whole blocks of tokens; no part has more than one block more than another. All this depends on the numbers
+// of tokens and heads alone, so that no sample's results depend on the rest of a batch.
 struct PoolParts {
   int count;            // of a sample
   int blocks, greater;  // each part has so many blocks, and the first `greater` one more
 
-  static PoolParts of(int64_t N) {
-    const int64_t blocks = (N + kTokenBlock - 1) / kTokenBlock,
-                  count = (blocks + kMostTokenBlocks - 1) / kMostTokenBlocks;
+  template <class T>
+  static PoolParts of(int64_t N, int64_t H) {
+    const int most = H <= kHeadGroup ? kMostTokenBlocks<T, true> : kMostTokenBlocks<T, false>;
+    const int64_t blocks = (N + kTokenBlock - 1) / kTokenBlock, count = (blocks + most - 1) / most;
     return {static_cast<int>(count), static_cast<int>(blocks / count), static_cast<int>(blocks % count)};
   }
+  int tallest() const { return blocks + (greater > 0); }
 
   __device__ __forceinline__ int blocks_of(int part) const { return blocks + (part < greater); }
   __device__ __forceinline__ int first_token(int part) const {
@@ -54,10 +59,10 @@ struct PoolTile {
   }
 };
 
-// Weights, or scores' gradients, [kHeadGroup heads, a part's tokens]; at() is for pairs of tokens.
-template <class T>
+// Weights, or scores' gradients, [kHeadGroup heads, tokens of kBlocks blocks]; at() is for pairs of tokens.
+template <class T, int kBlocks>
 struct PoolWeightTile {
-  static constexpr int kTokens = kMostTokenBlocks * kTokenBlock;
+  static constexpr int kTokens = kBlocks <= 4 ? 64 : 128;
   static constexpr bool kSwizzled = sizeof(T) == 2;
   static constexpr int kStride = kTokens + (kSwizzled ? 0 : 4);
   static constexpr int kElements = kHeadGroup * kStride;
@@ -75,16 +80,16 @@ class PoolRows {
   using Tile = PoolTile<T>;
 
  public:
-  // Rows that are not valid are not read: zeros take their place.
-  template <class IsValid>
-  __device__ __forceinline__ PoolRows(const T* rows, int64_t stride, IsValid is_valid) {
+  // Rows that are not present are not read: zeros take their place.
+  __device__ __forceinline__ PoolRows(const T* rows, int64_t stride, const bool (&present)[kBlocks]) {
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
-      const int row = 16 * i + first_row();
-      valid_[i] = is_valid(row);
-      source_[i] = rows + (valid_[i] ? row * stride + word() * Tile::kWord : 0);
+      present_[i] = present[i];
+      source_[i] = rows + (present[i] ? row(i) * stride + word() * Tile::kWord : 0);
     }
   }
+
+  __device__ __forceinline__ static int row(int i) { return 16 * i + threadIdx.x / 8; }
 
   // The tile that begins at column `first`, counted from where move() has led.
   __device__ __forceinline__ void copy(T* tile, int first) const { copy_if(tile, first, true, true); }
@@ -100,20 +105,40 @@ class PoolRows {
   }
 
  private:
-  __device__ __forceinline__ static int first_row() { return threadIdx.x / 8; }
   __device__ __forceinline__ static int word() { return threadIdx.x % 8; }
 
   __device__ __forceinline__ void copy_if(T* tile, int first, bool low, bool high) const {
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
-      T* const row = tile + Tile::at(first_row(), word()) + 16 * i * Tile::kStride;
-      copy_async(row, source_[i] + first, valid_[i] && low);
-      copy_async(row + 8 * Tile::kWord, source_[i] + first + 8 * Tile::kWord, valid_[i] && high);
+      T* const to = tile + Tile::at(row(0), word()) + 16 * i * Tile::kStride;
+      copy_async(to, source_[i] + first, present_[i] && low);
+      copy_async(to + 8 * Tile::kWord, source_[i] + first + 8 * Tile::kWord, present_[i] && high);
     }
   }
 
   const T* source_[kBlocks];
-  bool valid_[kBlocks];
+  bool present_[kBlocks];
 };
+
+template <class T>
+__device__ __forceinline__ void store_pair(T* to, float low, float high) {
+  if constexpr (sizeof(T) == 2) {
+    *reinterpret_cast<uint32_t*>(to) = pack_pair(low, high, T{});
+  } else {
+    *reinterpret_cast<float2*>(to) = {low, high};
+  }
+}
+
+// A part's tokens and a group's heads are one thread's in pairs: heads g and g + 8 (for lane 4 g + t), and of every
+// fourth block, beginning with the warp's number, tokens 2 t, 2 t + 1, 8 + 2 t and 8 + 2 t + 1. Values of these are
+// arrays [2][kPoolSlots<kBlocks>].
+template <int kBlocks>
+constexpr int kPoolSlots = (kBlocks + kPoolWarps - 1) / kPoolWarps * 4;
+
+__device__ __forceinline__ int pool_head(int half) { return pool_lane() / 4 + 8 * half; }
+__device__ __forceinline__ int pool_block(int slot) { return pool_warp() + slot / 4 * kPoolWarps; }
+__device__ __forceinline__ int pool_token(int slot) {
+  return kTokenBlock * pool_block(slot) + slot / 2 % 2 * 8 + pool_lane() % 4 * 2 + slot % 2;
+}
 
 }  // namespace petl::cuda
