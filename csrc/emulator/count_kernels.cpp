@@ -119,7 +119,7 @@ void run_apt(const Case& c, Tensors& tensors) {
   forward.gate = gate;
   forward.scores = {scores, kActivations};
   void* workspace = tensors.workspace(petl::cuda::apt_forward_workspace(forward));
-  if (c.runs_forward()) expect_success(petl::cuda::apt_forward(forward, workspace, kQueue));
+  if (c.runs_forward()) expect_success(petl::cuda::apt_forward(forward, workspace, false, kQueue));
   if (!c.is_backward()) return;
   counts::take_launches();
   petl::AptBackward args = {};
@@ -164,7 +164,7 @@ void run_adapter(const Case& c, Tensors& tensors) {
   if (!c.is_backward()) {
     const petl::AdapterForward args{inputs, inputs.x, {tensors.make("out", R * D, kActivations), kActivations}};
     void* workspace = tensors.workspace(petl::cuda::adapter_forward_workspace(args));
-    expect_success(petl::cuda::adapter_forward(args, workspace, kQueue));
+    expect_success(petl::cuda::adapter_forward(args, workspace, false, kQueue));
     return;
   }
   petl::AdapterBackward args = {};

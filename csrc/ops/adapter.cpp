@@ -16,15 +16,20 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-void run(const Cpu&, const AdapterForward& args, const Tensor&) { cpu_kernels().adapter_forward(args, &parallel_for); }
+void run(const Cpu&, const AdapterForward& args, const Tensor&, const OptionalTensor&) {
+  cpu_kernels().adapter_forward(args, &parallel_for);
+}
+
 void run(const Cpu&, const AdapterBackward& args, const Tensor&) {
   cpu_kernels().adapter_backward(args, &parallel_for);
 }
 
 #ifdef PETL_WITH_CUDA
-void run(const Cuda& device, const AdapterForward& args, const Tensor& like) {
-  const Tensor workspace = new_bytes(like, cuda::adapter_forward_workspace(args));
-  device.check("adapter", cuda::adapter_forward(args, workspace.mutable_data_ptr(), device.queue()));
+void run(const Cuda& device, const AdapterForward& args, const Tensor& like, const OptionalTensor& packed) {
+  if (packed) device.holds({"adapter", "packed", *packed});
+  const Tensor workspace = forward_workspace("adapter", packed, cuda::adapter_forward_workspace(args), like);
+  device.check("adapter",
+               cuda::adapter_forward(args, workspace.mutable_data_ptr(), packed.has_value(), device.queue()));
 }
 
 void run(const Cuda& device, const AdapterBackward& args, const Tensor& like) {
@@ -145,7 +150,7 @@ class AdapterInputRows {
 template <class Device>
 Tensor adapter_forward(const Tensor& x, OptionalTensor residual, OptionalTensor norm_weight, OptionalTensor norm_bias,
                        const Tensor& down, const Tensor& down_bias, const Tensor& up, const Tensor& up_bias,
-                       OptionalTensor gain, double scale, double eps, std::string activation) {
+                       OptionalTensor gain, double scale, double eps, std::string activation, OptionalTensor packed) {
   const AdapterTensors tensors{x, norm_weight, norm_bias, down, down_bias, up, up_bias, gain};
   const Device device(x);
   const AdapterInputRows<Device> rows(device, tensors, activation, scale, eps);
@@ -153,7 +158,7 @@ Tensor adapter_forward(const Tensor& x, OptionalTensor residual, OptionalTensor 
   if (residual) residual_rows.emplace(rows_like_x(device, "residual", *residual, x));
   const Result out(x, false);
   const ConstRows none{nullptr, 0, DType::float32};
-  run(device, AdapterForward{rows.view(), residual_rows ? residual_rows->view() : none, out.rows()}, x);
+  run(device, AdapterForward{rows.view(), residual_rows ? residual_rows->view() : none, out.rows()}, x, packed);
   return out.tensor();
 }
 
@@ -192,6 +197,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapt
           ddown_bias.tensor(), dup.tensor(),          dup_bias.tensor(),   dgain.tensor()};
 }
 
+#ifdef PETL_WITH_CUDA
+// `like` [1, D] has the dtype of the activations.
+Tensor adapter_pack(const Tensor& like, OptionalTensor norm_weight, OptionalTensor norm_bias, const Tensor& down,
+                    const Tensor& down_bias, const Tensor& up, const Tensor& up_bias) {
+  const OptionalTensor no_gain;
+  const AdapterTensors tensors{like, norm_weight, norm_bias, down, down_bias, up, up_bias, no_gain};
+  const Cuda device(like);
+  const AdapterInputRows<Cuda> rows(device, tensors, "relu", 1, 0);
+  const AdapterForward args{rows.view(), {nullptr, 0, DType::float32}, {}};
+  const Tensor packed = new_bytes(like, cuda::adapter_forward_workspace(args));
+  device.check("adapter", cuda::adapter_pack(args, packed.mutable_data_ptr(), device.queue()));
+  return packed;
+}
+#endif
+
 }  // namespace
 
 #ifndef PETL_EMULATED
@@ -209,6 +229,7 @@ STABLE_TORCH_LIBRARY_IMPL(petl_ext, CPU, m) {
 
 #ifdef PETL_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(PETL_CUDA_LIBRARY, PETL_CUDA_KEY, m) {
+  m.impl("adapter_pack", TORCH_BOX(&adapter_pack));
   m.impl("adapter_forward", TORCH_BOX(&adapter_forward<Cuda>));
   m.impl("adapter_backward", TORCH_BOX(&adapter_backward<Cuda>));
 }

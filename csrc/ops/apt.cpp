@@ -14,13 +14,19 @@
 namespace petl {
 namespace {
 
-void run(const Cpu&, const AptForward& args, const Tensor&) { cpu_kernels().apt_forward(args, &parallel_for); }
+using OptionalTensor = std::optional<Tensor>;
+
+void run(const Cpu&, const AptForward& args, const Tensor&, const OptionalTensor&) {
+  cpu_kernels().apt_forward(args, &parallel_for);
+}
+
 void run(const Cpu&, const AptBackward& args, const Tensor&) { cpu_kernels().apt_backward(args, &parallel_for); }
 
 #ifdef PETL_WITH_CUDA
-void run(const Cuda& device, const AptForward& args, const Tensor& like) {
-  const Tensor workspace = new_bytes(like, cuda::apt_forward_workspace(args));
-  device.check("apt", cuda::apt_forward(args, workspace.mutable_data_ptr(), device.queue()));
+void run(const Cuda& device, const AptForward& args, const Tensor& like, const OptionalTensor& packed) {
+  if (packed) device.holds({"apt", "packed", *packed});
+  const Tensor workspace = forward_workspace("apt", packed, cuda::apt_forward_workspace(args), like);
+  device.check("apt", cuda::apt_forward(args, workspace.mutable_data_ptr(), packed.has_value(), device.queue()));
 }
 
 void run(const Cuda& device, const AptBackward& args, const Tensor& like) {
@@ -57,7 +63,7 @@ ScalarType kept_dtype(const Tensor& x, const Tensor& y) {
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> apt_forward(const Tensor& x, const Tensor& y, const Tensor& prompts,
                                                const Tensor& keys, const Tensor& log_scale, std::string activation,
-                                               bool keep_scores) {
+                                               bool keep_scores, OptionalTensor packed) {
   const AptSizes size = check_sizes(x, y, prompts, keys, log_scale);
   const Argument arguments[] = {{"apt", "x", x},
                                 {"apt", "y", y},
@@ -87,17 +93,17 @@ std::tuple<Tensor, Tensor, Tensor> apt_forward(const Tensor& x, const Tensor& y,
           .gate = static_cast<float*>(gate.mutable_data_ptr()),
           .scores = {keep_scores ? scores.mutable_data_ptr() : nullptr, Argument{"apt", "scores", scores}.dtype()},
       },
-      x);
+      x, packed);
   return {out.tensor(), gate, scores};
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward(const Tensor& dout, const Tensor& x,
-                                                                std::optional<Tensor> y, const Tensor& prompts,
-                                                                const Tensor& keys, const Tensor& log_scale,
-                                                                const Tensor& gate, const Tensor& scores,
-                                                                std::string activation, bool needs_dx, bool needs_dy,
-                                                                bool needs_dprompts, bool needs_dkeys) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward(const Tensor& dout, const Tensor& x, OptionalTensor y,
+                                                                const Tensor& prompts, const Tensor& keys,
+                                                                const Tensor& log_scale, const Tensor& gate,
+                                                                const Tensor& scores, std::string activation,
+                                                                bool needs_dx, bool needs_dy, bool needs_dprompts,
+                                                                bool needs_dkeys) {
   const AptSizes size = check_sizes(x, dout, prompts, keys, log_scale);
   const Argument kept[] = {{"apt", "gate", gate}, {"apt", "scores", scores}};
   kept[0].has_shape({size.R});
@@ -139,6 +145,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward(const Tensor& do
   return {dx.tensor(), dy.tensor(), dprompts.tensor(), dkeys.tensor(), dlog_scale.tensor()};
 }
 
+#ifdef PETL_WITH_CUDA
+// `like` has the dtype of the products.
+Tensor apt_pack(const Tensor& like, const Tensor& prompts, const Tensor& keys, std::string activation) {
+  const Argument arguments[] = {{"apt", "like", like}, {"apt", "prompts", prompts}, {"apt", "keys", keys}};
+  arguments[1].is_matrix("[P, D]");
+  arguments[2].has_shape(shape_of(prompts));
+  const Cuda device(prompts);
+  for (const Argument& argument : arguments) device.holds(argument);
+  const AptSizes size{1, prompts.size(1), prompts.size(0)};
+  device.supports("apt", cuda::kAptLimits, size.D, size.P);
+  const RowsOf prompts_rows(arguments[1]), keys_rows(arguments[2]);
+  const AptForward args{
+      .size = size,
+      .activation = activation_named(activation),
+      .x = {nullptr, 0, arguments[0].dtype()},
+      .prompts = prompts_rows.view(),
+      .keys = keys_rows.view(),
+  };
+  const Tensor packed = new_bytes(prompts, cuda::apt_forward_workspace(args));
+  device.check("apt", cuda::apt_pack(args, packed.mutable_data_ptr(), device.queue()));
+  return packed;
+}
+#endif
+
 }  // namespace
 
 #ifndef PETL_EMULATED
@@ -156,6 +186,7 @@ STABLE_TORCH_LIBRARY_IMPL(petl_ext, CPU, m) {
 
 #ifdef PETL_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(PETL_CUDA_LIBRARY, PETL_CUDA_KEY, m) {
+  m.impl("apt_pack", TORCH_BOX(&apt_pack));
   m.impl("apt_forward", TORCH_BOX(&apt_forward<Cuda>));
   m.impl("apt_backward", TORCH_BOX(&apt_backward<Cuda>));
 }

@@ -73,4 +73,14 @@ class Cuda {
   cuda::Queue queue_;
 };
 
+// The workspace of a forward: `packed` if it is given, which its weights have filled then.
+inline Tensor forward_workspace(const char* op, const std::optional<Tensor>& packed, int64_t bytes,
+                                const Tensor& like) {
+  if (!packed) return new_bytes(like, bytes);
+  PETL_REQUIRE(packed->scalar_type() == ScalarType::Byte && packed->is_contiguous() && packed->numel() == bytes, op,
+               ": packed must be contiguous, uint8 and have ", bytes, " elements, as ", op, "_pack returned it, got ",
+               packed->numel());
+  return *packed;
+}
+
 }  // namespace petl

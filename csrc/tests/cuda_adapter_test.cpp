@@ -7,7 +7,7 @@ namespace {
 
 void forward(const petl::AdapterForward& args) {
   std::vector<double> workspace = emulated::workspace(petl::cuda::adapter_forward_workspace(args));
-  emulated::expect_success(petl::cuda::adapter_forward(args, workspace.data(), emulated::kQueue));
+  emulated::expect_success(petl::cuda::adapter_forward(args, workspace.data(), false, emulated::kQueue));
 }
 
 void backward(const petl::AdapterBackward& args) {

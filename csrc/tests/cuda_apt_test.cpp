@@ -7,7 +7,7 @@ namespace {
 
 void forward(const petl::AptForward& args) {
   std::vector<double> workspace = emulated::workspace(petl::cuda::apt_forward_workspace(args));
-  emulated::expect_success(petl::cuda::apt_forward(args, workspace.data(), emulated::kQueue));
+  emulated::expect_success(petl::cuda::apt_forward(args, workspace.data(), false, emulated::kQueue));
 }
 
 void backward(const petl::AptBackward& args) {

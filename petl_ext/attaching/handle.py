@@ -125,17 +125,20 @@ class Attachment:
             )
         write_folder(folder, Saved(self.config, self.family.name, self.keep, tensors))
 
-    def freeze(self):
+    def freeze(self, dtype=None):
         """For serving: weights that are derived from parameters, such as APT's keys, are made once.
 
-        `report` shows where. Undone by `thaw`, by training mode, and by all that undoes `APTLayer.freeze`; new layers
-        that derive nothing, such as adapters, stay as they are.
+        `report` shows where. Undone by `thaw`, by training mode, and by all that undoes `APTLayer.freeze`. Layers that
+        derive nothing stay as they are: a class token, and adapters on a CPU.
+
+        Args:
+            dtype: of the activations that CUDA's packed weights are for; None: as `APTLayer.freeze` says.
 
         Raises:
             RuntimeError: the model is in training mode.
         """
         for layer in self._layers_that_freeze():
-            layer.freeze()
+            layer.freeze(dtype)
 
     def thaw(self):
         """Undoes `freeze`."""

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from petl_ext.checks import check_choice, check_positive_integer, check_probability, check_switch
-from petl_ext.ops.adapter import ACTIVATIONS, adapter
+from petl_ext.nn.frozen import FreezingLayer, Frozen
+from petl_ext.ops.adapter import ACTIVATIONS, adapter, packed_adapter
+from petl_ext.ops.packed import dtype_of_activations
 
 INITIAL_STD = 0.02
 
@@ -21,7 +23,7 @@ def adapter_macs(tokens, dim, bottleneck):
     return 2 * tokens * dim * bottleneck
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(FreezingLayer):
     """Adds `scale * (act(norm(x) down^T + down_bias) up^T + up_bias)` to a residual, which by default is x itself.
 
     With its defaults it is the sequential adapter behind a frozen module (arXiv 1902.00751). With `layer_norm=True`,
@@ -113,6 +115,34 @@ class AdapterLayer(nn.Module):
         if self.gain is not None:
             nn.init.constant_(self.gain, self.scale)
 
+    def freeze(self, dtype=None):
+        """Packs the weights once for the kernels, for serving on CUDA: a forward without gradients is then one launch.
+
+        Elsewhere it changes nothing. Undone by `thaw`, `train()`, loading, a move or a cast of the layer, and any
+        change of a parameter that torch counts, of which `APTLayer.freeze` tells more. `gain` may change.
+
+        Args:
+            dtype: of the x that the packed weights are for; None: autocast's dtype where that is on, or else that of
+                `down`. Others are served too, but each call packs.
+
+        Raises:
+            RuntimeError: the layer is in training mode.
+        """
+        self.check_serves()
+        weights = self._packed_weights()
+        frozen = Frozen(
+            [weight for weight in weights if weight is not None],
+            lambda: packed_adapter(*weights, dtype or dtype_of_activations(self.down)),
+        )
+        self._frozen = frozen if frozen.value is not None else None
+
+    @property
+    def is_frozen(self):
+        return self._frozen is not None and self._frozen.holds_for(w for w in self._packed_weights() if w is not None)
+
+    def _packed_weights(self):
+        return self.down, self.down_bias, self.up, self.up_bias, self.norm_weight, self.norm_bias
+
     def forward(self, x, residual=None):
         """x [..., D] to the new output [..., D] in the dtype that `ops.adapter` says; a given `residual` is added in
         place of x."""
@@ -130,6 +160,7 @@ class AdapterLayer(nn.Module):
             norm_bias=self.norm_bias,
             residual=residual,
             dropout=self.dropout if self.training else 0.0,
+            packed=self._frozen.value if self.is_frozen else None,
         )
 
     def extra_repr(self):

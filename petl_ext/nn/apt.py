@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 from petl_ext.checks import check_choice, check_positive_integer, check_probability, check_switch
-from petl_ext.nn.frozen import Frozen
-from petl_ext.ops.apt import ACTIVATIONS, apt
+from petl_ext.nn.frozen import FreezingLayer, Frozen
+from petl_ext.ops.apt import ACTIVATIONS, apt, packed_apt
+from petl_ext.ops.packed import dtype_of_activations
 
 INITIAL_STD = 0.02
 
@@ -21,15 +22,21 @@ def apt_keys(prompts, down, up):
     return torch.addmm(prompts, prompts @ down.mT, up.mT)
 
 
-def frozen_keys(prompts, down, up):
-    return Frozen((prompts, down, up), lambda: apt_keys(prompts, down, up))
+def frozen_keys(prompts, down, up, activation, dtype=None):
+    """A `Frozen` of (keys, what `packed_apt` makes of them); dtype as for `APTLayer.freeze`."""
+
+    def make():
+        keys = apt_keys(prompts, down, up)
+        return keys, packed_apt(prompts, keys, activation, dtype or dtype_of_activations(prompts))
+
+    return Frozen((prompts, down, up), make)
 
 
 def current_keys(frozen, *parameters):
-    """Those of `frozen_keys`, where they hold for the parameters, or else `apt_keys` of these."""
+    """The value of `frozen_keys`, where that holds for the parameters, or else (`apt_keys` of these, None)."""
     if frozen is not None and frozen.holds_for(parameters):
         return frozen.read("APT: frozen keys")
-    return apt_keys(*parameters)
+    return apt_keys(*parameters), None
 
 
 def apt_parameters(dim, num_prompts, rank):
@@ -42,7 +49,7 @@ def apt_macs(tokens, dim, num_prompts, rank):
     return 2 * tokens * num_prompts * dim + 2 * num_prompts * rank * dim
 
 
-class APTLayer(nn.Module):
+class APTLayer(FreezingLayer):
     """Diffuses `num_prompts` learned prompts into the output of one attention (APT, arXiv 2306.15706).
 
     It holds `prompts` [P, D], the low-rank pair `down` [r, D] and `up` [D, r] that turns prompts into keys, and
@@ -92,7 +99,6 @@ class APTLayer(nn.Module):
         self.down = nn.Parameter(torch.empty(rank, dim, **factory))
         self.up = nn.Parameter(torch.empty(dim, rank, **factory))
         self.log_scale = nn.Parameter(torch.empty(1, **factory), requires_grad=train_scale)
-        self._frozen = None
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -102,26 +108,26 @@ class APTLayer(nn.Module):
 
     def keys(self):
         """`apt_keys` of the layer's parameters, [P, D], in float32 or wider; they do not depend on the input."""
-        return current_keys(self._frozen, self.prompts, self.down, self.up)
+        return current_keys(self._frozen, self.prompts, self.down, self.up)[0]
 
-    def freeze(self):
+    def freeze(self, dtype=None):
         """Makes the keys once, for serving; from then on, gradients to the parameters that they were made from are
-        refused.
+        refused. On CUDA, keys and prompts are also packed once for the kernels, so that a forward without gradients is
+        one launch.
 
         Undone by `thaw`, `train()`, loading, a move or a cast of the layer, and any change of a parameter that torch
         counts. It does not count changes through `parameter.data`, by collectives such as torch.distributed.broadcast,
         or by a fused optimizer. Copies and pickles of the layer are not frozen.
 
+        Args:
+            dtype: of the x and y that the packed weights are for; None: autocast's dtype where that is on, or else that
+                of `prompts`. Others are served too, but each call packs.
+
         Raises:
             RuntimeError: the layer is in training mode.
         """
-        if self.training:
-            raise RuntimeError("APTLayer: freeze is for serving, but the layer is in training mode; call eval() first")
-        self._frozen = frozen_keys(self.prompts, self.down, self.up)
-
-    def thaw(self):
-        """Undoes `freeze`."""
-        self._frozen = None
+        self.check_serves()
+        self._frozen = frozen_keys(self.prompts, self.down, self.up, self.activation, dtype)
 
     @property
     def is_frozen(self):
@@ -130,19 +136,8 @@ class APTLayer(nn.Module):
     def forward(self, x, y):
         """x [..., D], the attention's input, and y [..., D], its output, to the new output [..., D] in y's dtype."""
         dropout = self.dropout if self.training else 0.0
-        return apt(x, y, self.prompts, self.keys(), self.log_scale, self.activation, dropout)
-
-    def train(self, mode=True):
-        if mode:
-            self.thaw()
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self.thaw()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self):
-        return {**self.__dict__, "_frozen": None}
+        keys, packed = current_keys(self._frozen, self.prompts, self.down, self.up)
+        return apt(x, y, self.prompts, keys, self.log_scale, self.activation, dropout, packed)
 
     def extra_repr(self):
         num_prompts, dim = self.prompts.shape

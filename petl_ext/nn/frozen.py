@@ -1,6 +1,7 @@
 """What a module derives from its parameters, made once for serving."""
 
 import torch
+from torch import nn
 
 
 class Frozen:
@@ -39,6 +40,38 @@ class Frozen:
                 "thaw() or train(), compute under torch.no_grad(), or set requires_grad to False"
             )
         return self.value
+
+
+class FreezingLayer(nn.Module):
+    """A layer whose `freeze` puts a `Frozen` into `_frozen`. Whatever could make that stale undoes it; copies and
+    pickles are not frozen.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._frozen = None
+
+    def check_serves(self):
+        """Raises a RuntimeError in training mode."""
+        if self.training:
+            name = type(self).__name__
+            raise RuntimeError(f"{name}: freeze is for serving, but the layer is in training mode; call eval() first")
+
+    def thaw(self):
+        """Undoes `freeze`."""
+        self._frozen = None
+
+    def train(self, mode=True):
+        if mode:
+            self.thaw()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.thaw()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_frozen": None}
 
 
 def _state(parameters):

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from petl_ext.ops.arrays import takes_arrays
 from petl_ext.ops.autocast import as_autocast_wants
 from petl_ext.ops.derivatives import differentiable_gradients
-from petl_ext.ops.kernels import raw_ops_for, register
+from petl_ext.ops.kernels import raw_ops_for, register, takes_packed
+from petl_ext.ops.packed import Packed, data_for
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
@@ -24,7 +25,15 @@ _INPUTS = (
     " float scale, float eps, str activation"
 )
 # What is added is multiplied by scale, and by gain where there is one.
-torch.library.define("petl_ext::adapter_forward", f"(Tensor x, Tensor? residual, {_INPUTS}) -> Tensor")
+torch.library.define(
+    "petl_ext::adapter_forward", f"(Tensor x, Tensor? residual, {_INPUTS}, Tensor? packed=None) -> Tensor"
+)
+# What adapter_forward takes as `packed` where x has the dtype of `like`, [1, D].
+torch.library.define(
+    "petl_ext::adapter_pack",
+    "(Tensor like, Tensor? norm_weight, Tensor? norm_bias, Tensor down, Tensor down_bias, Tensor up, Tensor up_bias)"
+    " -> Tensor",
+)
 # Nothing is kept from forward. needs_* say which gradients to compute, the others come back empty.
 torch.library.define(
     "petl_ext::adapter_backward",
@@ -108,7 +117,7 @@ def adapter_reference(
 
 
 @torch.library.register_fake("petl_ext::adapter_forward")
-def _(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, scale, eps, activation):
+def _(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, scale, eps, activation, packed=None):
     weights = (norm_weight, norm_bias, down, down_bias, up, up_bias, gain)
     check_arguments(x, residual, *weights, activation)
     if residual is not None and residual.dtype != x.dtype:
@@ -209,6 +218,25 @@ class _Adapter(torch.autograd.Function):
         return dx, dout if needs_dresidual else None, *dweights
 
 
+def packed_adapter(down, down_bias, up, up_bias, norm_weight, norm_bias, dtype):
+    """Weights of `adapter` packed for calls without gradients, as a `Packed`; None where no kernel takes them.
+
+    Args:
+        down, down_bias, up, up_bias, norm_weight, norm_bias: as for `adapter`.
+        dtype: of x.
+
+    Raises:
+        RuntimeError: the dtype is none that the kernels know.
+    """
+    weights = (norm_weight, norm_bias, down, down_bias, up, up_bias)
+    bottleneck, width = down.shape
+    if torch.float64 in (dtype, *(weight.dtype for weight in weights if weight is not None)):
+        return None
+    if not takes_packed("adapter", down.device, width, bottleneck):
+        return None
+    return Packed(torch.ops.petl_ext.adapter_pack(down.new_empty(1, width, dtype=dtype), *weights), dtype)
+
+
 @takes_arrays
 def adapter(
     x,
@@ -223,6 +251,7 @@ def adapter(
     eps=1e-5,
     residual=None,
     dropout=0.0,
+    packed=None,
 ):
     """A bottleneck adapter in one pass over its input, keeping nothing for backward but its arguments.
 
@@ -240,6 +269,8 @@ def adapter(
         residual: shaped as x, or None. `residual=x` makes the sequential adapter: its gradient joins that of x without
             another pass. In another dtype than x it is added outside of the kernel.
         dropout: probability that a hidden unit is set to zero after its activation.
+        packed: what `packed_adapter` returned for these very weights, or None. On CUDA a call without gradients is then
+            one launch instead of two; it serves those whose x has the dtype it was made for.
 
     Each tensor is float32, bfloat16 or float16, in any mixture; hidden units and sums are float32. Under autocast a
     float32 x is rounded to autocast's dtype, as for torch.matmul; a residual is not, so that a stream in float32 stays
@@ -263,7 +294,7 @@ def adapter(
     is_input, x = residual is x, as_autocast_wants(x)
     if residual is not None and residual.dtype != x.dtype and residual.is_floating_point():
         added = adapter(
-            x, down, down_bias, up, up_bias, scale, activation, norm_weight, norm_bias, eps, dropout=dropout
+            x, down, down_bias, up, up_bias, scale, activation, norm_weight, norm_bias, eps, None, dropout, packed
         )
         if residual.shape != x.shape:
             raise RuntimeError(f"adapter: residual must have shape {list(x.shape)}, got {list(residual.shape)}")
@@ -278,4 +309,4 @@ def adapter(
         )
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return _Adapter.apply(raw_ops, is_input, rest, x, None if is_input else residual, *weights)
-    return getattr(torch.ops, raw_ops).adapter_forward(*tensors, *rest)
+    return getattr(torch.ops, raw_ops).adapter_forward(*tensors, *rest, data_for(packed, raw_ops, x.dtype))

@@ -16,15 +16,18 @@ import torch.nn.functional as F
 from petl_ext.ops.arrays import takes_arrays
 from petl_ext.ops.autocast import as_autocast_wants
 from petl_ext.ops.derivatives import differentiable_gradients
-from petl_ext.ops.kernels import raw_ops_for, register
+from petl_ext.ops.kernels import raw_ops_for, register, takes_packed
+from petl_ext.ops.packed import Packed, data_for
 
 ACTIVATIONS = ("relu", "softmax")
 
 torch.library.define(
     "petl_ext::apt_forward",
-    "(Tensor x, Tensor y, Tensor prompts, Tensor keys, Tensor log_scale, str activation, bool keep_scores)"
-    " -> (Tensor out, Tensor gate, Tensor scores)",
+    "(Tensor x, Tensor y, Tensor prompts, Tensor keys, Tensor log_scale, str activation, bool keep_scores,"
+    " Tensor? packed=None) -> (Tensor out, Tensor gate, Tensor scores)",
 )
+# What apt_forward takes as `packed` where x and y, or what they are computed in, have the dtype of `like`.
+torch.library.define("petl_ext::apt_pack", "(Tensor like, Tensor prompts, Tensor keys, str activation) -> Tensor")
 # An absent y means that nobody asks for dlog_scale; needs_* say which gradients to compute, the others come back empty.
 torch.library.define(
     "petl_ext::apt_backward",
@@ -71,7 +74,7 @@ def apt_reference(x, y, prompts, keys, log_scale, activation="relu", dropout=0.0
 
 
 @torch.library.register_fake("petl_ext::apt_forward")
-def _(x, y, prompts, keys, log_scale, activation, keep_scores):
+def _(x, y, prompts, keys, log_scale, activation, keep_scores, packed=None):
     check_arguments(x, y, prompts, keys, log_scale, activation)
     devices = {str(tensor.device) for tensor in (x, y, prompts, keys, log_scale)}
     if len(devices) > 1:
@@ -148,8 +151,25 @@ class _APT(torch.autograd.Function):
         )
 
 
+def packed_apt(prompts, keys, activation, dtype):
+    """Weights of `apt` packed for calls without gradients, as a `Packed`; None where no kernel takes them.
+
+    Args:
+        prompts, keys, activation: as for `apt`.
+        dtype: of x and y; torch.float32 where they differ.
+
+    Raises:
+        RuntimeError: the dtype is none that the kernels know.
+    """
+    if torch.float64 in (dtype, prompts.dtype, keys.dtype):
+        return None
+    if not takes_packed("apt", prompts.device, prompts.size(1), prompts.size(0)):
+        return None
+    return Packed(torch.ops.petl_ext.apt_pack(prompts.new_empty(0, dtype=dtype), prompts, keys, activation), dtype)
+
+
 @takes_arrays
-def apt(x, y, prompts, keys, log_scale, activation="relu", dropout=0.0):
+def apt(x, y, prompts, keys, log_scale, activation="relu", dropout=0.0, packed=None):
     """Adds the approximated prompts' contribution to an attention's output.
 
     Args:
@@ -160,6 +180,8 @@ def apt(x, y, prompts, keys, log_scale, activation="relu", dropout=0.0):
         log_scale: [1]; its exponential scales the whole sum, y included.
         activation: "relu" or "softmax".
         dropout: probability that a score is set to zero, before the gate is taken (as in the paper's code).
+        packed: what `packed_apt` returned for these very prompts, keys and activation, or None. On CUDA a call without
+            gradients is then one launch instead of two; it serves those whose x and y have the dtype it was made for.
 
     Each tensor is float32, bfloat16 or float16, in any mixture; scores, gate and sums are float32. Under autocast a
     float32 x is rounded to autocast's dtype, as for torch.matmul.
@@ -186,4 +208,5 @@ def apt(x, y, prompts, keys, log_scale, activation="relu", dropout=0.0):
         return apt_reference(*tensors, activation, dropout)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _APT.apply(*tensors, activation, raw_ops)
-    return getattr(torch.ops, raw_ops).apt_forward(*tensors, activation, False)[0]
+    data = data_for(packed, raw_ops, x.dtype if x.dtype is y.dtype else torch.float32)
+    return getattr(torch.ops, raw_ops).apt_forward(*tensors, activation, False, data)[0]

@@ -196,6 +196,16 @@ def raw_ops_for(op, tensors, dropout=0.0):
     raise NotImplementedError(no_kernel_text(op, {str(device)}))
 
 
+def takes_packed(op, device, width, inner):
+    """Whether there is a kernel of `op` on this device and for these sizes that takes weights packed beforehand."""
+    if device.type == "meta":
+        return False
+    key = torch._C._dispatch_key_for_device(device.type)
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"petl_ext::{op}_pack", key):
+        return False
+    return OPS[op].cuda_limits.allow(width, inner) and (device.type != "cuda" or _runs_cuda_kernels(device.index))
+
+
 def kernel_for(op, device, dtype, dropout=0.0, sizes=None):
     """Who computes such a call of an op, as the user has chosen, and why it is not a kernel where it is none.
 

@@ -127,7 +127,10 @@ class APTTunerLayer(TunerLayer):
         """
         if self.training:
             raise RuntimeError("APT: freeze is for serving, but the model is in training mode; call eval() first")
-        self.petl_apt_frozen = {name: frozen_keys(*self._of_keys(name)) for name in self.petl_options}
+        self.petl_apt_frozen = {
+            name: frozen_keys(*self._of_keys(name), options["activation"])
+            for name, options in self.petl_options.items()
+        }
 
     def thaw(self):
         """Undoes `freeze`."""
@@ -147,10 +150,10 @@ class APTTunerLayer(TunerLayer):
 
     def _changed(self, adapter_name, x, y):
         options = self.petl_options[adapter_name]
-        keys = current_keys(self.petl_apt_frozen.get(adapter_name), *self._of_keys(adapter_name))
+        keys, packed = current_keys(self.petl_apt_frozen.get(adapter_name), *self._of_keys(adapter_name))
         prompts, log_scale = (self.petl_tensor(name, adapter_name) for name in ("prompts", "log_scale"))
         dropout = options["dropout"] if self.training else 0.0
-        return apt(x, y, prompts, keys, log_scale, options["activation"], dropout)
+        return apt(x, y, prompts, keys, log_scale, options["activation"], dropout, packed)
 
     def _of_keys(self, adapter_name):
         """The parameters that keys are made from."""

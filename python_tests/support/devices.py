@@ -22,7 +22,7 @@ from petl_ext.ops.kernels import OPS
 # More rows than a slab of the Triton kernels has, and a width of more than one of their tiles and no multiple of one.
 TRITON_SLAB, INTERPRETED_WIDTH = 530, 136
 CPU_PATHS = torch.ops.petl_ext.cpu_paths().split()
-EMULATED_OPS = [raw_op for op in OPS.values() for raw_op in op.flops]
+EMULATED_OPS = [*(raw_op for op in OPS.values() for raw_op in op.flops), "apt_pack", "adapter_pack"]
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,9 @@ struct AdapterForwardPass {
     up = place_operand<T>(operand, partition);
   }
 
-  int run(Queue queue) const {
+  int pack(Queue queue) const { return launch_packing<T>(queue, packing.task); }
+
+  int run(bool is_packed, Queue queue) const {
     AdapterForwardOp<T> op = {};
     set_first(op, args.inputs, packing.down, up, packing.vectors);
     op.activation = args.inputs.activation;
@@ -73,7 +75,7 @@ struct AdapterForwardPass {
     op.residual = static_cast<const T*>(args.residual.data);
     op.residual_stride = args.residual.stride;
     op.out = static_cast<T*>(args.out.data);
-    const int error = launch_packing<T>(queue, packing.task);
+    const int error = is_packed ? 0 : pack(queue);
     return error ? error : launch_sandwich<Shape>(queue, op);
   }
 };
@@ -243,9 +245,13 @@ int64_t adapter_forward_workspace(const AdapterForward& args) {
   return with_pass(args, nullptr, [](const auto& pass) { return pass.partition.bytes(); });
 }
 
-int adapter_forward(const AdapterForward& args, void* workspace, Queue queue) {
+int adapter_pack(const AdapterForward& args, void* workspace, Queue queue) {
+  return with_pass(args, workspace, [&](const auto& pass) { return pass.pack(queue); });
+}
+
+int adapter_forward(const AdapterForward& args, void* workspace, bool is_packed, Queue queue) {
   if (args.inputs.size.R == 0) return 0;
-  return with_pass(args, workspace, [&](const auto& pass) { return pass.run(queue); });
+  return with_pass(args, workspace, [&](const auto& pass) { return pass.run(is_packed, queue); });
 }
 
 int64_t adapter_backward_workspace(const AdapterBackward& args) {

@@ -35,7 +35,9 @@ struct AptForwardPass {
   AptForwardPass(const AptForward& args, void* memory)
       : args(args), partition(memory), packing(args.size, args.keys, args.prompts, partition) {}
 
-  int run(Queue queue) const {
+  int pack(Queue queue) const { return launch_packing<T>(queue, packing.task); }
+
+  int run(bool is_packed, Queue queue) const {
     AptForwardOp<T, kRest> op;
     set_operands(op, args.x, packing.first, packing.second, args.size.R, args.size.D, args.size.P);
     op.activation = args.activation;
@@ -47,7 +49,7 @@ struct AptForwardPass {
     op.gate = args.gate;
     op.scores = static_cast<typename KeptOf<T>::Type*>(args.scores.data);
     op.kept = static_cast<int>(args.size.kept());
-    const int error = launch_packing<T>(queue, packing.task);
+    const int error = is_packed ? 0 : pack(queue);
     return error ? error : launch_sandwich<Shape>(queue, op);
   }
 };
@@ -188,9 +190,13 @@ int64_t apt_forward_workspace(const AptForward& args) {
   return with_forward(args, nullptr, [](const auto& pass) { return pass.partition.bytes(); });
 }
 
-int apt_forward(const AptForward& args, void* workspace, Queue queue) {
+int apt_pack(const AptForward& args, void* workspace, Queue queue) {
+  return with_forward(args, workspace, [&](const auto& pass) { return pass.pack(queue); });
+}
+
+int apt_forward(const AptForward& args, void* workspace, bool is_packed, Queue queue) {
   if (args.size.R == 0) return 0;
-  return with_forward(args, workspace, [&](const auto& pass) { return pass.run(queue); });
+  return with_forward(args, workspace, [&](const auto& pass) { return pass.run(is_packed, queue); });
 }
 
 int64_t apt_backward_workspace(const AptBackward& args) {

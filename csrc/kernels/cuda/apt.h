@@ -7,8 +7,11 @@ namespace petl::cuda {
 
 inline constexpr Limits kAptLimits{"the number of prompts P", kMaxInner};
 
+// Forward's workspace holds the packed weights and nothing else. Calls with the same weights, sizes D and P, and dtypes
+// can share one that apt_pack has filled.
 int64_t apt_forward_workspace(const AptForward& args);
-int apt_forward(const AptForward& args, void* workspace, Queue queue);
+int apt_pack(const AptForward& args, void* workspace, Queue queue);
+int apt_forward(const AptForward& args, void* workspace, bool is_packed, Queue queue);
 int64_t apt_backward_workspace(const AptBackward& args);
 int apt_backward(const AptBackward& args, void* workspace, Queue queue);
 

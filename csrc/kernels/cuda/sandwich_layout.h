@@ -83,6 +83,17 @@ struct HiddenTile {
   }
 };
 
+// Weights that are packed once serve every number of rows.
+template <class T, bool kRest>
+constexpr bool kPackAlike = [] {
+  using Few = ShapeFor<T, 64>;
+  using Many = WideShape<T>;
+  return SandwichLayout<Few, kRest>::kFirstDepth == SandwichLayout<Many, kRest>::kFirstDepth &&
+         SandwichLayout<Few, kRest>::kSecondDepth == SandwichLayout<Many, kRest>::kSecondDepth &&
+         Few::kSecondColumns == Many::kSecondColumns;
+}();
+static_assert(kPackAlike<BFloat16, false> && kPackAlike<BFloat16, true>, "of both shapes of up to 64 inner columns");
+
 // The weights of both products, packed for a sandwich of this layout.
 template <class Layout>
 PackedOperand first_operand(const Weights& source, Order order, int64_t D, int64_t inner) {
