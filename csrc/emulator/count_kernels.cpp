@@ -71,7 +71,8 @@ class Tensors {
     }
     return memory;
   }
-  void* workspace(int64_t bytes) { return normal("workspace", bytes / 4, DType::float32, 1); }
+  void* workspace(int64_t bytes) { return workspace("workspace", bytes); }
+  void* workspace(const std::string& name, int64_t bytes) { return normal(name, bytes / 4, DType::float32, 1); }
 
  private:
   std::vector<char> normal_numbers(DType dtype, float deviation) {
@@ -118,8 +119,9 @@ void run_apt(const Case& c, Tensors& tensors) {
   forward.out = {tensors.make("out", R * D, kActivations), kActivations};
   forward.gate = gate;
   forward.scores = {scores, kActivations};
+  void* packed = tensors.workspace("packed", petl::cuda::apt_packed_bytes(forward));
   void* workspace = tensors.workspace(petl::cuda::apt_forward_workspace(forward));
-  if (c.runs_forward()) expect_success(petl::cuda::apt_forward(forward, workspace, false, kQueue));
+  if (c.runs_forward()) expect_success(petl::cuda::apt_forward(forward, packed, false, workspace, kQueue));
   if (!c.is_backward()) return;
   counts::take_launches();
   petl::AptBackward args = {};
@@ -163,8 +165,9 @@ void run_adapter(const Case& c, Tensors& tensors) {
   inputs.epsilon = 1e-5f;
   if (!c.is_backward()) {
     const petl::AdapterForward args{inputs, inputs.x, {tensors.make("out", R * D, kActivations), kActivations}};
+    void* packed = tensors.workspace("packed", petl::cuda::adapter_packed_bytes(args));
     void* workspace = tensors.workspace(petl::cuda::adapter_forward_workspace(args));
-    expect_success(petl::cuda::adapter_forward(args, workspace, false, kQueue));
+    expect_success(petl::cuda::adapter_forward(args, packed, false, workspace, kQueue));
     return;
   }
   petl::AdapterBackward args = {};

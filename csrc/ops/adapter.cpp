@@ -27,9 +27,10 @@ void run(const Cpu&, const AdapterBackward& args, const Tensor&) {
 #ifdef PETL_WITH_CUDA
 void run(const Cuda& device, const AdapterForward& args, const Tensor& like, const OptionalTensor& packed) {
   if (packed) device.holds({"adapter", "packed", *packed});
-  const Tensor workspace = forward_workspace("adapter", packed, cuda::adapter_forward_workspace(args), like);
+  const ForwardMemory memory("adapter", packed, cuda::adapter_packed_bytes(args), cuda::adapter_forward_workspace(args),
+                             like);
   device.check("adapter",
-               cuda::adapter_forward(args, workspace.mutable_data_ptr(), packed.has_value(), device.queue()));
+               cuda::adapter_forward(args, memory.packed(), packed.has_value(), memory.workspace(), device.queue()));
 }
 
 void run(const Cuda& device, const AdapterBackward& args, const Tensor& like) {
@@ -206,7 +207,7 @@ Tensor adapter_pack(const Tensor& like, OptionalTensor norm_weight, OptionalTens
   const Cuda device(like);
   const AdapterInputRows<Cuda> rows(device, tensors, "relu", 1, 0);
   const AdapterForward args{rows.view(), {nullptr, 0, DType::float32}, {}};
-  const Tensor packed = new_bytes(like, cuda::adapter_forward_workspace(args));
+  const Tensor packed = new_bytes(like, cuda::adapter_packed_bytes(args));
   device.check("adapter", cuda::adapter_pack(args, packed.mutable_data_ptr(), device.queue()));
   return packed;
 }

@@ -25,8 +25,8 @@ void run(const Cpu&, const AptBackward& args, const Tensor&) { cpu_kernels().apt
 #ifdef PETL_WITH_CUDA
 void run(const Cuda& device, const AptForward& args, const Tensor& like, const OptionalTensor& packed) {
   if (packed) device.holds({"apt", "packed", *packed});
-  const Tensor workspace = forward_workspace("apt", packed, cuda::apt_forward_workspace(args), like);
-  device.check("apt", cuda::apt_forward(args, workspace.mutable_data_ptr(), packed.has_value(), device.queue()));
+  const ForwardMemory memory("apt", packed, cuda::apt_packed_bytes(args), cuda::apt_forward_workspace(args), like);
+  device.check("apt", cuda::apt_forward(args, memory.packed(), packed.has_value(), memory.workspace(), device.queue()));
 }
 
 void run(const Cuda& device, const AptBackward& args, const Tensor& like) {
@@ -163,7 +163,7 @@ Tensor apt_pack(const Tensor& like, const Tensor& prompts, const Tensor& keys, s
       .prompts = prompts_rows.view(),
       .keys = keys_rows.view(),
   };
-  const Tensor packed = new_bytes(prompts, cuda::apt_forward_workspace(args));
+  const Tensor packed = new_bytes(prompts, cuda::apt_packed_bytes(args));
   device.check("apt", cuda::apt_pack(args, packed.mutable_data_ptr(), device.queue()));
   return packed;
 }

@@ -73,14 +73,33 @@ class Cuda {
   cuda::Queue queue_;
 };
 
-// The workspace of a forward: `packed` if it is given, which its weights have filled then.
-inline Tensor forward_workspace(const char* op, const std::optional<Tensor>& packed, int64_t bytes,
-                                const Tensor& like) {
-  if (!packed) return new_bytes(like, bytes);
-  PETL_REQUIRE(packed->scalar_type() == ScalarType::Byte && packed->is_contiguous() && packed->numel() == bytes, op,
-               ": packed must be contiguous, uint8 and have ", bytes, " elements, as ", op, "_pack returned it, got ",
-               packed->numel());
-  return *packed;
-}
+// The weights that a forward finds packed, or room to pack them, and its workspace.
+class ForwardMemory {
+ public:
+  ForwardMemory(const char* op, const std::optional<Tensor>& packed, int64_t packed_bytes, int64_t workspace_bytes,
+                const Tensor& like) {
+    if (packed) {
+      PETL_REQUIRE(
+          packed->scalar_type() == ScalarType::Byte && packed->is_contiguous() && packed->numel() == packed_bytes, op,
+          ": packed must be contiguous, uint8 and have ", packed_bytes, " elements, as ", op, "_pack returned it, got ",
+          packed->numel());
+      packed_ = packed->mutable_data_ptr();
+      if (workspace_bytes == 0) return;
+    }
+    const int64_t own_packed = packed ? 0 : packed_bytes;
+    own_.emplace(new_bytes(like, own_packed + workspace_bytes));
+    char* const begin = static_cast<char*>(own_->mutable_data_ptr());
+    if (!packed) packed_ = begin;
+    workspace_ = begin + own_packed;
+  }
+
+  void* packed() const { return packed_; }
+  void* workspace() const { return workspace_; }
+
+ private:
+  std::optional<Tensor> own_;
+  void* packed_ = nullptr;
+  void* workspace_ = nullptr;
+};
 
 }  // namespace petl

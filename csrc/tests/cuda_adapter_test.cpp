@@ -6,8 +6,9 @@
 namespace {
 
 void forward(const petl::AdapterForward& args) {
+  std::vector<double> packed = emulated::workspace(petl::cuda::adapter_packed_bytes(args));
   std::vector<double> workspace = emulated::workspace(petl::cuda::adapter_forward_workspace(args));
-  emulated::expect_success(petl::cuda::adapter_forward(args, workspace.data(), false, emulated::kQueue));
+  emulated::expect_success(petl::cuda::adapter_forward(args, packed.data(), false, workspace.data(), emulated::kQueue));
 }
 
 void backward(const petl::AdapterBackward& args) {
@@ -37,6 +38,12 @@ int main() {
             {33, 64, 300, AdapterActivation::silu, Residual::input},
             {65, 40, 510, AdapterActivation::relu, Residual::other},
             {70, 520, 20, AdapterActivation::gelu, Residual::input},
+            // Few rows, as wide as two slices and more; then more rows than are few.
+            {67, 264, 100, AdapterActivation::gelu, Residual::none},
+            {33, 200, 200, AdapterActivation::silu, Residual::other},
+            {5, 328, 510, AdapterActivation::relu, Residual::input},
+            {2, 1672, 8, AdapterActivation::gelu, Residual::input},
+            {2056, 200, 9, AdapterActivation::relu, Residual::input},
             {600, 24, 9, AdapterActivation::relu, Residual::input}}) {
         // Tensor cores see the weights rounded, which flips ReLU's mask here and there, as in PyTorch.
         const AdapterActivation smooth = dtype == DType::float32 ? activation : AdapterActivation::silu;

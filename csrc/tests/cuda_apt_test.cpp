@@ -6,8 +6,9 @@
 namespace {
 
 void forward(const petl::AptForward& args) {
+  std::vector<double> packed = emulated::workspace(petl::cuda::apt_packed_bytes(args));
   std::vector<double> workspace = emulated::workspace(petl::cuda::apt_forward_workspace(args));
-  emulated::expect_success(petl::cuda::apt_forward(args, workspace.data(), false, emulated::kQueue));
+  emulated::expect_success(petl::cuda::apt_forward(args, packed.data(), false, workspace.data(), emulated::kQueue));
 }
 
 void backward(const petl::AptBackward& args) {
@@ -35,6 +36,13 @@ int main() {
                                     {33, 64, 300},
                                     {65, 40, 510},
                                     {70, 520, 20},
+                                    // Few rows, as wide as two slices and more; then more rows than are few.
+                                    {67, 264, 100},
+                                    {33, 200, 200},
+                                    {18, 328, 300},
+                                    {5, 320, 510},
+                                    {2, 1672, 8},
+                                    {2056, 200, 9},
                                     {600, 24, 9}}) {
         ++checked;
         failed += !check(device, apt_problem::Problem(R, D, P, activation, dtype));

@@ -1,8 +1,9 @@
-// The bottleneck adapter on CUDA. Forward packs the weights and computes the rows. Backward packs them, computes the
-// first product anew, and then the rows' gradients, slabs of the weights' gradients, and from their sums the gradients
-// of the parameters.
+// The bottleneck adapter on CUDA. Forward packs the weights and computes the rows, few ones in two launches. Backward
+// packs them, computes the first product anew, and then the rows' gradients, slabs of the weights' gradients, and from
+// their sums the gradients of the parameters.
 #include "kernels/cuda/adapter.h"
 #include "kernels/cuda/adapter_backward.h"
+#include "kernels/cuda/adapter_few_rows.h"
 #include "kernels/cuda/adapter_finish.h"
 #include "kernels/cuda/adapter_forward.h"
 #include "kernels/cuda/weight_gradient.h"
@@ -53,16 +54,18 @@ struct AdapterForwardPass {
   using Layout = SandwichLayout<Shape, false>;
 
   const AdapterForward& args;
-  Partition partition;
+  Partition packed, workspace;
   AdapterPacking<T, Layout, Shape> packing;
   const T* up;
+  FewRows few;
 
-  AdapterForwardPass(const AdapterForward& args, void* memory)
-      : args(args), partition(memory), packing(args.inputs, partition) {
+  AdapterForwardPass(const AdapterForward& args, void* packed_memory, void* memory)
+      : args(args), packed(packed_memory), workspace(memory), packing(args.inputs, packed) {
     const auto [R, D, B] = args.inputs.size;
     PackedOperand& operand = packing.task.operands[1];
     operand = second_operand<Layout, Shape>(weights_of(args.inputs.up, D, B), Order::columns, D, B);
-    up = place_operand<T>(operand, partition);
+    up = place_operand<T>(operand, packed);
+    few = FewRows::of<Layout>(R, D, B, packing.task.operands, args.inputs.norm_weight.data != nullptr, workspace);
   }
 
   int pack(Queue queue) const { return launch_packing<T>(queue, packing.task); }
@@ -76,7 +79,11 @@ struct AdapterForwardPass {
     op.residual_stride = args.residual.stride;
     op.out = static_cast<T*>(args.out.data);
     const int error = is_packed ? 0 : pack(queue);
-    return error ? error : launch_sandwich<Shape>(queue, op);
+    if (error) return error;
+    if constexpr (kSplitsFewRows<T>) {
+      if (few.exist()) return launch_few_rows(queue, op, few);
+    }
+    return launch_sandwich<Shape>(queue, op);
   }
 };
 
@@ -221,12 +228,13 @@ struct AdapterBackwardPass {
 
 // Calls function with the pass of a call.
 template <class Function>
-auto with_pass(const AdapterForward& args, void* memory, const Function& function) {
+auto with_pass(const AdapterForward& args, void* packed, void* workspace, const Function& function) {
   const AdapterSizes& size = args.inputs.size;
   return with_element(args.inputs.x.dtype, [&](auto element) {
     using T = decltype(element);
-    return with_forward_shape<T>(
-        size.R, size.B, [&](auto shape) { return function(AdapterForwardPass<T, decltype(shape)>(args, memory)); });
+    return with_forward_shape<T>(size.R, size.B, [&](auto shape) {
+      return function(AdapterForwardPass<T, decltype(shape)>(args, packed, workspace));
+    });
   });
 }
 
@@ -241,17 +249,21 @@ auto with_pass(const AdapterBackward& args, void* memory, const Function& functi
 
 }  // namespace
 
+int64_t adapter_packed_bytes(const AdapterForward& args) {
+  return with_pass(args, nullptr, nullptr, [](const auto& pass) { return pass.packed.bytes(); });
+}
+
 int64_t adapter_forward_workspace(const AdapterForward& args) {
-  return with_pass(args, nullptr, [](const auto& pass) { return pass.partition.bytes(); });
+  return with_pass(args, nullptr, nullptr, [](const auto& pass) { return pass.workspace.bytes(); });
 }
 
-int adapter_pack(const AdapterForward& args, void* workspace, Queue queue) {
-  return with_pass(args, workspace, [&](const auto& pass) { return pass.pack(queue); });
+int adapter_pack(const AdapterForward& args, void* packed, Queue queue) {
+  return with_pass(args, packed, nullptr, [&](const auto& pass) { return pass.pack(queue); });
 }
 
-int adapter_forward(const AdapterForward& args, void* workspace, bool is_packed, Queue queue) {
+int adapter_forward(const AdapterForward& args, void* packed, bool is_packed, void* workspace, Queue queue) {
   if (args.inputs.size.R == 0) return 0;
-  return with_pass(args, workspace, [&](const auto& pass) { return pass.run(is_packed, queue); });
+  return with_pass(args, packed, workspace, [&](const auto& pass) { return pass.run(is_packed, queue); });
 }
 
 int64_t adapter_backward_workspace(const AdapterBackward& args) {

@@ -7,11 +7,12 @@ namespace petl::cuda {
 
 inline constexpr Limits kAdapterLimits{"the bottleneck B", kMaxInner};
 
-// Forward's workspace holds the packed weights and nothing else. Calls with the same weights, sizes D and B, and dtypes
-// can share one that adapter_pack has filled.
+// Forward packs the weights, unless adapter_pack has: calls with the same weights, sizes D and B, and dtypes can share
+// what it made. The workspace is for what else there is between the launches, often nothing.
+int64_t adapter_packed_bytes(const AdapterForward& args);
 int64_t adapter_forward_workspace(const AdapterForward& args);
-int adapter_pack(const AdapterForward& args, void* workspace, Queue queue);
-int adapter_forward(const AdapterForward& args, void* workspace, bool is_packed, Queue queue);
+int adapter_pack(const AdapterForward& args, void* packed, Queue queue);
+int adapter_forward(const AdapterForward& args, void* packed, bool is_packed, void* workspace, Queue queue);
 int64_t adapter_backward_workspace(const AdapterBackward& args);
 int adapter_backward(const AdapterBackward& args, void* workspace, Queue queue);
 

@@ -1,41 +1,17 @@
 // LayerNorm of the rows that the adapter's first product takes, while they are on their way to it.
 #pragma once
 #include "kernels/cuda/adapter_packing.h"
-#include "kernels/cuda/layer_norm.h"
+#include "kernels/cuda/row_deviations.h"
 #include "kernels/cuda/shape.h"
 #include "kernels/cuda/tile.h"
 
 namespace petl::cuda {
 
-// Finds the rows' statistics while the product takes the rows as they are. Deviations are from the row's first element:
-// no more than all the others together can lie from it, so in float32 their squares keep the digits that 16-bit
-// elements have.
+// Finds the rows' statistics while the product takes the rows as they are.
 template <class Op, class Copy>
-class FindStatistics {
+class FindStatistics : public DeviationSums<Op, Copy> {
  public:
-  template <class Block>
-  __device__ __forceinline__ FindStatistics(const Op& op, const Block& block) : op_(op), wanted_(op.has_norm) {
-#pragma unroll
-    for (int copy = 0; copy < Copy::kCopies; ++copy) {
-      const int64_t row = min(block.first_row() + Copy::row() + copy * Copy::kRowStep, op.R - 1);
-      first_[copy] = wanted_ ? to_float(op.left[row * op.left_stride]) : 0;
-      sums_[copy] = squares_[copy] = 0;
-    }
-  }
-
-  __device__ __forceinline__ bool wants(int column) const { return wanted_ && column < op_.D; }
-
-  template <class T>
-  __device__ __forceinline__ void look(T* vector, int copy, int) {
-    float values[8];
-    unpack(load(vector), values);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float deviation = values[i] - first_[copy];
-      sums_[copy] += deviation;
-      squares_[copy] = fmaf(deviation, deviation, squares_[copy]);
-    }
-  }
+  using DeviationSums<Op, Copy>::DeviationSums;
 
   template <class Block>
   __device__ __forceinline__ void end(const Block& block) const {
@@ -45,31 +21,17 @@ class FindStatistics {
       const int row = Copy::row() + copy * Copy::kRowStep;
       if (Copy::vector() > 0 || row >= Block::kRows) continue;
       block.row_statistics[row] = statistics;
-      if (op_.statistics && row < block.rows) op_.statistics[block.first_row() + row] = statistics;
+      if (this->op_.statistics && row < block.rows) this->op_.statistics[block.first_row() + row] = statistics;
     }
     __syncthreads();
   }
 
-  __device__ __forceinline__ double share() const { return 0; }
-
  private:
-  // By the lanes that share a row.
   __device__ __forceinline__ RowStatistics statistics_of(int copy) const {
-    float sum = sums_[copy], square = squares_[copy];
-#pragma unroll
-    for (int lanes = Copy::kLanes / 2; lanes > 0; lanes /= 2) {
-      sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-      square += __shfl_xor_sync(0xffffffffu, square, lanes);
-    }
-    if (!wanted_) return {0, 0, 1};
-    const float width = static_cast<float>(op_.D), rest = sum / width;
-    const float variance = fmaxf(square / width - rest * rest, 0);
-    return {first_[copy], rest, 1 / sqrtf(variance + op_.epsilon)};
+    const Deviations row = this->deviations_of(copy);
+    if (!this->wanted_) return {0, 0, 1};
+    return cuda::statistics_of(this->first_[copy], row, this->op_.D, this->op_.epsilon);
   }
-
-  const Op& op_;
-  const bool wanted_;
-  float first_[Copy::kCopies], sums_[Copy::kCopies], squares_[Copy::kCopies];
 };
 
 // Finds the statistics beforehand, and normalizes each vector of floats where it has been copied to.

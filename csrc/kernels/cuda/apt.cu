@@ -1,7 +1,8 @@
-// Prompt diffusion on CUDA. Forward is two launches, of which the first packs the weights; backward is four: the same,
-// the rows' gradients, slabs of the weights' gradients, and the sums of the slabs.
+// Prompt diffusion on CUDA. Forward is two launches, of which the first packs the weights, or three where rows are few;
+// backward is four: the same, the rows' gradients, slabs of the weights' gradients, and the sums of the slabs.
 #include "kernels/cuda/apt.h"
 #include "kernels/cuda/apt_backward.h"
+#include "kernels/cuda/apt_few_rows.h"
 #include "kernels/cuda/apt_finish.h"
 #include "kernels/cuda/apt_forward.h"
 #include "kernels/cuda/weight_gradient.h"
@@ -29,16 +30,32 @@ struct AptForwardPass {
   using Layout = SandwichLayout<Shape, kRest>;
 
   const AptForward& args;
-  Partition partition;
+  Partition packed, workspace;
   AptPacking<T, Layout, Shape> packing;
+  FewRows few;
 
-  AptForwardPass(const AptForward& args, void* memory)
-      : args(args), partition(memory), packing(args.size, args.keys, args.prompts, partition) {}
+  AptForwardPass(const AptForward& args, void* packed_memory, void* memory)
+      : args(args),
+        packed(packed_memory),
+        workspace(memory),
+        packing(args.size, args.keys, args.prompts, packed),
+        few(FewRows::of<Layout>(args.size.R, args.size.D, args.size.P, packing.task.operands, false, workspace)) {}
 
   int pack(Queue queue) const { return launch_packing<T>(queue, packing.task); }
 
   int run(bool is_packed, Queue queue) const {
-    AptForwardOp<T, kRest> op;
+    const int error = is_packed ? 0 : pack(queue);
+    if (error) return error;
+    if constexpr (kSplitsFewRows<T>) {
+      if (few.exist()) return launch_few_rows(queue, op<false>(), kRest, few);
+    }
+    return launch_sandwich<Shape>(queue, op<kRest>());
+  }
+
+ private:
+  template <bool kOpRest>
+  AptForwardOp<T, kOpRest> op() const {
+    AptForwardOp<T, kOpRest> op;
     set_operands(op, args.x, packing.first, packing.second, args.size.R, args.size.D, args.size.P);
     op.activation = args.activation;
     op.log_scale = args.log_scale.data;
@@ -49,22 +66,21 @@ struct AptForwardPass {
     op.gate = args.gate;
     op.scores = static_cast<typename KeptOf<T>::Type*>(args.scores.data);
     op.kept = static_cast<int>(args.size.kept());
-    const int error = is_packed ? 0 : pack(queue);
-    return error ? error : launch_sandwich<Shape>(queue, op);
+    return op;
   }
 };
 
 // Calls function with the pass of a call.
 template <class Function>
-auto with_forward(const AptForward& args, void* memory, const Function& function) {
+auto with_forward(const AptForward& args, void* packed, void* workspace, const Function& function) {
   return with_element(args.x.dtype, [&](auto element) {
     using T = decltype(element);
     const bool rest = args.activation == Activation::relu && args.keys.dtype == DType::float32;
     return with_forward_shape<T>(args.size.R, args.size.P, [&](auto shape) {
       if constexpr (sizeof(T) == 2) {
-        if (rest) return function(AptForwardPass<T, decltype(shape), true>(args, memory));
+        if (rest) return function(AptForwardPass<T, decltype(shape), true>(args, packed, workspace));
       }
-      return function(AptForwardPass<T, decltype(shape), false>(args, memory));
+      return function(AptForwardPass<T, decltype(shape), false>(args, packed, workspace));
     });
   });
 }
@@ -186,17 +202,21 @@ auto with_backward(const AptBackward& args, void* memory, const Function& functi
 
 }  // namespace
 
+int64_t apt_packed_bytes(const AptForward& args) {
+  return with_forward(args, nullptr, nullptr, [](const auto& pass) { return pass.packed.bytes(); });
+}
+
 int64_t apt_forward_workspace(const AptForward& args) {
-  return with_forward(args, nullptr, [](const auto& pass) { return pass.partition.bytes(); });
+  return with_forward(args, nullptr, nullptr, [](const auto& pass) { return pass.workspace.bytes(); });
 }
 
-int apt_pack(const AptForward& args, void* workspace, Queue queue) {
-  return with_forward(args, workspace, [&](const auto& pass) { return pass.pack(queue); });
+int apt_pack(const AptForward& args, void* packed, Queue queue) {
+  return with_forward(args, packed, nullptr, [&](const auto& pass) { return pass.pack(queue); });
 }
 
-int apt_forward(const AptForward& args, void* workspace, bool is_packed, Queue queue) {
+int apt_forward(const AptForward& args, void* packed, bool is_packed, void* workspace, Queue queue) {
   if (args.size.R == 0) return 0;
-  return with_forward(args, workspace, [&](const auto& pass) { return pass.run(is_packed, queue); });
+  return with_forward(args, packed, workspace, [&](const auto& pass) { return pass.run(is_packed, queue); });
 }
 
 int64_t apt_backward_workspace(const AptBackward& args) {

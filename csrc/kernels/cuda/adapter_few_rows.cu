@@ -1,0 +1,13 @@
+#include "kernels/cuda/adapter_few_rows.h"
+
+namespace petl::cuda {
+
+template <class T>
+int launch_few_rows(Queue queue, const AdapterForwardOp<T>& op, const FewRows& few) {
+  return launch_slices_and_outputs<false, true>(queue, op, op.has_norm, few);
+}
+
+template int launch_few_rows(Queue, const AdapterForwardOp<Bfloat16>&, const FewRows&);
+template int launch_few_rows(Queue, const AdapterForwardOp<Float16>&, const FewRows&);
+
+}  // namespace petl::cuda
