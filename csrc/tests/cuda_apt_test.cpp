@@ -36,19 +36,21 @@ int main() {
                                     {33, 64, 300},
                                     {65, 40, 510},
                                     {70, 520, 20},
-                                    // Few rows, as wide as two slices and more; then more rows than are few.
+                                    // Few rows, as wide as two slices and more.
                                     {67, 264, 100},
                                     {33, 200, 200},
                                     {18, 328, 300},
-                                    {5, 320, 510},
+                                    {5, 200, 510},
                                     {2, 1672, 8},
-                                    {2056, 200, 9},
                                     {600, 24, 9}}) {
         ++checked;
         failed += !check(device, apt_problem::Problem(R, D, P, activation, dtype));
       }
     }
   }
+  // More rows than are few, in as many chunks.
+  ++checked;
+  failed += !check(device, apt_problem::Problem(2056, 200, 9, Activation::relu, DType::bfloat16));
   std::printf("%d checked, %d failed\n", checked, failed);
   return failed || !checked ? EXIT_FAILURE : EXIT_SUCCESS;
 }

@@ -47,7 +47,7 @@ def test_two_ways_of_counting_agree(compilation):
     if compilation is None:
         pytest.skip(MISSING)
     case = next(case for case in CASES if case.name == "apt_forward")
-    launch = emulated.Counter(emulated.build()).launches(case, case.detailed[0])[-1]
+    launch = emulated.Counter(emulated.build()).launches(case, case.detailed[-1])[-1]
     code = machine_code.Kernels(compilation)[launch.kernel].code
     noted = requests.Requests([])
     _, is_as_counted = walk_as_counted(code, launch, launch.busiest, noted)

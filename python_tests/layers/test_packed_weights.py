@@ -10,21 +10,21 @@ from petl_ext.ops.apt import packed_apt
 ON_CUDA = pytest.mark.parametrize("device", CUDA_DEVICES, ids=str, indirect=True)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 LAYERS = {
-    "relu": lambda: APTLayer(64, num_prompts=50, rank=2),
-    "softmax": lambda: APTLayer(64, num_prompts=100, rank=2, activation="softmax"),
-    "sequential": lambda: AdapterLayer(64, 40),
-    "norm": lambda: AdapterLayer(64, 100, "gelu", layer_norm=True, residual=False, trainable_scale=True),
+    "relu": lambda dim: APTLayer(dim, num_prompts=50, rank=2),
+    "softmax": lambda dim: APTLayer(dim, num_prompts=100, rank=2, activation="softmax"),
+    "sequential": lambda dim: AdapterLayer(dim, 40),
+    "norm": lambda dim: AdapterLayer(dim, 100, "gelu", layer_norm=True, residual=False, trainable_scale=True),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
-def make(device, name, dtype):
+def make(device, name, dtype, dim=64):
     """(a layer that serves, its inputs)."""
     torch.manual_seed(0)
-    layer = LAYERS[name]().to(device.torch_device, dtype).eval().requires_grad_(False)
+    layer = LAYERS[name](dim).to(device.torch_device, dtype).eval().requires_grad_(False)
     for parameter in layer.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
-    inputs = torch.randn(1 + isinstance(layer, APTLayer), 30, 64, device=device.torch_device).to(dtype)
+    inputs = torch.randn(1 + isinstance(layer, APTLayer), 30, dim, device=device.torch_device).to(dtype)
     return layer, inputs
 
 
@@ -50,10 +50,10 @@ def test_a_call_takes_what_was_packed(device, name, dtype):
 @ON_CUDA
 @every_layer
 def test_one_packing_serves_any_number_of_rows(device, name):
-    layer, inputs = make(device, name, torch.bfloat16)
+    layer, inputs = make(device, name, torch.bfloat16, dim=264)
     layer.freeze()
-    for rows in (0, 1, 129):
-        some = [tensor.repeat(5, 1)[:rows] for tensor in inputs]
+    for rows in (0, 1, 129, 2049):  # of which the last are more than few
+        some = [tensor.repeat(69, 1)[:rows] for tensor in inputs]
         frozen = layer(*some)
         with torch.enable_grad():  # which packs anew
             expected = layer(some[0].requires_grad_(), *some[1:])

@@ -161,6 +161,7 @@ class Tested:
 
 _CUDA_WIDTHS = "width D must be a multiple of 8 up to 8192, got "
 _OF_FOUR_SHAPES = ((50, torch.bfloat16), (200, torch.bfloat16), (300, torch.float16), (300, torch.float32))
+_OF_FEW_ROWS = (37, 264, 90), torch.bfloat16
 _OF_POOLING = ((12, torch.bfloat16), (40, torch.float16), (40, torch.float32))
 
 APT = Tested(
@@ -187,7 +188,7 @@ APT = Tested(
     several=(300, 64),
     long=(5000, 64, 33),
     slabs=(4100, 64, 17),
-    ordered=tuple(((131, 136, num_prompts), dtype) for num_prompts, dtype in _OF_FOUR_SHAPES),
+    ordered=(*(((131, 136, num_prompts), dtype) for num_prompts, dtype in _OF_FOUR_SHAPES), _OF_FEW_ROWS),
     unsupported={
         f"{_CUDA_WIDTHS}770": (2, 770, 33),
         f"{_CUDA_WIDTHS}8200": (2, 8200, 3),
@@ -233,7 +234,7 @@ ADAPTER = Tested(
     several=(300, 64),
     long=(5000, 64, 33),
     slabs=(4100, 64, 17),
-    ordered=tuple(((131, 136, bottleneck), dtype) for bottleneck, dtype in _OF_FOUR_SHAPES),
+    ordered=(*(((131, 136, bottleneck), dtype) for bottleneck, dtype in _OF_FOUR_SHAPES), _OF_FEW_ROWS),
     unsupported={
         f"{_CUDA_WIDTHS}770": (2, 770, 33),
         f"{_CUDA_WIDTHS}8200": (2, 8200, 3),
