@@ -65,7 +65,9 @@ struct AdapterForwardPass {
     PackedOperand& operand = packing.task.operands[1];
     operand = second_operand<Layout, Shape>(weights_of(args.inputs.up, D, B), Order::columns, D, B);
     up = place_operand<T>(operand, packed);
-    few = FewRows::of<Layout>(R, D, B, packing.task.operands, args.inputs.norm_weight.data != nullptr, workspace);
+    if constexpr (kSplitsFewRows<Layout>) {
+      few = few_rows(R, D, B, packing.task.operands, args.inputs.norm_weight.data != nullptr, workspace);
+    }
   }
 
   int pack(Queue queue) const { return launch_packing<T>(queue, packing.task); }
@@ -80,7 +82,7 @@ struct AdapterForwardPass {
     op.out = static_cast<T*>(args.out.data);
     const int error = is_packed ? 0 : pack(queue);
     if (error) return error;
-    if constexpr (kSplitsFewRows<T>) {
+    if constexpr (kSplitsFewRows<Layout>) {
       if (few.exist()) return launch_few_rows(queue, op, few);
     }
     return launch_sandwich<Shape>(queue, op);

@@ -1,4 +1,5 @@
 #include "kernels/cuda/adapter_few_rows.h"
+#include "kernels/cuda/few_rows_kernels.h"
 
 namespace petl::cuda {
 

@@ -39,14 +39,16 @@ struct AptForwardPass {
         packed(packed_memory),
         workspace(memory),
         packing(args.size, args.keys, args.prompts, packed),
-        few(FewRows::of<Layout>(args.size.R, args.size.D, args.size.P, packing.task.operands, false, workspace)) {}
+        few(kSplitsFewRows<Layout>
+                ? few_rows(args.size.R, args.size.D, args.size.P, packing.task.operands, false, workspace)
+                : FewRows{}) {}
 
   int pack(Queue queue) const { return launch_packing<T>(queue, packing.task); }
 
   int run(bool is_packed, Queue queue) const {
     const int error = is_packed ? 0 : pack(queue);
     if (error) return error;
-    if constexpr (kSplitsFewRows<T>) {
+    if constexpr (kSplitsFewRows<Layout>) {
       if (few.exist()) return launch_few_rows(queue, op<false>(), kRest, few);
     }
     return launch_sandwich<Shape>(queue, op<kRest>());
