@@ -3,19 +3,10 @@
 namespace petl::cuda {
 namespace {
 
-// How few rows are few. More are better served by a sandwich, as counted: it reads less of the second-level cache, the
-// more so the more inner columns there are.
-struct Limit {
-  int64_t inner, rows;
-};
-constexpr Limit kFewRows[] = {{64, 2048}, {128, 1536}, {256, 1024}, {512, 512}};
-
-bool are_few(int64_t R, int64_t inner) {
-  for (const Limit& limit : kFewRows) {
-    if (inner <= limit.inner) return R <= limit.rows;
-  }
-  return false;
-}
+// By the bounds of bench/counts.py, and by its model too, both launches together take less than a sandwich up to some
+// 1900 rows, with 50 to 200 inner columns. The second one reads the partial sums anew for every 128 columns of the
+// output.
+constexpr int64_t kFewRows = 1536;
 
 }  // namespace
 
@@ -26,7 +17,7 @@ FewRows few_rows(int64_t R, int64_t D, int64_t inner, const PackedOperand* opera
   FewRows few;
   const int64_t all = divide_up(D, kFewDepth);
   const int64_t chunks = all > kMostSlices * kLeastChunks ? divide_up(all, kMostSlices) : kLeastChunks;
-  if (!are_few(R, inner) || all <= chunks) return few;
+  if (R > kFewRows || all <= chunks) return few;
   few.chunks = static_cast<int>(chunks);
   few.slices = static_cast<int>(divide_up(all, chunks));
   few.first_depth = operands[0].unit_depth;
