@@ -113,7 +113,7 @@ class APTLayer(FreezingLayer):
     def freeze(self, dtype=None):
         """Makes the keys once, for serving; from then on, gradients to the parameters that they were made from are
         refused. On CUDA, keys and prompts are also packed once for the kernels, so that a forward without gradients is
-        one launch.
+        one launch fewer.
 
         Undone by `thaw`, `train()`, loading, a move or a cast of the layer, and any change of a parameter that torch
         counts. It does not count changes through `parameter.data`, by collectives such as torch.distributed.broadcast,

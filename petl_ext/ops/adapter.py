@@ -270,7 +270,7 @@ def adapter(
             another pass. In another dtype than x it is added outside of the kernel.
         dropout: probability that a hidden unit is set to zero after its activation.
         packed: what `packed_adapter` returned for these very weights, or None. On CUDA a call without gradients is then
-            one launch instead of two; it serves those whose x has the dtype it was made for.
+            one launch fewer; it serves those whose x has the dtype it was made for.
 
     Each tensor is float32, bfloat16 or float16, in any mixture; hidden units and sums are float32. Under autocast a
     float32 x is rounded to autocast's dtype, as for torch.matmul; a residual is not, so that a stream in float32 stays

@@ -181,7 +181,7 @@ def apt(x, y, prompts, keys, log_scale, activation="relu", dropout=0.0, packed=N
         activation: "relu" or "softmax".
         dropout: probability that a score is set to zero, before the gate is taken (as in the paper's code).
         packed: what `packed_apt` returned for these very prompts, keys and activation, or None. On CUDA a call without
-            gradients is then one launch instead of two; it serves those whose x and y have the dtype it was made for.
+            gradients is then one launch fewer; it serves those whose x and y have the dtype it was made for.
 
     Each tensor is float32, bfloat16 or float16, in any mixture; scores, gate and sums are float32. Under autocast a
     float32 x is rounded to autocast's dtype, as for torch.matmul.
