@@ -116,7 +116,7 @@ class AdapterLayer(FreezingLayer):
             nn.init.constant_(self.gain, self.scale)
 
     def freeze(self, dtype=None):
-        """Packs the weights once for the kernels, for serving on CUDA: a forward without gradients is then one launch fewer.
+        """Packs the weights once for the kernels, for serving on CUDA: a forward without gradients is one launch fewer.
 
         Elsewhere it changes nothing. Undone by `thaw`, `train()`, loading, a move or a cast of the layer, and any
         change of a parameter that torch counts, of which `APTLayer.freeze` tells more. `gain` may change.
