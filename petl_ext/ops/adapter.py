@@ -91,11 +91,13 @@ def adapter_reference(
     eps=1e-5,
     residual=None,
     dropout=0.0,
+    packed=None,
 ):
     """`adapter` in plain PyTorch, in the dtype of x, on any device and in float64 too; it can drop out hidden units.
 
     Args:
         dropout: probability that a hidden unit is set to zero after its activation.
+        packed: not looked at; no kernel computes.
 
     Raises:
         RuntimeError: a shape or the activation is not as `adapter` says.

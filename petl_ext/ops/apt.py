@@ -55,11 +55,12 @@ def check_arguments(x, y, prompts, keys, log_scale, activation):
             raise RuntimeError(f"apt: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
-def apt_reference(x, y, prompts, keys, log_scale, activation="relu", dropout=0.0):
+def apt_reference(x, y, prompts, keys, log_scale, activation="relu", dropout=0.0, packed=None):
     """`apt` in plain PyTorch, in the dtype of x, on any device and in float64 too; it can drop out scores.
 
     Args:
         dropout: probability that a score is set to zero, before the gate is taken (as in the paper's code).
+        packed: not looked at; no kernel computes.
 
     Raises:
         RuntimeError: a shape or the activation is not as `apt` says.
