@@ -3,14 +3,17 @@
 import functools
 import importlib
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import TypeVar
 
 import torch
 
+Function = TypeVar("Function", bound=Callable)
 _CPU = 1  # DLPack's kDLCPU
 
 
-def takes_arrays(op):
+def takes_arrays(op: Function) -> Function:
     """A decorator of an op's public function: where its first argument is an array, so is what it returns.
 
     Args:

@@ -313,7 +313,7 @@ def _name_of(index):
 _runs_cuda_kernels._dynamo_marked_constant = _name_of._dynamo_marked_constant = True
 
 
-def cpu_path(choice=None):
+def cpu_path(choice: str | None = None) -> str:
     """The instruction set that the CPU kernels use: "avx512_bf16", "avx512", "avx2" or "portable".
 
     Args:
