@@ -1,12 +1,12 @@
 """The handle on what `attach` has put into a model, which knows how to take it out again."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from petl_ext.attaching.methods.config import Config
 from petl_ext.attaching.report import Report, report_for_inputs, report_for_tokens
@@ -29,7 +29,7 @@ class Attachment:
         installed: the new layers and their places, an `Installed`.
     """
 
-    def __init__(self, model: nn.Module, config: Config, selection: Any, layers: Iterable[nn.Module]):
+    def __init__(self, model: nn.Module, config: Config, selection: Any, layers: Mapping[Any, nn.Module]):
         self.model = model
         self.config = config
         self.family = selection.family
@@ -187,12 +187,12 @@ class Attachment:
         """Why the layer at that place does not run now, or an empty string."""
         return "disabled" if self._disabled else ""
 
-    def add(self, config, layers):
+    def add(self, config: Config, layers: Mapping[Any, nn.Module]) -> None:
         """Puts in the layers that `config` has beyond those that are attached, {place: layer}."""
         self._reinstall(lambda installed: installed.plus(layers))
         self.config = config
 
-    def take_over(self, saved, folder):
+    def take_over(self, saved: Saved, folder: str | Path) -> None:
         """Fills what is attached from what a folder of the same configuration holds, a `Saved`.
 
         Raises:
@@ -201,7 +201,7 @@ class Attachment:
         check_same(saved, self.config, self.keep, folder)
         self.fill(saved.tensors, folder)
 
-    def fill(self, tensors, folder):
+    def fill(self, tensors: Mapping[str, Tensor], folder: str | Path) -> None:
         """Fills new layers and kept modules.
 
         Raises:

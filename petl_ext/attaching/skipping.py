@@ -1,8 +1,9 @@
 """The handle of a `DASConfig`: which layers are skipped, now and for good."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from petl_ext.attaching.handle import Attachment
 from petl_ext.attaching.methods.config import Config
 from petl_ext.attaching.methods.das import SkippableLayer, strip
 from petl_ext.attaching.report import LayerCosts, Report
-from petl_ext.attaching.saved import check_same
+from petl_ext.attaching.saved import Saved, check_same
 from petl_ext.attaching.stacks import Stacks
 from petl_ext.counting import count_macs
 
@@ -27,7 +28,7 @@ class SkippingAttachment(Attachment):
         layers: dotted names of the layers that can be skipped; their indices are those of `skip`.
     """
 
-    def __init__(self, model: nn.Module, config: Config, selection: Any, layers: Iterable[nn.Module]):
+    def __init__(self, model: nn.Module, config: Config, selection: Any, layers: Mapping[Any, nn.Module]):
         bypasses = [place for place in layers if issubclass(place.site_class, SkippableLayer)]
         self.layers = tuple(place.name for place in bypasses)
         self._stacks = Stacks(model, {place.name: place.site_class for place in bypasses})
@@ -157,7 +158,7 @@ class SkippingAttachment(Attachment):
             raise ValueError("layer_costs: what the layers save does not add up; does a layer contain another one?")
         return costs
 
-    def idle_because(self, place):
+    def idle_because(self, place: Any) -> str:
         if self._disabled:
             return super().idle_because(place)
         inside = _is_inside(place, self._names_of(self.skipped))
@@ -165,7 +166,7 @@ class SkippingAttachment(Attachment):
             return "" if inside else "its layer is not skipped"
         return "its layer is skipped" if inside else ""
 
-    def take_over(self, saved, folder):
+    def take_over(self, saved: Saved, folder: str | Path) -> None:
         ours, theirs = self.config, saved.config
         check_same(saved._replace(config=_with_skips_of(ours, theirs)), ours, self.keep, folder)
         if ours.permanent:
