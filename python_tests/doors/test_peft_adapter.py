@@ -125,7 +125,7 @@ def test_a_wrong_configuration(changes, message):
 @pytest.mark.parametrize("name", ["llava", "qwen3_5", "qwen2_vl", "siglip", "modernbert", "phi3", "mixtral"])
 def test_default_targets_are_those_of_attach(name):
     if modern_models.lacking(name):
-        pytest.skip(f"transformers has no {modern_models.lacking(name)}")
+        pytest.skip(modern_models.lacking(name))
     for ours, theirs in ((AdapterConfig(bottleneck=4), petl_ext.AdapterConfig()), (APTConfig(), petl_ext.APTConfig())):
         tuned = get_peft_model(modern_models.make(name), ours).base_model.model
         carrying = [target for target, module in tuned.named_modules() if isinstance(module, TunerLayer)]
