@@ -27,7 +27,8 @@ LLAMA_SITES = {
     "bypass": r"layers\.\d+",
 }
 LLAMA = {"sites": LLAMA_SITES, "skippable": SkippableLlamaLayer, "towers": {"language": WHOLE}}
-_LLAMA4 = LLAMA | {"sites": LLAMA_SITES | {"sequential_adapter": r"layers\.\d+\.(self_attn|feed_forward)"}}
+_LLAMA4_SITES = LLAMA_SITES | {"sequential_adapter": r"layers\.\d+\.(self_attn|feed_forward)"}
+_GEMMA4_SITES = LLAMA_SITES | {"sequential_adapter": r"layers\.\d+\.(self_attn|mlp|experts)"}
 
 # Mixers of both kinds, attention and linear attention, in one list of layers.
 HYBRID_SITES = LLAMA_SITES | {
@@ -106,8 +107,8 @@ FAMILIES = (
         )
     ),
     *(Family(name, LLAMA_SITES, SkippableLayer, {"language": WHOLE}) for name in ("olmo2", "olmo3")),
-    Family("gemma4_text", **LLAMA | {"skippable": SkippableGemma4Layer}),
-    Family("llama4_text", **_LLAMA4),
+    Family("gemma4_text", _GEMMA4_SITES, SkippableGemma4Layer, {"language": WHOLE}),
+    Family("llama4_text", _LLAMA4_SITES, SkippableLlamaLayer, {"language": WHOLE}),
     *(Family(name, **HYBRID) for name in ("qwen3_5_text", "qwen3_next")),
     Family("gpt2", {"bypass": r"h\.\d+"}, SkippableLayer, {"language": WHOLE}, _CONV1D),
     Family("opt", **BART | {"towers": {"language": WHOLE}}),

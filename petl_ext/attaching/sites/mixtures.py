@@ -23,29 +23,37 @@ class Width(NamedTuple):
 
 class MixtureSite(ProjectionSite):
     """A mixture of experts that takes hidden states [..., D] first and returns what its experts say, alone or in a
-    tuple: Mixtral, Qwen 3, gpt-oss; Llama 4's returns all tokens in one dimension."""
+    tuple: Mixtral, Qwen 3, gpt-oss; Llama 4's returns all tokens in one dimension. In Gemma 4 router and experts stand
+    in the layer itself, so there it is the experts."""
 
     looked_for = "mixtures of experts (a router, gate or router, beside experts)"
 
     @classmethod
     def candidates(cls, model):
-        return {name: module for name, module in model.named_modules() if _router(module) is not None}
+        found = {}
+        for name, module in model.named_modules():
+            if _router_weight(module) is not None:
+                found[name] = module
+            elif {"experts", "router", "self_attn"} <= module._modules.keys():
+                found[f"{name}.experts".lstrip(".")] = module.experts
+        return found
 
     @classmethod
     def neighbor(cls, module):
-        weight = _router(module).weight
-        return Width(weight.size(-1), weight)
+        weight = _router_weight(module)
+        return Width(module.hidden_dim, module.down_proj) if weight is None else Width(weight.size(-1), weight)
 
     @classmethod
     def check(cls, module):
+        if _router_weight(module) is None:
+            return
         others = [name for name, _ in module.named_parameters() if name.partition(".")[0] not in PARTS]
         if others:
             raise ValueError(f"its experts must be its last step, but {', '.join(others)} may come behind")
 
 
-def _router(module):
-    """The part of a mixture whose weight is [experts, D], or None where the module is no mixture."""
-    if "experts" not in module._modules:
-        return None
-    routers = (module._modules.get(name) for name in ROUTERS)
-    return next((router for router in routers if getattr(getattr(router, "weight", None), "ndim", 0) == 2), None)
+def _router_weight(module):
+    """[experts, D], or None where the module does not consist of a router and experts."""
+    parts = module._modules
+    routers = [parts[name] for name in ROUTERS if name in parts] if "experts" in parts else []
+    return next((router.weight for router in routers if getattr(router, "weight", None) is not None), None)
