@@ -135,7 +135,11 @@ WAYS = {"beams": {"num_beams": 2}, "static": {"cache_implementation": "static"},
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    "name", ["llama", "mistral", "qwen2", "gemma2", "gemma3_text", "cohere2", "llava", "t5", "bart"]
+    "name",
+    [
+        *("llama", "mistral", "qwen2", "gemma2", "gemma3_text", "gemma4_text", "cohere2", "mixtral", "qwen3_5"),
+        *("llava", "gemma4", "t5", "bart"),
+    ],
 )
 @torch.no_grad()
 def test_generation_with_skipped_layers(name, way):
@@ -152,6 +156,22 @@ def test_generation_with_skipped_layers(name, way):
     inputs = {"input_ids": words.masked_fill(mask == 0, 0), "attention_mask": mask, **settings}
     slow = model.generate(**inputs, use_cache=False, num_beams=WAYS[way].get("num_beams", 1))
     assert torch.equal(model.generate(**inputs, **WAYS[way]), slow)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "mixtral", "llava", "t5"])
+@torch.no_grad()
+def test_prompt_lookup_with_skipped_layers(name):
+    """Words that repeat themselves are proposed and checked together, and the cache gives back what was wrong."""
+    model, attachment, _ = decoding_model(name)
+    attachment.skip([1])
+    words = torch.tensor([[7, 8, 9, 7, 8, 9, 7, 8]])
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": 2}
+    plain = model.generate(words, **settings)
+    steps = len(calls)
+    assert torch.equal(model.generate(words, **settings, prompt_lookup_num_tokens=3), plain)
+    assert len(calls) - steps <= steps
 
 
 def test_the_page_of_models_is_fresh():

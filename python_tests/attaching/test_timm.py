@@ -22,7 +22,8 @@ FORMS = {
     "DINOv2": ("timm.VisionTransformer", {"init_values": 1e-5, "reg_tokens": 4, "no_embed_class": True}),
     "DINOv3": (
         "timm.Eva",
-        {"qkv_fused": True, "scale_attn_inner": False, "swiglu_mlp": False, "rope_type": "dinov3", "num_reg_tokens": 4},
+        {"qkv_fused": True, "rope_type": "dinov3", "num_reg_tokens": 4}
+        | dict.fromkeys(("swiglu_mlp", "scale_mlp", "scale_attn_inner"), False),
     ),
     "EVA": ("timm.Eva", {"qkv_fused": True, "scale_attn_inner": False, "use_rot_pos_emb": False}),
     "ViT": ("timm.VisionTransformer", {"qk_norm": True, "global_pool": "avg"}),

@@ -41,6 +41,10 @@ TINY = {
 }
 
 
+# {name: versions of its package with which not even the bare model runs}
+FAILING = {"llama4": ["5.24.0"]}
+
+
 def lacking(name):
     """What the installed libraries do not have of a model, in words, or None."""
     tiny = TINY[name]
@@ -48,8 +52,11 @@ def lacking(name):
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
     library = importlib.import_module(tiny.library)
+    version = metadata.version(package)
+    if version in FAILING.get(name, ()):
+        return f"{package} {version} cannot run its own {tiny.model}"
     missing = next((its for its in (tiny.config, tiny.model) if its and not hasattr(library, its)), None)
-    return f"{package} {metadata.version(package)} has no {missing}" if missing else None
+    return f"{package} {version} has no {missing}" if missing else None
 
 
 def make(name, **changes):
