@@ -10,6 +10,7 @@ import transformers
 from model_table import METHODS, PAGE, TOWERS, config_of
 from modern_models import TINY, make, make_inputs, run
 from tiny_vilt import randomize, snapshot
+from transformers.cache_utils import DynamicLayer
 from transformers_names import CACHE
 
 import petl_ext
@@ -162,6 +163,10 @@ def test_generation_with_skipped_layers(name, way):
 @torch.no_grad()
 def test_prompt_lookup_with_skipped_layers(name):
     """Words that repeat themselves are proposed and checked together, and the cache gives back what was wrong."""
+    try:
+        DynamicLayer().crop(-1)
+    except TypeError:
+        pytest.skip(f"transformers {transformers.__version__} cannot crop a cache with a slot that no layer uses")
     model, attachment, _ = decoding_model(name)
     attachment.skip([1])
     words = torch.tensor([[7, 8, 9, 7, 8, 9, 7, 8]])

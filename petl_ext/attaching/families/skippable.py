@@ -35,7 +35,7 @@ class SkippableGemma4Layer(SkippableLlamaLayer):
 
     @classmethod
     def check(cls, layer):
-        if layer.config.num_kv_shared_layers and layer.self_attn.store_full_length_kv:
+        if getattr(layer.config, "num_kv_shared_layers", 0) and layer.self_attn.store_full_length_kv:
             raise ValueError("it must run, as later layers take its keys and values; name the others in sites")
 
 
