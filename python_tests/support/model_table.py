@@ -103,9 +103,9 @@ HEAD = """# Models
 `attach` knows these families by their `config.model_type`, or by their class where there is none. In each of them every
 new layer gets gradients, `disable()` gives the backbone bit for bit, a saved folder loads into a fresh model, and
 decoders that skip layers decode with a cache as without: `python_tests/attaching/test_modern_models.py` runs all of it
-on tiny models with random weights. Trained checkpoints have not been run. With skipped layers `generate` also searches by
-beams, with texts padded on the left, with static caches and by prompt lookup, the last not in transformers 5.17, which
-cannot crop a cache with a slot that no layer uses.
+on tiny models with random weights. Trained checkpoints have not been run. With skipped layers `generate` also searches
+by beams, with texts padded on the left, with static caches and by prompt lookup, the last not in transformers 5.17,
+which cannot crop a cache with a slot that no layer uses.
 
 ## Towers
 
@@ -127,10 +127,10 @@ print(apt.report())
 ```
 
 A language model that sees takes the families of what stands in its towers: a LLaVA around a Mistral or a Qwen2 needs no
-entry of its own. Layers that the model does not use, such as the last of a LLaVA's vision tower, get none;
-nor does what is neither language nor vision, such as Gemma 4's audio tower. Adapters go behind the sum of a mixture of
-experts. Where Gemma 4's last layers take the keys and values of earlier ones, these cannot be skipped: `attach` says which,
-and takes the others by `sites`.
+entry of its own. Layers that the model does not use, such as the last of a LLaVA's vision tower, get none; nor does
+what is neither language nor vision, such as Gemma 4's audio tower. Adapters go behind the sum of a mixture of experts.
+Where Gemma 4's last layers take the keys and values of earlier ones, these cannot be skipped: `attach` says which, and
+takes the others by `sites`.
 
 """
 TABLE = """## Table
