@@ -25,6 +25,7 @@ KINDS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch 2.10
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_compiled_layer_gives_what_it_gives(kind):
     name, method, layer_name, more = KINDS[kind]
