@@ -6,7 +6,7 @@ import pytest
 import torch
 from modern_models import lacking, make, make_inputs, run
 from modern_text_sizes import FULL, SLIDING
-from test_modern_models import cache_error
+from skipping_checks import cache_error
 from tiny_vilt import randomize, snapshot
 
 import petl_ext
@@ -39,11 +39,11 @@ def made(name, **changes):
     return make(name, **changes)
 
 
-@pytest.mark.parametrize("kind", ["sequential", "parallel"])
+@pytest.mark.parametrize("manner", ["sequential", "parallel"])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_what_a_mixture_says_is_changed_and_what_its_router_says_is_not(name, kind):
+def test_what_a_mixture_says_is_changed_and_what_its_router_says_is_not(name, manner):
     model = made(name)
-    attachment = petl_ext.attach(model, AdapterConfig(kind, **BOTTLENECK, sites=[MIXTURES[name]]))
+    attachment = petl_ext.attach(model, AdapterConfig(manner, **BOTTLENECK, sites=[MIXTURES[name]]))
     randomize(attachment)
     mixture = model.get_submodule(attachment.sites[0])
     x = torch.randn(2, 3, 32)
@@ -52,7 +52,7 @@ def test_what_a_mixture_says_is_changed_and_what_its_router_says_is_not(name, ki
         plain = mixture(x)
     ours, theirs = (output if isinstance(output, tuple) else (output,) for output in (changed, plain))
     expected = (
-        mixture.adapter(theirs[0]) if kind == "sequential" else mixture.adapter(x, residual=theirs[0].view(x.shape))
+        mixture.adapter(theirs[0]) if manner == "sequential" else mixture.adapter(x, residual=theirs[0].view(x.shape))
     )
     torch.testing.assert_close(ours[0].view(x.shape), expected.view(x.shape))
     assert len(ours) == len(theirs) and all(map(torch.equal, ours[1:], theirs[1:]))

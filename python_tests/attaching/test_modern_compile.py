@@ -10,7 +10,7 @@ import petl_ext
 
 # What is special at the site: (model, method, the layer that is compiled, more inputs, what DAS skips).
 CACHELESS = {"use_cache": False}
-KINDS = {
+FORMS = {
     "fused qkv": ("phi3", "APT", "model.layers.1", CACHELESS),
     "Wqkv and dropout": ("modernbert", "sequential adapter", "model.layers.1", {}),
     "sinks": ("gpt_oss", "parallel adapter", "model.layers.1", CACHELESS),
@@ -26,9 +26,9 @@ KINDS = {
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch 2.10
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_compiled_layer_gives_what_it_gives(kind):
-    name, method, layer_name, more = KINDS[kind]
+@pytest.mark.parametrize("form", FORMS)
+def test_a_compiled_layer_gives_what_it_gives(form):
+    name, method, layer_name, more = FORMS[form]
     if modern_models.lacking(name):
         pytest.skip(modern_models.lacking(name))
     model = modern_models.make(name)

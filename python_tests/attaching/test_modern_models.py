@@ -9,9 +9,9 @@ import torch
 import transformers
 from model_table import METHODS, PAGE, TOWERS, config_of
 from modern_models import TINY, make, make_inputs, run
+from skipping_checks import cache_error
 from tiny_vilt import randomize, snapshot
 from transformers.cache_utils import DynamicLayer
-from transformers_names import CACHE
 
 import petl_ext
 from petl_ext import DASConfig
@@ -94,16 +94,6 @@ def decoding_model(name):
     configs = (vars(module)["config"] for module in stack.modules() if "config" in vars(module))
     types = next((config.layer_types for config in configs if getattr(config, "layer_types", None)), None)
     return model, attachment, types or ["full_attention"] * len(stack)
-
-
-def cache_error(model, given, decoded, words):
-    """By how much the logits with a cache differ from those without, in units of the largest."""
-    expected, cache, steps = model(**given, **{decoded: words}, use_cache=False).logits, None, []
-    for step in (slice(0, 4), *(slice(index, index + 1) for index in range(4, words.size(1)))):
-        output = model(**given, **{decoded: words[:, step], CACHE: cache}, use_cache=True)
-        cache = output[CACHE]
-        steps.append(output.logits)
-    return (torch.cat(steps, 1) - expected).abs().max() / expected.abs().max()
 
 
 @pytest.mark.parametrize("name", DECODERS + HALVES + SEEING)
