@@ -3,6 +3,7 @@
 python python_tests/support/model_table.py    # writes docs/models.md anew
 """
 
+import functools
 from pathlib import Path
 
 import modern_models
@@ -38,6 +39,7 @@ def attached(name, method):
     return model, petl_ext.attach(model, config_of(method, sites=TOWERS.get(name)))
 
 
+@functools.cache
 def entries():
     """{name: what `entry` says}; of a model that the installed libraries lack, what the page said."""
     return {name: (_written if modern_models.lacking(name) else entry)(name) for name in modern_models.TINY}
