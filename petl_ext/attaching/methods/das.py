@@ -61,7 +61,7 @@ class SkippableLayer(AdapterSite):
 
     @staticmethod
     def fits(layer):
-        return _arguments(layer)[:1] == ["hidden_states"]
+        return arguments_of(layer)[:1] == ["hidden_states"]
 
     @staticmethod
     def neighbor(module):
@@ -268,6 +268,7 @@ def _is_norm(module):
     return isinstance(weight, torch.Tensor) and weight.dim() == 1
 
 
-def _arguments(layer):
+def arguments_of(layer):
+    """The names of what its forward takes."""
     _, *arguments = inspect.signature(type(layer).forward).parameters
     return arguments
