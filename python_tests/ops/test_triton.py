@@ -49,6 +49,28 @@ def test_widths_of_any_number_and_limits_that_are_named(tested):
         torch.testing.assert_close(odd.call(op.ours), odd.call(op.reference))
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("signs", ["positive weights", "mixed weights"])
+@pytest.mark.parametrize("name", ["apt", "adapter"])
+def test_infinities_are_where_they_are_in_float64(name, signs, weight_dtype):
+    """Beside weights of which rounding leaves something out, too, and of scores that are divided by their gate."""
+    tested = TESTED[name]
+    for infinity in (torch.inf, -torch.inf):
+        sizes, dtypes = (*tested.small[:-1], 7), {"dtype": torch.bfloat16, "weight_dtype": weight_dtype}
+        problem = tested.problem(*sizes, form=tested.usual[0], **dtypes).to(TRITON.torch_device)
+        problem["x"][1] = infinity
+        for matrix in ("prompts", "keys", "down", "up"):
+            if matrix in problem.tensors and signs == "positive weights":
+                problem[matrix].abs_()
+        with TRITON.entered():
+            results = problem.run(tested.op.ours)
+        expected = problem.double().run(tested.op.reference)
+        for result in ("out", "dx"):
+            wanted = expected[result].float()
+            assert torch.equal(results[result].isnan(), wanted.isnan()), (infinity, result)
+            assert torch.equal(results[result].isinf(), wanted.isinf()), (infinity, result)
+
+
 def spec_of(path, text):
     path.write_text(text)
     return importlib.machinery.ModuleSpec("triton", None, origin=str(path))
