@@ -11,7 +11,7 @@ from devices import TRITON
 from op_problems import TESTED
 from problems import OPS
 
-from petl_ext import ops
+from petl_ext import cli, ops
 from petl_ext.ops import backends, kernels, preferred
 from petl_ext.ops import triton as backend
 
@@ -150,6 +150,7 @@ def test_auto_prefers_it_only_where_a_measured_file_says_so(tmp_path, monkeypatc
     path.write_text(json.dumps([ENTRY]))
     monkeypatch.setattr(kernels, "PREFERENCES", preferred.read_preferences(path))
     monkeypatch.setattr(preferred, "PREFERENCES", preferred.read_preferences(path))
+    monkeypatch.setattr(cli, "PREFERENCES", preferred.read_preferences(path))
     monkeypatch.setattr(kernels, "_HELD", {("native", "apt", "cuda"), ("triton", "apt", "cuda")})
     monkeypatch.setattr(kernels, "_name_of", lambda index: "Made-up GPU")
 
@@ -160,10 +161,14 @@ def test_auto_prefers_it_only_where_a_measured_file_says_so(tmp_path, monkeypatc
 
     assert chosen_for(30, 10) == "petl_triton" == chosen_for(40, 10)
     assert chosen_for(41, 10) == "petl_ext" == chosen_for(30, 11)
+    assert kernels.kernel_for("apt", "cuda", torch.float32).name == "apt (cuda, triton at some sizes)"
+    assert "auto prefers triton for apt on Made-up GPU: 20 to 40 rows, width 64, inner size 10" in cli.info()
     with ops.backend("native"):
         assert chosen_for(30, 10) == "petl_ext"
+        assert kernels.kernel_for("apt", "cuda", torch.float32).name == "apt (cuda)"
     monkeypatch.setattr(kernels, "_name_of", lambda index: "Another GPU")
     assert chosen_for(30, 10) == "petl_ext"
+    assert kernels.kernel_for("apt", "cuda", torch.float32).name == "apt (cuda)"
 
 
 def test_nothing_is_preferred_that_was_not_measured(tmp_path):
