@@ -29,8 +29,8 @@ class Tiles(NamedTuple):
 ROW_TILES = {
     64: (Tiles(64, 32, 64, 8), Tiles(16, 32, 32, 4)),
     128: (Tiles(64, 32, 32, 8), Tiles(16, 16, 32, 8)),
-    256: (Tiles(32, 16, 32, 8), Tiles(16, 32, 32, 8)),
-    512: (Tiles(16, 16, 32, 8, 1), Tiles(16, 16, 16, 8)),
+    256: (Tiles(16, 32, 32, 8), Tiles(16, 32, 32, 8)),
+    512: (Tiles(16, 16, 32, 8, 1), Tiles(8, 16, 64, 8)),
 }
 # AMD's have 64 KiB of shared memory, and the registers of a program of four warps are twice as many for each thread.
 AMD_ROW_TILES = ROW_TILES | {
