@@ -41,11 +41,11 @@ def _call_on_arrays(op, first, arguments, named):
         return _library_of(first).from_dlpack(_OnCpu(out) if out.is_cpu else out)
 
 
-def _tensor_of(op, place, value):
+def _tensor_of(op, argument, value):
     """The tensor over an array's memory; other arguments as they are.
 
     Args:
-        place: the argument's name, or its position.
+        argument: the argument's name, or its position.
     """
     pack = getattr(value, "__dlpack__", None)
     if pack is None or isinstance(value, torch.Tensor):
@@ -59,7 +59,7 @@ def _tensor_of(op, place, value):
         return torch.from_dlpack(value)
     # NumPy raises a BufferError of what is not to be written to, and others of dtypes and strides.
     except Exception as error:
-        name = place if isinstance(place, str) else op.__code__.co_varnames[place]
+        name = argument if isinstance(argument, str) else op.__code__.co_varnames[argument]
         raise TypeError(
             f"{op.__name__}: {name} must be an array that DLPack passes on without a copy, got a "
             f"{type(value).__name__} of {value.dtype} on {getattr(value, 'device', 'an unknown device')} with shape "
@@ -85,8 +85,8 @@ class _OnCpu:
 
 
 @functools.cache
-def _package_of(kind):
-    return kind.__module__.partition(".")[0]
+def _package_of(class_):
+    return class_.__module__.partition(".")[0]
 
 
 def _library_of(array):
