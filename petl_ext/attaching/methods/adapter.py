@@ -8,7 +8,7 @@ normalized stream and leave the residual to the block.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from petl_ext.attaching.methods.config import Config
 from petl_ext.attaching.sites.mixtures import MixtureSite
@@ -179,10 +179,10 @@ class AdapterConfig(Config):
         super().__post_init__()
 
     @property
-    def row(self):
+    def row(self) -> str:
         return f"{self.kind}_adapter"
 
-    def new_layer(self, dim, **factory):
+    def new_layer(self, dim: int, **factory: Any) -> AdapterLayer:
         return AdapterLayer(dim, **adapter_options(self), **factory)
 
 
