@@ -18,7 +18,7 @@ def _linked(page):
         yield (page.parent / target).resolve().relative_to(ROOT)
 
 
-def _place(path):
+def _path_in_site(path):
     """Where a file of the repository is in the site."""
     return (
         Path("index.md") if path == Path("README.md") else path.relative_to("docs") if path.parts[0] == "docs" else path
@@ -33,7 +33,7 @@ def on_files(files, config):
             continue
         seen.add(path)
         if path.parts[0] != "docs":
-            files.append(File.generated(config, _place(path).as_posix(), abs_src_path=str(ROOT / path)))
+            files.append(File.generated(config, _path_in_site(path).as_posix(), abs_src_path=str(ROOT / path)))
         if path.suffix == ".md":
             waiting += _linked(ROOT / path)
     return files
@@ -41,10 +41,10 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, **_):
     file = Path(page.file.abs_src_path).resolve()
-    here = _place(file.relative_to(ROOT)).parent
+    here = _path_in_site(file.relative_to(ROOT)).parent
 
     def moved(match):
-        target = _place((file.parent / match[2]).resolve().relative_to(ROOT))
+        target = _path_in_site((file.parent / match[2]).resolve().relative_to(ROOT))
         return match[1] + "../" * len(here.parts) + target.as_posix()
 
     return LINK.sub(moved, markdown)
