@@ -1,0 +1,365 @@
+"""Bottlenecks of any code: known by their parts and by what their forward computes, whatever they are called."""
+
+import inspect
+import itertools
+import math
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from petl_ext.ops.adapter import ACTIVATIONS, adapter
+from petl_ext.patching.activation import OTHERS, name_of
+from petl_ext.patching.dispatch import entered_autocast, own_forward_because
+from petl_ext.patching.kind import (
+    PLAIN,
+    Kind,
+    Settings,
+    as_gain,
+    bias_of,
+    dropout_of,
+    norm_arguments,
+    own_forward,
+    plain_attributes,
+    promoted,
+    refuse_bottleneck,
+    refuse_scale,
+    spatial_axes,
+    weight_of,
+)
+
+_PROJECTIONS = (nn.Linear, nn.modules.conv._ConvNd)
+_TENSOR = "<a tensor>"  # in the place of one, in what is noted of a call
+
+
+class Formula(NamedTuple):
+    """[residual +] scale * [norm](up(act(down([norm] x)))). A part is given by the names that lead to it from the module.
+
+    Attributes:
+        down: the projection that narrows.
+        up: the one that widens.
+        norm: the LayerNorm; None where it has no part in it.
+        norm_is_last: whether it comes behind `up` rather than before `down`.
+        scale: a number, or the names that lead to a parameter or buffer of one element.
+        scale_is_last: whether it comes behind a norm that is last.
+        parameters: ((name, default), ...) of the forward; the default of the first one, x, is nothing.
+        residuals: ((what is given beside x, the index of the argument that is added, or None), ...): the ways to call
+            it that are known.
+    """
+
+    down: tuple
+    up: tuple
+    norm: tuple | None
+    norm_is_last: bool
+    scale: float | tuple
+    scale_is_last: bool
+    parameters: tuple
+    residuals: tuple
+
+    @property
+    def defaults(self):
+        return tuple(default for _, default in self.parameters[1:])
+
+
+class Bottleneck(Kind):
+    """[x +] s * [LN](up(act(down([LN] x)))), by the op but for a LayerNorm behind."""
+
+    petl_name = "bottleneck adapter"
+    petl_op = "adapter"
+    petl_published = "[x +] s * [LN](up(act(down([LN] x)))), of two projections from a width to less and back"
+    petl_is_general = True
+    petl_reenters_autocast = True
+
+    def forward(self, *arguments, **named):
+        call = _call(self.petl_settings, arguments, named)
+        if call is not None:
+            x = _rows(call[0], self.petl_settings.axis)
+            with entered_autocast(self.petl_settings, x.device.type):
+                if not own_forward_because(self, x) and _dtypes_fit(x, _at(self, self.petl_settings.formula.down)):
+                    return _computed(self, *call)
+        return super().forward(*arguments, **named)
+
+    @staticmethod
+    def petl_looks_like(module):
+        if type(module).forward is nn.Module.forward:  # a list of modules, say
+            return False
+        found = [part for part in itertools.islice(_projections(module), 3)]
+        if len(found) != 2:
+            return False
+        (width, inner), (narrow, wide) = map(_sizes, found)
+        return inner < width and narrow < wide
+
+    @staticmethod
+    def petl_refusal(module):
+        parts = _Parts(module)
+        if len(parts.norms) > 1:
+            return f"it has {len(parts.norms)} LayerNorms, {' and '.join(parts.norms)}"
+        if parts.others:
+            return f"it also has {', '.join(sorted(parts.others))}"
+        if len(parts.scales) > 1:
+            return f"it has {len(parts.scales)} scales, {' and '.join(sorted(parts.scales))}"
+        norm = next(iter(parts.norms.values()), None)
+        return next(filter(None, map(refuse_scale, parts.scales.values())), "") or refuse_bottleneck(
+            *parts.projections.values(), norm
+        )
+
+    @classmethod
+    def petl_takes(cls, forward):
+        """One tensor and arguments with plain defaults."""
+        _, *taken = inspect.signature(forward).parameters.values()
+        named = [p for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if not named or named[0].kind is inspect.Parameter.KEYWORD_ONLY:
+            return False
+        kinds_fit = all(p.kind is not inspect.Parameter.POSITIONAL_ONLY for p in named[1:])
+        return kinds_fit and all(p.default is not p.empty and isinstance(p.default, PLAIN) for p in named[1:])
+
+    @classmethod
+    def petl_arguments(cls):
+        return "one tensor and arguments that have plain defaults"
+
+    @staticmethod
+    def petl_resolved(module, settings):
+        formula = settings.formula
+        norm = None if formula.norm is None else id(_at(module, formula.norm))
+        scale = id(_at(module, formula.scale)) if isinstance(formula.scale, tuple) else formula.scale
+        parts = id(_at(module, formula.down)), id(_at(module, formula.up)), norm, formula.norm_is_last
+        added = [index for given, index in formula.residuals if given == formula.defaults]
+        return *parts, scale, formula.scale_is_last, *added, settings.activation, settings.axis, settings.autocast
+
+    @staticmethod
+    def petl_candidates(module):
+        spatial = spatial_axes(next(_projections(module)))
+        return [
+            Settings(activation, formula=formula, axis=axis)
+            for axis in dict.fromkeys((-1, -1 - spatial))
+            for formula in _formulas(module)
+            for activation in ACTIVATIONS
+        ]
+
+    @staticmethod
+    def petl_examples(module, draw, *size):
+        return _examples(module.petl_settings.formula.defaults, module, draw, *size)
+
+    @staticmethod
+    def petl_variants(settings):
+        calls = _other_calls(settings.formula.defaults)
+        return [(partial(_also_called, given), partial(_examples, given)) for given in calls]
+
+    @staticmethod
+    def petl_explanation(module, outputs, run):
+        inner = weight_of(_at(module, module.petl_settings.formula.down)).size(0)
+        if isinstance(outputs, (tuple, list)):
+            hidden = [out for out in outputs if isinstance(out, torch.Tensor) and inner in out.shape[-1:]]
+            return "its forward returns its hidden units too" if hidden else f"its forward returns {len(outputs)} values"
+        if not isinstance(outputs, torch.Tensor):
+            return f"its forward returns {type(outputs).__name__}, no tensor"
+        return _between(module, run)
+
+    @staticmethod
+    def petl_compute(module, *arguments):
+        call = _call(module.petl_settings, arguments, {})
+        with entered_autocast(module.petl_settings, call[0].device.type):
+            return _computed(module, *call)
+
+    @staticmethod
+    def petl_composed(module):
+        return "LayerNorm" if module.petl_settings.formula.norm_is_last else ""
+
+    @staticmethod
+    def petl_dropout(module):
+        """Of its parts as they are; of a function's, what it was."""
+        parts = (dropout_of(part) for part in module.modules() if isinstance(part, nn.Dropout))
+        return max(module.petl_settings.dropout if module.training else 0.0, *parts, 0.0)
+
+    @staticmethod
+    def petl_sizes(module):
+        return weight_of(_at(module, module.petl_settings.formula.up)).shape
+
+
+class _Parts:
+    """What a module holds, by dotted names.
+
+    Attributes:
+        projections, norms: modules.
+        scales: parameters and buffers of one element.
+        others: the names of what has other ones.
+    """
+
+    def __init__(self, module):
+        self.projections, self.norms, self.scales, self.others = {}, {}, {}, set()
+        for name, part in module.named_modules():
+            if isinstance(part, _PROJECTIONS):
+                self.projections[name] = part
+            elif isinstance(part, nn.LayerNorm):
+                self.norms[name] = part
+            else:
+                self._sort(name, part)
+
+    def _sort(self, name, part):
+        for table in (part._parameters, part._buffers):
+            for own_name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if not is_lazy(tensor) and tensor.numel() == 1 and tensor.is_floating_point():
+                    self.scales[f"{name}.{own_name}".lstrip(".")] = tensor
+                else:
+                    self.others.add(name or own_name)
+
+
+def _projections(module):
+    return (part for part in module.modules() if isinstance(part, _PROJECTIONS))
+
+
+def _sizes(projection):
+    if isinstance(projection, nn.Linear):
+        return projection.in_features, projection.out_features
+    return projection.in_channels, projection.out_channels
+
+
+def _at(module, names):
+    for name in names:
+        module = getattr(module, name)
+    return module
+
+
+def _formulas(module):
+    """All that a module of these parts may compute."""
+    parts = _Parts(module)
+    down, up = (tuple(name.split(".")) for name in parts.projections)
+    _, *taken = inspect.signature(own_forward(type(module))).parameters.values()
+    parameters = tuple((p.name, p.default) for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    parameters = ((parameters[0][0], None), *parameters[1:])
+    given = tuple(default for _, default in parameters[1:])
+    scales = [*_numbers(module), *(tuple(name.split(".")) for name in parts.scales)]
+    norms = [None, *(tuple(name.split(".")) for name in parts.norms)]
+    orders = [(norm, last, scale, False) for norm in norms for last in (False, True)[: 1 + bool(norm)] for scale in scales]
+    orders += [(norm, True, scale, True) for norm in norms[1:] for scale in scales[1:]]
+    return [
+        Formula(down, up, *order, parameters, ((given, added),))
+        for order in orders
+        for added in (0, None)
+    ]
+
+
+def _numbers(module):
+    """1 and those among its attributes."""
+    values = [value for _, _, value in plain_attributes(module) if type(value) in (int, float)]
+    return dict.fromkeys([1.0, *(float(value) for value in values if value and math.isfinite(value))])
+
+
+def _other_calls(defaults):
+    """Switches turned, and tensors in the place of None; not of more than three such arguments."""
+    choices = [(x, not x) if isinstance(x, bool) else (x, _TENSOR) if x is None else (x,) for x in defaults]
+    several = sum(len(choice) > 1 for choice in choices) <= 3
+    return [given for given in itertools.product(*choices) if given != defaults] if several else []
+
+
+def _also_called(given, settings):
+    """Candidates that are called so too."""
+    formula = settings.formula
+    added = (0, None, *(index for index, value in enumerate(given, 1) if value == _TENSOR))
+    formulas = [formula._replace(residuals=(*formula.residuals, (given, index))) for index in added]
+    return [settings._replace(formula=formula) for formula in formulas]
+
+
+def _examples(given, module, draw, *size):
+    settings = module.petl_settings
+    width = weight_of(_at(module, settings.formula.up)).size(0)
+    size = (*size, *(1,) * (-2 - settings.axis))
+    before = len(size) + 1 + settings.axis
+    if before < 0:
+        return []
+    shape = (*size[:before], width, *size[before:])
+    return [(draw(*shape), *(draw(*shape) if value == _TENSOR else value for value in given))]
+
+
+def _call(settings, arguments, named):
+    """(x, what is added or None) of a call of the forward; None where it is none of those that are known."""
+    if settings is None:
+        return None
+    formula = settings.formula
+    if not named and len(arguments) == 1:
+        values, given = arguments, formula.defaults
+    else:
+        values = _bound(formula.parameters, arguments, named)
+        given = tuple(_TENSOR if isinstance(value, torch.Tensor) else value for value in values[1:])
+        if not all(isinstance(value, PLAIN) for value in given):
+            return None
+    if not values or not isinstance(values[0], torch.Tensor):
+        return None
+    x = values[0]
+    if x.dim() < -settings.axis or any(isinstance(y, torch.Tensor) and y.shape != x.shape for y in values[1:]):
+        return None
+    for known, added in formula.residuals:
+        if known == given:
+            return x, None if added is None else values[added]
+    return None
+
+
+def _bound(parameters, arguments, named):
+    """The values of all parameters; () where arguments and parameters do not fit."""
+    names = [name for name, _ in parameters[len(arguments) :]]
+    if len(arguments) > len(parameters) or any(name not in names for name in named):
+        return ()
+    return (*arguments, *(named.get(name, default) for name, default in parameters[len(arguments) :]))
+
+
+def _dtypes_fit(x, down):
+    """Whether its own forward, as far as can be told, gives the dtype that the op gives: the op takes all mixtures."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return x.dtype in (torch.float32, torch.get_autocast_dtype(device))
+    return x.dtype is down.weight.dtype
+
+
+def _rows(x, axis):
+    """With the channels last; of None, None."""
+    return x if axis == -1 or x is None else x.movedim(axis, -1)
+
+
+def _computed(module, x, residual):
+    settings, formula = module.petl_settings, module.petl_settings.formula
+    down, up = _at(module, formula.down), _at(module, formula.up)
+    norm = None if formula.norm is None else _at(module, formula.norm)
+    scale = _at(module, formula.scale) if isinstance(formula.scale, tuple) else formula.scale
+    rows = _rows(x, settings.axis)
+    added = rows if residual is x else _rows(residual, settings.axis)
+    out = adapter(
+        rows,
+        weight_of(down),
+        bias_of(down),
+        weight_of(up),
+        bias_of(up),
+        1.0 if formula.scale_is_last else as_gain(scale),
+        settings.activation,
+        **norm_arguments(None if formula.norm_is_last else norm, like=down.weight),
+        residual=None if formula.norm_is_last else added,
+    )
+    if not formula.scale_is_last:
+        out = promoted(out, scale)
+    if formula.norm_is_last:
+        out = norm(out) * scale if formula.scale_is_last else norm(out)
+        out = out if added is None else added + out
+    return out if settings.axis == -1 else out.movedim(-1, settings.axis).contiguous()
+
+
+def _between(module, run):
+    """What a forward does between its projections that the op cannot, where it calls them."""
+    formula, met = module.petl_settings.formula, {}
+    hooks = [
+        _at(module, formula.down).register_forward_hook(lambda part, given, out: met.update(before=out.clone())),
+        _at(module, formula.up).register_forward_pre_hook(lambda part, given: met.update(after=given[0].clone())),
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if met.keys() != {"before", "after"} or name_of(ACTIVATIONS, *met.values()):
+        return ""
+    known = " or ".join(ACTIVATIONS)
+    if found := name_of(OTHERS, *met.values()):
+        return f"its activation computes {found}, not {known}"
+    return f"what it computes between its projections is not {known}"
