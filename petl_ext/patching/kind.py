@@ -171,9 +171,7 @@ def tensor_names(module):
 
 
 def _tensors_of(part):
-    return [
-        name for table in (part._parameters, part._buffers) for name, tensor in table.items() if tensor is not None
-    ]
+    return [name for table in (part._parameters, part._buffers) for name, tensor in table.items() if tensor is not None]
 
 
 def new_tensor(modules, known):

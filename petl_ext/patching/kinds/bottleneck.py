@@ -35,7 +35,7 @@ _TENSOR = "<a tensor>"  # in the place of one, in what is noted of a call
 
 
 class Formula(NamedTuple):
-    """[residual +] scale * [norm](up(act(down([norm] x)))). A part is given by the names that lead to it from the module.
+    """[residual +] scale * [norm](up(act(down([norm] x)))). A part is given by the names that lead to it.
 
     Attributes:
         down: the projection that narrows.
@@ -85,7 +85,7 @@ class Bottleneck(Kind):
     def petl_looks_like(module):
         if type(module).forward is nn.Module.forward:  # a list of modules, say
             return False
-        found = [part for part in itertools.islice(_projections(module), 3)]
+        found = list(itertools.islice(_projections(module), 3))
         if len(found) != 2:
             return False
         (width, inner), (narrow, wide) = map(_sizes, found)
@@ -152,7 +152,9 @@ class Bottleneck(Kind):
         inner = weight_of(_at(module, module.petl_settings.formula.down)).size(0)
         if isinstance(outputs, (tuple, list)):
             hidden = [out for out in outputs if isinstance(out, torch.Tensor) and inner in out.shape[-1:]]
-            return "its forward returns its hidden units too" if hidden else f"its forward returns {len(outputs)} values"
+            return (
+                "its forward returns its hidden units too" if hidden else f"its forward returns {len(outputs)} values"
+            )
         if not isinstance(outputs, torch.Tensor):
             return f"its forward returns {type(outputs).__name__}, no tensor"
         return _between(module, run)
@@ -234,13 +236,11 @@ def _formulas(module):
     given = tuple(default for _, default in parameters[1:])
     scales = [*_numbers(module), *(tuple(name.split(".")) for name in parts.scales)]
     norms = [None, *(tuple(name.split(".")) for name in parts.norms)]
-    orders = [(norm, last, scale, False) for norm in norms for last in (False, True)[: 1 + bool(norm)] for scale in scales]
-    orders += [(norm, True, scale, True) for norm in norms[1:] for scale in scales[1:]]
-    return [
-        Formula(down, up, *order, parameters, ((given, added),))
-        for order in orders
-        for added in (0, None)
+    orders = [
+        (norm, last, scale, False) for norm in norms for last in (False, True)[: 1 + bool(norm)] for scale in scales
     ]
+    orders += [(norm, True, scale, True) for norm in norms[1:] for scale in scales[1:]]
+    return [Formula(down, up, *order, parameters, ((given, added),)) for order in orders for added in (0, None)]
 
 
 def _numbers(module):
