@@ -34,6 +34,8 @@ def own_forward_for_now(module, device, dtype):
             return f"{name} was changed"
     if name := new_tensor(modules, settings.tensors):
         return f"it has got {name}"
+    if change := module.petl_change(module):
+        return change
     if any(name == device and is_on is None for name, is_on, _ in settings.autocast):
         return f"an autocast of its own on {device}, which could not be seen where it was patched"
     if beside := next(filter(None, map(beside_its_class, modules[1:])), ""):

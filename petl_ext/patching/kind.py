@@ -123,6 +123,11 @@ class Kind(Composable):
         raise NotImplementedError
 
     @staticmethod
+    def petl_change(module):
+        """What is no longer as it was when it was recognized, beside what its settings tell; "" where nothing is."""
+        return ""
+
+    @staticmethod
     def petl_composed(module):
         """What PyTorch computes beside the op, for reports; "" where that is nothing to speak of."""
         return ""

@@ -250,7 +250,10 @@ def _modes(settings, kind, twin, arguments):
     with torch.no_grad():
         _, outside = _run(twin, arguments)
         with autocast_everywhere(cpu=torch.float16, cuda=torch.bfloat16):  # what they are not by default
-            theirs, within = _run(twin, arguments)
+            try:
+                theirs, within = _run(twin, arguments)
+            except Exception as error:  # It is other people's and may do anything.
+                raise Difference(f"its forward raises {type(error).__name__} under autocast: {error}") from error
             if not _same(theirs, kind, twin, settings, arguments):
                 raise Difference("its forward computes something else under autocast")
     try:

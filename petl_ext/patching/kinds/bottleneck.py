@@ -166,6 +166,14 @@ class Bottleneck(Kind):
             return _computed(module, *call)
 
     @staticmethod
+    def petl_change(module):
+        formula = module.petl_settings.formula
+        down, up = _at(module, formula.down).weight.shape, _at(module, formula.up).weight.shape
+        if [*down[1::-1]] != [*up[:2]]:
+            return f"its projections have the shapes {list(down)} and {list(up)}"
+        return refuse_scale(_at(module, formula.scale)) if isinstance(formula.scale, tuple) else ""
+
+    @staticmethod
     def petl_composed(module):
         return "LayerNorm" if module.petl_settings.formula.norm_is_last else ""
 
