@@ -16,7 +16,7 @@ from petl_ext.patching.watch import Watch, autocast_everywhere, own_autocast
 # what is large; larger inputs would outdo DVP's mask of -1e9.
 PROBES = (((2, 3), 1.0), ((2, 3), 1e3), ((1, 1), 1.0), ((8, 5), 1.0), ((640, 1), 1.0), ((1, 640), 1.0))
 # By what scales are multiplied meanwhile, since a forward may take their size or less than all of their range.
-_FACTORS = (1.0, -1.0, 0.05, -0.05, 20.0, -20.0)
+_FACTORS = (1.0, -1.0, 0.05, -0.05, 5.0, -5.0)
 # The same of inputs with more or fewer axes than [batch, tokens, width], which a module need not take.
 OTHER_AXES = ((7,), (2, 2, 3))
 # (dtype of the weights, of the inputs, of autocast where it is on); the last ones last, as the twin is cast to them.

@@ -138,7 +138,7 @@ NEAR_MISSES = {
         "its forward computes something",
     ),
     "a scale that is clamped": (
-        lambda m, x: x + m.s.clamp(-5, 5) * added(m, x),
+        lambda m, x: x + m.s.clamp(-0.5, 0.5) * added(m, x),
         {"s": of_parameter()},
         "its forward computes something else",
     ),

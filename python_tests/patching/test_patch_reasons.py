@@ -118,11 +118,9 @@ def test_an_activation_that_trains_is_no_known_one():
     module = Adapter(DIM)
     module.activation = Swish()
     assert refusal(module)[1] == UNKNOWN
-    prompts = approximate_prompt(4, DIM, 4, 20)
-    prompts.activation = Swish()
-    assert "it also has" in refusal(prompts)[1] or refusal(prompts)[1].startswith(
-        "what its activation computes depends"
-    )
+    library = LibraryAdapter(DIM, 8)
+    library.non_linearity = library.adapter_down[-1] = Swish()
+    assert refusal(library)[1] == "what its activation computes depends on its parameters or buffers"
 
 
 class Counting(nn.ReLU):
