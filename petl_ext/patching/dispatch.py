@@ -30,7 +30,8 @@ def own_forward_for_now(module, device, dtype):
         return "a part was replaced"
     for index, name, value in settings.attributes:
         now = getattr(modules[index], name, None)
-        if now is not value and now != value:  # NaN is not equal to itself
+        # NaN is not equal to itself, and a tensor in the place of a number is equal in parts.
+        if now is not value and (type(now) is not type(value) or now != value):
             return f"{name} was changed"
     if name := new_tensor(modules, settings.tensors):
         return f"it has got {name}"

@@ -1,4 +1,4 @@
-"""Bottlenecks of any code: their layouts, ways to call them, autocasts of their own, and what changes after patching."""
+"""Bottlenecks of any code: layouts, ways to call them, autocasts of their own, and what changes after patching."""
 
 import copy
 import pickle
