@@ -6,6 +6,7 @@ import sys
 import warnings
 
 import torch
+from torch import nn
 
 from petl_ext.ops.backends import REFERENCE, backend
 from petl_ext.patching.held import changed, held, same_values, snapshot
@@ -115,14 +116,16 @@ def _of_some_layout(candidates, kind, twin, draw):
 
 def _passing(candidates, kind, twin, draw, examples):
     """The first of the candidates with which the op does what the forward does, for examples of all sizes."""
-    scales = [(t, t.data.clone()) for t in (*twin.parameters(), *twin.buffers()) if t.numel() == 1]
+    before = [(tensor, tensor.data.clone()) for tensor in (*twin.parameters(), *twin.buffers())]
+    # Behind a norm large inputs are large no more.
+    has_norm = any(isinstance(part, nn.LayerNorm) for part in twin.modules())
     for (size, multiple), factor in zip(PROBES, _FACTORS, strict=True):
-        for tensor, value in scales:
-            tensor.data = value * factor
+        for tensor, value in before:
+            tensor.data = value * (factor if value.numel() == 1 else multiple if has_norm else 1.0)
         vars(twin)["petl_settings"] = candidates[0]
         for arguments in examples(twin, draw, *size):
             candidates = _matching(candidates, kind, twin, _scaled(arguments, multiple), size)
-    for tensor, value in scales:
+    for tensor, value in before:
         tensor.data = value
     vars(twin)["petl_settings"] = candidates[0]
     for arguments in examples(twin, draw, *PROBES[0][0]):
@@ -273,7 +276,7 @@ def _modes(settings, kind, twin, arguments):
 def _check_dtypes(kind, twin, arguments):
     """A forward may cast what it returns, which float64 does not show."""
     for weights, given, autocast in _DTYPES:
-        twin.to(weights)
+        nn.Module.to(twin, weights)  # accelerate's `to` of an instance is that of the module it was copied from
         inputs = _each_once(lambda x, dtype=given: x.to(dtype) if x.is_floating_point() else x, arguments)
         with autocast_everywhere(**autocast), torch.no_grad(), backend(REFERENCE):
             try:

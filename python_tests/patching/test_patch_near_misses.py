@@ -180,6 +180,11 @@ NEAR_MISSES = {
         {"act": nn.PReLU()},
         "what it computes between its projections is not relu or gelu or silu",
     ),
+    "hidden units that are clamped late, behind a norm": (
+        lambda m, x: x + m.up(F.relu(m.down(m.norm(x))).clamp(max=100)),
+        {"norm": nn.LayerNorm(DIM, elementwise_affine=False)},
+        "what it computes between its projections is not relu or gelu or silu",
+    ),
     "softmax": (
         lambda m, x: x + m.up(m.down(x).softmax(-1)),
         {},

@@ -168,6 +168,12 @@ def changed(module, **attributes):
     return module
 
 
+def with_down(part):
+    module = Adapter(DIM)
+    module.down_sampler = part
+    return module
+
+
 def library(*layers):
     """With the library's `adapter_down` of these layers and its activation."""
     module = LibraryAdapter(DIM, 8)
@@ -177,7 +183,7 @@ def library(*layers):
 
 REASONS = {
     "a projection of PyTorch's name": (
-        lambda: changed(Adapter(DIM), down_sampler=Linear(DIM, 4)),
+        lambda: with_down(Linear(DIM, 4)),
         "a projection is test_patch_reasons.Linear, neither nn.Linear nor a 1 x 1 convolution of one group",
     ),
     "a norm of PyTorch's name": (
