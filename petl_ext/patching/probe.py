@@ -116,7 +116,8 @@ def _of_some_layout(candidates, kind, twin, draw):
 
 def _passing(candidates, kind, twin, draw, examples):
     """The first of the candidates with which the op does what the forward does, for examples of all sizes."""
-    before = [(tensor, tensor.data.clone()) for tensor in (*twin.parameters(), *twin.buffers())]
+    held_now = (*twin.parameters(), *twin.buffers())
+    before = [(tensor, tensor.data.clone()) for tensor in held_now if tensor.is_floating_point()]
     # Behind a norm large inputs are large no more.
     has_norm = any(isinstance(part, nn.LayerNorm) for part in twin.modules())
     for (size, multiple), factor in zip(PROBES, _FACTORS, strict=True):
