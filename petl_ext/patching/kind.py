@@ -172,20 +172,20 @@ def _is_plain(value):
 def tensor_names(module):
     """The names of the parameters and buffers that each of `module.modules()` itself holds: what joins them later may
     change what the forward does."""
-    return tuple(tuple(_tensors_of(part)) for part in module.modules())
-
-
-def _tensors_of(part):
-    return [name for table in (part._parameters, part._buffers) for name, tensor in table.items() if tensor is not None]
+    return tuple(
+        tuple(name for table in (part._parameters, part._buffers) for name, held in table.items() if held is not None)
+        for part in module.modules()
+    )
 
 
 def new_tensor(modules, known):
     """The name of a tensor that one of the modules holds and that is not among `known`, what `tensor_names` gave; ""
     where there is none."""
     for part, names in zip(modules, known, strict=True):
-        for name in _tensors_of(part):
-            if name not in names:
-                return name
+        for table in (part._parameters, part._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and name not in names:
+                    return name
     return ""
 
 
@@ -242,11 +242,13 @@ def spatial_axes(part):
 
 def weight_of(projection):
     """[out, in] of nn.Linear or a 1 x 1 convolution."""
-    return projection.weight.flatten(1)
+    weight = projection.weight
+    return weight if weight.dim() == 2 else weight.flatten(1)
 
 
 def bias_of(projection):
-    return projection.weight.new_zeros(projection.weight.size(0)) if projection.bias is None else projection.bias
+    bias = projection.bias
+    return projection.weight.new_zeros(projection.weight.size(0)) if bias is None else bias
 
 
 def norm_arguments(norm, like):

@@ -57,7 +57,7 @@ class Transposing(nn.Module):
 class Called(Plain):
     """In several ways."""
 
-    def forward(self, hidden, add=True, other=None, factor=1.0):
+    def forward(self, hidden, add=True, other=None, factor=1.0, *, unused=None):
         out = self.widen(F.relu(self.narrow(hidden)))
         if other is not None:
             return other + out * factor
@@ -101,12 +101,51 @@ def test_parts_and_layouts(make, shape):
     assert copied.petl_settings == model.petl_settings and kind_of(copied) is kind_of(model)
 
 
+class Spaced(Plain):
+    """In an autocast of its own, called by name."""
+
+    def forward(self, x, residual=True):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = self.widen(F.relu(self.narrow(self.norm(x)))) * self.scale
+        return x + out if residual else out
+
+
+COMPILED = {
+    "channels first": (lambda: Convolved(nn.Conv1d), lambda m: m(rows(2, DIM, 5))),
+    "an autocast": (
+        lambda: Spaced(scale=nn.Parameter(torch.tensor(3.0)), norm=nn.LayerNorm(DIM)),
+        lambda m: m(rows(2, 5, DIM), residual=False),
+    ),
+    "by name": (Called, lambda m: m(hidden=rows(2, 5, DIM), add=False)),
+    "a Sequential": (
+        lambda: nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, INNER), nn.SiLU(), nn.Linear(INNER, DIM)),
+        lambda m: m(rows(2, 5, DIM)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "call"), COMPILED.values(), ids=COMPILED)
+def test_compiled_it_computes_the_same(make, call):
+    model = make()
+    own = call(model)
+    petl_ext.patch(model)
+    expected = call(model)
+    assert expected.dtype is own.dtype and torch.allclose(expected, own, rtol=2e-2, atol=2e-2)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    call(compiled).sum().backward()
+    with OpsCalled() as called:
+        out = call(compiled)
+    assert called.names == ["adapter"] and out.dtype is own.dtype and torch.allclose(out, expected, atol=1e-2)
+
+
 CALLS = {
     "named": ((), {"hidden": rows(2, 5, DIM)}, ["adapter"]),
     "a switch": ((rows(2, 5, DIM), False), {}, ["adapter"]),
     "a named switch": ((rows(2, 5, DIM),), {"add": False}, ["adapter"]),
     "another residual": ((rows(2, 5, DIM), True, rows(2, 5, DIM, seed=1)), {}, ["adapter"]),
     "one residual for all": ((rows(2, 5, DIM),), {"other": rows(1, 5, DIM, seed=1)}, []),
+    "by name alone": ((rows(2, 5, DIM),), {"unused": 1}, []),
     "another number": ((rows(2, 5, DIM),), {"factor": 2.0}, []),
 }
 
@@ -118,7 +157,7 @@ def test_ways_to_call_it(arguments, named, runs):
     checked(model, *arguments, runs=runs, **named)
 
 
-@pytest.mark.parametrize("arguments", [(), (1, 2, 3, 4, 5)])
+@pytest.mark.parametrize("arguments", [(), (1, 2, 3, 4, 5, 6)])
 def test_calls_that_it_refused_are_refused(arguments):
     model = Called()
     petl_ext.patch(model)

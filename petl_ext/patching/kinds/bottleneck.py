@@ -31,6 +31,8 @@ from petl_ext.patching.kind import (
 )
 
 _PROJECTIONS = (nn.Linear, nn.modules.conv._ConvNd)
+# Whose modules hold the one that computes. What copying them would do concerns other processes too.
+_WRAPPERS = ("torch.nn.parallel", "torch.distributed.fsdp.fully_sharded_data_parallel", "torch._dynamo")
 _TENSOR = "<a tensor>"  # in the place of one, in what is noted of a call
 
 
@@ -73,17 +75,20 @@ class Bottleneck(Kind):
     petl_reenters_autocast = True
 
     def forward(self, *arguments, **named):
-        call = _call(self.petl_settings, arguments, named)
+        settings, out = self.petl_settings, None
+        call = _call(settings, arguments, named)
         if call is not None:
-            x = _rows(call[0], self.petl_settings.axis)
-            with entered_autocast(self.petl_settings, x.device.type):
-                if not own_forward_because(self, x) and _dtypes_fit(x, _at(self, self.petl_settings.formula.down)):
-                    return _computed(self, *call)
-        return super().forward(*arguments, **named)
+            if settings.autocast:
+                with entered_autocast(settings, call[0].device.type):
+                    out = _by_op(self, *call)
+            else:
+                out = _by_op(self, *call)
+        return super().forward(*arguments, **named) if out is None else out
 
     @staticmethod
     def petl_looks_like(module):
-        if type(module).forward is nn.Module.forward:  # a list of modules, say
+        its_class = type(module)
+        if its_class.forward is nn.Module.forward or its_class.__module__.startswith(_WRAPPERS):
             return False
         found = list(itertools.islice(_projections(module), 3))
         if len(found) != 2:
@@ -122,9 +127,10 @@ class Bottleneck(Kind):
     @staticmethod
     def petl_resolved(module, settings):
         formula = settings.formula
-        norm = None if formula.norm is None else id(_at(module, formula.norm))
-        scale = id(_at(module, formula.scale)) if isinstance(formula.scale, tuple) else formula.scale
-        parts = id(_at(module, formula.down)), id(_at(module, formula.up)), norm, formula.norm_is_last
+        norm = None if formula.norm is None else id(_part(module, formula.norm))
+        scale = _scale(module, formula.scale)
+        scale = id(scale) if isinstance(scale, torch.Tensor) else scale
+        parts = id(_part(module, formula.down)), id(_part(module, formula.up)), norm, formula.norm_is_last
         added = [index for given, index in formula.residuals if given == formula.defaults]
         return *parts, scale, formula.scale_is_last, *added, settings.activation, settings.axis, settings.autocast
 
@@ -149,7 +155,7 @@ class Bottleneck(Kind):
 
     @staticmethod
     def petl_explanation(module, outputs, run):
-        inner = weight_of(_at(module, module.petl_settings.formula.down)).size(0)
+        inner = weight_of(_part(module, module.petl_settings.formula.down)).size(0)
         if isinstance(outputs, (tuple, list)):
             hidden = [out for out in outputs if isinstance(out, torch.Tensor) and inner in out.shape[-1:]]
             return (
@@ -168,10 +174,10 @@ class Bottleneck(Kind):
     @staticmethod
     def petl_change(module):
         formula = module.petl_settings.formula
-        down, up = _at(module, formula.down).weight.shape, _at(module, formula.up).weight.shape
+        down, up = _part(module, formula.down).weight.shape, _part(module, formula.up).weight.shape
         if [*down[1::-1]] != [*up[:2]]:
             return f"its projections have the shapes {list(down)} and {list(up)}"
-        return refuse_scale(_at(module, formula.scale)) if isinstance(formula.scale, tuple) else ""
+        return refuse_scale(_scale(module, formula.scale))
 
     @staticmethod
     def petl_composed(module):
@@ -179,13 +185,16 @@ class Bottleneck(Kind):
 
     @staticmethod
     def petl_dropout(module):
-        """Of its parts as they are; of a function's, what it was."""
+        """Of its parts as they are; of a function's, what it was. Where there was none, a new one has been seen as a
+        change."""
+        if module.petl_settings.dropout == 0.0:
+            return 0.0
         parts = (dropout_of(part) for part in module.modules() if isinstance(part, nn.Dropout))
         return max(module.petl_settings.dropout if module.training else 0.0, *parts, 0.0)
 
     @staticmethod
     def petl_sizes(module):
-        return weight_of(_at(module, module.petl_settings.formula.up)).shape
+        return weight_of(_part(module, module.petl_settings.formula.up)).shape
 
 
 class _Parts:
@@ -228,10 +237,15 @@ def _sizes(projection):
     return projection.in_channels, projection.out_channels
 
 
-def _at(module, names):
+def _part(module, names):
     for name in names:
-        module = getattr(module, name)
+        module = module._modules[name]
     return module
+
+
+def _scale(module, scale):
+    """The number or the tensor that a formula's scale is."""
+    return getattr(_part(module, scale[:-1]), scale[-1]) if isinstance(scale, tuple) else scale
 
 
 def _formulas(module):
@@ -239,7 +253,8 @@ def _formulas(module):
     parts = _Parts(module)
     down, up = (tuple(name.split(".")) for name in parts.projections)
     _, *taken = inspect.signature(own_forward(type(module))).parameters.values()
-    parameters = tuple((p.name, p.default) for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    # What is given by name alone, or beside what is declared, is for the own forward.
+    parameters = tuple((p.name, p.default) for p in taken if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
     parameters = ((parameters[0][0], None), *parameters[1:])
     given = tuple(default for _, default in parameters[1:])
     scales = [*_numbers(module), *(tuple(name.split(".")) for name in parts.scales)]
@@ -274,7 +289,7 @@ def _also_called(given, settings):
 
 def _examples(given, module, draw, *size):
     settings = module.petl_settings
-    width = weight_of(_at(module, settings.formula.up)).size(0)
+    width = weight_of(_part(module, settings.formula.up)).size(0)
     size = (*size, *(1,) * (-2 - settings.axis))
     before = len(size) + 1 + settings.axis
     if before < 0:
@@ -314,12 +329,19 @@ def _bound(parameters, arguments, named):
     return (*arguments, *(named.get(name, default) for name, default in parameters[len(arguments) :]))
 
 
-def _dtypes_fit(x, down):
+def _by_op(module, x, residual):
+    """What the op returns; None where the module's own forward is to run."""
+    if own_forward_because(module, _rows(x, module.petl_settings.axis)) or not _dtypes_fit(module, x):
+        return None
+    return _computed(module, x, residual)
+
+
+def _dtypes_fit(module, x):
     """Whether its own forward, as far as can be told, gives the dtype that the op gives: the op takes all mixtures."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return x.dtype in (torch.float32, torch.get_autocast_dtype(device))
-    return x.dtype is down.weight.dtype
+    return x.dtype is _part(module, module.petl_settings.formula.down).weight.dtype
 
 
 def _rows(x, axis):
@@ -329,9 +351,9 @@ def _rows(x, axis):
 
 def _computed(module, x, residual):
     settings, formula = module.petl_settings, module.petl_settings.formula
-    down, up = _at(module, formula.down), _at(module, formula.up)
-    norm = None if formula.norm is None else _at(module, formula.norm)
-    scale = _at(module, formula.scale) if isinstance(formula.scale, tuple) else formula.scale
+    down, up = _part(module, formula.down), _part(module, formula.up)
+    norm = None if formula.norm is None else _part(module, formula.norm)
+    scale = _scale(module, formula.scale)
     rows = _rows(x, settings.axis)
     added = rows if residual is x else _rows(residual, settings.axis)
     out = adapter(
@@ -357,8 +379,8 @@ def _between(module, run):
     """What a forward does between its projections that the op cannot, where it calls them."""
     formula, met = module.petl_settings.formula, {}
     hooks = [
-        _at(module, formula.down).register_forward_hook(lambda part, given, out: met.update(before=out.clone())),
-        _at(module, formula.up).register_forward_pre_hook(lambda part, given: met.update(after=given[0].clone())),
+        _part(module, formula.down).register_forward_hook(lambda part, given, out: met.update(before=out.clone())),
+        _part(module, formula.up).register_forward_pre_hook(lambda part, given: met.update(after=given[0].clone())),
     ]
     try:
         run()
