@@ -307,6 +307,47 @@ def test_what_has_changed_runs_its_own_forward(make, change, reason):
     assert called.names == [] and torch.equal(out, checked_own(rows(2, 5, DIM)))
 
 
+class Dropping(Plain):
+    """By a function, at a probability of any name."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate = 0.1
+
+    def forward(self, x):
+        return x + self.widen(F.dropout(F.relu(self.narrow(x)), self.rate, self.training))
+
+
+def sequential():
+    return nn.Sequential(nn.Linear(DIM, INNER), nn.ReLU(), nn.Dropout(0.1), nn.Linear(INNER, DIM))
+
+
+@pytest.mark.parametrize("make", [Dropping, sequential])
+def test_dropout_runs_its_own_forward_in_training_alone(make):
+    model = make()
+    patch = petl_ext.patch(model)
+    assert patch.report().left_alone == {"dropout 0.1 in training": 1}
+    checked_own = copy.deepcopy(model)
+    petl_ext.unpatch(checked_own)
+    torch.manual_seed(0)
+    expected = checked_own(rows(2, 5, DIM))
+    torch.manual_seed(0)
+    assert torch.equal(model(rows(2, 5, DIM)), expected)
+    assert patch.report().left_alone == {"dropout 0.1 in training": 1}
+    model.eval()
+    assert patch.report().fused == 1
+    checked(model, rows(2, 5, DIM))
+
+
+def test_a_dropout_that_alone_is_in_training_is_noticed():
+    model = sequential()
+    patch = petl_ext.patch(model)
+    model.eval()[2].train()
+    assert patch.report().left_alone == {"dropout 0.1 in training": 1}
+    model[2].p = 0.2
+    assert patch.report().left_alone == {"p was changed": 1}
+
+
 def test_inputs_of_another_dtype_go_on_raising():
     model = Plain()
     petl_ext.patch(model)

@@ -174,9 +174,9 @@ class Bottleneck(Kind):
     @staticmethod
     def petl_change(module):
         formula = module.petl_settings.formula
-        down, up = _part(module, formula.down).weight.shape, _part(module, formula.up).weight.shape
-        if [*down[1::-1]] != [*up[:2]]:
-            return f"its projections have the shapes {list(down)} and {list(up)}"
+        down, up = _part(module, formula.down).weight, _part(module, formula.up).weight
+        if down.dim() < 2 or up.dim() < 2 or down.size(0) != up.size(1) or down.size(1) != up.size(0):
+            return f"its projections have the shapes {list(down.shape)} and {list(up.shape)}"
         return refuse_scale(_scale(module, formula.scale))
 
     @staticmethod
@@ -302,20 +302,19 @@ def _call(settings, arguments, named):
     """(x, what is added or None) of a call of the forward; None where it is none of those that are known."""
     if settings is None:
         return None
-    formula = settings.formula
-    if not named and len(arguments) == 1:
-        values, given = arguments, formula.defaults
-    else:
-        values = _bound(formula.parameters, arguments, named)
-        given = tuple(_TENSOR if isinstance(value, torch.Tensor) else value for value in values[1:])
-        if not all(isinstance(value, PLAIN) for value in given):
-            return None
-    if not values or not isinstance(values[0], torch.Tensor):
+    residuals = settings.formula.residuals
+    values = arguments if len(arguments) == 1 and not named else _bound(settings.formula.parameters, arguments, named)
+    if not values or not isinstance(values[0], torch.Tensor) or values[0].dim() < -settings.axis:
         return None
-    x = values[0]
-    if x.dim() < -settings.axis or any(isinstance(y, torch.Tensor) and y.shape != x.shape for y in values[1:]):
+    if len(values) == 1:  # The first way to call it, by far the most frequent one, is with nothing else.
+        return values[0], values[0] if residuals[0][1] == 0 else None
+    x, *others = values
+    given = tuple(_TENSOR if isinstance(value, torch.Tensor) else value for value in others)
+    if not all(isinstance(value, PLAIN) for value in given):
         return None
-    for known, added in formula.residuals:
+    if any(isinstance(value, torch.Tensor) and value.shape != x.shape for value in others):
+        return None
+    for known, added in residuals:
         if known == given:
             return x, None if added is None else values[added]
     return None
