@@ -2,17 +2,15 @@
 
 import inspect
 import itertools
-import math
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from petl_ext.ops.adapter import ACTIVATIONS, adapter
 from petl_ext.patching.activation import OTHERS, name_of
 from petl_ext.patching.dispatch import entered_autocast, own_forward_because
+from petl_ext.patching.formula import Parts, formulas_of, part_at, projections_in, scale_of, sizes_of
 from petl_ext.patching.kind import (
     PLAIN,
     Kind,
@@ -21,8 +19,6 @@ from petl_ext.patching.kind import (
     bias_of,
     dropout_of,
     norm_arguments,
-    own_forward,
-    plain_attributes,
     promoted,
     refuse_bottleneck,
     refuse_scale,
@@ -30,39 +26,9 @@ from petl_ext.patching.kind import (
     weight_of,
 )
 
-_PROJECTIONS = (nn.Linear, nn.modules.conv._ConvNd)
 # Whose modules hold the one that computes. What copying them would do concerns other processes too.
 _WRAPPERS = ("torch.nn.parallel", "torch.distributed.fsdp.fully_sharded_data_parallel", "torch._dynamo")
 _TENSOR = "<a tensor>"  # in the place of one, in what is noted of a call
-
-
-class Formula(NamedTuple):
-    """[residual +] scale * [norm](up(act(down([norm] x)))). A part is given by the names that lead to it.
-
-    Attributes:
-        down: the projection that narrows.
-        up: the one that widens.
-        norm: the LayerNorm; None where it has no part in it.
-        norm_is_last: whether it comes behind `up` rather than before `down`.
-        scale: a number, or the names that lead to a parameter or buffer of one element.
-        scale_is_last: whether it comes behind a norm that is last.
-        parameters: ((name, default), ...) of the forward; the default of the first one, x, is nothing.
-        residuals: ((what is given beside x, the index of the argument that is added, or None), ...): the ways to call
-            it that are known.
-    """
-
-    down: tuple
-    up: tuple
-    norm: tuple | None
-    norm_is_last: bool
-    scale: float | tuple
-    scale_is_last: bool
-    parameters: tuple
-    residuals: tuple
-
-    @property
-    def defaults(self):
-        return tuple(default for _, default in self.parameters[1:])
 
 
 class Bottleneck(Kind):
@@ -90,15 +56,15 @@ class Bottleneck(Kind):
         its_class = type(module)
         if its_class.forward is nn.Module.forward or its_class.__module__.startswith(_WRAPPERS):
             return False
-        found = list(itertools.islice(_projections(module), 3))
+        found = list(itertools.islice(projections_in(module), 3))
         if len(found) != 2:
             return False
-        (width, inner), (narrow, wide) = map(_sizes, found)
+        (width, inner), (narrow, wide) = map(sizes_of, found)
         return inner < width and narrow < wide
 
     @staticmethod
     def petl_refusal(module):
-        parts = _Parts(module)
+        parts = Parts(module)
         if len(parts.norms) > 1:
             return f"it has {len(parts.norms)} LayerNorms, {' and '.join(parts.norms)}"
         if parts.others:
@@ -127,20 +93,20 @@ class Bottleneck(Kind):
     @staticmethod
     def petl_resolved(module, settings):
         formula = settings.formula
-        norm = None if formula.norm is None else id(_part(module, formula.norm))
-        scale = _scale(module, formula.scale)
+        norm = None if formula.norm is None else id(part_at(module, formula.norm))
+        scale = scale_of(module, formula.scale)
         scale = id(scale) if isinstance(scale, torch.Tensor) else scale
-        parts = id(_part(module, formula.down)), id(_part(module, formula.up)), norm, formula.norm_is_last
+        parts = id(part_at(module, formula.down)), id(part_at(module, formula.up)), norm, formula.norm_is_last
         added = [index for given, index in formula.residuals if given == formula.defaults]
         return *parts, scale, formula.scale_is_last, *added, settings.activation, settings.axis, settings.autocast
 
     @staticmethod
     def petl_candidates(module):
-        spatial = spatial_axes(next(_projections(module)))
+        spatial = spatial_axes(next(projections_in(module)))
         return [
             Settings(activation, formula=formula, axis=axis)
             for axis in dict.fromkeys((-1, -1 - spatial))
-            for formula in _formulas(module)
+            for formula in formulas_of(module)
             for activation in ACTIVATIONS
         ]
 
@@ -155,7 +121,7 @@ class Bottleneck(Kind):
 
     @staticmethod
     def petl_explanation(module, outputs, run):
-        inner = weight_of(_part(module, module.petl_settings.formula.down)).size(0)
+        inner = weight_of(part_at(module, module.petl_settings.formula.down)).size(0)
         if isinstance(outputs, (tuple, list)):
             hidden = [out for out in outputs if isinstance(out, torch.Tensor) and inner in out.shape[-1:]]
             return (
@@ -174,10 +140,10 @@ class Bottleneck(Kind):
     @staticmethod
     def petl_change(module):
         formula = module.petl_settings.formula
-        down, up = _part(module, formula.down).weight, _part(module, formula.up).weight
+        down, up = part_at(module, formula.down).weight, part_at(module, formula.up).weight
         if down.dim() < 2 or up.dim() < 2 or down.size(0) != up.size(1) or down.size(1) != up.size(0):
             return f"its projections have the shapes {list(down.shape)} and {list(up.shape)}"
-        return refuse_scale(_scale(module, formula.scale))
+        return refuse_scale(scale_of(module, formula.scale))
 
     @staticmethod
     def petl_composed(module):
@@ -193,83 +159,8 @@ class Bottleneck(Kind):
         return max(module.petl_settings.dropout if module.training else 0.0, *parts, 0.0)
 
     @staticmethod
-    def petl_sizes(module):
-        return weight_of(_part(module, module.petl_settings.formula.up)).shape
-
-
-class _Parts:
-    """What a module holds, by dotted names.
-
-    Attributes:
-        projections, norms: modules.
-        scales: parameters and buffers of one element.
-        others: the names of what has other ones.
-    """
-
-    def __init__(self, module):
-        self.projections, self.norms, self.scales, self.others = {}, {}, {}, set()
-        for name, part in module.named_modules():
-            if isinstance(part, _PROJECTIONS):
-                self.projections[name] = part
-            elif isinstance(part, nn.LayerNorm):
-                self.norms[name] = part
-            else:
-                self._sort(name, part)
-
-    def _sort(self, name, part):
-        for table in (part._parameters, part._buffers):
-            for own_name, tensor in table.items():
-                if tensor is None:
-                    continue
-                if not is_lazy(tensor) and tensor.numel() == 1 and tensor.is_floating_point():
-                    self.scales[f"{name}.{own_name}".lstrip(".")] = tensor
-                else:
-                    self.others.add(name or own_name)
-
-
-def _projections(module):
-    return (part for part in module.modules() if isinstance(part, _PROJECTIONS))
-
-
-def _sizes(projection):
-    if isinstance(projection, nn.Linear):
-        return projection.in_features, projection.out_features
-    return projection.in_channels, projection.out_channels
-
-
-def _part(module, names):
-    for name in names:
-        module = module._modules[name]
-    return module
-
-
-def _scale(module, scale):
-    """The number or the tensor that a formula's scale is."""
-    return getattr(_part(module, scale[:-1]), scale[-1]) if isinstance(scale, tuple) else scale
-
-
-def _formulas(module):
-    """All that a module of these parts may compute."""
-    parts = _Parts(module)
-    down, up = (tuple(name.split(".")) for name in parts.projections)
-    _, *taken = inspect.signature(own_forward(type(module))).parameters.values()
-    # What is given by name alone, or beside what is declared, is for the own forward.
-    parameters = tuple((p.name, p.default) for p in taken if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
-    parameters = ((parameters[0][0], None), *parameters[1:])
-    given = tuple(default for _, default in parameters[1:])
-    scales = [*_numbers(module), *(tuple(name.split(".")) for name in parts.scales)]
-    norms = [None, *(tuple(name.split(".")) for name in parts.norms)]
-    orders = [
-        (norm, last, scale, False) for norm in norms for last in (False, True)[: 1 + bool(norm)] for scale in scales
-    ]
-    orders += [(norm, True, scale, True) for norm in norms[1:] for scale in scales[1:]]
-    return [Formula(down, up, *order, parameters, ((given, added),)) for order in orders for added in (0, None)]
-
-
-def _numbers(module):
-    """1 and those among its attributes."""
-    values = [value for _, _, value in plain_attributes(module) if type(value) in (int, float)]
-    return dict.fromkeys([1.0, *(float(value) for value in values if value and math.isfinite(value))])
+    def petlsizes_of(module):
+        return weight_of(part_at(module, module.petl_settings.formula.up)).shape
 
 
 def _other_calls(defaults):
@@ -289,7 +180,7 @@ def _also_called(given, settings):
 
 def _examples(given, module, draw, *size):
     settings = module.petl_settings
-    width = weight_of(_part(module, settings.formula.up)).size(0)
+    width = weight_of(part_at(module, settings.formula.up)).size(0)
     size = (*size, *(1,) * (-2 - settings.axis))
     before = len(size) + 1 + settings.axis
     if before < 0:
@@ -340,7 +231,7 @@ def _dtypes_fit(module, x):
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return x.dtype in (torch.float32, torch.get_autocast_dtype(device))
-    return x.dtype is _part(module, module.petl_settings.formula.down).weight.dtype
+    return x.dtype is part_at(module, module.petl_settings.formula.down).weight.dtype
 
 
 def _rows(x, axis):
@@ -350,9 +241,9 @@ def _rows(x, axis):
 
 def _computed(module, x, residual):
     settings, formula = module.petl_settings, module.petl_settings.formula
-    down, up = _part(module, formula.down), _part(module, formula.up)
-    norm = None if formula.norm is None else _part(module, formula.norm)
-    scale = _scale(module, formula.scale)
+    down, up = part_at(module, formula.down), part_at(module, formula.up)
+    norm = None if formula.norm is None else part_at(module, formula.norm)
+    scale = scale_of(module, formula.scale)
     rows = _rows(x, settings.axis)
     added = rows if residual is x else _rows(residual, settings.axis)
     out = adapter(
@@ -378,8 +269,8 @@ def _between(module, run):
     """What a forward does between its projections that the op cannot, where it calls them."""
     formula, met = module.petl_settings.formula, {}
     hooks = [
-        _part(module, formula.down).register_forward_hook(lambda part, given, out: met.update(before=out.clone())),
-        _part(module, formula.up).register_forward_pre_hook(lambda part, given: met.update(after=given[0].clone())),
+        part_at(module, formula.down).register_forward_hook(lambda part, given, out: met.update(before=out.clone())),
+        part_at(module, formula.up).register_forward_pre_hook(lambda part, given: met.update(after=given[0].clone())),
     ]
     try:
         run()
