@@ -159,7 +159,7 @@ class Bottleneck(Kind):
         return max(module.petl_settings.dropout if module.training else 0.0, *parts, 0.0)
 
     @staticmethod
-    def petlsizes_of(module):
+    def petl_sizes(module):
         return weight_of(part_at(module, module.petl_settings.formula.up)).shape
 
 
