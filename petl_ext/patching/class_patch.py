@@ -10,8 +10,8 @@ from torch._guards import detect_fake_mode
 
 from petl_ext.patching.kind import own_forward
 from petl_ext.patching.kinds import KINDS
-from petl_ext.patching.patch import kind_of, known, release, take_in
-from petl_ext.patching.recognize import Recognized, recognize, takes_as
+from petl_ext.patching.patch import known, release, take_in
+from petl_ext.patching.recognize import Recognized, kind_of, recognize
 from petl_ext.patching.report import PatchReport, left_alone_row, patched_row
 
 logger = logging.getLogger("petl_ext")
@@ -118,7 +118,7 @@ def patch_class(cls):
         raise TypeError(f"patch_class: cls must be a subclass of torch.nn.Module, got {cls!r}")
     if own_forward(cls) is not cls.forward:
         raise ValueError(f"patch_class: {cls.__name__}, or a class that it inherits forward from, is patched already")
-    if not any(takes_as(cls.forward, kind) for kind in KINDS):
+    if not any(kind.petl_takes(cls.forward) for kind in KINDS):
         raise ValueError(f"patch_class: the forward of {cls.__name__} is that of no known kind. Known are: {known()}")
     _PATCHED[cls] = ClassPatch(cls)
     return _PATCHED[cls]

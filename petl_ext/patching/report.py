@@ -3,6 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
+
 from petl_ext.ops.kernels import kernel_for
 from petl_ext.patching.dispatch import own_forward_below, own_forward_for_now
 from petl_ext.printing import table
@@ -18,8 +20,8 @@ class PatchRow:
         name: its dotted name.
         class_name: its class.
         kind: what it was recognized as.
-        kernel: "adapter (cpu, avx512)"; "its own forward" where it was left alone, or does not run the kernel in the
-            state that it is in.
+        kernel: "adapter (cpu, avx512)", and what PyTorch computes beside it; "its own forward" where it was left alone,
+            or does not run the kernel in the state that it is in.
         reason: why it is its own forward.
         exception: for which calls its own forward runs all the same, since it is faster.
     """
@@ -72,13 +74,14 @@ class PatchReport:
 
 def patched_row(name, module, kind):
     """Of a module that has become one of a patched class."""
-    weight = next(module.parameters())
+    weight = next(module.parameters(), torch.empty(0))
     device = weight.device.type
     if reason := own_forward_for_now(module, device, weight.dtype):
         return PatchRow(name, type(module).__name__, kind.petl_name, "its own forward", reason)
-    kernel = kernel_for(kind.petl_op, device, weight.dtype).name
+    kernel, beside = kernel_for(kind.petl_op, device, weight.dtype).name, kind.petl_composed(module)
     exception = own_forward_below(kind.petl_op, device, weight.dtype)
-    return PatchRow(name, type(module).__name__, kind.petl_name, kernel, exception=exception)
+    computed_by = f"{kernel}, {beside} by PyTorch" if beside else kernel
+    return PatchRow(name, type(module).__name__, kind.petl_name, computed_by, exception=exception)
 
 
 def left_alone_row(name, module, recognized):
