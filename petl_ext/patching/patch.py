@@ -16,19 +16,19 @@ class Patch:
         model: the model.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module):
         self.model = model
 
-    def report(self):
+    def report(self) -> PatchReport:
         """A `PatchReport` of the model as it is now: which modules run a kernel, and why the others do not."""
         return PatchReport(f"petl_ext.patch of {type(self.model).__name__}", _rows(self.model))
 
-    def unpatch(self):
+    def unpatch(self) -> None:
         """As `petl_ext.unpatch(model)`."""
         unpatch(self.model)
 
 
-def patch(model):
+def patch(model: nn.Module) -> "Patch":
     """Runs those modules of `model` by our kernels that compute what they compute, under the same parameters.
 
     Known are bottlenecks, [x +] s * [LN](up(act(down([LN] x)))), whatever their parts are called; and by their names
@@ -65,7 +65,7 @@ def patch(model):
     return Patch(model)
 
 
-def unpatch(model):
+def unpatch(model: nn.Module) -> None:
     """Gives every patched module of `model` back its own class: from then on it computes as before, bit for bit.
 
     Raises:

@@ -34,10 +34,10 @@ class PatchRow:
     exception: str = ""
 
     @property
-    def fused(self):
+    def fused(self) -> bool:
         return not self.reason
 
-    def cells(self):
+    def cells(self) -> tuple[str, ...]:
         return self.name or "(the model)", self.class_name, self.kind, self.kernel, self.reason
 
 
@@ -54,12 +54,12 @@ class PatchReport:
     rows: list
 
     @property
-    def fused(self):
+    def fused(self) -> int:
         """How many modules run a kernel."""
         return sum(row.fused for row in self.rows)
 
     @property
-    def left_alone(self):
+    def left_alone(self) -> dict[str, int]:
         """{reason: how many modules run their own forward for it}."""
         return dict(Counter(row.reason for row in self.rows if not row.fused))
 
