@@ -4,6 +4,7 @@ import os
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
@@ -152,20 +153,21 @@ class ImageFolder:
     def require(self, entries: Sequence[Entry], plural: str) -> None:
         """Raises FileNotFoundError naming the first of `entries` whose image is missing, and how many there are.
 
-        One listing of the folder finds a missing image now rather than after hours of training.
+        One listing of each folder finds a missing image now rather than after hours of training.
         """
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder} must be the folder of the images, got no such folder")
-        present = {entry.name for entry in os.scandir(self.folder)}
-        flat = "/" not in self.name
-        missing = [
-            entry for entry in entries if not ((path := self.of(entry)).name in present if flat else path.is_file())
-        ]
+        names = cache(_names_in)
+        missing = [entry for entry in entries if (path := self.of(entry)).name not in names(path.parent)]
         if missing:
             raise FileNotFoundError(
                 f"{self.of(missing[0])} must be the image of {missing[0].where} "
                 f"({len(missing)} of {len(entries)} {plural} lack theirs), got no such file"
             )
+
+
+def _names_in(folder: Path) -> frozenset[str]:
+    return frozenset(entry.name for entry in os.scandir(folder)) if folder.is_dir() else frozenset()
 
 
 @dataclass

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from petl_ext.tasks.files import pick
+from petl_ext.tasks.files import pick, refuse_byte_order_mark
 from petl_ext.tasks.inputs import ImageFolder, ImageTextCollator, TextImageDataset
 from petl_ext.tasks.labels import LabelVocabulary, compute_metrics, label_loss, require_one_each, share_equal
 
@@ -96,6 +96,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     start = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            refuse_byte_order_mark(line, f"{path}: line {number}")
             yield number, start, line.rstrip(b"\r\n")
             start += len(line)
 

@@ -1,4 +1,4 @@
-"""The digit scenes in VQA's, GQA's and SNLI-VE's formats: the same bytes for a seed, files that the tasks read."""
+"""The digit scenes in every task's format: the same bytes for a seed, files that the tasks read."""
 
 import hashlib
 import os
@@ -9,12 +9,14 @@ import pytest
 from PIL import Image
 
 from petl_ext.demo.digits import gqa as digits_gqa
+from petl_ext.demo.digits import nlvr2 as digits_nlvr2
 from petl_ext.demo.digits import snli_ve as digits_snli_ve
+from petl_ext.demo.digits.scenes import DigitObject
 from petl_ext.demo.digits.write import write_digits
-from petl_ext.tasks import gqa, snli_ve
+from petl_ext.tasks import gqa, nlvr2, snli_ve
 
 SIZES = {"train": 60, "val": 20, "test": 20}
-FORMATS = ("vqa", "gqa", "snli_ve")
+FORMATS = ("vqa", "gqa", "snli_ve", "nlvr2")
 # Of the questions and annotations of `write_digits(sizes, seed=3)` with 40 train and 15 test scenes, before it knew
 # formats.
 VQA_SHA256 = {
@@ -48,12 +50,14 @@ def test_formats_do_not_change_one_another(folder, tmp_path):
         alone = bytes_of(tmp_path / name)
         assert alone.items() < together.items()
     images = sum(SIZES.values())
-    assert len(together) == images + 3 * (2 + 1 + 2)
-    assert len(alone) == images + 3 * 2
+    in_pairs = sum(size // 8 * 8 for size in SIZES.values())
+    assert len(together) == images + 3 * (2 + 1 + 2) + 3 + in_pairs
+    assert len(alone) == images + 3 + in_pairs
 
 
 def test_a_seed_gives_the_same_bytes_in_another_process(folder, tmp_path):
     script = f"""
+from petl_ext.demo.digits.scenes import DigitObject
 from petl_ext.demo.digits.write import write_digits
 write_digits({str(tmp_path / "again")!r}, {SIZES}, seed=3, progress=False, formats={FORMATS})
 write_digits({str(tmp_path / "other")!r}, {SIZES}, seed=4, progress=False, formats={FORMATS})
@@ -66,7 +70,9 @@ write_digits({str(tmp_path / "other")!r}, {SIZES}, seed=4, progress=False, forma
 
 
 def test_an_unknown_format_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"formats must be some of \['gqa', 'snli_ve', 'vqa'\], got \['coco'\]"):
+    with pytest.raises(
+        ValueError, match=r"formats must be some of \['gqa', 'nlvr2', 'snli_ve', 'vqa'\], got \['coco'\]"
+    ):
         write_digits(tmp_path / "data", SIZES, progress=False, formats=["coco"])
     assert list(tmp_path.iterdir()) == []
 
@@ -107,3 +113,44 @@ def test_snli_ve_files_are_what_the_readers_expect(folder, split):
     outside = snli_ve.SNLIVEDataset(files.jsonl, files.images, None, files.image_name)
     for one, other in zip(inside.pairs, outside.pairs, strict=True):
         assert inside.images.of(one).open("rb").read() == outside.images.of(other).read_bytes()
+
+
+@pytest.mark.parametrize("split", SIZES)
+def test_nlvr2_files_are_what_the_reader_expects(folder, split):
+    files = digits_nlvr2.NLVR2DigitsFiles.of(folder, split)
+    data = nlvr2.NLVR2Dataset(files.examples, files.images, None)
+    by_sentence = {}
+    for example in data.examples:
+        assert set(example.sentence.split()) <= set(digits_nlvr2.WORDS)
+        by_sentence.setdefault(example.sentence_id, []).append((example.label, example.sentence))
+    assert len(by_sentence) == 2 * (SIZES[split] // 8)
+    for rows in by_sentence.values():
+        assert sorted(label for label, _ in rows) == ["False", "False", "True", "True"]
+        assert len({sentence for _, sentence in rows}) == 1
+
+
+def test_nlvr2_sentences_are_true_of_what_they_say():
+    scene = [DigitObject(3, "red", "northwest"), DigitObject(5, "blue", "southeast")]
+    other = [
+        DigitObject(3, "green", "northeast"),
+        DigitObject(3, "red", "southwest"),
+        DigitObject(1, "red", "northwest"),
+    ]
+    truths = {}
+    for template in digits_nlvr2.TEMPLATES.values():
+        truths |= dict(template([scene, other]))
+    assert len(truths) == 10 + 10 + 20 + 3 + 5
+    assert {text for text, truth in truths.items() if truth} == {
+        "the left image holds a red digit",
+        "the left image holds a blue digit",
+        "the right image holds a red digit",
+        "the right image holds a green digit",
+        "both images hold a red digit",
+        "only one image holds a blue digit",
+        "only one image holds a green digit",
+        "both images hold a 3",
+        "only one image holds a 5",
+        "only one image holds a 1",
+        "the right image holds more digits than the left image",
+        "there are 5 digits in all",
+    }
