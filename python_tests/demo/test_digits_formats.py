@@ -10,13 +10,14 @@ from PIL import Image
 
 from petl_ext.demo.digits import gqa as digits_gqa
 from petl_ext.demo.digits import nlvr2 as digits_nlvr2
+from petl_ext.demo.digits import retrieval as digits_retrieval
 from petl_ext.demo.digits import snli_ve as digits_snli_ve
 from petl_ext.demo.digits.scenes import DigitObject
 from petl_ext.demo.digits.write import write_digits
-from petl_ext.tasks import gqa, nlvr2, snli_ve
+from petl_ext.tasks import gqa, nlvr2, retrieval, snli_ve
 
 SIZES = {"train": 60, "val": 20, "test": 20}
-FORMATS = ("vqa", "gqa", "snli_ve", "nlvr2")
+FORMATS = ("vqa", "gqa", "snli_ve", "nlvr2", "retrieval")
 # Of the questions and annotations of `write_digits(sizes, seed=3)` with 40 train and 15 test scenes, before it knew
 # formats.
 VQA_SHA256 = {
@@ -51,8 +52,8 @@ def test_formats_do_not_change_one_another(folder, tmp_path):
         assert alone.items() < together.items()
     images = sum(SIZES.values())
     in_pairs = sum(size // 8 * 8 for size in SIZES.values())
-    assert len(together) == images + 3 * (2 + 1 + 2) + 3 + in_pairs
-    assert len(alone) == images + 3 + in_pairs
+    assert len(together) == images + 3 * (2 + 1 + 2) + 3 + in_pairs + 1
+    assert len(alone) == images + 1
 
 
 def test_a_seed_gives_the_same_bytes_in_another_process(folder, tmp_path):
@@ -71,7 +72,7 @@ write_digits({str(tmp_path / "other")!r}, {SIZES}, seed=4, progress=False, forma
 
 def test_an_unknown_format_is_refused(tmp_path):
     with pytest.raises(
-        ValueError, match=r"formats must be some of \['gqa', 'nlvr2', 'snli_ve', 'vqa'\], got \['coco'\]"
+        ValueError, match=r"formats must be some of \['gqa', 'nlvr2', 'retrieval', 'snli_ve', 'vqa'\], got \['coco'\]"
     ):
         write_digits(tmp_path / "data", SIZES, progress=False, formats=["coco"])
     assert list(tmp_path.iterdir()) == []
@@ -154,3 +155,17 @@ def test_nlvr2_sentences_are_true_of_what_they_say():
         "the right image holds more digits than the left image",
         "there are 5 digits in all",
     }
+
+
+def test_retrieval_files_are_what_the_reader_expects(folder):
+    files = digits_retrieval.RetrievalDigitsFiles.of(folder)
+    for split, size in SIZES.items():
+        data = retrieval.RetrievalDataset(files.annotations, files.images, None, [split])
+        assert len(data.entries) == size and len(data) == 5 * size
+        for image in data.entries:
+            assert len(set(image.captions)) == 5
+            objects = {
+                frozenset(frozenset(phrase.split()) for phrase in text.split(" and ")) for text in image.captions
+            }
+            assert len(objects) == 1
+            assert {word for text in image.captions for word in text.split()} <= set(digits_retrieval.WORDS)

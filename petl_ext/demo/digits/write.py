@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from petl_ext.demo.digits import gqa, nlvr2, snli_ve, vqa
+from petl_ext.demo.digits import gqa, nlvr2, retrieval, snli_ve, vqa
 from petl_ext.demo.digits.scenes import SceneMaker, SceneSplit, images_folder
 from petl_ext.demo.digits.vqa import DigitsFiles
 from petl_ext.saving import written_whole
@@ -18,6 +18,7 @@ WRITERS: dict[str, Callable[[SceneSplit, np.random.Generator], None]] = {
     "gqa": gqa.write,
     "snli_ve": snli_ve.write,
     "nlvr2": nlvr2.write,
+    "retrieval": retrieval.write,
 }
 
 
@@ -35,8 +36,9 @@ def write_digits(
     exist yet; it appears once everything in it is complete.
 
     `formats` are "vqa" (VQAv2's questions and annotations, at the paths returned; all ten annotators agree), "gqa" (at
-    `gqa.GQADigitsFiles.of(folder, split)`), "snli_ve" (at `snli_ve.SNLIVEDigitsFiles.of`) and "nlvr2" (at
-    `nlvr2.NLVR2DigitsFiles.of`), all about the same images.
+    `gqa.GQADigitsFiles.of(folder, split)`), "snli_ve" (at `snli_ve.SNLIVEDigitsFiles.of`), "nlvr2" (at
+    `nlvr2.NLVR2DigitsFiles.of`) and "retrieval" (at `retrieval.RetrievalDigitsFiles.of(folder)`), all about the same
+    images.
 
     Raises FileExistsError if `folder` exists, ValueError for an unknown split or format.
     """
