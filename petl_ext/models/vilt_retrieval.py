@@ -23,35 +23,39 @@ class ViltForImageAndTextRetrieval(transformers.ViltForImageAndTextRetrieval):
         pixel_values=None,
         pixel_mask=None,
         labels=None,
-        **given,
+        inputs_embeds=None,
+        image_embeds=None,
     ):
         """
         Args:
             input_ids, attention_mask, token_type_ids: one text to an image [B, T], or K texts [B, K, T].
             pixel_values, pixel_mask: [B, 3, H, W] and [B, H, W]; an image's patches are embedded once, whatever K.
             labels: with K texts, which of them is the right one [B].
-            **given: with one text to an image, what transformers' class takes beside these.
+            inputs_embeds, image_embeds: with one text to an image, transformers'.
 
         Returns:
             SequenceClassifierOutput with logits [B, 1], or [B, K], and, given labels, the loss.
 
         Raises:
-            ValueError: labels are not integers [B], or come with one text to an image; K texts come with other
-                arguments than these, or for another number of images.
+            ValueError: labels are not integers [B], or come with one text to an image; K texts come with
+                embeddings, or for another number of images.
         """
         texts = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        embeds = {"inputs_embeds": inputs_embeds, "image_embeds": image_embeds}
         if input_ids is None or input_ids.dim() == 2:
             if labels is not None:
                 got = None if input_ids is None else list(input_ids.shape)
                 raise ValueError(
                     f"{type(self).__name__}: labels need several texts to an image, input_ids [B, K, T], got {got}"
                 )
-            return super().forward(**texts, pixel_values=pixel_values, pixel_mask=pixel_mask, return_dict=True, **given)
+            images = {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
+            return super().forward(**texts, **images, **embeds, return_dict=True)
+        given = [name for name, tensor in embeds.items() if tensor is not None]
         if given or pixel_values is None or len(pixel_values) != len(input_ids):
             images = None if pixel_values is None else list(pixel_values.shape)
             raise ValueError(
-                f"{type(self).__name__}: input_ids [B, K, T] need pixel_values [B, 3, H, W] and no other arguments, "
-                f"got {list(input_ids.shape)}, {images} and {sorted(given)}"
+                f"{type(self).__name__}: input_ids [B, K, T] need pixel_values [B, 3, H, W] and no embeddings, got "
+                f"{list(input_ids.shape)}, {images} and {given}"
             )
         logits = self._scores_of_many(texts, pixel_values, pixel_mask)
         return SequenceClassifierOutput(loss=checked_class_loss(self, logits, labels), logits=logits)

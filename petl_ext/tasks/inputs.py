@@ -80,10 +80,14 @@ class TextImageDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         entry = self.entries[index]
-        item = dict(self.processor.tokenizer(entry.text, truncation=True, max_length=self.max_length))
+        item = dict(self.processor.tokenizer(self._text(entry), truncation=True, max_length=self.max_length))
         item["pixel_values"] = self._pixels(entry)
         labels = self._labels(index)
         return item if labels is None else item | {"labels": labels}
+
+    def _text(self, entry: Entry) -> str:
+        """What the tokenizer is given."""
+        return entry.text
 
     def _labels(self, index: int) -> Any:
         """What stands under "labels" in an item; None for nothing."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 
@@ -11,13 +12,14 @@ from PIL import Image
 from petl_ext.demo.digits import gqa as digits_gqa
 from petl_ext.demo.digits import nlvr2 as digits_nlvr2
 from petl_ext.demo.digits import retrieval as digits_retrieval
+from petl_ext.demo.digits import scienceqa as digits_scienceqa
 from petl_ext.demo.digits import snli_ve as digits_snli_ve
 from petl_ext.demo.digits.scenes import DigitObject
 from petl_ext.demo.digits.write import write_digits
-from petl_ext.tasks import gqa, nlvr2, retrieval, snli_ve
+from petl_ext.tasks import gqa, nlvr2, retrieval, scienceqa, snli_ve
 
 SIZES = {"train": 60, "val": 20, "test": 20}
-FORMATS = ("vqa", "gqa", "snli_ve", "nlvr2", "retrieval")
+FORMATS = ("vqa", "gqa", "snli_ve", "nlvr2", "retrieval", "scienceqa")
 # Of the questions and annotations of `write_digits(sizes, seed=3)` with 40 train and 15 test scenes, before it knew
 # formats.
 VQA_SHA256 = {
@@ -51,9 +53,10 @@ def test_formats_do_not_change_one_another(folder, tmp_path):
         alone = bytes_of(tmp_path / name)
         assert alone.items() < together.items()
     images = sum(SIZES.values())
+    with_images = sum(-(-size // 3) for size in SIZES.values())
     in_pairs = sum(size // 8 * 8 for size in SIZES.values())
-    assert len(together) == images + 3 * (2 + 1 + 2) + 3 + in_pairs + 1
-    assert len(alone) == images + 1
+    assert len(together) == images + 3 * (2 + 1 + 2) + 3 + in_pairs + 1 + 3 + with_images
+    assert len(alone) == images + 3 + with_images
 
 
 def test_a_seed_gives_the_same_bytes_in_another_process(folder, tmp_path):
@@ -72,7 +75,8 @@ write_digits({str(tmp_path / "other")!r}, {SIZES}, seed=4, progress=False, forma
 
 def test_an_unknown_format_is_refused(tmp_path):
     with pytest.raises(
-        ValueError, match=r"formats must be some of \['gqa', 'nlvr2', 'retrieval', 'snli_ve', 'vqa'\], got \['coco'\]"
+        ValueError,
+        match=r"formats must be some of \['gqa', 'nlvr2', 'retrieval', 'scienceqa', 'snli_ve', 'vqa'\], got \['coco'\]",
     ):
         write_digits(tmp_path / "data", SIZES, progress=False, formats=["coco"])
     assert list(tmp_path.iterdir()) == []
@@ -169,3 +173,27 @@ def test_retrieval_files_are_what_the_reader_expects(folder):
             }
             assert len(objects) == 1
             assert {word for text in image.captions for word in text.split()} <= set(digits_retrieval.WORDS)
+
+
+@pytest.mark.parametrize("split", SIZES)
+def test_scienceqa_files_are_what_the_reader_expects(folder, split):
+    files = digits_scienceqa.ScienceQADigitsFiles.of(folder)
+    data = scienceqa.ScienceQADataset(files.problems, files.splits, files.images, None, split, files.captions)
+    assert len(data) == SIZES[split]
+    words = {"image": 0, "text": 0, "none": 0}
+    for problem in data.problems:
+        assert len(set(problem.choices)) == 4
+        right = problem.choices[problem.answer]
+        context = "image" if problem.image else "text" if problem.hint else "none"
+        words[context] += 1
+        assert bool(problem.caption) == (context == "image")
+        texts = re.findall(r"[a-z]+|[0-9]|[^a-z0-9 ]", problem.text.lower().replace("\n", " "))
+        assert set(texts) <= set(digits_scienceqa.WORDS)
+        if context == "none":
+            assert int(right) == int(problem.question.split()[-1][:-1]) + 1
+        else:
+            position = problem.question.split()[-1][:-1]
+            said = (problem.hint or problem.solution.removeprefix("The picture shows ")).removesuffix(".")
+            phrase = next(phrase for phrase in said.split(" and ") if phrase.endswith(position))
+            assert right in phrase.split()[:2]
+    assert min(words.values()) >= SIZES[split] // 3

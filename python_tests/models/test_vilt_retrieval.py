@@ -86,7 +86,7 @@ def test_methods_attach(model, inputs):
     [
         ({"labels": torch.tensor([0.0, 1.0])}, r"labels must be 2 class indices, \[2\], got torch.float32"),
         ({"pixel_values": None}, r"need pixel_values \[B, 3, H, W\] .* got \[2, 3, 6\], None"),
-        ({"image_embeds": torch.zeros(1)}, r"no other arguments, got .*\['image_embeds'\]"),
+        ({"image_embeds": torch.zeros(1)}, r"no embeddings, got .*\['image_embeds'\]"),
         ({"pixel_values": torch.zeros(1, 3, IMAGE, IMAGE)}, r"got \[2, 3, 6\], \[1, 3, 32, 32\]"),
         (
             {"input_ids": torch.ones(2, 6, dtype=torch.long), "labels": torch.tensor([0, 0])},

@@ -12,7 +12,7 @@ from petl_ext.models import ViltForImageAndTextRetrieval
 from petl_ext.tasks.retrieval import RetrievalDataset
 from petl_ext.tasks.retrieval_scores import score_all
 
-IMAGES, CAPTIONS = 7, 3  # of each
+IMAGES, CAPTIONS = 7, 3  # captions of each image
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(8))]
 
 
@@ -76,7 +76,7 @@ def one_by_one(model, data):
     return torch.tensor(rows)
 
 
-@pytest.mark.parametrize(("images", "captions", "workers"), [(3, 4, 0), (100, 100, 0), (1, 1, 0), (2, 5, 2)])
+@pytest.mark.parametrize(("images", "captions", "workers"), [(3, 4, 0), (100, 100, 0), (2, 5, 2)])
 def test_blocks_score_as_pairs_do(model, data, images, captions, workers):
     found = score_all(model, data, images, captions, num_workers=workers, progress=False)
     assert found.shape == (IMAGES, IMAGES * CAPTIONS) and found.dtype == torch.float32
@@ -85,8 +85,6 @@ def test_blocks_score_as_pairs_do(model, data, images, captions, workers):
 
 
 def test_a_model_in_training_goes_on_training(model, data):
-    with torch.no_grad():
-        model.config.hidden_dropout_prob = 0.5
     model.vilt.embeddings.dropout.p = 0.5
     model.train()
     first = score_all(model, data, progress=False)
