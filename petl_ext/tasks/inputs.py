@@ -65,7 +65,7 @@ class TextImageDataset(torch.utils.data.Dataset):
 
     An item is a dict: the tokenizer's lists, `pixel_values` [3, height, width], and `labels` where there are any.
 
-    Raises ValueError naming file and entry when an image is used that cannot be decoded.
+    Raises ValueError naming file and entry when an image is used that cannot be decoded; `check_images` tries them all.
     """
 
     def __init__(
@@ -92,6 +92,31 @@ class TextImageDataset(torch.utils.data.Dataset):
     def _labels(self, index: int) -> Any:
         """What stands under "labels" in an item; None for nothing."""
 
+    def check_images(self, num_workers: int = 0, progress: bool = True) -> None:
+        """Decodes every image once, before training rather than after hours of it.
+
+        Args:
+            num_workers: processes that decode.
+            progress: show a bar.
+
+        Raises ValueError naming the first that cannot be decoded, and how many there are.
+        """
+        from tqdm.auto import tqdm
+
+        used = {str(self.images.of(one)): one for entry in self.entries for one in self._pictured(entry)}
+        decoded = _Decoded(self.images, list(used.values()))
+        loader = torch.utils.data.DataLoader(
+            decoded, num_workers=num_workers, collate_fn=list, generator=torch.Generator()
+        )
+        with tqdm(loader, desc="images", unit="image", disable=not progress) as bar:
+            broken = [error for errors in bar for error in errors if error is not None]
+        if broken:
+            raise ValueError(f"{broken[0]} ({len(broken)} of {len(decoded)} images cannot be decoded)")
+
+    def _pictured(self, entry: Entry) -> Sequence[Entry]:
+        """What of an entry has an image: itself."""
+        return (entry,)
+
     def _pixels(self, entry: Entry) -> Tensor:
         if not self.cache_images:
             return self._read_pixels(entry)
@@ -102,6 +127,23 @@ class TextImageDataset(torch.utils.data.Dataset):
     def _read_pixels(self, entry: Entry) -> Tensor:
         image = read_image(self.images.of(entry), entry.where)
         return self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+@dataclass
+class _Decoded(torch.utils.data.Dataset):
+    """Of each entry's image what is wrong with it, None for nothing."""
+
+    images: Images
+    entries: Sequence[Entry]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> str | None:
+        try:
+            read_image(self.images.of(self.entries[index]), self.entries[index].where)
+        except ValueError as error:
+            return str(error)
 
 
 def is_image_file(path: Path) -> bool:

@@ -176,7 +176,10 @@ class NLVR2Dataset(TextImageDataset):
         return LABELS.index[self.examples[index].label]
 
     def _read_pixels(self, entry: Example) -> list[Tensor]:
-        return [super(NLVR2Dataset, self)._read_pixels(image) for image in entry.images]
+        return [super(NLVR2Dataset, self)._read_pixels(image) for image in self._pictured(entry)]
+
+    def _pictured(self, entry: Example) -> tuple[PairImage, PairImage]:
+        return entry.images
 
 
 @dataclass

@@ -108,6 +108,7 @@ class _Scorer:
             self.images_at_once,
             num_workers=self.num_workers,
             collate_fn=self.collator.images,
+            generator=torch.Generator(),  # else it would draw a number from the global one
         )
         for batch in loader:
             yield first, {name: tensor.to(self.device) for name, tensor in batch.items()}

@@ -306,6 +306,9 @@ class ScienceQADataset(TextImageDataset):
             )
         return prompt(entry, " ".join(words[:kept]))
 
+    def _pictured(self, entry: Problem) -> tuple[Problem, ...]:
+        return (entry,) if entry.image else ()
+
     def _read_pixels(self, entry: Problem) -> Tensor:
         if entry.image:
             return super()._read_pixels(entry)

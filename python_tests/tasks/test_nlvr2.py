@@ -163,6 +163,11 @@ def test_missing_and_broken_images_are_named(files, processor):
     where = "identifier train-10171-1-0, line 2, right"
     with pytest.raises(ValueError, match=rf"{path.name} must be an image \({where}\), got a file that cannot"):
         dataset(files, processor)[1]
+    for workers in (0, 2):
+        with pytest.raises(
+            ValueError, match=rf"{path.name} must be .* \({where}\), got .* \(1 of 6 images cannot be decoded\)"
+        ):
+            dataset(files, processor).check_images(workers, progress=False)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=rf"{path.name} must be the image of {where} \(1 of 8 sides lack"):
         dataset(files, processor)

@@ -227,14 +227,15 @@ def test_bad_arguments_and_images(files, processor):
 
 
 def test_a_vilt_learns_it(files, processor, tmp_path):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"image_size": 48, "patch_size": 16, "initializer_range": 0.2}
     torch.manual_seed(0)
-    model = ViltForImageAndTextRetrieval(ViltConfig(**sizes, vocab_size=len(WORDS), image_size=48, patch_size=16))
+    model = ViltForImageAndTextRetrieval(ViltConfig(**sizes, vocab_size=len(WORDS)))
     arguments = TrainingArguments(
         str(tmp_path / "out"),
-        per_device_train_batch_size=3,
-        num_train_epochs=30,
-        learning_rate=1e-2,
+        per_device_train_batch_size=6,
+        num_train_epochs=60,
+        learning_rate=2e-3,
         remove_unused_columns=False,
         report_to=[],
         save_strategy="no",
@@ -246,6 +247,6 @@ def test_a_vilt_learns_it(files, processor, tmp_path):
     trainer = Trainer(model, arguments, collator, data, held, compute_metrics=retrieval.compute_metrics)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
-    assert data.epoch == 29  # other random captions in each epoch
+    assert data.epoch == 59  # other random captions in each epoch
     found = trainer.evaluate()
-    assert found["eval_loss"] < 0.8 * before and found["eval_accuracy"] > 0.2
+    assert found["eval_loss"] < 0.8 * before and found["eval_accuracy"] > 0.5

@@ -181,6 +181,7 @@ def test_results_file(files):
 
 def test_items(files, processor):
     data = dataset(files, processor)
+    data.check_images(progress=False)
     assert [data[index]["labels"] for index in range(4)] == [0, 1, 0, 4]
     assert data[1]["pixel_values"][0].mean().item() == pytest.approx(0.2)
     assert data[2]["pixel_values"].shape == (3, 32, 32) and data[2]["pixel_values"].abs().sum() == 0
@@ -204,6 +205,8 @@ def test_missing_and_broken_images_are_named(files, processor):
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(ValueError, match=r"1/image\.png must be an image \(pid 1\)"):
         dataset(files, processor)[1]
+    with pytest.raises(ValueError, match=r"pid 1\), got .* \(1 of 2 images cannot be decoded\)"):
+        dataset(files, processor).check_images(progress=False)
     path.unlink()
     with pytest.raises(
         FileNotFoundError, match=r"1/image\.png must be the image of pid 1 \(1 of 2 problems lack theirs"
