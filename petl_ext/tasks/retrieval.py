@@ -164,8 +164,8 @@ class RetrievalDataset(TextImageDataset):
         return self._pixels(self.entries[image])
 
     def set_epoch(self, epoch: int) -> None:
-        """Other random captions for another epoch. Trainer and accelerate call it where one process trains; where
-        several do, or workers live on, it is the caller's to call before each epoch."""
+        """Other random captions for another epoch. A Trainer of one process calls it, `petl_ext.hf.EpochCallback` where
+        there are several; workers that live on from epoch to epoch do not learn of it."""
         self.epoch = epoch
 
     def drawn(self, index: int) -> list[int]:

@@ -1,5 +1,6 @@
 """ViLT for retrieval: several texts to an image score as each alone, and the loss chooses among them."""
 
+import original_checkpoints as originals
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +8,7 @@ import transformers
 from tiny_vilt import IMAGE, make_model
 
 import petl_ext
-from petl_ext.models import ViltForImageAndTextRetrieval
+from petl_ext.models import ViltForImageAndTextRetrieval, load_vilt_checkpoint
 
 BATCH, TEXTS, TOKENS = 2, 3, 6
 
@@ -79,6 +80,13 @@ def test_methods_attach(model, inputs):
             parameter += 0.5
     assert not torch.allclose(model(**inputs).logits, before, atol=1e-2)
     torch.testing.assert_close(model(**inputs).logits, each_alone(model, inputs), atol=1e-4, rtol=1e-4)
+
+
+def test_the_authors_checkpoint_loads(model, inputs):
+    trained = make_model(ViltForImageAndTextRetrieval, seed=1)
+    load_vilt_checkpoint(model, originals.vilt_checkpoint(trained, "rank_output"))
+    for name, tensor in trained.state_dict().items():
+        assert model.state_dict()[name].equal(tensor), name
 
 
 @pytest.mark.parametrize(

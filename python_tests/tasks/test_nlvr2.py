@@ -4,10 +4,12 @@ import json
 import pickle
 
 import pytest
+import tiny_meter
 import torch
 from PIL import Image
 from transformers import (
     BertTokenizer,
+    CLIPImageProcessorPil,
     Trainer,
     TrainingArguments,
     ViltConfig,
@@ -17,6 +19,7 @@ from transformers import (
 )
 
 from petl_ext.tasks import nlvr2
+from petl_ext.tasks.inputs import TextAndImage
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "two", "dogs", "are", "left", "."]
 ROWS = [
@@ -200,6 +203,20 @@ def test_a_truncated_file_names_its_last_line(tmp_path):
 )
 def test_malformed_files(tmp_path, content, message):
     refused(tmp_path / "a.json", content, rf"a\.json.*{message}")
+
+
+def test_a_meter_takes_the_batch(files):
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(WORDS)})
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    size = {"height": tiny_meter.IMAGE, "width": tiny_meter.IMAGE}
+    processor = TextAndImage(tokenizer, CLIPImageProcessorPil(size=size, crop_size=size))
+    data = dataset(files, processor)
+    batch = nlvr2.NLVR2Collator(processor)([data[0], data[1]])
+    assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "labels"}
+    model = tiny_meter.make_model(tiny_meter.MeterForImagesAndTextClassification, num_labels=2)
+    output = model(**batch)
+    expected = torch.nn.functional.cross_entropy(output.logits, torch.tensor([1, 0]))
+    torch.testing.assert_close(output.loss, expected)
 
 
 def test_a_vilt_learns_it(files, processor, tmp_path):

@@ -5,12 +5,26 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny_meter
 import torch
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableRandomSampler
 from PIL import Image
-from transformers import BertTokenizer, Trainer, TrainingArguments, ViltConfig, ViltImageProcessorPil, ViltProcessor
+from transformers import (
+    BertTokenizer,
+    CLIPImageProcessorPil,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+    ViltConfig,
+    ViltImageProcessorPil,
+    ViltProcessor,
+)
 
+from petl_ext.hf import EpochCallback
 from petl_ext.models import ViltForImageAndTextRetrieval
 from petl_ext.tasks import retrieval
+from petl_ext.tasks.inputs import TextAndImage
+from petl_ext.tasks.retrieval_scores import score_all
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(12)), "."]
 COUNTS = [("val2014", "a.jpg", "test", 2), ("train2014", "b.jpg", "train", 3), ("val2014", "c.jpg", "train", 1)]
@@ -224,6 +238,37 @@ def test_bad_arguments_and_images(files, processor):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"c\.jpg must be the image of .*images\[2\].* \(1 of 3 images lack"):
         dataset(files, processor)
+
+
+def test_a_meter_takes_the_batch(files):
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(WORDS)})
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    size = {"height": tiny_meter.IMAGE, "width": tiny_meter.IMAGE}
+    processor = TextAndImage(tokenizer, CLIPImageProcessorPil(size=size, crop_size=size))
+    data = dataset(files, processor, negatives=2)
+    batch = retrieval.RetrievalCollator(processor)([data[0], data[3], data[4]])
+    model = tiny_meter.make_model(tiny_meter.MeterForImageAndTextRetrieval)
+    output = model(**batch)
+    assert output.logits.shape == (3, 3)
+    torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, batch["labels"]))
+    scores = score_all(model, data, 2, 4, progress=False)
+    rows = [data.image_of[index] for index in (0, 3, 4)]
+    expected = torch.stack(
+        [scores[row, [index, *data.drawn(index)]] for row, index in zip(rows, (0, 3, 4), strict=True)]
+    )
+    torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_several_processes_draw_anew_in_each_epoch(files, processor):
+    """accelerate's loader there does not tell the data; the callback does."""
+    data = dataset(files, processor)
+    sampler = SeedableRandomSampler(data, generator=torch.Generator())
+    shard = BatchSamplerShard(torch.utils.data.BatchSampler(sampler, 2, False), 2, 0)
+    loader = DataLoaderShard(data, batch_sampler=shard)
+    loader.set_epoch(3)
+    assert sampler.epoch == 3 and data.epoch == 0
+    EpochCallback().on_epoch_begin(None, TrainerState(epoch=3.0), None, train_dataloader=loader)
+    assert data.epoch == 3
 
 
 def test_a_vilt_learns_it(files, processor, tmp_path):

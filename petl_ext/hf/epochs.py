@@ -1,0 +1,14 @@
+"""Training data whose items differ from epoch to epoch."""
+
+from transformers import TrainerCallback
+
+
+class EpochCallback(TrainerCallback):
+    """Calls `set_epoch` of the training data at the start of each epoch, where several processes train too.
+
+    There, accelerate tells the sampler alone, and a `RetrievalDataset` would draw the same captions in every epoch.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        """Raises AttributeError if the training data have no `set_epoch`."""
+        train_dataloader.dataset.set_epoch(int(state.epoch))
