@@ -77,7 +77,8 @@ def read_pairs(path: str | Path) -> Pairs:
     """The rows of an official .jsonl or of a .tsv as OFA's, of whose images only where they are in the file is kept.
 
     A tsv is read once from end to end. Raises ValueError, with the file, the line, what must be there and what is, if
-    the file is malformed, empty, or neither .jsonl nor .tsv; FileNotFoundError if there is no such file.
+    the file is malformed, empty, or neither .jsonl nor .tsv, or a pair of a .jsonl comes twice; FileNotFoundError if
+    there is no such file.
     """
     path = Path(path)
     if path.suffix not in _PARSERS:
@@ -87,6 +88,12 @@ def read_pairs(path: str | Path) -> Pairs:
     ]
     if not rows:
         raise ValueError(f"{path} must have at least one line, got an empty file")
+    lines = {}
+    for row in rows if path.suffix == ".jsonl" else ():  # a tsv's ids serve errors alone
+        if lines.setdefault(row.pair_id, row.line) != row.line:
+            raise ValueError(
+                f"{path}: line {row.line}: pair {row.pair_id} must come once, got it in line {lines[row.pair_id]}"
+            )
     labeled = [row for row in rows if row.label != NO_LABEL]
     return Pairs(labeled, len(rows) - len(labeled))
 
