@@ -41,12 +41,15 @@ def score_all(
         num_workers: processes that decode images.
         progress: show a bar.
 
-    Raises ValueError if `path` holds scores of other captions or images, or of another model: some are scored anew.
+    Raises ValueError if `path` holds scores of other captions or images, or of another model: some are scored anew;
+    FileNotFoundError if there is no folder for it.
     """
     sizes = {"images_at_once": images_at_once, "captions_at_once": captions_at_once, "save_every": save_every}
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if path is not None and not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"path must be in a folder that is there, got {path}")
     scorer = _Scorer(model, data, images_at_once, captions_at_once, num_workers)
     scores = torch.empty(len(data.entries), len(data.captions))
     was_training = model.training

@@ -150,6 +150,13 @@ def test_sizes_below_one_are_refused(model, data, name):
         score_all(model, data, progress=False, **{name: 0})
 
 
+def test_a_folder_that_is_not_there_is_refused_at_once(model, data, tmp_path):
+    seen = counted(model)
+    with pytest.raises(FileNotFoundError, match=r"path must be in a folder that is there, got .*nowhere/scores"):
+        score_all(model, data, path=tmp_path / "nowhere" / "scores", progress=False)
+    assert seen == []
+
+
 def test_a_broken_image_is_named(model, data):
     path = data.images.of(data.entries[5])
     path.write_bytes(path.read_bytes()[:100])
