@@ -42,7 +42,7 @@ def score_all(
         progress: show a bar.
 
     Raises ValueError if `path` holds scores of other captions or images, or of another model: some are scored anew;
-    FileNotFoundError if there is no folder for it.
+    FileNotFoundError if there is no folder for it. After an OSError while it is written, it holds what it held before.
     """
     sizes = {"images_at_once": images_at_once, "captions_at_once": captions_at_once, "save_every": save_every}
     for name, value in sizes.items():
@@ -141,10 +141,17 @@ class _Images(torch.utils.data.Dataset):
 
 
 def _save(path: str | Path, scores: Tensor, of_what: str) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with written_whole(path) as unfinished:
-        save_file({"scores": scores.contiguous()}, unfinished, metadata={"of": of_what})
+        unfinished.touch()  # so that the mode is what the umask says, not what safetensors would choose
+        mode = unfinished.stat().st_mode
+        try:
+            save_file({"scores": scores.contiguous()}, unfinished, metadata={"of": of_what})
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from error
+        unfinished.chmod(mode)
 
 
 def _resumed(path: str | Path, scores: Tensor, scorer: _Scorer) -> int:

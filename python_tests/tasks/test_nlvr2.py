@@ -6,6 +6,7 @@ import pickle
 import pytest
 import tiny_meter
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import (
     BertTokenizer,
@@ -215,7 +216,7 @@ def test_a_meter_takes_the_batch(files):
     assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "labels"}
     model = tiny_meter.make_model(tiny_meter.MeterForImagesAndTextClassification, num_labels=2)
     output = model(**batch)
-    expected = torch.nn.functional.cross_entropy(output.logits, torch.tensor([1, 0]))
+    expected = F.cross_entropy(output.logits, torch.tensor([1, 0]))
     torch.testing.assert_close(output.loss, expected)
 
 

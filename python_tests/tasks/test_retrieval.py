@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_meter
 import torch
+import torch.nn.functional as F
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableRandomSampler
 from PIL import Image
 from transformers import (
@@ -250,7 +251,7 @@ def test_a_meter_takes_the_batch(files):
     model = tiny_meter.make_model(tiny_meter.MeterForImageAndTextRetrieval)
     output = model(**batch)
     assert output.logits.shape == (3, 3)
-    torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, batch["labels"]))
+    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, batch["labels"]))
     scores = score_all(model, data, 2, 4, progress=False)
     rows = [data.image_of[index] for index in (0, 3, 4)]
     expected = torch.stack(

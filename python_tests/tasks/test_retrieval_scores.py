@@ -116,6 +116,8 @@ def test_a_killed_scoring_goes_on_where_it_was(model, data, tmp_path):
     assert score_all(model, data, 2, 4, path, progress=False).equal(whole)
     assert seen == [2]
     assert [entry.name for entry in tmp_path.iterdir() if "scores" in entry.name] == ["scores.safetensors"]
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_saving_waits_for_enough_images(model, data, tmp_path):
