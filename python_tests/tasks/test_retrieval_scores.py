@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import BertTokenizer, ViltConfig, ViltImageProcessorPil, ViltProcessor
 
@@ -150,6 +151,24 @@ def test_scores_of_something_else_are_refused(model, data, tmp_path):
 def test_sizes_below_one_are_refused(model, data, name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         score_all(model, data, progress=False, **{name: 0})
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(model, data, tmp_path, monkeypatch):
+    path = tmp_path / "scores.safetensors"
+    heal = dying_after(model, 3)
+    with pytest.raises(Dies):
+        score_all(model, data, 1, 100, path, save_every=2, progress=False)
+    heal()
+    before, names = path.read_bytes(), set(tmp_path.iterdir())
+
+    def full(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match=r"scores\.safetensors: No space left on device"):
+        score_all(model, data, 1, 100, path, save_every=2, progress=False)
+    assert path.read_bytes() == before and set(tmp_path.iterdir()) == names
 
 
 def test_a_folder_that_is_not_there_is_refused_at_once(model, data, tmp_path):
