@@ -1,6 +1,9 @@
 """Training data whose items differ from epoch to epoch."""
 
-from transformers import TrainerCallback
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class EpochCallback(TrainerCallback):
@@ -9,6 +12,13 @@ class EpochCallback(TrainerCallback):
     There, accelerate tells the sampler alone, and a `RetrievalDataset` would draw the same captions in every epoch.
     """
 
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: DataLoader | None = None,
+        **_: Any,
+    ) -> None:
         """Raises AttributeError if the training data have no `set_epoch`."""
         train_dataloader.dataset.set_epoch(int(state.epoch))

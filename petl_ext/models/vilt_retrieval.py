@@ -2,6 +2,7 @@
 
 import torch
 import transformers
+from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -17,15 +18,15 @@ class ViltForImageAndTextRetrieval(transformers.ViltForImageAndTextRetrieval):
     @can_return_tuple
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        token_type_ids=None,
-        pixel_values=None,
-        pixel_mask=None,
-        labels=None,
-        inputs_embeds=None,
-        image_embeds=None,
-    ):
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+    ) -> SequenceClassifierOutput:
         """
         Args:
             input_ids, attention_mask, token_type_ids: one text to an image [B, T], or K texts [B, K, T].

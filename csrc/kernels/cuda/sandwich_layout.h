@@ -92,7 +92,7 @@ constexpr bool kPackAlike = [] {
          SandwichLayout<Few, kRest>::kSecondDepth == SandwichLayout<Many, kRest>::kSecondDepth &&
          Few::kSecondColumns == Many::kSecondColumns;
 }();
-static_assert(kPackAlike<BFloat16, false> && kPackAlike<BFloat16, true>, "of both shapes of up to 64 inner columns");
+static_assert(kPackAlike<Bfloat16, false> && kPackAlike<Bfloat16, true>, "of both shapes of up to 64 inner columns");
 
 // The weights of both products, packed for a sandwich of this layout.
 template <class Layout>
