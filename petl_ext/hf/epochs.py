@@ -7,9 +7,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class EpochCallback(TrainerCallback):
-    """Calls `set_epoch` of the training data at the start of each epoch, where several processes train too.
+    """Calls `set_epoch` of the training data at the start of each epoch.
 
-    There, accelerate tells the sampler alone, and a `RetrievalDataset` would draw the same captions in every epoch.
+    A Trainer does so itself only where one process trains and does not resume in the middle of an epoch: elsewhere
+    accelerate tells the sampler alone, and a `RetrievalDataset` would draw the captions of epoch 0 again.
     """
 
     def on_epoch_begin(

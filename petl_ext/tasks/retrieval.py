@@ -164,8 +164,8 @@ class RetrievalDataset(TextImageDataset):
         return self._pixels(self.entries[image])
 
     def set_epoch(self, epoch: int) -> None:
-        """Other random captions for another epoch. A Trainer of one process calls it, `petl_ext.hf.EpochCallback` where
-        there are several; workers that live on from epoch to epoch do not learn of it."""
+        """Other random captions for another epoch. `petl_ext.hf.EpochCallback` calls it, in a loop of your own you do;
+        workers that live on from epoch to epoch do not learn of it."""
         self.epoch = epoch
 
     def drawn(self, index: int) -> list[int]:

@@ -272,25 +272,52 @@ def test_several_processes_draw_anew_in_each_epoch(files, processor):
     assert data.epoch == 3
 
 
-def test_a_vilt_learns_it(files, processor, tmp_path):
+def small_vilt():
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     sizes |= {"image_size": 48, "patch_size": 16, "initializer_range": 0.2}
     torch.manual_seed(0)
-    model = ViltForImageAndTextRetrieval(ViltConfig(**sizes, vocab_size=len(WORDS)))
-    arguments = TrainingArguments(
-        str(tmp_path / "out"),
-        per_device_train_batch_size=6,
-        num_train_epochs=60,
-        learning_rate=2e-3,
-        remove_unused_columns=False,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
+    return ViltForImageAndTextRetrieval(ViltConfig(**sizes, vocab_size=len(WORDS)))
+
+
+def arguments(folder, **changes):
+    settings = {
+        "per_device_train_batch_size": 6,
+        "learning_rate": 2e-3,
+        "remove_unused_columns": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return TrainingArguments(str(folder), **settings | changes)
+
+
+def losses_of(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_training_that_resumes_has_the_same_losses(files, processor, tmp_path):
+    """In the middle of the second epoch of two steps, where accelerate does not tell the data the epoch."""
+    steps = {"per_device_train_batch_size": 3, "max_steps": 6, "logging_steps": 1, "logging_nan_inf_filter": False}
+    steps |= {"save_strategy": "steps", "save_steps": 3}
+
+    def trainer():
+        collator = retrieval.RetrievalCollator(processor)
+        settings, data = arguments(tmp_path / "out", **steps), dataset(files, processor)
+        return Trainer(small_vilt(), settings, collator, data, callbacks=[EpochCallback()])
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert len(losses_of(whole)) == 6 and len(set(losses_of(whole))) == 6
+    assert losses_of(resumed) == losses_of(whole)
+
+
+def test_a_vilt_learns_it(files, processor, tmp_path):
     data, collator = dataset(files, processor, negatives=4), retrieval.RetrievalCollator(processor)
     held = dataset(files, processor, negatives=4, seed=1)
-    trainer = Trainer(model, arguments, collator, data, held, compute_metrics=retrieval.compute_metrics)
+    settings = arguments(tmp_path / "out", num_train_epochs=60)
+    trainer = Trainer(small_vilt(), settings, collator, data, held, compute_metrics=retrieval.compute_metrics)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert data.epoch == 59  # other random captions in each epoch
