@@ -272,6 +272,13 @@ def test_several_processes_draw_anew_in_each_epoch(files, processor):
     assert data.epoch == 3
 
 
+def test_workers_that_live_on_are_refused(files, processor, tmp_path):
+    settings = arguments(tmp_path / "out", dataloader_num_workers=1, dataloader_persistent_workers=True)
+    data, collator = dataset(files, processor), retrieval.RetrievalCollator(processor)
+    with pytest.raises(ValueError, match="dataloader_persistent_workers must be False, .* got True"):
+        Trainer(small_vilt(), settings, collator, data, callbacks=[EpochCallback()]).train()
+
+
 def small_vilt():
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     sizes |= {"image_size": 48, "patch_size": 16, "initializer_range": 0.2}
