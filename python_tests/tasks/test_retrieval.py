@@ -275,7 +275,7 @@ def test_several_processes_draw_anew_in_each_epoch(files, processor):
 def test_workers_that_live_on_are_refused(files, processor, tmp_path):
     settings = arguments(tmp_path / "out", dataloader_num_workers=1, dataloader_persistent_workers=True)
     data, collator = dataset(files, processor), retrieval.RetrievalCollator(processor)
-    with pytest.raises(ValueError, match="dataloader_persistent_workers must be False, .* got True"):
+    with pytest.raises(ValueError, match=r"dataloader_persistent_workers must be False, .* got True"):
         Trainer(small_vilt(), settings, collator, data, callbacks=[EpochCallback()]).train()
 
 
