@@ -21,7 +21,7 @@ class EpochCallback(TrainerCallback):
         train_dataloader: DataLoader | None = None,
         **_: Any,
     ) -> None:
-        """Raises ValueError if workers live on, which would go on with the epoch that they began with; AttributeError if
+        """Raises ValueError if workers live on, which would go on with the epoch they began with; AttributeError if
         the training data have no `set_epoch`."""
         if train_dataloader.persistent_workers:
             raise ValueError("dataloader_persistent_workers must be False, or no worker learns of the epoch, got True")
