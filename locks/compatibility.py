@@ -60,7 +60,8 @@ class Found(NamedTuple):
 
 
 def door_tests():
-    """The test files that import a library which petl_ext has a door to, themselves or through a module of support/."""
+    """The test files that import a library which petl_ext has a door to, themselves or through a module of support/, or
+    run an example."""
     paths = {path.stem: path for path in TESTS.rglob("*.py")}
     texts = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
 
@@ -68,7 +69,7 @@ def door_tests():
         pattern = re.compile(rf"^\s*(?:import|from) (?:{'|'.join(names)})\b", re.MULTILINE)
         return {name for name, text in texts.items() if pattern.search(text)}
 
-    direct = importing(["transformers", "peft", "diffusers", "accelerate"])
+    direct = importing(["transformers", "peft", "diffusers", "accelerate", "example_scripts"])
     return [paths[name] for name in sorted(direct | importing(direct)) if name.startswith("test_")]
 
 

@@ -1,7 +1,7 @@
 """Makes an environment with petl_ext and the versions of the locks in it, or says in three lines why not.
 
     python locks/install.py .venv            everything that make demo, test, bench and lint use
-    python locks/install.py .venv-lock lock  only what lock.txt names
+    python locks/install.py .venv-lock lock  only what lock.txt names, or docs.txt or wheel.txt
 
 A lock is given to pip as constraints: it names more than one platform takes, such as the libraries of a CUDA torch.
 An environment is made anew wherever a lock or the interpreter has changed or something was left half done; otherwise
@@ -157,7 +157,7 @@ def make_only(folder, lock):
     environment = Environment(folder, LOCKS / f"{lock}.txt")
     if not environment.is_complete():
         environment.begin()
-        environment.install(environment.locks[0], *locked_versions(*environment.locks))
+        environment.install(environment.locks[0], "--requirement", environment.locks[0])
         environment.end()
 
 

@@ -12,6 +12,7 @@ import torch
 import petl_ext
 from petl_ext.ops.backends import BACKENDS, NATIVE, VARIABLE, choices
 from petl_ext.ops.kernels import OPS, held_kernels
+from petl_ext.ops.preferred import PREFERENCES
 
 OPTIONAL_PACKAGES = ("transformers", "peft", "diffusers", "triton", "cupy")
 # Modules, and the packages that bring them.
@@ -75,6 +76,7 @@ def info():
         *(f"kernels: {op} on {_kernels(op)}" for op in OPS),
         f"backend: {petl_ext.ops.backend()} of {' '.join(choices())} ({VARIABLE} chooses)",
         *(f"backend {backend.name}: {backend.missing}" for backend in BACKENDS.values() if backend.missing),
+        *(f"auto prefers {preference.in_words()}" for preference in PREFERENCES),
         f"CUDA kernels: {_cuda_state()}",
         f"CPU path: {petl_ext.ops.cpu_path()} of {torch.ops.petl_ext.cpu_paths()} (PETL_CPU_PATH chooses), "
         f"{torch.get_num_threads()} threads",

@@ -5,18 +5,20 @@ added branch alone, for one sequence of `tokens` rows and a batch of one. What d
 APT's keys, is computed once per batch and shared by the whole of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from petl_ext.printing import listed
 
 
-def count_parameters(model):
+def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(parameters that require gradients, all parameters) of `model`, shared ones once."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
@@ -36,11 +38,11 @@ class MacCount:
     by_module: dict
 
     @property
-    def total(self):
+    def total(self) -> int:
         """Of the whole model."""
         return self.by_module[""]
 
-    def of(self, name):
+    def of(self, name: str) -> int:
         """Inside the module of that dotted name, its children included; 0 where it did not run.
 
         Raises:
@@ -50,7 +52,7 @@ class MacCount:
             raise ValueError(f"MacCount: the model has no module {name!r}; {self._beside(name)}")
         return self.by_module[name]
 
-    def table(self, depth=2):
+    def table(self, depth: int = 2) -> str:
         """Modules whose names have at most `depth` parts, without those that multiply nothing."""
         macs = {name: macs for name, macs in self.by_module.items() if macs and name and name.count(".") < depth}
         cells = [("module", "MACs", "share")]
@@ -72,7 +74,7 @@ class MacCount:
         return f"{name or 'it'} has {listed(children, none='no children')}"
 
 
-def count_macs(model, inputs):
+def count_macs(model: nn.Module, inputs: Any) -> MacCount:
     """Multiply-accumulates of one forward pass of `model` in eval mode, without gradients.
 
     Counted are matrix products, convolutions and attention, padding and masked positions included, as torch's flop
@@ -109,7 +111,7 @@ def count_macs(model, inputs):
 _FORMULAS = {}
 
 
-def add_flop_formula(op, formula):
+def add_flop_formula(op: Callable, formula: Callable) -> None:
     """Notes what the op of torch.ops computes, for `register_flop_formulas`.
 
     Args:
@@ -118,7 +120,7 @@ def add_flop_formula(op, formula):
     _FORMULAS[op] = formula
 
 
-def register_flop_formulas():
+def register_flop_formulas() -> None:
     """Teaches torch.utils.flop_counter what petl_ext's kernels multiply; `count_macs` does it by itself.
 
     Call it before you make a FlopCounterMode. The formulas count the matrix products that the kernels compute, at 2

@@ -1,5 +1,7 @@
 """What several reports and error messages print alike: tables, and lists that end before they are too long."""
 
+from collections.abc import Iterable
+
 LISTED = 12
 
 
@@ -9,7 +11,7 @@ def table(rows):
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def listed(entries, separator=", ", none="none"):
+def listed(entries: Iterable[object], separator: str = ", ", none: str = "none") -> str:
     """The first `LISTED` entries, how many more there are, or `none`."""
     entries = list(entries)
     more = f" and {len(entries) - LISTED} more" if len(entries) > LISTED else ""

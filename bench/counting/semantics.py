@@ -290,7 +290,7 @@ def register_to_flags(lanes, op, where, modifiers):
             lanes.put_flag(bit, tuple((bits >> np.uint64(bit) & np.uint64(1)) != 0 for bits in (a, known)), where)
 
 
-# The way of unsigned integers to a float and back, by which they are divided; it tolerates what MUFU rounds otherwise.
+# The way of integers to a float and back, by which they are divided; it tolerates what MUFU rounds otherwise.
 
 
 def _forget_pair(lanes, op, where):
@@ -303,8 +303,7 @@ def to_float(lanes, op, where, modifiers):
     if "F64" in modifiers or "U64" in modifiers or "S64" in modifiers:
         _forget_pair(lanes, op, where)
         return
-    known = known & ("U32" in modifiers)
-    floats = np.nextafter((word & WORD).astype(np.float32), np.float32("inf"))
+    floats = np.nextafter((word & WORD if "U32" in modifiers else signed(word)).astype(np.float32), np.float32("inf"))
     lanes.put(register(op.texts[0]), (floats.view(np.uint32).astype(np.uint64), known), where)
 
 

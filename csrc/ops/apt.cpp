@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> apt_forward(const Tensor& x, const Tensor& y,
   const Result out(y, widen);
   const Tensor gate = new_floats(y, {size.R});
   const auto kept = keep_scores ? std::vector<int64_t>{size.R, size.kept()} : std::vector<int64_t>{0};
-  const Tensor scores = torch::stable::new_empty(y, kept, kept_dtype(x, y));
+  const Tensor scores = new_tensor(y, kept, kept_dtype(x, y));
   run(device,
       AptForward{
           .size = size,

@@ -66,18 +66,27 @@ struct Argument {
 class RowsOf {
  public:
   explicit RowsOf(const Argument& argument, int64_t alignment = 1)
-      : dtype_(argument.dtype()), tensor_(as_matrix(argument.tensor, alignment)) {}
+      : dtype_(argument.dtype()), tensor_(argument.tensor), stride_(width()) {
+    if (tensor_.is_contiguous() && is_aligned(tensor_, stride_, alignment)) return;  // most are, and no view is made
+    tensor_ = as_matrix(tensor_, alignment);
+    stride_ = tensor_.stride(0);
+  }
 
-  ConstRows view() const { return {tensor_.const_data_ptr(), tensor_.stride(0), dtype_}; }
+  ConstRows view() const { return {tensor_.const_data_ptr(), stride_, dtype_}; }
 
  private:
-  static Tensor as_matrix(const Tensor& tensor, int64_t alignment) {
-    const int64_t width = tensor.dim() ? tensor.size(tensor.dim() - 1) : 1;
+  int64_t width() const { return tensor_.dim() ? tensor_.size(tensor_.dim() - 1) : 1; }
+
+  static bool is_aligned(const Tensor& tensor, int64_t stride, int64_t alignment) {
+    const int64_t begin = reinterpret_cast<int64_t>(tensor.const_data_ptr());
+    return begin % alignment == 0 && stride * tensor.element_size() % alignment == 0;
+  }
+
+  Tensor as_matrix(const Tensor& tensor, int64_t alignment) const {
+    const int64_t width = stride_;
     Tensor matrix = torch::stable::reshape(tensor, {width ? tensor.numel() / width : 0, width});
     if (matrix.stride(1) != 1) return torch::stable::contiguous(matrix);
-    const int64_t begin = reinterpret_cast<int64_t>(matrix.const_data_ptr());
-    const bool aligned = begin % alignment == 0 && matrix.stride(0) * matrix.element_size() % alignment == 0;
-    if (aligned) return matrix;
+    if (is_aligned(matrix, matrix.stride(0), alignment)) return matrix;
     // Not clone(), which keeps the strides of a tensor whose rows overlap.
     Tensor copy = torch::stable::new_empty(matrix, shape_of(matrix));
     return torch::stable::copy_(copy, matrix);
@@ -85,15 +94,28 @@ class RowsOf {
 
   DType dtype_;
   Tensor tensor_;
+  int64_t stride_;  // the width, until a matrix says another
 };
 
-inline Tensor new_floats(const Tensor& like, const std::vector<int64_t>& shape) {
-  return torch::stable::new_empty(like, shape, ScalarType::Float);
+// Contiguous, on the device of `like`. The shim's own function, since the boxed call of new_empty takes a microsecond.
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= shape[i] > 0 ? shape[i] : 1) strides[i] = stride;
+  int32_t type = 0, index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                  static_cast<int32_t>(dtype), type, index, &made));
+  return Tensor(made);
 }
 
-inline Tensor new_bytes(const Tensor& like, int64_t count) {
-  return torch::stable::new_empty(like, {count}, ScalarType::Byte);
+inline Tensor new_floats(const Tensor& like, const std::vector<int64_t>& shape) {
+  return new_tensor(like, shape, ScalarType::Float);
 }
+
+inline Tensor new_bytes(const Tensor& like, int64_t count) { return new_tensor(like, {count}, ScalarType::Byte); }
 
 inline Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
@@ -120,8 +142,8 @@ class Result {
   Result(const Tensor& like, bool widen, bool needed = true)
       : dtype_(like.scalar_type()),
         needed_(needed),
-        tensor_(torch::stable::new_empty(like, needed ? shape_of(like) : std::vector<int64_t>{0},
-                                         widen ? ScalarType::Float : dtype_)) {}
+        tensor_(
+            new_tensor(like, needed ? shape_of(like) : std::vector<int64_t>{0}, widen ? ScalarType::Float : dtype_)) {}
 
   Rows rows() const {
     return {needed_ ? tensor_.mutable_data_ptr() : nullptr, Argument{"result", "result", tensor_}.dtype()};

@@ -1,6 +1,8 @@
 """`attach` puts a method's layers into a model, `load` fills a model from a saved folder."""
 
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from petl_ext.attaching.families import family_of
 from petl_ext.attaching.handle import Attachment
 from petl_ext.attaching.methods import CONFIGS
+from petl_ext.attaching.methods.config import Config
 from petl_ext.attaching.methods.das import DASConfig
 from petl_ext.attaching.saved import check_duration, read_folder
 from petl_ext.attaching.selection import select
@@ -17,7 +20,7 @@ from petl_ext.attaching.skipping import SkippingAttachment
 from petl_ext.composing import HANDLE, unchanged_on_error
 
 
-def attach(model, config, keep=()):
+def attach(model: nn.Module, config: Config, keep: Iterable[str] = ()) -> Attachment:
     """Puts the method's new layers into `model` and freezes everything but them and what `keep` names.
 
     The layers are made on the device and in the dtype of the module that they join. A model carries one attachment at
@@ -53,7 +56,7 @@ def attach(model, config, keep=()):
     return _attached(model, config, family_of(model), tuple(keep))
 
 
-def load(model, folder):
+def load(model: nn.Module, folder: str | Path) -> Attachment:
     """Fills `model` with what `Attachment.save` wrote, attaching first if nothing is attached yet.
 
     A tensor saved in another floating-point dtype is converted to the model's; that is logged.

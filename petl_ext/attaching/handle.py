@@ -1,8 +1,15 @@
 """The handle on what `attach` has put into a model, which knows how to take it out again."""
 
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from petl_ext.attaching.report import report_for_inputs, report_for_tokens
+import torch
+from torch import Tensor, nn
+
+from petl_ext.attaching.methods.config import Config
+from petl_ext.attaching.report import Report, report_for_inputs, report_for_tokens
 from petl_ext.attaching.saved import Saved, check_same, write_folder
 from petl_ext.attaching.sites.installed import Installed
 from petl_ext.checks import check_positive_integer
@@ -22,7 +29,7 @@ class Attachment:
         installed: the new layers and their places, an `Installed`.
     """
 
-    def __init__(self, model, config, selection, layers):
+    def __init__(self, model: nn.Module, config: Config, selection: Any, layers: Mapping[Any, nn.Module]):
         self.model = model
         self.config = config
         self.family = selection.family
@@ -42,11 +49,11 @@ class Attachment:
         setattr(model, HANDLE, self)
 
     @property
-    def sites(self):
+    def sites(self) -> tuple:
         """Dotted names of the modules that carry layers."""
         return self.installed.sites
 
-    def named_parameters(self):
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name in the model, parameter) of all that trains: the new layers' and the kept ones, each once."""
         self._check_attached()
         seen = set()
@@ -55,11 +62,11 @@ class Attachment:
                 seen.add(id(parameter))
                 yield name, parameter
 
-    def parameters(self):
+    def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of `named_parameters`, as an optimizer takes them."""
         return (parameter for _, parameter in self.named_parameters())
 
-    def parameter_groups(self, **learning_rates):
+    def parameter_groups(self, **learning_rates: float) -> list[dict[str, Any]]:
         """What trains, as an optimizer takes it: a list of {"params", "lr", "name"}, one for each learning rate.
 
             optimizer = torch.optim.AdamW(attachment.parameter_groups(vision=1e-4, language=5e-5, kept=1e-4))
@@ -82,7 +89,7 @@ class Attachment:
             )
         return [{"params": found[name], "lr": rate, "name": name} for name, rate in learning_rates.items()]
 
-    def report(self, tokens=None, inputs=None):
+    def report(self, tokens: int | None = None, inputs: Any = None) -> Report:
         """A `Report`: every new layer, its parameters, the MACs it adds, which kernel runs there and, if none, why.
 
         Args:
@@ -103,7 +110,7 @@ class Attachment:
             return report_for_inputs(self, inputs, self._count_backbone(inputs))
         return report_for_tokens(self, tokens)
 
-    def save(self, folder):
+    def save(self, folder: str | Path) -> None:
         """Writes the new layers and the kept modules, nothing else of the model, and how to attach them.
 
         The folder is complete or, after an error, as it was. With several processes, call it in one; where
@@ -125,7 +132,7 @@ class Attachment:
             )
         write_folder(folder, Saved(self.config, self.family.name, self.keep, tensors))
 
-    def freeze(self, dtype=None):
+    def freeze(self, dtype: torch.dtype | None = None) -> None:
         """For serving: weights that are derived from parameters, such as APT's keys, are made once.
 
         `report` shows where. Undone by `thaw`, by training mode, and by all that undoes `APTLayer.freeze`. Layers that
@@ -140,13 +147,13 @@ class Attachment:
         for layer in self._layers_that_freeze():
             layer.freeze(dtype)
 
-    def thaw(self):
+    def thaw(self) -> None:
         """Undoes `freeze`."""
         for layer in self._layers_that_freeze():
             layer.thaw()
 
     @contextmanager
-    def disable(self):
+    def disable(self) -> Iterator["Attachment"]:
         """Inside the `with`, the model computes what it would without the new layers, bit for bit.
 
         Kept modules keep what they have learned. Parameters, their names and requires_grad stay as they are.
@@ -161,7 +168,7 @@ class Attachment:
             if self._is_attached() and not self._disabled:
                 self.installed.enter()
 
-    def detach(self):
+    def detach(self) -> None:
         """Takes the new layers out for good and gives every parameter the requires_grad that it had before `attach`.
 
         Kept modules keep what they have learned.
@@ -176,16 +183,16 @@ class Attachment:
     def __repr__(self):
         return f"Attachment({self.config} on {type(self.model).__name__}, {len(self.sites)} sites, keep={self.keep})"
 
-    def idle_because(self, place):
+    def idle_because(self, place: Any) -> str:
         """Why the layer at that place does not run now, or an empty string."""
         return "disabled" if self._disabled else ""
 
-    def add(self, config, layers):
+    def add(self, config: Config, layers: Mapping[Any, nn.Module]) -> None:
         """Puts in the layers that `config` has beyond those that are attached, {place: layer}."""
         self._reinstall(lambda installed: installed.plus(layers))
         self.config = config
 
-    def take_over(self, saved, folder):
+    def take_over(self, saved: Saved, folder: str | Path) -> None:
         """Fills what is attached from what a folder of the same configuration holds, a `Saved`.
 
         Raises:
@@ -194,7 +201,7 @@ class Attachment:
         check_same(saved, self.config, self.keep, folder)
         self.fill(saved.tensors, folder)
 
-    def fill(self, tensors, folder):
+    def fill(self, tensors: Mapping[str, Tensor], folder: str | Path) -> None:
         """Fills new layers and kept modules.
 
         Raises:

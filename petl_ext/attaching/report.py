@@ -1,5 +1,6 @@
 """What `Attachment.report` returns, and how it is made."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from petl_ext.attaching.patterns import is_part
@@ -35,7 +36,7 @@ class ReportRow:
     reason: str
     tower: str | None = None
 
-    def cells(self):
+    def cells(self) -> tuple[str, ...]:
         macs = "?" if self.macs is None else f"{self.macs:,}"
         return self.layer, self.class_name, f"{self.parameters:,}", macs, self.kernel, self.reason
 
@@ -56,15 +57,15 @@ class LayerCosts:
     layers: dict
 
     @property
-    def savings(self):
+    def savings(self) -> tuple[int, ...]:
         """What skipping each layer takes off."""
         return tuple(layer - bypass for layer, bypass in self.layers.values())
 
-    def ratio(self, skipped):
+    def ratio(self, skipped: Iterable[int]) -> float:
         """Of the model with the layers of these indices skipped to the bare backbone."""
         return (self.unskipped - sum(self.savings[layer] for layer in skipped)) / self.backbone
 
-    def cells(self):
+    def cells(self) -> Iterator[tuple[str, ...]]:
         for name, (layer, bypass) in self.layers.items():
             saved = layer - bypass
             yield name, f"{layer:,}", f"{bypass:,}", f"{saved:,}", f"{saved / self.backbone:.2%}"
@@ -96,13 +97,13 @@ class Report:
     limits: tuple = ()
 
     @property
-    def towers(self):
+    def towers(self) -> dict[str, list[ReportRow]]:
         """{tower: rows of the new layers in it}, in the order of the rows."""
         names = dict.fromkeys(row.tower for row in self.rows if row.tower is not None)
         return {name: [row for row in self.rows if row.tower == name] for name in names}
 
     @property
-    def macs(self):
+    def macs(self) -> int | None:
         """Multiply-accumulates of all new layers that run, or None."""
         return None if self.counted_for is None else sum(row.macs for row in self.rows)
 

@@ -1,13 +1,18 @@
 """The handle of a `DASConfig`: which layers are skipped, now and for good."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from petl_ext.attaching.handle import Attachment
+from petl_ext.attaching.methods.config import Config
 from petl_ext.attaching.methods.das import SkippableLayer, strip
-from petl_ext.attaching.report import LayerCosts
-from petl_ext.attaching.saved import check_same
+from petl_ext.attaching.report import LayerCosts, Report
+from petl_ext.attaching.saved import Saved, check_same
 from petl_ext.attaching.stacks import Stacks
 from petl_ext.counting import count_macs
 
@@ -23,7 +28,7 @@ class SkippingAttachment(Attachment):
         layers: dotted names of the layers that can be skipped; their indices are those of `skip`.
     """
 
-    def __init__(self, model, config, selection, layers):
+    def __init__(self, model: nn.Module, config: Config, selection: Any, layers: Mapping[Any, nn.Module]):
         bypasses = [place for place in layers if issubclass(place.site_class, SkippableLayer)]
         self.layers = tuple(place.name for place in bypasses)
         self._stacks = Stacks(model, {place.name: place.site_class for place in bypasses})
@@ -35,21 +40,21 @@ class SkippingAttachment(Attachment):
             self.remove_skipped()
 
     @property
-    def config(self):
+    def config(self) -> Config:
         """The `DASConfig`, with the layers that are skipped now."""
         return dataclasses.replace(self._config, skip=self._chosen, permanent=self._removed)
 
     @config.setter
-    def config(self, config):
+    def config(self, config: Config) -> None:
         # Made when it is asked for: its checks take longer than switching the layers, which every step may do.
         self._config = config
 
     @property
-    def skipped(self):
+    def skipped(self) -> tuple[int, ...]:
         """Indices of the layers that are skipped, inside `disable` those that will be again, ascending."""
         return self._chosen
 
-    def skip(self, layers, decodes=True):
+    def skip(self, layers: Iterable[int | str], decodes: bool = True) -> None:
         """Skips these layers from the next forward on, and no others.
 
         Args:
@@ -69,7 +74,7 @@ class SkippingAttachment(Attachment):
         self._switch(chosen)
         self._chosen = chosen
 
-    def remove_skipped(self):
+    def remove_skipped(self) -> None:
         """Deletes the weights of the skipped layers and the bypasses of all others, for good.
 
         State dict, memory and saved folders shrink; `load` does the same to a fresh model. Call it before an optimizer
@@ -92,7 +97,7 @@ class SkippingAttachment(Attachment):
         self._stacks = None  # it holds parts of the layers
         self._removed = True
 
-    def layer_costs(self, inputs):
+    def layer_costs(self, inputs: Any) -> LayerCosts:
         """Multiply-accumulates of every layer, of its bypass and of the bare backbone.
 
         Args:
@@ -109,14 +114,14 @@ class SkippingAttachment(Attachment):
         self._check_switchable("layer_costs")
         return self._count_layers(inputs, self._count_backbone(inputs).total)
 
-    def report(self, tokens=None, inputs=None):
+    def report(self, tokens: int | None = None, inputs: Any = None) -> Report:
         report = super().report(tokens, inputs)
         if inputs is None or self._removed or self._disabled:
             return report
         return dataclasses.replace(report, layer_costs=self._count_layers(inputs, report.backbone_macs))
 
     @contextmanager
-    def disable(self):
+    def disable(self) -> Iterator["SkippingAttachment"]:
         self._check_attached()
         self._check_whole("disable")
         if not self._disabled:
@@ -128,7 +133,7 @@ class SkippingAttachment(Attachment):
             if self._is_attached() and not self._disabled:
                 self._switch(self._chosen)
 
-    def detach(self):
+    def detach(self) -> None:
         self._check_attached()
         self._check_whole("detach")
         self._switch(())
@@ -153,7 +158,7 @@ class SkippingAttachment(Attachment):
             raise ValueError("layer_costs: what the layers save does not add up; does a layer contain another one?")
         return costs
 
-    def idle_because(self, place):
+    def idle_because(self, place: Any) -> str:
         if self._disabled:
             return super().idle_because(place)
         inside = _is_inside(place, self._names_of(self.skipped))
@@ -161,7 +166,7 @@ class SkippingAttachment(Attachment):
             return "" if inside else "its layer is not skipped"
         return "its layer is skipped" if inside else ""
 
-    def take_over(self, saved, folder):
+    def take_over(self, saved: Saved, folder: str | Path) -> None:
         ours, theirs = self.config, saved.config
         check_same(saved._replace(config=_with_skips_of(ours, theirs)), ours, self.keep, folder)
         if ours.permanent:

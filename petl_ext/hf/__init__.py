@@ -9,5 +9,6 @@ except ModuleNotFoundError as error:
     raise ImportError(f"petl_ext.hf needs {error.name}: pip install {error.name}") from error
 
 from petl_ext.hf.callback import SearchCallback
+from petl_ext.hf.epochs import EpochCallback
 
-__all__ = ["SearchCallback"]
+__all__ = ["EpochCallback", "SearchCallback"]

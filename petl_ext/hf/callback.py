@@ -3,11 +3,13 @@
 import logging
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 from accelerate.utils import send_to_device
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from petl_ext.hf.batches import EndlessBatches, check_data, loader_of, validation_data
@@ -125,11 +127,19 @@ class SearchCallback(TrainerCallback, ExportableState):
         self._trainer = trainer
         return self
 
-    def state(self):
+    def state(self) -> dict[str, Any]:
         attributes = {"search": self.search.state_dict(), "validation": dict(self._position)}
         return {"args": {"restored": True}, "attributes": attributes}
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **_):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        train_dataloader: DataLoader | None = None,
+        **_: Any,
+    ) -> None:
         if self.search.model not in set(model.modules()):
             raise ValueError("SearchCallback: the search is not on the model that the Trainer trains")
         if _trainings.get(self.search) is state:
@@ -145,21 +155,42 @@ class SearchCallback(TrainerCallback, ExportableState):
             )
         self._bar = _progress_bar(self.search, args.disable_tqdm or not self.log or not state.is_world_process_zero)
 
-    def on_step_begin(self, args, state, control, **_):
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._sample()
 
-    def on_substep_end(self, args, state, control, model=None, **_):
+    def on_substep_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
         self._update(args, model)
         self._sample()
 
-    def on_step_end(self, args, state, control, model=None, **_):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
         self._update(args, model)
         self.search.use_selection()
         if self.stop_training and self.search.finished:
             control.should_training_stop = True
         return control
 
-    def on_log(self, args, state, control, logs=None, **_):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
         if not self.log or self._logged == len(self.search.history):
             return
         self._logged = len(self.search.history)
@@ -168,7 +199,7 @@ class SearchCallback(TrainerCallback, ExportableState):
         # The Trainer has put a copy there already.
         state.log_history[-1].update(values)
 
-    def on_train_end(self, args, state, control, **_):
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._bar.close()
         self._batches = None
         self.search.apply()

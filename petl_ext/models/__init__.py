@@ -28,6 +28,7 @@ from petl_ext.models.meter import (
     MeterPreTrainedModel,
     resize_position_embeddings,
 )
+from petl_ext.models.vilt_retrieval import ViltForImageAndTextRetrieval
 
 __all__ = [
     "DVPT5",
@@ -46,6 +47,7 @@ __all__ = [
     "MeterModel",
     "MeterModelOutput",
     "MeterPreTrainedModel",
+    "ViltForImageAndTextRetrieval",
     "load_dvp_checkpoint",
     "load_meter_checkpoint",
     "load_vilt_checkpoint",

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from petl_ext.checks import check_choice, check_positive_integer, check_probability, check_switch
 from petl_ext.nn.frozen import FreezingLayer, Frozen
@@ -57,17 +57,17 @@ class AdapterLayer(FreezingLayer):
 
     def __init__(
         self,
-        dim,
-        bottleneck=96,
-        activation="relu",
-        layer_norm=False,
-        scale=1.0,
-        residual=True,
-        dropout=0.0,
-        trainable_scale=False,
-        zero_init=False,
-        device=None,
-        dtype=None,
+        dim: int,
+        bottleneck: int = 96,
+        activation: str = "relu",
+        layer_norm: bool = False,
+        scale: float = 1.0,
+        residual: bool = True,
+        dropout: float = 0.0,
+        trainable_scale: bool = False,
+        zero_init: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         for name, value in (("dim", dim), ("bottleneck", bottleneck)):
@@ -102,7 +102,7 @@ class AdapterLayer(FreezingLayer):
         self.gain = parameter(1) if trainable_scale else None
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         for weight in (self.down, self.up):
             nn.init.normal_(weight, std=INITIAL_STD)
         if self.zero_init:
@@ -115,7 +115,7 @@ class AdapterLayer(FreezingLayer):
         if self.gain is not None:
             nn.init.constant_(self.gain, self.scale)
 
-    def freeze(self, dtype=None):
+    def freeze(self, dtype: torch.dtype | None = None) -> None:
         """Packs the weights once for the kernels, for serving on CUDA: a forward without gradients is one launch fewer.
 
         Elsewhere it changes nothing. Undone by `thaw`, `train()`, loading, a move or a cast of the layer, and any
@@ -137,13 +137,13 @@ class AdapterLayer(FreezingLayer):
         self._frozen = frozen if frozen.value is not None else None
 
     @property
-    def is_frozen(self):
+    def is_frozen(self) -> bool:
         return self._frozen is not None and self._frozen.holds_for(w for w in self._packed_weights() if w is not None)
 
     def _packed_weights(self):
         return self.down, self.down_bias, self.up, self.up_bias, self.norm_weight, self.norm_bias
 
-    def forward(self, x, residual=None):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., D] to the new output [..., D] in the dtype that `ops.adapter` says; a given `residual` is added in
         place of x."""
         if residual is None and self.residual:
@@ -163,7 +163,7 @@ class AdapterLayer(FreezingLayer):
             packed=self._frozen.value if self.is_frozen else None,
         )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         bottleneck, dim = self.down.shape
         return (
             f"dim={dim}, bottleneck={bottleneck}, activation={self.activation!r}, "

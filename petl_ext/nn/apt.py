@@ -1,7 +1,7 @@
 """The layer of approximated prompt tuning."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from petl_ext.checks import check_choice, check_positive_integer, check_probability, check_switch
 from petl_ext.nn.frozen import FreezingLayer, Frozen
@@ -77,14 +77,14 @@ class APTLayer(FreezingLayer):
 
     def __init__(
         self,
-        dim,
-        num_prompts=200,
-        rank=4,
-        activation="relu",
-        dropout=0.0,
-        train_scale=True,
-        device=None,
-        dtype=None,
+        dim: int,
+        num_prompts: int = 200,
+        rank: int = 4,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        train_scale: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         for name, value in (("dim", dim), ("num_prompts", num_prompts), ("rank", rank)):
@@ -101,16 +101,16 @@ class APTLayer(FreezingLayer):
         self.log_scale = nn.Parameter(torch.empty(1, **factory), requires_grad=train_scale)
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         for weight in (self.prompts, self.down, self.up):
             nn.init.normal_(weight, std=INITIAL_STD)
         nn.init.zeros_(self.log_scale)
 
-    def keys(self):
+    def keys(self) -> Tensor:
         """`apt_keys` of the layer's parameters, [P, D], in float32 or wider; they do not depend on the input."""
         return current_keys(self._frozen, self.prompts, self.down, self.up)[0]
 
-    def freeze(self, dtype=None):
+    def freeze(self, dtype: torch.dtype | None = None) -> None:
         """Makes the keys once, for serving; from then on, gradients to the parameters that they were made from are
         refused. On CUDA, keys and prompts are also packed once for the kernels, so that a forward without gradients is
         one launch fewer.
@@ -130,16 +130,16 @@ class APTLayer(FreezingLayer):
         self._frozen = frozen_keys(self.prompts, self.down, self.up, self.activation, dtype)
 
     @property
-    def is_frozen(self):
+    def is_frozen(self) -> bool:
         return self._frozen is not None and self._frozen.holds_for((self.prompts, self.down, self.up))
 
-    def forward(self, x, y):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x [..., D], the attention's input, and y [..., D], its output, to the new output [..., D] in y's dtype."""
         dropout = self.dropout if self.training else 0.0
         keys, packed = current_keys(self._frozen, self.prompts, self.down, self.up)
         return apt(x, y, self.prompts, keys, self.log_scale, self.activation, dropout, packed)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         num_prompts, dim = self.prompts.shape
         return (
             f"dim={dim}, num_prompts={num_prompts}, rank={self.down.size(0)}, "

@@ -57,7 +57,7 @@ class FreezingLayer(nn.Module):
             name = type(self).__name__
             raise RuntimeError(f"{name}: freeze is for serving, but the layer is in training mode; call eval() first")
 
-    def thaw(self):
+    def thaw(self) -> None:
         """Undoes `freeze`."""
         self._frozen = None
 

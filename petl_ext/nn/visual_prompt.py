@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from petl_ext.checks import check_positive_integer, check_probability
 from petl_ext.ops.attention_pool import attention_pool
@@ -33,7 +33,16 @@ class VisualPromptLayer(nn.Module):
         ValueError: a size below 1, an inner_dim that num_heads do not divide, or a dropout outside [0, 1).
     """
 
-    def __init__(self, dim, num_heads=12, visual_dim=None, inner_dim=None, dropout=0.0, device=None, dtype=None):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 12,
+        visual_dim: int | None = None,
+        inner_dim: int | None = None,
+        dropout: float = 0.0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         visual_dim = dim if visual_dim is None else visual_dim
         inner_dim = dim if inner_dim is None else inner_dim
@@ -53,7 +62,7 @@ class VisualPromptLayer(nn.Module):
         self.value = nn.Linear(visual_dim, inner_dim, **factory)
         self.output = nn.Linear(inner_dim, dim, **factory)
 
-    def forward(self, visual, query, mask=None):
+    def forward(self, visual: Tensor, query: Tensor, mask: Tensor | None = None) -> Tensor:
         """
         Args:
             visual: the image's tokens [B, N, Dv].
@@ -128,7 +137,7 @@ class VisualPromptLayer(nn.Module):
             empty = (~mask.any(1)).nonzero()[0].item()
             raise ValueError(f"VisualPromptLayer: mask hides all tokens of sample {empty}")
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, dropout={self.dropout}"
 
 

@@ -11,6 +11,7 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from petl_ext.ops.arrays import takes_arrays
 from petl_ext.ops.autocast import as_autocast_wants
@@ -79,23 +80,25 @@ def _split(scale):
 
 
 def adapter_reference(
-    x,
-    down,
-    down_bias,
-    up,
-    up_bias,
-    scale=1.0,
-    activation="relu",
-    norm_weight=None,
-    norm_bias=None,
-    eps=1e-5,
-    residual=None,
-    dropout=0.0,
-):
+    x: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    scale: float | Tensor = 1.0,
+    activation: str = "relu",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    dropout: float = 0.0,
+    packed: Packed | None = None,
+) -> Tensor:
     """`adapter` in plain PyTorch, in the dtype of x, on any device and in float64 too; it can drop out hidden units.
 
     Args:
         dropout: probability that a hidden unit is set to zero after its activation.
+        packed: not looked at; no kernel computes.
 
     Raises:
         RuntimeError: a shape or the activation is not as `adapter` says.
@@ -239,20 +242,20 @@ def packed_adapter(down, down_bias, up, up_bias, norm_weight, norm_bias, dtype):
 
 @takes_arrays
 def adapter(
-    x,
-    down,
-    down_bias,
-    up,
-    up_bias,
-    scale=1.0,
-    activation="relu",
-    norm_weight=None,
-    norm_bias=None,
-    eps=1e-5,
-    residual=None,
-    dropout=0.0,
-    packed=None,
-):
+    x: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    scale: float | Tensor = 1.0,
+    activation: str = "relu",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    dropout: float = 0.0,
+    packed: Packed | None = None,
+) -> Tensor:
     """A bottleneck adapter in one pass over its input, keeping nothing for backward but its arguments.
 
     Args:

@@ -12,6 +12,7 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from petl_ext.ops.arrays import takes_arrays
 from petl_ext.ops.autocast import as_autocast_wants
@@ -55,11 +56,21 @@ def check_arguments(x, y, prompts, keys, log_scale, activation):
             raise RuntimeError(f"apt: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
-def apt_reference(x, y, prompts, keys, log_scale, activation="relu", dropout=0.0):
+def apt_reference(
+    x: Tensor,
+    y: Tensor,
+    prompts: Tensor,
+    keys: Tensor,
+    log_scale: Tensor,
+    activation: str = "relu",
+    dropout: float = 0.0,
+    packed: Packed | None = None,
+) -> Tensor:
     """`apt` in plain PyTorch, in the dtype of x, on any device and in float64 too; it can drop out scores.
 
     Args:
         dropout: probability that a score is set to zero, before the gate is taken (as in the paper's code).
+        packed: not looked at; no kernel computes.
 
     Raises:
         RuntimeError: a shape or the activation is not as `apt` says.
@@ -169,7 +180,16 @@ def packed_apt(prompts, keys, activation, dtype):
 
 
 @takes_arrays
-def apt(x, y, prompts, keys, log_scale, activation="relu", dropout=0.0, packed=None):
+def apt(
+    x: Tensor,
+    y: Tensor,
+    prompts: Tensor,
+    keys: Tensor,
+    log_scale: Tensor,
+    activation: str = "relu",
+    dropout: float = 0.0,
+    packed: Packed | None = None,
+) -> Tensor:
     """Adds the approximated prompts' contribution to an attention's output.
 
     Args:

@@ -10,6 +10,7 @@ Pre-trained Language Models to Vision-Language Tasks via Dynamic Visual Promptin
 from math import prod
 
 import torch
+from torch import Tensor
 
 from petl_ext.ops.arrays import takes_arrays
 from petl_ext.ops.autocast import as_autocast_wants
@@ -52,7 +53,9 @@ def check_arguments(visual, query, mask):
         raise RuntimeError(f"attention_pool: mask must be bool, True where a token takes part, got {mask.dtype}")
 
 
-def attention_pool_reference(visual, query, mask=None, scale=1.0, dropout=0.0):
+def attention_pool_reference(
+    visual: Tensor, query: Tensor, mask: Tensor | None = None, scale: float = 1.0, dropout: float = 0.0
+) -> Tensor:
     """`attention_pool` in plain PyTorch, in the dtype of visual, on any device and in float64 too; it can drop out
     weights. A sample of which no token takes part becomes NaN, as in torch's softmax.
 
@@ -135,7 +138,9 @@ class _AttentionPool(torch.autograd.Function):
 
 
 @takes_arrays
-def attention_pool(visual, query, mask=None, scale=1.0, dropout=0.0):
+def attention_pool(
+    visual: Tensor, query: Tensor, mask: Tensor | None = None, scale: float = 1.0, dropout: float = 0.0
+) -> Tensor:
     """Pools each sample's tokens by one softmax per head: `pooled = softmax(scale * query visual^T) visual`.
 
     The tokens are read once forward and once backward, in samples of which one token has most of a head's weight twice;

@@ -7,7 +7,9 @@ torch.ops that is the backend's. "native", the C++ and CUDA of petl_ext._C, is t
 
 import os
 import warnings
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import overload
 
 from petl_ext.checks import check_choice
 
@@ -90,6 +92,10 @@ class _Choice:
             )
 
 
+@overload
+def backend(choice: None = None) -> str: ...
+@overload
+def backend(choice: str) -> AbstractContextManager[None]: ...
 def backend(choice=None):
     """Chooses who computes the ops: `with petl_ext.ops.backend("reference"): ...`.
 

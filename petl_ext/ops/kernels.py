@@ -14,7 +14,7 @@ from petl_ext.checks import check_choice, check_probability
 from petl_ext.counting import add_flop_formula
 from petl_ext.ops.backends import AUTO, BACKENDS, NATIVE, REFERENCE, VARIABLE, Backend, chosen
 from petl_ext.ops.derivatives import are_transformed
-from petl_ext.ops.preferred import PREFERENCES, preferred_backend
+from petl_ext.ops.preferred import PREFERENCES, backends_preferred_for, preferred_backend
 
 try:
     from petl_ext import _C  # noqa: F401
@@ -66,7 +66,8 @@ class Kernel(NamedTuple):
     """Who computes a call of an op.
 
     Attributes:
-        name: "apt (cpu, avx512)", "apt (cuda)", "reference", or "none": the call raises.
+        name: "apt (cpu, avx512)", "apt (cuda)", "apt (cuda, triton at some sizes)" where a measured file says so,
+            "reference", or "none": the call raises.
         reason: why it is not a kernel; "" where it is.
     """
 
@@ -234,6 +235,8 @@ def kernel_for(op, device, dtype, dropout=0.0, sizes=None):
         details.append(backend)
     elif device.type == "cpu":
         details.append(cpu_path())
+    elif PREFERENCES and chosen() == AUTO:
+        details += [f"{name} at some sizes" for name in backends_preferred_for(op, _name_of(device.index))]
     return Kernel(f"{op} ({', '.join(details)})")
 
 
@@ -313,7 +316,7 @@ def _name_of(index):
 _runs_cuda_kernels._dynamo_marked_constant = _name_of._dynamo_marked_constant = True
 
 
-def cpu_path(choice=None):
+def cpu_path(choice: str | None = None) -> str:
     """The instruction set that the CPU kernels use: "avx512_bf16", "avx512", "avx2" or "portable".
 
     Args:

@@ -41,6 +41,10 @@ class Preference(NamedTuple):
             weights,
         ) and self.least_rows <= rows <= self.most_rows
 
+    def in_words(self):
+        sizes = f"{self.least_rows} to {self.most_rows} rows, width {self.width}, inner size {self.inner}"
+        return f"{self.backend} for {self.op} on {self.device_name}: {sizes}, weights {self.weights} ({self.source})"
+
 
 def read_preferences(path=PATH):
     """[] where there is no such file.
@@ -59,6 +63,12 @@ def read_preferences(path=PATH):
 
 
 PREFERENCES = read_preferences()
+
+
+def backends_preferred_for(op, device_name):
+    """Names of the backends that are preferred at any size, in order."""
+    found = {entry.backend for entry in PREFERENCES if (entry.op, entry.device_name) == (op, device_name)}
+    return sorted(found)
 
 
 def preferred_backend(op, device_name, rows, width, inner, weights):

@@ -48,14 +48,18 @@ def refuse_activation(function, known=tuple(ACTIVATIONS)):
     return f"its activation {what}, not {' or '.join(known)}"
 
 
+def name_of(functions, x, y, tolerance=_NEARLY):
+    """The name of the one of `functions` that makes y of x, or None."""
+    same = (name for name, known in functions.items() if torch.allclose(y, known(x), tolerance, tolerance))
+    return next(same, None) if x.shape == y.shape else None
+
+
 def _name_in(functions, function, tolerance):
     x = torch.linspace(-8, 8, 65, dtype=torch.float64, device="cpu")
     x = torch.cat([x, 40 * x])  # Some saturate late.
     try:
         # Of a copy, since calls may leave something behind.
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            y = copy.deepcopy(function)(x.clone())
-        same = (name for name, known in functions.items() if torch.allclose(y, known(x), tolerance, tolerance))
-        return next(same, None)
+            return name_of(functions, x, copy.deepcopy(function)(x.clone()), tolerance)
     except Exception:  # It is other people's and may do anything; then it is none of these.
         return None

@@ -10,8 +10,8 @@ from torch._guards import detect_fake_mode
 
 from petl_ext.patching.kind import own_forward
 from petl_ext.patching.kinds import KINDS
-from petl_ext.patching.patch import kind_of, known, release, take_in
-from petl_ext.patching.recognize import Recognized, recognize, takes_as
+from petl_ext.patching.patch import known, release, take_in
+from petl_ext.patching.recognize import Recognized, kind_of, recognize
 from petl_ext.patching.report import PatchReport, left_alone_row, patched_row
 
 logger = logging.getLogger("petl_ext")
@@ -34,7 +34,7 @@ class ClassPatch:
         self._left_alone = WeakKeyDictionary()
         cls.forward = self._dispatcher()
 
-    def report(self):
+    def report(self) -> PatchReport:
         """A `PatchReport` of the instances that have run since and are still there."""
         patched = [module for module in self._patched if kind_of(module)]
         rows = [patched_row(f"instance {i}", module, kind_of(module)) for i, module in enumerate(patched, 1)]
@@ -44,7 +44,7 @@ class ClassPatch:
         ]
         return PatchReport(f"petl_ext.patch_class of {self.cls.__name__}", rows)
 
-    def unpatch(self):
+    def unpatch(self) -> None:
         """As `petl_ext.unpatch_class(cls)`."""
         unpatch_class(self.cls)
 
@@ -95,7 +95,7 @@ def _is_transformed():
     )
 
 
-def patch_class(cls):
+def patch_class(cls: type[nn.Module]) -> "ClassPatch":
     """Patches every instance of `cls`, as `petl_ext.patch` does one model: those that exist and those made later.
 
     An instance is looked at when it runs for the first time, since only instances have parts. One that does not match
@@ -118,13 +118,13 @@ def patch_class(cls):
         raise TypeError(f"patch_class: cls must be a subclass of torch.nn.Module, got {cls!r}")
     if own_forward(cls) is not cls.forward:
         raise ValueError(f"patch_class: {cls.__name__}, or a class that it inherits forward from, is patched already")
-    if not any(takes_as(cls.forward, kind) for kind in KINDS):
+    if not any(kind.petl_takes(cls.forward) for kind in KINDS):
         raise ValueError(f"patch_class: the forward of {cls.__name__} is that of no known kind. Known are: {known()}")
     _PATCHED[cls] = ClassPatch(cls)
     return _PATCHED[cls]
 
 
-def unpatch_class(cls):
+def unpatch_class(cls: type[nn.Module]) -> None:
     """Gives `cls`, and those of its instances that `patch_class` has patched, the original forward back.
 
     Copies and unpickled instances of patched modules are others: `petl_ext.unpatch` is for them.

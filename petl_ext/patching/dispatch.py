@@ -1,9 +1,12 @@
 """Whether a patched module's call goes to the kernel or to the module's own forward."""
 
+import contextlib
+
 import torch
 
 from petl_ext.composing import has_device_hook
 from petl_ext.ops.kernels import floors_of, no_kernel_because
+from petl_ext.patching.kind import new_tensor
 
 
 def own_forward_because(module, x):
@@ -21,17 +24,34 @@ def own_forward_because(module, x):
 def own_forward_for_now(module, device, dtype):
     """The same of every call in the module's present state."""
     modules, settings = list(module.modules()), module.petl_settings
+    if settings is None:
+        return "it is made of pieces of a patched module"
     if tuple(map(type, modules[1:])) != settings.parts:
         return "a part was replaced"
     for index, name, value in settings.attributes:
         now = getattr(modules[index], name, None)
-        if now is not value and now != value:  # NaN is not equal to itself
+        # NaN is not equal to itself, and a tensor in the place of a number is equal in parts.
+        if now is not value and (type(now) is not type(value) or now != value):
             return f"{name} was changed"
+    if name := new_tensor(modules, settings.tensors):
+        return f"it has got {name}"
+    if change := module.petl_change(module):
+        return change
+    if any(name == device and is_on is None for name, is_on, _ in settings.autocast):
+        return f"an autocast of its own on {device}, which could not be seen where it was patched"
     if beside := next(filter(None, map(beside_its_class, modules[1:])), ""):
         return beside
     # To look at them takes longer than all else, and only CUDA bounds them.
     sizes = module.petl_sizes(module) if device == "cuda" else None
     return no_kernel_because(module.petl_op, device, dtype, module.petl_dropout(module), sizes)
+
+
+def entered_autocast(settings, device):
+    """The autocast that the module's own forward enters on such a device, as a context."""
+    for name, is_on, dtype in settings.autocast:
+        if name == device and is_on is not None:
+            return torch.autocast(device, dtype, is_on)
+    return contextlib.nullcontext()
 
 
 def own_forward_below(op, device, dtype):

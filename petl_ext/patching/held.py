@@ -11,6 +11,7 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 _NO_PART = ("_hf_hook", "petl_settings")
 _SEQUENCES = (list, tuple, deque)
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_METHODS = (types.FunctionType, property, staticmethod, classmethod)
 _SHARED_BY_COPIES = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
 
 
@@ -76,10 +77,11 @@ def _contents(value):
 
 
 def _attributes(module):
-    """{name: value} of the module's own attributes and of those of its classes."""
+    """{name: value} of the module's own attributes and of those of its classes that are no methods."""
     classes = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
     of_classes = [entry for its_class in reversed(classes) for entry in vars(its_class).items()]
-    return {name: value for name, value in of_classes if not name.startswith("__")} | vars(module)
+    found = {name: value for name, value in of_classes if not name.startswith("__") and not isinstance(value, _METHODS)}
+    return found | vars(module)
 
 
 def _is_open(value):

@@ -5,7 +5,7 @@ from torch import nn
 from petl_ext.composing import become, composed
 from petl_ext.ops.kernels import adjust_floors
 from petl_ext.patching.kinds import KINDS
-from petl_ext.patching.recognize import recognize
+from petl_ext.patching.recognize import find, kind_of
 from petl_ext.patching.report import PatchReport, left_alone_row, patched_row
 
 
@@ -16,27 +16,27 @@ class Patch:
         model: the model.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module):
         self.model = model
 
-    def report(self):
+    def report(self) -> PatchReport:
         """A `PatchReport` of the model as it is now: which modules run a kernel, and why the others do not."""
         return PatchReport(f"petl_ext.patch of {type(self.model).__name__}", _rows(self.model))
 
-    def unpatch(self):
+    def unpatch(self) -> None:
         """As `petl_ext.unpatch(model)`."""
         unpatch(self.model)
 
 
-def patch(model):
+def patch(model: nn.Module) -> "Patch":
     """Runs those modules of `model` by our kernels that compute what they compute, under the same parameters.
 
-    Known are the prompt diffusion of APT's code, the bottleneck and parallel adapters of APT, DAS and DVP, the
-    cross-attention of DVP, and the bottlenecks of the library `adapters`. A module is recognized by the names and
-    shapes of its parts, wherever its class comes from, and checked by what its own forward returns, passes back and
-    leaves behind: that of a copy runs on random parameters and inputs in float64, and whatever it does outside of the
-    module happens then. The module becomes an instance of a subclass of its class; parameters, state-dict keys,
-    hooks and attributes stay, and so do copies and pickles of it.
+    Known are bottlenecks, [x +] s * [LN](up(act(down([LN] x)))), whatever their parts are called; and by their names
+    the prompt diffusion of APT's code, the cross-attention of DVP, and the bottlenecks of the library `adapters`,
+    wherever their classes come from. What a module is tells what its own forward returns, passes back and leaves
+    behind: that of a copy runs on random parameters and inputs in float64, and whatever it does outside of the module
+    happens then. The module becomes an instance of a subclass of its class; parameters, state-dict keys, hooks and
+    attributes stay, and so do copies and pickles of it.
 
     Its own forward still runs where there is no kernel for a call (dropout in training, float64, attention of several
     queries, inputs of unusual axes, another device) and where it is faster, as for few rows: `report()` tells. What is
@@ -56,20 +56,16 @@ def patch(model):
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
-    probed = {}
-    found = [
-        (name, module, recognized)
-        for name, module in model.named_modules()
-        if not kind_of(module) and (recognized := recognize(module, probed))
-    ]
+    all_found = find(model, {})
     if not any(kind_of(module) for module in model.modules()):
-        _check_some(model, [(name, recognized) for name, _, recognized in found])
-    for _, module, recognized in found:
-        take_in(module, recognized)
+        _check_some(model, all_found)
+    for found in all_found:
+        if found.recognized:
+            take_in(found.module, found.recognized)
     return Patch(model)
 
 
-def unpatch(model):
+def unpatch(model: nn.Module) -> None:
     """Gives every patched module of `model` back its own class: from then on it computes as before, bit for bit.
 
     Raises:
@@ -83,11 +79,6 @@ def unpatch(model):
         raise ValueError(f"unpatch: nothing in {type(model).__name__} is patched")
     for module in patched:
         release(module)
-
-
-def kind_of(module):
-    """The `Kind` as which a module has been patched, or None."""
-    return next((base for base in type(module).__mro__ if base in KINDS), None)
 
 
 def take_in(module, recognized):
@@ -105,7 +96,7 @@ def release(module):
     *added, own = patched.__bases__
     added.remove(kind)
     become(module, composed(own, tuple(added)) if added else own, (patched,))
-    del vars(module)["petl_settings"]
+    vars(module).pop("petl_settings", None)
 
 
 def known():
@@ -113,19 +104,16 @@ def known():
     return "; ".join(kind.petl_published for kind in KINDS)
 
 
-def _check_some(model, found):
-    if not found:
+def _check_some(model, all_found):
+    if not all_found:
         raise ValueError(f"patch: {type(model).__name__} holds nothing that is known. Looked for: {known()}")
-    if all(recognized.reason for _, recognized in found):
-        rows = [f"  {name or '(the model)'}, {r.kind}: {r.reason}" for name, r in found]
+    if all(found.recognized.reason for found in all_found):
+        rows = [f"  {f.name or '(the model)'}, {f.recognized.kind}: {f.recognized.reason}" for f in all_found]
         raise ValueError("\n".join([f"patch: all known modules of {type(model).__name__} must be left alone:", *rows]))
 
 
 def _rows(model):
-    rows, probed = [], {}
-    for name, module in model.named_modules():
-        if kind := kind_of(module):
-            rows.append(patched_row(name, module, kind))
-        elif recognized := recognize(module, probed):
-            rows.append(left_alone_row(name, module, recognized))
-    return rows
+    return [
+        left_alone_row(name, module, recognized) if recognized else patched_row(name, module, kind_of(module))
+        for name, module, recognized in find(model, {})
+    ]

@@ -3,6 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
+
 from petl_ext.ops.kernels import kernel_for
 from petl_ext.patching.dispatch import own_forward_below, own_forward_for_now
 from petl_ext.printing import table
@@ -18,8 +20,8 @@ class PatchRow:
         name: its dotted name.
         class_name: its class.
         kind: what it was recognized as.
-        kernel: "adapter (cpu, avx512)"; "its own forward" where it was left alone, or does not run the kernel in the
-            state that it is in.
+        kernel: "adapter (cpu, avx512)", and what PyTorch computes beside it; "its own forward" where it was left alone,
+            or does not run the kernel in the state that it is in.
         reason: why it is its own forward.
         exception: for which calls its own forward runs all the same, since it is faster.
     """
@@ -32,10 +34,10 @@ class PatchRow:
     exception: str = ""
 
     @property
-    def fused(self):
+    def fused(self) -> bool:
         return not self.reason
 
-    def cells(self):
+    def cells(self) -> tuple[str, ...]:
         return self.name or "(the model)", self.class_name, self.kind, self.kernel, self.reason
 
 
@@ -52,12 +54,12 @@ class PatchReport:
     rows: list
 
     @property
-    def fused(self):
+    def fused(self) -> int:
         """How many modules run a kernel."""
         return sum(row.fused for row in self.rows)
 
     @property
-    def left_alone(self):
+    def left_alone(self) -> dict[str, int]:
         """{reason: how many modules run their own forward for it}."""
         return dict(Counter(row.reason for row in self.rows if not row.fused))
 
@@ -72,13 +74,14 @@ class PatchReport:
 
 def patched_row(name, module, kind):
     """Of a module that has become one of a patched class."""
-    weight = next(module.parameters())
+    weight = next(module.parameters(), torch.empty(0))
     device = weight.device.type
     if reason := own_forward_for_now(module, device, weight.dtype):
         return PatchRow(name, type(module).__name__, kind.petl_name, "its own forward", reason)
-    kernel = kernel_for(kind.petl_op, device, weight.dtype).name
+    kernel, beside = kernel_for(kind.petl_op, device, weight.dtype).name, kind.petl_composed(module)
     exception = own_forward_below(kind.petl_op, device, weight.dtype)
-    return PatchRow(name, type(module).__name__, kind.petl_name, kernel, exception=exception)
+    computed_by = f"{kernel}, {beside} by PyTorch" if beside else kernel
+    return PatchRow(name, type(module).__name__, kind.petl_name, computed_by, exception=exception)
 
 
 def left_alone_row(name, module, recognized):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftType
 
@@ -103,7 +103,7 @@ class APTConfig(MethodConfig):
     activation: str = "relu"
     dropout: float = 0.0
 
-    def new_layer(self, dim, **factory):
+    def new_layer(self, dim: int, **factory: Any) -> APTLayer:
         return APTLayer(dim, self.num_prompts, self.rank, self.activation, self.dropout, **factory)
 
 
@@ -148,8 +148,8 @@ class AdapterConfig(MethodConfig):
         super().__post_init__()
 
     @property
-    def row(self):
+    def row(self) -> str:
         return f"{self.kind}_adapter"
 
-    def new_layer(self, dim, **factory):
+    def new_layer(self, dim: int, **factory: Any) -> AdapterLayer:
         return AdapterLayer(dim, **adapter_options(self), **factory)

@@ -1,7 +1,9 @@
 """What replaces a module that carries one of our methods in a model of PEFT's."""
 
+from typing import Any
+
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from petl_ext.attaching.sites.site import location_beside, width_of
 from petl_ext.nn.apt import current_keys, frozen_keys
@@ -101,25 +103,25 @@ class APTTunerLayer(TunerLayer):
         "no weight matrix computes them. Keep the adapter, or unload() it"
     )
 
-    def __init__(self, base_layer, adapter_name):
+    def __init__(self, base_layer: nn.Module, adapter_name: str):
         super().__init__(base_layer, adapter_name)
         self.petl_apt_frozen = {}  # of some the `frozen_keys`
 
-    def update_layer(self, adapter_name, config, model):
+    def update_layer(self, adapter_name: str, config: Any, model: nn.Module) -> None:
         super().update_layer(adapter_name, config, model)
         self.petl_apt_frozen.pop(adapter_name, None)
 
     @staticmethod
-    def options_of(layer):
+    def options_of(layer: nn.Module) -> dict[str, Any]:
         return {"activation": layer.activation, "dropout": layer.dropout}
 
-    def apt(self, x, y):
+    def apt(self, x: Tensor, y: Tensor) -> Tensor:
         """The output y [..., D] as the active adapters change it one after the other; x [..., D] is the input."""
         for adapter_name in self.petl_running():
             y = self._changed(adapter_name, x, y)
         return y
 
-    def freeze(self):
+    def freeze(self) -> None:
         """As `APTLayer.freeze`, for every adapter here.
 
         Raises:
@@ -132,11 +134,11 @@ class APTTunerLayer(TunerLayer):
             for name, options in self.petl_options.items()
         }
 
-    def thaw(self):
+    def thaw(self) -> None:
         """Undoes `freeze`."""
         self.petl_apt_frozen = {}
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "APTTunerLayer":
         if mode:
             self.thaw()
         return super().train(mode)
@@ -175,10 +177,10 @@ class AdapterTunerLayer(TunerLayer):
     )
 
     @staticmethod
-    def options_of(layer):
+    def options_of(layer: nn.Module) -> dict[str, Any]:
         return {name: getattr(layer, name) for name in ("activation", "scale", "dropout")}
 
-    def adapter(self, x, residual=None):
+    def adapter(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """What the active adapters make of x [..., D], one after the other; where a `residual` [..., D] is given, each
         reads x and adds to that."""
         y = x if residual is None else residual

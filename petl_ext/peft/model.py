@@ -153,6 +153,8 @@ def _default_targets(model, config):
     as in LoRA's defaults, otherwise a regular expression."""
     family, name = family_of(model), type(config).__name__
     patterns = family.patterns(config.row)
+    if not patterns and config.row in family.limits:
+        raise ValueError(f"{name}: {type(model).__name__} takes none: {family.limits[config.row]}")
     if not patterns:
         raise ValueError(
             f"{name}: {type(model).__name__} belongs to none of the families with default targets; give "

@@ -6,6 +6,7 @@ from pathlib import Path
 import safetensors.torch
 from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import nn
 
 from petl_ext.composing import unchanged_on_error
 from petl_ext.peft.layer import AdapterTunerLayer, APTTunerLayer
@@ -14,7 +15,7 @@ PREFIXES = (APTTunerLayer.petl_prefix, AdapterTunerLayer.petl_prefix)
 PEFT_MODEL = "base_model.model."  # what a PeftModel's state-dict names begin with, and so those of its files
 
 
-def save_adapter(model, folder, adapter_name="default"):
+def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> None:
     """Writes an adapter of a model that is no PeftModel, such as a UNet after `add_adapter`, as a PeftModel would.
 
     `load_adapter`, `PeftModel.from_pretrained` and transformers' `load_adapter` read the folder.
@@ -34,7 +35,9 @@ def save_adapter(model, folder, adapter_name="default"):
     dataclasses.replace(configs[adapter_name], inference_mode=True).save_pretrained(folder)
 
 
-def load_adapter(model, folder, adapter_name="default", is_trainable=False):
+def load_adapter(
+    model: nn.Module, folder: str | Path, adapter_name: str = "default", is_trainable: bool = False
+) -> None:
     """Adds to a model that is no PeftModel, such as a UNet, an adapter that PEFT or `save_adapter` wrote.
 
     It becomes the active one of its method; adapters of other methods stay as they are.

@@ -3,10 +3,15 @@
 import math
 import random
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from petl_ext.checks import check_choice, check_positive_integer, check_positive_number, check_switch
 
 REDRAWS = 100
+
+
+Take = Callable[[list[int]], tuple[int, ...] | None]  # see `Bandit.draw_distinct`
 
 
 def _log_sigmoid(preferences):
@@ -46,7 +51,15 @@ class Bandit:
         ValueError: an argument is out of its range.
     """
 
-    def __init__(self, num_arms, seed=0, step_size=1.0, probability="sigmoid", temperature=1.0, baseline=True):
+    def __init__(
+        self,
+        num_arms: int,
+        seed: int = 0,
+        step_size: float = 1.0,
+        probability: str = "sigmoid",
+        temperature: float = 1.0,
+        baseline: bool = True,
+    ):
         check_positive_integer("Bandit: num_arms", num_arms)
         if type(seed) is not int:
             raise ValueError(f"Bandit: seed must be an integer, got {seed!r}")
@@ -63,19 +76,19 @@ class Bandit:
         self.draws = 0
 
     @property
-    def num_arms(self):
+    def num_arms(self) -> int:
         return len(self.preferences)
 
     @property
-    def probabilities(self):
+    def probabilities(self) -> list[float]:
         """p, one float per arm."""
         return [math.exp(value) for value in self._log_probabilities()]
 
-    def ranking(self):
+    def ranking(self) -> list[int]:
         """All arms, the largest preference first; of equal ones the lower index."""
         return sorted(range(self.num_arms), key=lambda arm: -self.preferences[arm])
 
-    def order(self, uniform=False):
+    def order(self, uniform: bool = False) -> list[int]:
         """All arms in a new random order: its first m are a draw of m without replacement.
 
         Args:
@@ -83,7 +96,7 @@ class Bandit:
         """
         return self._order(self._generator(), uniform)
 
-    def draw(self, size=1, replacement=False, uniform=False):
+    def draw(self, size: int = 1, replacement: bool = False, uniform: bool = False) -> tuple[int, ...]:
         """A tuple of `size` arms, ascending; with replacement an arm can occur more than once.
 
         Raises:
@@ -97,7 +110,7 @@ class Bandit:
             return tuple(sorted(self._order(generator, uniform)[0] for _ in range(size)))
         return tuple(sorted(self._order(generator, uniform)[:size]))
 
-    def draw_distinct(self, count, take):
+    def draw_distinct(self, count: int, take: Take) -> list[tuple[int, ...]]:
         """A list of `count` subsets, no two the same.
 
         Each is redrawn until it differs from those before it, as in DAS; after 100 attempts in vain, which only very
@@ -121,7 +134,7 @@ class Bandit:
             subsets.append(subset)
         return subsets
 
-    def best_distinct(self, count, take):
+    def best_distinct(self, count: int, take: Take) -> list[tuple[int, ...]]:
         """`count` different subsets, made greedily of the most preferred arms; fewer where there are no more.
 
         The first is `take(ranking())`. For each further one, whenever `take` makes a subset that is there already, that
@@ -133,7 +146,7 @@ class Bandit:
             subsets.append(subset)
         return subsets
 
-    def update(self, subsets, rewards):
+    def update(self, subsets: Sequence[Iterable[int]], rewards: Sequence[float]) -> None:
         """g_i += step_size * (R_j - mean R) * p_i * (1 - p_i) for every subset j and every arm i in it.
 
         p is that before the update; without a baseline, R_j itself stands in place of the difference.
@@ -153,11 +166,11 @@ class Bandit:
             for arm in subset:
                 self.preferences[arm] += self.step_size * (reward - mean) * slopes[arm]
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """All that the future depends on, ready for JSON."""
         return {**self._settings(), "preferences": list(self.preferences), "draws": self.draws}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`.
 
         Raises:

@@ -6,7 +6,8 @@ arms: of a single one (`OneArm`) or of several (`SeveralArms`).
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -76,20 +77,20 @@ class Choice(ABC):
 class OneArm(Choice):
     """A choice of one arm: an option is its index."""
 
-    def arms_of(self, option):
+    def arms_of(self, option: int) -> tuple[int, ...]:
         return (option,)
 
-    def to_json(self, option):
+    def to_json(self, option: int) -> int:
         return int(option)
 
-    def from_json(self, stored):
+    def from_json(self, stored: int) -> int:
         return stored
 
-    def is_stored(self, value) -> bool:
+    def is_stored(self, value: Any) -> bool:
         """Whether it is an option as JSON has it."""
         return self.is_arm(value)
 
-    def entropy(self, probabilities) -> float:
+    def entropy(self, probabilities: Sequence[float]) -> float:
         """Of the arms' probabilities, as a share of the largest."""
         return torch.special.entr(_double(probabilities)).sum().item() / math.log(self.num_arms)
 
@@ -97,20 +98,20 @@ class OneArm(Choice):
 class SeveralArms(Choice):
     """A choice of several arms: an option is a tuple of their indices, ascending."""
 
-    def arms_of(self, option):
+    def arms_of(self, option: tuple[int, ...]) -> tuple[int, ...]:
         return option
 
-    def to_json(self, option):
+    def to_json(self, option: tuple[int, ...]) -> list[int]:
         return list(option)
 
-    def from_json(self, stored):
+    def from_json(self, stored: list[int]) -> tuple[int, ...]:
         return tuple(stored)
 
-    def is_stored(self, value) -> bool:
+    def is_stored(self, value: Any) -> bool:
         """Whether it is an option as JSON has it."""
         return isinstance(value, list) and all(map(self.is_arm, value)) and value == sorted(set(value))
 
-    def entropy(self, probabilities) -> float:
+    def entropy(self, probabilities: Sequence[float]) -> float:
         """Of whether an arm is taken or not, in bits per arm."""
         p = _double(probabilities)
         return (torch.special.entr(p) + torch.special.entr(1 - p)).mean().item() / math.log(2)

@@ -216,7 +216,7 @@ class DepthSearch(Search):
         seed: int = 0,
         reward: Callable[[float], float] = exponential_reward,
         process_group: ProcessGroup | None = None,
-        **constants,
+        **constants: Any,
     ):
         constants = DepthConstants(**constants)
         choice = SkippedLayers(unwrapped(model), num_skip, max_macs, inputs)
@@ -272,7 +272,7 @@ class DepthSearch(Search):
         return selection
 
     @classmethod
-    def arguments_of(cls, state):
+    def arguments_of(cls, state: dict[str, Any]) -> dict[str, Any]:
         costs = None if state["costs"] is None else LayerCosts(**state["costs"])
         return {"num_skip": state["num_skip"], "max_macs": state["max_macs"], "inputs": costs}
 

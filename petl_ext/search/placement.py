@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -137,7 +137,7 @@ class PlacementSearch(Search):
 
     num_layers = property(attrgetter("choice.num_arms"))
 
-    def __init__(self, model: nn.Module, seed: int = 0, process_group: ProcessGroup | None = None, **constants):
+    def __init__(self, model: nn.Module, seed: int = 0, process_group: ProcessGroup | None = None, **constants: Any):
         super().__init__(PromptLayer(unwrapped(model)), PlacementConstants(**constants), seed, process_group)
 
     @property

@@ -2,10 +2,10 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch.distributed import ProcessGroup
 
@@ -98,7 +98,7 @@ class Search(StoredSearch):
             raise ValueError(f"{self.name}: the schedule cannot change after {self.step} steps")
         self.constants = dataclasses.replace(self.constants, warmup_steps=warmup_steps, search_steps=search_steps)
 
-    def sample(self):
+    def sample(self) -> Any:
         """Begins a training step: draws an option and gives it to the model, or the selection when that is fixed.
 
         An exception leaves the whole search as it was.
@@ -146,7 +146,7 @@ class Search(StoredSearch):
         self.since_update = 0
         self.history.append(entry_of(self, options, values, rewards))
 
-    def selection(self):
+    def selection(self) -> Any:
         """The best option by preference; of equal preferences the lower index counts as the larger.
 
         An index where one arm is chosen; a tuple of indices, ascending, where several are.
@@ -161,7 +161,7 @@ class Search(StoredSearch):
         of_equals_the_higher = sorted(range(len(preferences)), key=lambda arm: (-preferences[arm], -arm))
         return unchanged and self.choice.take(of_equals_the_higher) == self.choice.take(self.bandit.ranking())
 
-    def use_selection(self):
+    def use_selection(self) -> Any:
         """Gives the model the present selection until the next `sample`: for validation between steps.
 
         Returns:
@@ -176,7 +176,7 @@ class Search(StoredSearch):
         """Fixes the present selection; from now on `sample` gives it to the model."""
         self.fixed = self.selection()
 
-    def apply(self):
+    def apply(self) -> Any:
         """Ends the search and gives the model the selection. An exception leaves the search as it was.
 
         Returns:
@@ -201,7 +201,7 @@ class Search(StoredSearch):
         self.choice.plot(self, path)
 
     @contextmanager
-    def unchanged_on_error(self):
+    def unchanged_on_error(self) -> Iterator[None]:
         """An exception inside leaves the search as it was."""
         before = self.bandit.draws, self.fixed
         try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from petl_ext.tasks.files import pick, read_json, write_json
+from petl_ext.tasks.files import once_each, pick, read_json, write_json
 from petl_ext.tasks.inputs import ImageFolder, ImageTextCollator, TextImageDataset
 from petl_ext.tasks.labels import (
     IGNORED,
@@ -108,10 +108,7 @@ def _read_file(path: Path) -> list[Question]:
 
 def _only_what_is_read(pairs: list[tuple[str, Any]]) -> dict:
     """A parsed JSON object; of a question no more than `_question` looks at."""
-    parsed = dict(pairs)
-    if len(parsed) != len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"an object has the key {twice!r} twice")
+    parsed = once_each(pairs)
     if "imageId" in parsed:
         return {name: parsed[name] for name in ("question", "imageId", "answer", "types") if name in parsed}
     return parsed

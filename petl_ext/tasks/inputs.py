@@ -4,6 +4,7 @@ import os
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
@@ -64,7 +65,7 @@ class TextImageDataset(torch.utils.data.Dataset):
 
     An item is a dict: the tokenizer's lists, `pixel_values` [3, height, width], and `labels` where there are any.
 
-    Raises ValueError naming file and entry when an image is used that cannot be decoded.
+    Raises ValueError naming file and entry when an image is used that cannot be decoded; `check_images` tries them all.
     """
 
     def __init__(
@@ -79,13 +80,42 @@ class TextImageDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         entry = self.entries[index]
-        item = dict(self.processor.tokenizer(entry.text, truncation=True, max_length=self.max_length))
+        item = dict(self.processor.tokenizer(self._text(entry), truncation=True, max_length=self.max_length))
         item["pixel_values"] = self._pixels(entry)
         labels = self._labels(index)
         return item if labels is None else item | {"labels": labels}
 
+    def _text(self, entry: Entry) -> str:
+        """What the tokenizer is given."""
+        return entry.text
+
     def _labels(self, index: int) -> Any:
         """What stands under "labels" in an item; None for nothing."""
+
+    def check_images(self, num_workers: int = 0, progress: bool = True) -> None:
+        """Decodes every image once, before training rather than after hours of it.
+
+        Args:
+            num_workers: processes that decode.
+            progress: show a bar.
+
+        Raises ValueError naming the first that cannot be decoded, and how many there are.
+        """
+        from tqdm.auto import tqdm
+
+        used = {str(self.images.of(one)): one for entry in self.entries for one in self._pictured(entry)}
+        decoded = _Decoded(self.images, list(used.values()))
+        loader = torch.utils.data.DataLoader(
+            decoded, num_workers=num_workers, collate_fn=list, generator=torch.Generator()
+        )
+        with tqdm(loader, desc="images", unit="image", disable=not progress) as bar:
+            broken = [error for errors in bar for error in errors if error is not None]
+        if broken:
+            raise ValueError(f"{broken[0]} ({len(broken)} of {len(decoded)} images cannot be decoded)")
+
+    def _pictured(self, entry: Entry) -> Sequence[Entry]:
+        """What of an entry has an image: itself."""
+        return (entry,)
 
     def _pixels(self, entry: Entry) -> Tensor:
         if not self.cache_images:
@@ -97,6 +127,23 @@ class TextImageDataset(torch.utils.data.Dataset):
     def _read_pixels(self, entry: Entry) -> Tensor:
         image = read_image(self.images.of(entry), entry.where)
         return self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+@dataclass
+class _Decoded(torch.utils.data.Dataset):
+    """Of each entry's image what is wrong with it, None for nothing."""
+
+    images: Images
+    entries: Sequence[Entry]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> str | None:
+        try:
+            read_image(self.images.of(self.entries[index]), self.entries[index].where)
+        except ValueError as error:
+            return str(error)
 
 
 def is_image_file(path: Path) -> bool:
@@ -152,20 +199,21 @@ class ImageFolder:
     def require(self, entries: Sequence[Entry], plural: str) -> None:
         """Raises FileNotFoundError naming the first of `entries` whose image is missing, and how many there are.
 
-        One listing of the folder finds a missing image now rather than after hours of training.
+        One listing of each folder finds a missing image now rather than after hours of training.
         """
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder} must be the folder of the images, got no such folder")
-        present = {entry.name for entry in os.scandir(self.folder)}
-        flat = "/" not in self.name
-        missing = [
-            entry for entry in entries if not ((path := self.of(entry)).name in present if flat else path.is_file())
-        ]
+        names = cache(_names_in)
+        missing = [entry for entry in entries if (path := self.of(entry)).name not in names(path.parent)]
         if missing:
             raise FileNotFoundError(
                 f"{self.of(missing[0])} must be the image of {missing[0].where} "
                 f"({len(missing)} of {len(entries)} {plural} lack theirs), got no such file"
             )
+
+
+def _names_in(folder: Path) -> frozenset[str]:
+    return frozenset(entry.name for entry in os.scandir(folder)) if folder.is_dir() else frozenset()
 
 
 @dataclass

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from petl_ext.tasks.files import pick
+from petl_ext.tasks.files import pick, refuse_byte_order_mark
 from petl_ext.tasks.inputs import ImageFolder, ImageTextCollator, TextImageDataset
 from petl_ext.tasks.labels import LabelVocabulary, compute_metrics, label_loss, require_one_each, share_equal
 
@@ -77,7 +77,8 @@ def read_pairs(path: str | Path) -> Pairs:
     """The rows of an official .jsonl or of a .tsv as OFA's, of whose images only where they are in the file is kept.
 
     A tsv is read once from end to end. Raises ValueError, with the file, the line, what must be there and what is, if
-    the file is malformed, empty, or neither .jsonl nor .tsv; FileNotFoundError if there is no such file.
+    the file is malformed, empty, or neither .jsonl nor .tsv, or a pair of a .jsonl comes twice; FileNotFoundError if
+    there is no such file.
     """
     path = Path(path)
     if path.suffix not in _PARSERS:
@@ -87,6 +88,12 @@ def read_pairs(path: str | Path) -> Pairs:
     ]
     if not rows:
         raise ValueError(f"{path} must have at least one line, got an empty file")
+    lines = {}
+    for row in rows if path.suffix == ".jsonl" else ():  # a tsv's ids serve errors alone
+        if lines.setdefault(row.pair_id, row.line) != row.line:
+            raise ValueError(
+                f"{path}: line {row.line}: pair {row.pair_id} must come once, got it in line {lines[row.pair_id]}"
+            )
     labeled = [row for row in rows if row.label != NO_LABEL]
     return Pairs(labeled, len(rows) - len(labeled))
 
@@ -96,6 +103,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     start = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            refuse_byte_order_mark(line, f"{path}: line {number}")
             yield number, start, line.rstrip(b"\r\n")
             start += len(line)
 

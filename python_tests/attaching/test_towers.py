@@ -30,7 +30,7 @@ APT = {"num_prompts": 5, "rank": 2}
 
 def made(name):
     if lacking(name):
-        pytest.skip(f"{TINY[name].library} has no {lacking(name)}")
+        pytest.skip(lacking(name))
     return make(name)
 
 

@@ -1,11 +1,16 @@
 """Triton and CuPy as contenders of `make gpu`, as far as a CPU can tell."""
 
 import importlib.util
+import json
+import sys
 
 import pytest
 import torch
 from gpu import cupy_contender, preferred, speed, summary
 from problems import OPS
+from results import RESULTS
+
+from petl_ext.ops.preferred import read_preferences
 
 HAS_CUPY = importlib.util.find_spec("cupy") is not None and torch.cuda.is_available()
 
@@ -45,6 +50,24 @@ def test_preferences_are_ranges_in_which_triton_won_both_directions():
     (found,) = preferred.preferences_of(document, "Made-up GPU", "made-up.json")
     assert (found["least_rows"], found["most_rows"], found["backend"]) == (100, 200, "triton")
     assert found["device_name"] == "Made-up GPU" and found["source"] == "made-up.json"
+
+
+def test_the_table_of_preferences_is_what_ops_read(tmp_path, monkeypatch):
+    won = [compared(rows, direction, 0.9) for rows in (100, 200) for direction in ("forward", "forward backward")]
+    measured = tmp_path / "made-up-gpu" / "run.json"
+    measured.parent.mkdir()
+    measured.write_text(json.dumps({"steps": [{"records": won}]}))
+    monkeypatch.setattr(preferred, "PATH", tmp_path / "preferred.json")
+    monkeypatch.setattr(sys, "argv", ["preferred", str(measured), "--device-name", "Made-up GPU"])
+    preferred.main()
+    (found,) = read_preferences(tmp_path / "preferred.json")
+    assert found.covers("apt", "Made-up GPU", 150, 768, 50, "float32") and found.source == "made-up-gpu/run.json"
+    assert not found.covers("apt", "Made-up GPU", 201, 768, 50, "float32")
+
+
+def test_nothing_is_preferred_without_a_file_that_was_measured():
+    sources = {RESULTS / preference.source for preference in read_preferences()}
+    assert sources <= set(RESULTS.glob("*/*.json"))
 
 
 @pytest.mark.skipif(HAS_CUPY, reason="CuPy can run here")

@@ -7,7 +7,8 @@ import pytest
 from results import CASE, RESULTS, keep, machine_name
 
 PROCESSOR = "Intel(R) Xeon(R) Processor @ 2.80GHz"
-TABLES = [path for path in sorted(RESULTS.glob("*.json")) if not path.stem.startswith("cuda-")]  # those count
+COUNTED = ("cuda-", "triton-")  # not measured
+TABLES = [path for path in sorted(RESULTS.glob("*.json")) if not path.stem.startswith(COUNTED)]
 
 
 def row(name, commit, milliseconds, cpu_path="avx512", **case):

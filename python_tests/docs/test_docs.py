@@ -12,7 +12,11 @@ from petl_ext.ops.kernels import OPS, held_kernels
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = {"compatibility"}  # by make compat
-PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.stem not in WRITTEN)
+TOLD = {"api", "demo", "install", "speed"}  # names, what was measured, and commands
+WITH_OTHER_FILES = {"vqa"}  # test_readme.py runs it
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+RUN_HERE = [page for page in PAGES if page.stem not in WRITTEN | TOLD | WITH_OTHER_FILES]
+LINKING = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "csrc/README.md"))]
 
 
 def python_of(page):
@@ -26,7 +30,7 @@ def python_of(page):
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", RUN_HERE, ids=lambda page: page.stem)
 def test_a_page_runs(page, tmp_path, monkeypatch):
     code = python_of(page)
     assert code.strip(), f"{page.name} holds no Python"
@@ -49,10 +53,47 @@ def test_the_page_of_hardware_tells_who_computes():
     assert [row[0] for row in rows if row[1] == "on request"] == ["Apple GPU (`mps`), and all others"]
 
 
+def test_what_is_told_holds_no_python():
+    assert [name for name in TOLD if python_of(ROOT / "docs" / f"{name}.md").strip()] == []
+
+
 def test_readme_names_every_page():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    linked = re.findall(r"\(docs/([\w-]+\.md)\)", readme)
-    assert PAGES and set(linked) == {page.name for page in PAGES} | {f"{name}.md" for name in WRITTEN}
+    linked = re.findall(r"\(docs/([\w-]+\.md)[)#]", readme)
+    assert PAGES and set(linked) == {page.name for page in PAGES}
+
+
+def anchors_of(page):
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8"))
+    for path, anchor in links:
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name} links to {path}"
+        assert not anchor or anchor in anchors_of(target), f"{page.name} links to {path}#{anchor}"
+
+
+def test_the_reference_names_every_public_name():
+    """As mkdocstrings wants it; modules have sections of their own."""
+    named = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    modules = ("petl_ext", "petl_ext.ops", "petl_ext.models", "petl_ext.hf", "petl_ext.peft")
+    public = [f"{module}.{name}" for module in modules for name in importlib.import_module(module).__all__]
+    others = {name for name in named if name.startswith("petl_ext.counting.")}
+    assert others and sorted(named) == sorted({*public, *others} - set(modules))
+
+
+def test_messages_that_install_explains_are_ours():
+    """Its table quotes them, "..." standing for what changes."""
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "petl_ext" / "ops").glob("*.py"))
+    rows = (ROOT / "docs" / "install.md").read_text(encoding="utf-8").partition("| message |")[2].splitlines()[2:]
+    quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    pieces = [piece.strip() for text in quoted for piece in re.split(r"\.\.\.|cuda:0", text) if piece.strip()]
+    assert len(pieces) > 3 and [piece for piece in pieces if piece not in sources] == []
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "csrc/README.md"])

@@ -1,4 +1,4 @@
-"""README's examples: the first as it stands, the others but for the names of files and the number of steps."""
+"""README's example as it stands, and those of docs/vqa.md but for the names of files and the number of steps."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,8 @@ from transformers import BertConfig, BertModel, BertTokenizer, CLIPImageProcesso
 from petl_ext.demo.digits import BACKBONE
 from petl_ext.demo.digits.write import write_digits
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README, VQA = ROOT / "README.md", ROOT / "docs" / "vqa.md"
 
 
 def words_of(text):
@@ -24,6 +25,11 @@ def test_first_example_prints_what_readme_says(capsys):
     assert words_of(capsys.readouterr().out) == words_of(printed)
 
 
+def test_readme_fits_one_screen():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 110 and len(text.split()) <= 900
+
+
 def write_models():
     """A BERT and a CLIP without training, as small as they can be."""
     Path("words.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "what", "where", "digit"]))
@@ -35,9 +41,9 @@ def write_models():
 
 
 def with_ours(example, ours):
-    """README's Python with files that are here, and few steps."""
+    """The page's Python with files that are here, and few steps."""
     for theirs, mine in ours.items():
-        assert theirs in example, f"README no longer has {theirs}"
+        assert theirs in example, f"the page no longer has {theirs}"
         example = example.replace(theirs, str(mine))
     return example
 
@@ -45,7 +51,7 @@ def with_ours(example, ours):
 @needs_auto_image_processor
 def test_example(tmp_path, monkeypatch, capsys):
     files = write_digits(tmp_path / "digits", {"train": 60}, progress=False)["train"]
-    _, example, handle, search, dvp = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    example, handle, search, dvp = re.findall(r"```python\n(.*?)```", VQA.read_text(), flags=re.DOTALL)
     ours = {
         "dandelin/vilt-b32-mlm": BACKBONE,
         "v2_OpenEnded_mscoco_train2014_questions.json": files.questions,

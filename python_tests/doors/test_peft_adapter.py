@@ -122,10 +122,16 @@ def test_a_wrong_configuration(changes, message):
         AdapterConfig(**changes)
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen3_5", "qwen2_vl", "siglip", "modernbert", "phi3", "mixtral"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llava", "qwen3_5", "qwen2_vl", "siglip", "modernbert", "phi3", "mixtral", "gpt_oss", "llama4", "gemma4"),
+        *("whisper", "deberta-v2", "swin", "blip-2", "mllama", "timm.Eva"),
+    ],
+)
 def test_default_targets_are_those_of_attach(name):
     if modern_models.lacking(name):
-        pytest.skip(f"transformers has no {modern_models.lacking(name)}")
+        pytest.skip(modern_models.lacking(name))
     for ours, theirs in ((AdapterConfig(bottleneck=4), petl_ext.AdapterConfig()), (APTConfig(), petl_ext.APTConfig())):
         tuned = get_peft_model(modern_models.make(name), ours).base_model.model
         carrying = [target for target, module in tuned.named_modules() if isinstance(module, TunerLayer)]
@@ -133,6 +139,9 @@ def test_default_targets_are_those_of_attach(name):
 
 
 def test_what_peft_would_take_in_part_is_refused():
+    for config in (AdapterConfig(), APTConfig()):
+        with pytest.raises(ValueError, match="GPT2LMHeadModel takes none: its projections are Conv1D"):
+            inject_adapter_in_model(config, modern_models.make("gpt2"))
     with pytest.raises(ValueError, match=r"a tower without targets; give target_modules\. vision: its attentions are"):
         get_peft_model(modern_models.make("bridgetower"), AdapterConfig())
     with pytest.raises(ValueError, match="attn is a joint attention of two streams"):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from devices import CPU_DEVICES
+from devices import CPU_DEVICES, device_and_dtype
 from memory import saved_for_backward
 from op_problems import ADAPTER, CUDA_TILE, assert_equal, check
 from problems import draw
@@ -30,7 +30,8 @@ def test_large_hidden_values(device, activation):
 def check_over_many_draws(device, names, draws, *sizes, **options):
     """For what has its largest error by luck: of few numbers, or of a hidden unit so near to zero that rounding decides
     whether ReLU lets it through."""
-    problems = [make_problem(*sizes, seed=seed, **options).to(device.torch_device) for seed in range(draws)]
+    problems = [make_problem(*sizes, seed=seed, **options) for seed in range(device.draws(draws))]
+    problems = [problem.to(device.torch_device) for problem in problems]
 
     def results(problems, function):
         runs = [problem.run(function) for problem in problems]
@@ -72,7 +73,7 @@ def test_hidden_values_beyond_float16(device):
 @pytest.mark.parametrize("mean", [1e2, 1e5])
 def test_mean_far_greater_than_deviations(device, mean):
     """The normalized row keeps its digits, which x * inverse - mean * inverse would lose."""
-    problem = make_problem(100, 768, 20, norm=True, residual="another").to(device.torch_device)
+    problem = make_problem(*device.cut((100, 768, 20)), norm=True, residual="another").to(device.torch_device)
     problem = problem.change(x=problem["x"] + mean)
     check(device, problem)
     oracle, ours = problem.double().run(ops.adapter_reference), problem.run(ops.adapter)
@@ -83,16 +84,17 @@ def test_mean_far_greater_than_deviations(device, mean):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_mean_far_greater_than_deviations_in_16_bits(device, dtype):
-    problem = make_problem(300, 256, 96, norm=True, activation="gelu", dtype=dtype, residual="another")
+    sizes = device.cut((300, 256, 96))
+    problem = make_problem(*sizes, norm=True, activation="gelu", dtype=dtype, residual="another")
     check(device, problem.change(x=problem["x"] + 300))
 
 
-@DTYPES
+@device_and_dtype
 @pytest.mark.parametrize("form", ["parallel", "bypass"])
 @pytest.mark.parametrize(("weight", "bias"), [(1e-3, 1), (1e-2, 30), (30, 1e-3)])
 def test_norm_weight_and_bias_of_different_sizes(device, weight, bias, form, dtype):
     """What a row's deviations say is not lost beside what LayerNorm's bias says of every row, or the reverse."""
-    problem = make_problem(70, 256, 40, dtype=dtype, activation="silu", **FORMS[form])
+    problem = make_problem(*device.cut((70, 256, 40)), dtype=dtype, activation="silu", **FORMS[form])
     norm = {name: problem[name] / scale for name, scale in (("norm_weight", 1 / weight), ("norm_bias", 0.2 / bias))}
     check(device, problem.change(**norm))
 

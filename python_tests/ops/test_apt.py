@@ -24,7 +24,7 @@ def make_problem(*sizes, **options):
 @pytest.mark.parametrize("wide", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("narrow", ["x", "y"])
 def test_x_and_y_in_two_dtypes(device, narrow, wide):
-    problem = make_problem(200, 768, 50)
+    problem = make_problem(*device.cut((200, 768, 50)))
     x, y = (problem[name].to(torch.bfloat16 if name == narrow else wide) for name in ("x", "y"))
     check(device, replace(problem.change(x=x, y=y), dout=problem.dout.to(y.dtype)))
 

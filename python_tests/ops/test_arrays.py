@@ -103,7 +103,9 @@ FakeCupyArray.__module__ = "cupy"
 def cupy(monkeypatch):
     """A module of that name, whose current stream is number 1234."""
     cuda = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=1234))
-    fake = SimpleNamespace(cuda=cuda, ndarray=FakeCupyArray, from_dlpack=FakeCupyArray)
+    fake = SimpleNamespace(
+        cuda=cuda, ndarray=FakeCupyArray, from_dlpack=lambda out: FakeCupyArray(torch.from_dlpack(out))
+    )
     monkeypatch.setitem(sys.modules, "cupy", fake)
     entered = []
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda pointer, device: (pointer, device))

@@ -11,7 +11,7 @@ from devices import TRITON
 from op_problems import TESTED
 from problems import OPS
 
-from petl_ext import ops
+from petl_ext import cli, ops
 from petl_ext.ops import backends, kernels, preferred
 from petl_ext.ops import triton as backend
 
@@ -47,6 +47,28 @@ def test_widths_of_any_number_and_limits_that_are_named(tested):
                 problem.call(op.ours)
         odd = tested.problem(*leading, 33, inner).to(TRITON.torch_device)
         torch.testing.assert_close(odd.call(op.ours), odd.call(op.reference))
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("signs", ["positive weights", "mixed weights"])
+@pytest.mark.parametrize("name", ["apt", "adapter"])
+def test_infinities_are_where_they_are_in_float64(name, signs, weight_dtype):
+    """Beside weights of which rounding leaves something out, too, and of scores that are divided by their gate."""
+    tested = TESTED[name]
+    for infinity in (torch.inf, -torch.inf):
+        sizes, dtypes = (*tested.small[:-1], 7), {"dtype": torch.bfloat16, "weight_dtype": weight_dtype}
+        problem = tested.problem(*sizes, form=tested.usual[0], **dtypes).to(TRITON.torch_device)
+        problem["x"][1] = infinity
+        for matrix in ("prompts", "keys", "down", "up"):
+            if matrix in problem.tensors and signs == "positive weights":
+                problem[matrix].abs_()
+        with TRITON.entered():
+            results = problem.run(tested.op.ours)
+        expected = problem.double().run(tested.op.reference)
+        for result in ("out", "dx"):
+            wanted = expected[result].float()
+            assert torch.equal(results[result].isnan(), wanted.isnan()), (infinity, result)
+            assert torch.equal(results[result].isinf(), wanted.isinf()), (infinity, result)
 
 
 def spec_of(path, text):
@@ -128,6 +150,7 @@ def test_auto_prefers_it_only_where_a_measured_file_says_so(tmp_path, monkeypatc
     path.write_text(json.dumps([ENTRY]))
     monkeypatch.setattr(kernels, "PREFERENCES", preferred.read_preferences(path))
     monkeypatch.setattr(preferred, "PREFERENCES", preferred.read_preferences(path))
+    monkeypatch.setattr(cli, "PREFERENCES", preferred.read_preferences(path))
     monkeypatch.setattr(kernels, "_HELD", {("native", "apt", "cuda"), ("triton", "apt", "cuda")})
     monkeypatch.setattr(kernels, "_name_of", lambda index: "Made-up GPU")
 
@@ -138,10 +161,14 @@ def test_auto_prefers_it_only_where_a_measured_file_says_so(tmp_path, monkeypatc
 
     assert chosen_for(30, 10) == "petl_triton" == chosen_for(40, 10)
     assert chosen_for(41, 10) == "petl_ext" == chosen_for(30, 11)
+    assert kernels.kernel_for("apt", "cuda", torch.float32).name == "apt (cuda, triton at some sizes)"
+    assert "auto prefers triton for apt on Made-up GPU: 20 to 40 rows, width 64, inner size 10" in cli.info()
     with ops.backend("native"):
         assert chosen_for(30, 10) == "petl_ext"
+        assert kernels.kernel_for("apt", "cuda", torch.float32).name == "apt (cuda)"
     monkeypatch.setattr(kernels, "_name_of", lambda index: "Another GPU")
     assert chosen_for(30, 10) == "petl_ext"
+    assert kernels.kernel_for("apt", "cuda", torch.float32).name == "apt (cuda)"
 
 
 def test_nothing_is_preferred_that_was_not_measured(tmp_path):

@@ -96,7 +96,7 @@ def stream(dtype=torch.float32):
 def test_the_kinds_are_those_of_the_folder():
     assert {kind.petl_op for kind in kinds.KINDS} == kernels.OPS.keys()
     assert sorted(kind.__name__ for kind in kinds.KINDS) == [
-        *("Bottleneck", "CrossAttention", "LibraryAdapter", "ParallelAdapter", "PromptDiffusion")
+        *("Bottleneck", "CrossAttention", "LibraryAdapter", "PromptDiffusion")
     ]
 
 
@@ -130,9 +130,9 @@ def test_a_kind_that_joins_says_why_not(squeeze):
         petl_ext.patch(nn.Sequential(nn.Linear(DIM, DIM)))
 
 
-def test_without_its_kind_it_is_nothing_that_is_known():
-    with pytest.raises(ValueError, match="holds nothing that is known"):
-        petl_ext.patch(nn.Sequential(Squeeze(DIM, 8)))
+def test_without_its_kind_it_is_a_bottleneck_as_others():
+    report = petl_ext.patch(nn.Sequential(Squeeze(DIM, 8))).report()
+    assert [row.kind for row in report.rows] == ["bottleneck adapter"]
 
 
 @pytest.mark.parametrize("kind", kinds.KINDS, ids=lambda kind: kind.__name__)

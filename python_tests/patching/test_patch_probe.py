@@ -288,13 +288,17 @@ def test_layers_that_differ_in_an_object_are_probed_one_by_one():
 
 def test_layers_that_differ_in_what_they_share_are_probed_one_by_one():
     class Twice(Adapter):
-        """The formula where both biases are one."""
+        """The formula where two of its parts are one."""
+
+        def __init__(self):
+            super().__init__(DIM)
+            self.other = nn.ReLU(inplace=True)
 
         def forward(self, x):
-            return super().forward(x) * (1 if self.down_sampler.bias is self.up_sampler.bias else 2)
+            return super().forward(x) * (1 if self.other is self.activation else 2)
 
-    model = nn.Sequential(Twice(DIM, DIM), Twice(DIM, DIM))
-    model[0].down_sampler.bias = model[0].up_sampler.bias
+    model = nn.Sequential(Twice(), Twice())
+    model[0].other = model[0].activation
     assert petl_ext.patch(model).report().fused == 1
     assert kind_of(model[0]) and not kind_of(model[1])
 

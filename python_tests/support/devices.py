@@ -8,6 +8,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 # Where there is no GPU, Triton interprets its kernels; it reads this when it is imported, and so does petl_ext.
@@ -21,6 +22,7 @@ from petl_ext.ops.kernels import OPS
 
 # More rows than a slab of the Triton kernels has, and a width of more than one of their tiles and no multiple of one.
 TRITON_SLAB, INTERPRETED_WIDTH = 530, 136
+TRITON_TILE = 70  # and more rows than any of their tiles has
 CPU_PATHS = torch.ops.petl_ext.cpu_paths().split()
 EMULATED_OPS = [*(raw_op for op in OPS.values() for raw_op in op.flops), "apt_pack", "adapter_pack"]
 
@@ -43,6 +45,10 @@ class Device:
             return sizes
         *batch, rows, width, inner = sizes
         return *batch, min(rows, most_rows), min(width, INTERPRETED_WIDTH), inner
+
+    def draws(self, number):
+        """How many problems of a size are drawn: a few where each takes long."""
+        return min(number, 4) if self.is_interpreted else number
 
     def raw(self, op, direction):
         """Of the two ops behind an `Op` of the table of problems, "forward" or "backward", the one that runs here."""
@@ -88,6 +94,16 @@ TRITON = Device("triton")
 DEVICES = [*CPU_DEVICES, *CUDA_DEVICES, TRITON]
 # One CPU path and all others, for what every CPU path gets from the same code around the kernels.
 ONE_OF_EACH = [CPU_DEVICES[0], *CUDA_DEVICES, TRITON]
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# For what a dtype does not change in the Triton kernels themselves: the interpreter, which is slow, takes one.
+device_and_dtype = pytest.mark.parametrize(
+    ("device", "dtype"),
+    [(device, dtype) for device in DEVICES for dtype in (DTYPES[1:2] if device.is_interpreted else DTYPES)],
+    ids=str,
+    indirect=["device"],
+)
 
 
 @functools.cache

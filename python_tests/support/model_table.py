@@ -3,6 +3,7 @@
 python python_tests/support/model_table.py    # writes docs/models.md anew
 """
 
+import functools
 from pathlib import Path
 
 import modern_models
@@ -38,9 +39,21 @@ def attached(name, method):
     return model, petl_ext.attach(model, config_of(method, sites=TOWERS.get(name)))
 
 
-def models():
-    """Names of the models that the installed libraries have."""
-    return [name for name in modern_models.TINY if modern_models.lacking(name) is None]
+@functools.cache
+def entries():
+    """{name: what `entry` says}; of a model that the installed libraries lack, what the page said."""
+    return {name: (_written if modern_models.lacking(name) else entry)(name) for name in modern_models.TINY}
+
+
+def _written(name):
+    """What `entry` said of a model when the page was written."""
+    lines = PAGE.read_text(encoding="utf-8").split("\n")
+    rows = [line[2:-2].split(" | ") for line in lines if line.startswith("| `")]
+    cells = next((row for row in rows if row[1] == modern_models.TINY[name].model), None)
+    if cells is None:
+        raise LookupError(f"{PAGE.name} must have a row of {name}: {modern_models.lacking(name)}")
+    limits = [line.removeprefix("- ").partition(": ") for line in lines if line.startswith("- `")]
+    return tuple(cells), [limit.removesuffix(".") for names, _, limit in limits if cells[0] in names.split(", ")]
 
 
 def entry(name):
@@ -92,7 +105,9 @@ HEAD = """# Models
 `attach` knows these families by their `config.model_type`, or by their class where there is none. In each of them every
 new layer gets gradients, `disable()` gives the backbone bit for bit, a saved folder loads into a fresh model, and
 decoders that skip layers decode with a cache as without: `python_tests/attaching/test_modern_models.py` runs all of it
-on tiny models with random weights. Trained checkpoints have not been run.
+on tiny models with random weights. Trained checkpoints have not been run. With skipped layers `generate` also searches
+by beams, with texts padded on the left, with static caches and by prompt lookup, the last not in transformers 5.17,
+which cannot crop a cache with a slot that no layer uses.
 
 ## Towers
 
@@ -114,7 +129,10 @@ print(apt.report())
 ```
 
 A language model that sees takes the families of what stands in its towers: a LLaVA around a Mistral or a Qwen2 needs no
-entry of its own. Layers that the model does not use, such as the last of a LLaVA's vision tower, get none.
+entry of its own. Layers that the model does not use, such as the last of a LLaVA's vision tower, get none; nor does
+what is neither language nor vision, such as Gemma 4's audio tower. Adapters go behind the sum of a mixture of experts.
+Where Gemma 4's last layers take the keys and values of earlier ones, these cannot be skipped: `attach` says which, and
+takes the others by `sites`.
 
 """
 TABLE = """## Table
@@ -130,9 +148,10 @@ Where a method goes in part, or not at all, and why; `attach` and the report say
 
 {below}
 
-timm is not among them: its models were not at hand. Their attentions (`qkv`, `proj`) are recognized, so
-`APTConfig(sites=[r"blocks\\.\\d+\\.attn"])` names them.
+Rows of models that the installed libraries lack stay as they were written; those of timm's were with timm 1.0.31, which
+`make test` does not install: it brings torchvision, whose wheels on the package index are for a CUDA torch and fail
+beside one for the CPU. `pip install timm` beside a torchvision that fits the torch runs their tests.
 """
 
 if __name__ == "__main__":
-    PAGE.write_text(page({name: entry(name) for name in models()}), encoding="utf-8")
+    PAGE.write_text(page(entries()), encoding="utf-8")

@@ -1,6 +1,6 @@
 """Sizes and inputs of tiny models that see or denoise, as those of modern_text_sizes."""
 
-from modern_text_sizes import DIM, FULL, HEAD, IMAGE, LINEAR, LINEAR_HEADS, MIXED, TOKENS, WORDS, sizes
+from modern_text_sizes import DIM, FULL, GEMMA4, HEAD, IMAGE, LINEAR, LINEAR_HEADS, LLAMA4, MIXED, TOKENS, WORDS, sizes
 
 VISION = {
     "hidden_size": 24,
@@ -118,6 +118,40 @@ SEEING = {
         4,
         image_token_index=IMAGE,
         mm_tokens_per_image=4,
+    ),
+    "gemma4": seeing(
+        "Gemma4",
+        {
+            "hidden_size": DIM,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "head_dim": 8,
+            "patch_size": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 16,
+            "use_clipped_linears": True,
+        },
+        sizes(**HEAD, **MIXED, **GEMMA4),
+        {
+            "pixel_values": (2, 16, 48),
+            "image_position_ids": [[[index % 4, index // 4] for index in range(16)]] * 2,
+            "mm_token_type_ids": image_types(4),
+        },
+        4,
+        image_token_id=IMAGE,
+        audio_config=None,
+    ),
+    "llama4": seeing(
+        "Llama4",
+        VISION
+        | {"hidden_size": DIM, "intermediate_size": 128, "patch_size": 4, "pixel_shuffle_ratio": 0.5}
+        | dict.fromkeys(("projector_input_dim", "projector_output_dim", "vision_output_dim"), DIM),
+        sizes(**LLAMA4),
+        PIXELS,
+        4,
+        image_token_index=IMAGE,
     ),
     "internvl": seeing(
         "InternVL",
@@ -314,4 +348,13 @@ DIFFUSION = {
         },
         {"sample": (2, 4, 8, 8), "timestep": [3, 4], "encoder_hidden_states": (2, 5, DIM)},
     ),
+}
+
+TIMM_SIZES = {"img_size": 16, "patch_size": 8, "num_classes": 5, "embed_dim": DIM, "depth": 3, "num_heads": 4}
+EVA = {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True, "use_rot_pos_emb": True}
+
+TIMM = {
+    "timm.VisionTransformer": ("VisionTransformer", TIMM_SIZES, {"x": (2, 3, 16, 16)}),
+    "timm.Eva": ("Eva", TIMM_SIZES | EVA, {"x": (2, 3, 16, 16)}),
+    "timm.Beit": ("Beit", TIMM_SIZES | {"use_rel_pos_bias": True}, {"x": (2, 3, 16, 16)}),
 }

@@ -1,13 +1,14 @@
 """Tiny models of the families that people use, with random weights: one entry each, as data.
 
-`TINY` names classes of transformers or diffusers; `lacking` says which of them the installed version does not have.
+`TINY` names classes of transformers, diffusers or timm; `lacking` says what the installed versions do not have.
 """
 
-import importlib
+import importlib.util
+from importlib import metadata
 from typing import NamedTuple
 
 import torch
-from modern_image_sizes import DIFFUSION, IMAGES, SEEING
+from modern_image_sizes import DIFFUSION, IMAGES, SEEING, TIMM
 from modern_text_sizes import TEXT, WORDS
 
 
@@ -15,7 +16,7 @@ class Tiny(NamedTuple):
     """How to make one model.
 
     Attributes:
-        library: "transformers" or "diffusers".
+        library: the module that has the classes: "transformers", "diffusers" or "timm.models".
         config: the class of its configuration; None where the model takes the sizes itself.
         model: its class.
         sizes: keyword arguments of the configuration.
@@ -34,27 +35,44 @@ TINY = {
     for library, table in (
         ("transformers", TEXT | IMAGES | SEEING),
         ("diffusers", {name: (None, *entry) for name, entry in DIFFUSION.items()}),
+        ("timm.models", {name: (None, *entry) for name, entry in TIMM.items()}),
     )
     for name, entry in table.items()
 }
 
 
+# {name: versions of its package with which not even the bare model runs}
+FAILING = {"llama4": ["5.24.0"]}
+
+
 def lacking(name):
-    """The class that the installed library does not have, or None."""
+    """What the installed libraries do not have of a model, in words, or None."""
     tiny = TINY[name]
+    package = tiny.library.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
     library = importlib.import_module(tiny.library)
-    return next((its for its in (tiny.config, tiny.model) if its and not hasattr(library, its)), None)
+    version = metadata.version(package)
+    if version in FAILING.get(name, ()):
+        return f"{package} {version} cannot run its own {tiny.model}"
+    missing = next((its for its in (tiny.config, tiny.model) if its and not hasattr(library, its)), None)
+    return f"{package} {version} has no {missing}" if missing else None
 
 
-def make(name):
-    """The model in evaluation mode, no parameter requiring gradients; always with the same weights."""
+def make(name, **changes):
+    """The model in evaluation mode, no parameter requiring gradients; always with the same weights.
+
+    Args:
+        changes: of its sizes.
+    """
     tiny = TINY[name]
     library = importlib.import_module(tiny.library)
+    sizes = tiny.sizes | changes
     torch.manual_seed(0)
     if tiny.config is None:
-        model = getattr(library, tiny.model)(**tiny.sizes)
+        model = getattr(library, tiny.model)(**sizes)
     else:
-        model = getattr(library, tiny.model)(getattr(library, tiny.config)(**tiny.sizes))
+        model = getattr(library, tiny.model)(getattr(library, tiny.config)(**sizes))
     for parameter in model.parameters():
         mean = parameter.flatten()[0].item() if parameter.dim() == 1 and parameter.numel() else 0.0
         torch.nn.init.normal_(parameter, mean=mean, std=0.2)
@@ -70,6 +88,8 @@ def run(model, inputs):
     """What the model says: its logits, or the like where it has no head."""
     torch.manual_seed(2)  # ViLT draws which patches it takes
     output = model(**inputs)
+    if isinstance(output, torch.Tensor):
+        return output
     for name in ("logits", "logits_per_image", "sample", "last_hidden_state", "pooler_output"):
         if getattr(output, name, None) is not None:
             return getattr(output, name)

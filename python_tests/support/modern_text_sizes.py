@@ -27,6 +27,15 @@ MIXED = {"sliding_window": 6, "layer_types": [SLIDING, FULL, SLIDING, FULL], "nu
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 HEAD = {"head_dim": 8}
 GEMMA4 = {"vocab_size_per_layer_input": WORDS, "hidden_size_per_layer_input": 8}
+LLAMA4 = {
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "intermediate_size_mlp": 48,
+    "interleave_moe_layer_step": 2,
+    "layer_types": [CHUNKED, FULL, CHUNKED, FULL],
+    "num_hidden_layers": 4,
+    **HEAD,
+}
 LINEAR_HEADS = {
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
@@ -105,16 +114,7 @@ TEXT = {
     "cohere2": decoder("Cohere2", **MIXED),
     "olmo2": decoder("Olmo2"),
     "olmo3": decoder("Olmo3", **MIXED),
-    "llama4_text": decoder(
-        "Llama4",
-        config="Llama4TextConfig",
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        intermediate_size_mlp=48,
-        layer_types=[CHUNKED, FULL, CHUNKED, FULL],
-        num_hidden_layers=4,
-        **HEAD,
-    ),
+    "llama4_text": decoder("Llama4", config="Llama4TextConfig", **LLAMA4),
     "gpt_oss": decoder("GptOss", **EXPERTS, **HEAD, **MIXED),
     "phi3": decoder("Phi3"),
     "opt": (

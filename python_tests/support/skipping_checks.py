@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_families import FAMILIES, LAYERS, make_model
+from transformers_names import CACHE
 
 import petl_ext
 from petl_ext import DASConfig
@@ -49,3 +50,13 @@ class Passing(torch.nn.Module):
 
 def layer_indices(model):
     return {name: module.layer_idx for name, module in model.named_modules() if "layer_idx" in vars(module)}
+
+
+def cache_error(model, given, decoded, words):
+    """By how much the logits with a cache differ from those without, in units of the largest."""
+    expected, cache, steps = model(**given, **{decoded: words}, use_cache=False).logits, None, []
+    for step in (slice(0, 4), *(slice(index, index + 1) for index in range(4, words.size(1)))):
+        output = model(**given, **{decoded: words[:, step], CACHE: cache}, use_cache=True)
+        cache = output[CACHE]
+        steps.append(output.logits)
+    return (torch.cat(steps, 1) - expected).abs().max() / expected.abs().max()

@@ -223,6 +223,13 @@ def test_a_truncated_tsv_names_its_last_line(tmp_path):
         ("a.tsv", "1\t2\tabc\tx\tcaption\tunknown", r"line 1 \(pair 1\) must be one of the labels .*'unknown'"),
         ("a.tsv", b"1\t2\tabc\t\xff\tcaption\tneutral", "line 1 must be UTF-8"),
         ("a.jsonl", b'{"pairID": "\xff"}', "line 1 must be a JSON object"),
+        ("a.jsonl", b"\xef\xbb\xbf{}", "line 1 must be UTF-8 without a byte-order mark, got one at its start"),
+        ("a.tsv", b"\xef\xbb\xbf1\t2\tabc\tx\tcaption\tneutral", "line 1 must be UTF-8 without a byte-order mark"),
+        (
+            "a.jsonl",
+            "\n".join(json.dumps(official("1", pair, "x", "neutral")) for pair in "aba"),
+            r"a\.jsonl: line 3: pair a must come once, got it in line 1",
+        ),
     ],
 )
 def test_malformed_files(tmp_path, name, content, message):

@@ -97,8 +97,13 @@ def _inside(name, pattern):
 
 
 def _own_family(module):
-    names = (_model_type(module), *(its_class.__name__ for its_class in type(module).__mro__))
+    names = (_model_type(module), *(name for its_class in type(module).__mro__ for name in _names_of(its_class)))
     return next((name for name in names if name in FAMILIES), None)
+
+
+def _names_of(its_class):
+    """Its name, also with its package's in front: more than one package has a VisionTransformer."""
+    return its_class.__name__, f"{its_class.__module__.partition('.')[0]}.{its_class.__name__}"
 
 
 def _model_type(module):

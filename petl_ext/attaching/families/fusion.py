@@ -67,10 +67,12 @@ FAMILIES = (
     Family("mllama_vision_model", _MLLAMA_VISION, SkippableMllamaLayer, {"vision": WHOLE}),
     *(
         Family(name, towers=_VISION_TOWER)
-        for name in ("llava", "llava_next", "llava_onevision", "paligemma", "gemma3", "internvl")
+        for name in ("llava", "llava_next", "llava_onevision", "paligemma", "gemma3", "gemma4", "internvl")
     ),
     *(Family(name, towers=_VISION_MODEL) for name in ("idefics3", "smolvlm")),
     *(Family(name, towers=_VISUAL) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")),
+    Family("llama4", towers={"vision": "vision_model", "language": "language_model"}),
+    Family("timm_wrapper", towers={"vision": "timm_model"}),
     Family("mllama", towers={"vision": "vision_model", "language": "language_model"}),
     Family("blip", towers={"vision": "vision_model", "text": "text_decoder|text_encoder|text_model"}),
     Family("blip-2", towers={"vision": "vision_model", "fusion": "qformer", "language": "language_model"}),

@@ -13,7 +13,8 @@ class Family:
     """A model family.
 
     Attributes:
-        name: a Hugging Face `config.model_type`, or the name of a class of models without one; None for `NO_FAMILY`.
+        name: a Hugging Face `config.model_type`, or the name of a class of models without one, with the package in
+            front where others name theirs alike ("timm.VisionTransformer"); None for `NO_FAMILY`.
         sites: {method: where it goes}, the method being the `row` of its configuration. Regular expressions over the
             dotted names of the method's candidate sites, matched from a dot or from the start to the end of the name;
             several stand in a tuple in the order in which their sites are numbered. DAS has two rows: "bypass" for the

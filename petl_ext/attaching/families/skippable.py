@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from petl_ext.attaching.methods.das import SkippableLayer
+from petl_ext.attaching.methods.das import SkippableLayer, arguments_of
 
 
 class SkippableTupleLayer(SkippableLayer):
@@ -30,6 +30,15 @@ class SkippableLlamaLayer(SkippableLayer):
         return SkippableLayer.fits(layer) and isinstance(getattr(layer, "input_layernorm", None), nn.Module)
 
 
+class SkippableGemma4Layer(SkippableLlamaLayer):
+    """Gemma 4's layer. Some models' last layers have no keys and values but take those of an earlier one."""
+
+    @classmethod
+    def check(cls, layer):
+        if getattr(layer.config, "num_kv_shared_layers", 0) and layer.self_attn.store_full_length_kv:
+            raise ValueError("it must run, as later layers take its keys and values; name the others in sites")
+
+
 class SkippableMllamaLayer(SkippableLlamaLayer):
     """Mllama's layers that ask the image keep their own slots in the cache, in which the model looks for the image."""
 
@@ -41,6 +50,37 @@ class SkippableMllamaLayer(SkippableLlamaLayer):
     def rewire(stack, numbered, slot_types):
         types = [index if hasattr(layer, "cross_attn") else None for index, layer in enumerate(stack)]
         SkippableLlamaLayer.rewire(stack, numbered, types)
+
+
+class SkippableLlama4VisionLayer(SkippableTupleLayer):
+    """The layer of Llama 4's vision tower, which is called by the name of its own first argument."""
+
+    looked_for = "layers (modules of a ModuleList whose forward takes hidden_state first)"
+
+    @staticmethod
+    def fits(layer):
+        return arguments_of(layer)[:1] == ["hidden_state"]
+
+    def forward(self, hidden_state, *arguments, **named):
+        return super().forward(hidden_state, *arguments, **named)
+
+
+class SkippableTimmBlock(SkippableLayer):
+    """timm's block, which takes x first; those of its ViT stand in a Sequential."""
+
+    @classmethod
+    def candidates(cls, model):
+        return {
+            f"{name}.{index}".lstrip("."): block
+            for name, blocks in model.named_modules()
+            if isinstance(blocks, nn.ModuleList | nn.Sequential)
+            for index, block in blocks.named_children()
+            if cls.fits(block)
+        }
+
+    @staticmethod
+    def fits(block):
+        return {"norm1", "attn", "norm2", "mlp"} <= block._modules.keys()
 
 
 class SkippableFusionLayer(SkippableTupleLayer):

@@ -2,6 +2,7 @@
 
 from petl_ext.attaching.families.record import WHOLE, Family
 from petl_ext.attaching.families.skippable import (
+    SkippableGemma4Layer,
     SkippableLlamaLayer,
     SkippableT5Block,
     SkippableTupleLayer,
@@ -26,11 +27,8 @@ LLAMA_SITES = {
     "bypass": r"layers\.\d+",
 }
 LLAMA = {"sites": LLAMA_SITES, "skippable": SkippableLlamaLayer, "towers": {"language": WHOLE}}
-_MIXED = {"sequential_adapter": "behind attentions only: the MLPs are mixtures of experts"}
-MIXTURE = LLAMA | {
-    "sites": LLAMA_SITES | {"sequential_adapter": LLAMA_SITES["apt"]},
-    "limits": _MIXED,
-}
+_LLAMA4_SITES = LLAMA_SITES | {"sequential_adapter": r"layers\.\d+\.(self_attn|feed_forward)"}
+_GEMMA4_SITES = LLAMA_SITES | {"sequential_adapter": r"layers\.\d+\.(self_attn|mlp|experts)"}
 
 # Mixers of both kinds, attention and linear attention, in one list of layers.
 HYBRID_SITES = LLAMA_SITES | {
@@ -103,16 +101,15 @@ FAMILIES = (
                 "glm",
                 "glm4",
             ),
-            *("gemma", "gemma2", "gemma3_text", "gemma4_text", "cohere", "cohere2"),
+            *("gemma", "gemma2", "gemma3_text", "cohere", "cohere2"),
+            *("mixtral", "qwen3_moe", "gpt_oss"),
             *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"),
         )
     ),
     *(Family(name, LLAMA_SITES, SkippableLayer, {"language": WHOLE}) for name in ("olmo2", "olmo3")),
-    *(Family(name, **MIXTURE) for name in ("mixtral", "qwen3_moe", "gpt_oss", "llama4_text")),
-    Family("qwen3_5_text", **HYBRID),
-    Family(
-        "qwen3_next", **HYBRID | {"sites": HYBRID_SITES | {"sequential_adapter": HYBRID_SITES["apt"]}, "limits": _MIXED}
-    ),
+    Family("gemma4_text", _GEMMA4_SITES, SkippableGemma4Layer, {"language": WHOLE}),
+    Family("llama4_text", _LLAMA4_SITES, SkippableLlamaLayer, {"language": WHOLE}),
+    *(Family(name, **HYBRID) for name in ("qwen3_5_text", "qwen3_next")),
     Family("gpt2", {"bypass": r"h\.\d+"}, SkippableLayer, {"language": WHOLE}, _CONV1D),
     Family("opt", **BART | {"towers": {"language": WHOLE}}),
     *(Family(name, **T5) for name in ("t5", "mt5")),

@@ -1,7 +1,11 @@
 """Vision transformers, alone and as towers of other models."""
 
 from petl_ext.attaching.families.record import WHOLE, Family
-from petl_ext.attaching.families.skippable import SkippableTupleLayer
+from petl_ext.attaching.families.skippable import (
+    SkippableLlama4VisionLayer,
+    SkippableTimmBlock,
+    SkippableTupleLayer,
+)
 from petl_ext.attaching.methods.das import SkippableLayer
 
 _LAYERS = r"layers?\.\d+"
@@ -23,14 +27,14 @@ CLIP_VISION = {"sites": CLIP_SITES, "skippable": SkippableLayer, "towers": {"vis
 CLIP_TEXT = CLIP_VISION | {"towers": {"text": WHOLE}}
 
 _SWIN = {method: pattern.replace(_LAYERS, r"blocks\.\d+") for method, pattern in VIT_SITES.items()}
-_QWEN_SITES = {
+_BLOCK_SITES = {
     "apt": r"blocks\.\d+\.attn",
     "sequential_adapter": r"blocks\.\d+\.(attn|mlp)",
     "parallel_adapter": r"blocks\.\d+\.attn",
     "bypass": r"blocks\.\d+",
 }
-BLOCKS = {"sites": _QWEN_SITES, "skippable": SkippableLayer, "towers": {"vision": WHOLE}}
-_MLLAMA_SITES = {method: pattern.replace(r"encoder\.", r"transformer\.") for method, pattern in CLIP_SITES.items()}
+BLOCKS = {"sites": _BLOCK_SITES, "skippable": SkippableLayer, "towers": {"vision": WHOLE}}
+_LLAMA4_SITES = {method: pattern.replace("encoder", "model") for method, pattern in CLIP_SITES.items()}
 
 FAMILIES = (
     *(
@@ -42,7 +46,12 @@ FAMILIES = (
         Family(f"{name}_vision_model", **CLIP_VISION)
         for name in ("clip", "siglip", "siglip2", "metaclip_2", "chinese_clip", "blip", "blip_2")
     ),
-    *(Family(name, **CLIP_VISION) for name in ("idefics3_vision", "smolvlm_vision")),
+    *(Family(name, **CLIP_VISION) for name in ("idefics3_vision", "smolvlm_vision", "gemma4_vision")),
+    Family("llama4_vision_model", _LLAMA4_SITES, SkippableLlama4VisionLayer, {"vision": WHOLE}),
     *(Family(f"{name}_vision", **BLOCKS) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")),
     *(Family(f"{name}_text_model", **CLIP_TEXT) for name in ("clip", "siglip", "siglip2", "metaclip_2")),
+    *(
+        Family(f"timm.{name}", **BLOCKS | {"skippable": SkippableTimmBlock})
+        for name in ("VisionTransformer", "Eva", "Beit")
+    ),
 )

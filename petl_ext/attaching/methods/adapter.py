@@ -8,9 +8,10 @@ normalized stream and leave the residual to the block.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from petl_ext.attaching.methods.config import Config
+from petl_ext.attaching.sites.mixtures import MixtureSite
 from petl_ext.attaching.sites.output_modules import AttentionOutputSite, MLPOutputSite
 from petl_ext.attaching.sites.projections import ATTENTIONS, MLPS, ProjectionSite, SecondStreamSite
 from petl_ext.attaching.sites.site import Site, fused_kernel
@@ -124,6 +125,17 @@ class ParallelAdapterProjection(SequentialAdapterProjection):
         return self.adapter(x, residual=y)
 
 
+class SequentialAdapterMixture(MixtureSite, SequentialAdapterProjection):
+    """The adapter behind a mixture of experts, before the residual."""
+
+
+class ParallelAdapterMixture(MixtureSite, ParallelAdapterProjection):
+    """The adapter beside a mixture of experts: it reads the same input."""
+
+    def changed(self, x, y):
+        return self.adapter(x.reshape(y.shape), residual=y)
+
+
 @dataclass(frozen=True)
 class AdapterConfig(Config):
     """Bottleneck adapters: an `AdapterLayer`, whose documentation explains the sizes, at every site.
@@ -140,8 +152,14 @@ class AdapterConfig(Config):
 
     method: ClassVar[str] = "adapter"
     site_classes: ClassVar[dict] = {
-        "sequential_adapter": (SequentialAdapterSelfOutput, SequentialAdapterOutput, SequentialAdapterProjection),
-        "parallel_adapter": (ParallelAdapterSelfOutput, ParallelAdapterOutput, ParallelAdapterProjection),
+        "sequential_adapter": (
+            *(SequentialAdapterSelfOutput, SequentialAdapterOutput, SequentialAdapterProjection),
+            SequentialAdapterMixture,
+        ),
+        "parallel_adapter": (
+            *(ParallelAdapterSelfOutput, ParallelAdapterOutput, ParallelAdapterProjection),
+            ParallelAdapterMixture,
+        ),
     }
     kind: str = "sequential"
     bottleneck: int = 96
@@ -161,10 +179,10 @@ class AdapterConfig(Config):
         super().__post_init__()
 
     @property
-    def row(self):
+    def row(self) -> str:
         return f"{self.kind}_adapter"
 
-    def new_layer(self, dim, **factory):
+    def new_layer(self, dim: int, **factory: Any) -> AdapterLayer:
         return AdapterLayer(dim, **adapter_options(self), **factory)
 
 

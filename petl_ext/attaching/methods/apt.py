@@ -1,7 +1,7 @@
 """APT between an attention's projection and the dropout behind it."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from petl_ext.attaching.methods.config import Config
 from petl_ext.attaching.sites.output_modules import AttentionOutputSite
@@ -90,6 +90,6 @@ class APTConfig(Config):
         self.new_layer(1, device="meta")  # the layer knows which sizes are right
         super().__post_init__()
 
-    def new_layer(self, dim, **factory):
+    def new_layer(self, dim: int, **factory: Any) -> APTLayer:
         sizes = (self.num_prompts, self.rank, self.activation, self.dropout, self.train_scale)
         return APTLayer(dim, *sizes, **factory)

@@ -7,8 +7,9 @@ what its model expects, and what other layers take from it must reach them: `Ski
 
 import inspect
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -61,7 +62,7 @@ class SkippableLayer(AdapterSite):
 
     @staticmethod
     def fits(layer):
-        return _arguments(layer)[:1] == ["hidden_states"]
+        return arguments_of(layer)[:1] == ["hidden_states"]
 
     @staticmethod
     def neighbor(module):
@@ -212,10 +213,10 @@ class DASConfig(Config):
         object.__setattr__(self, "skip", tuple(sorted(set(self.skip))))
         super().__post_init__()
 
-    def site_classes_in(self, family):
+    def site_classes_in(self, family: Any) -> Any:
         return family.skippables
 
-    def with_inner_places(self, places, model, family):
+    def with_inner_places(self, places: Iterable[Place], model: nn.Module, family: Any) -> list[Place]:
         """The bypasses, each told how many adapters are lost with its layer, and these adapters."""
         adapters = self._adapters_in(model, family)
         found = []
@@ -224,10 +225,10 @@ class DASConfig(Config):
             found += [BypassPlace(place.name, place.site_class, len(inside)), *inside]
         return found
 
-    def new_layer(self, dim, **factory):
+    def new_layer(self, dim: int, **factory: Any) -> AdapterLayer:
         return AdapterLayer(dim, **adapter_options(self), **factory)
 
-    def new_bypass(self, dim, lost, own_norm=False, **factory):
+    def new_bypass(self, dim: int, lost: int, own_norm: bool = False, **factory: Any) -> AdapterLayer:
         """Args: how many adapters the skipped layer loses, and whether it keeps a norm that the bypass reads."""
         width = self.bypass_bottleneck
         if width is None:
@@ -268,6 +269,7 @@ def _is_norm(module):
     return isinstance(weight, torch.Tensor) and weight.dim() == 1
 
 
-def _arguments(layer):
+def arguments_of(layer):
+    """The names of what its forward takes."""
     _, *arguments = inspect.signature(type(layer).forward).parameters
     return arguments

@@ -7,7 +7,7 @@ see N rows, as without prompts.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +134,7 @@ class DeepPromptConfig(Config):
         self.new_layer(1, device="meta")
         super().__post_init__()
 
-    def new_layer(self, dim, **factory):
+    def new_layer(self, dim: int, **factory: Any) -> nn.Module:
         return DeepPrompts(dim, self.num_prompts, **factory)
 
 

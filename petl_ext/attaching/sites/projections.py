@@ -16,6 +16,7 @@ from petl_ext.attaching.sites.site import Site
 # else such a module may hold because it acts before the last one, on scores, queries, keys or values.
 SCORES = (
     *("relative_attention_bias", "relative_position_bias", "rotary_emb", "sinks", "attn_drop"),
+    *("q_bias", "k_bias", "v_bias", "relative_position_bias_table"),
     *("q_norm", "k_norm", "v_norm", "qk_norm", "norm_q", "norm_k", "norm_cross", "norm_added_q", "norm_added_k"),
 )
 # diffusers' fused projections and processors, and its joint attentions, which have projections for two streams.
@@ -25,6 +26,13 @@ ATTENTIONS = {
     ("q_proj", "k_proj", "v_proj", "out_proj"): SCORES,
     ("q_proj", "k_proj", "v_proj", "o_proj"): SCORES,
     ("q_proj", "k_proj", "v_proj", "projection_layer"): SCORES,
+    # Gemma 4: its vision tower clips what goes into a projection and comes out of it; full attentions may take keys for
+    # values, and the last layers both from an earlier one.
+    tuple(f"{name}.linear" for name in ("q_proj", "k_proj", "v_proj", "o_proj")): SCORES,
+    ("q_proj", "k_proj", "o_proj"): SCORES,
+    ("q_proj", "o_proj"): SCORES,
+    # timm's EVA, whose norm stands before the last projection.
+    ("q_proj", "k_proj", "v_proj", "proj"): (*SCORES, "norm"),
     ("q", "k", "v", "o"): SCORES,
     JOINT: (*SCORES, *DIFFUSERS, "to_added_qkv", "to_add_out"),
     ("to_q", "to_k", "to_v", "to_out.0"): (*SCORES, *DIFFUSERS),
@@ -41,6 +49,7 @@ MLPS = dict.fromkeys(
     (
         ("fc1", "fc2"),
         ("gate_proj", "up_proj", "down_proj"),
+        ("gate_proj.linear", "up_proj.linear", "down_proj.linear"),
         ("up_proj", "down_proj"),
         ("gate_up_proj", "down_proj"),
         ("wi", "wo"),
@@ -52,7 +61,7 @@ MLPS = dict.fromkeys(
         ("net.0.proj", "net.2"),
     ),
     (),
-)
+) | {("fc1_g", "fc1_x", "fc2"): ("norm",)}  # timm's SwiGLU
 
 
 class ProjectionSite(Site):

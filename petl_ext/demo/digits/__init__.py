@@ -1,4 +1,4 @@
-"""The demo's task: small real data in the file formats of VQAv2, GQA, SNLI-VE and image folders, and models for them.
+"""The demo's task: small real data in the file formats of all tasks and of image folders, and models for them.
 
 All of it is drawn from scikit-learn's 1797 handwritten digits; nothing is downloaded.
 """

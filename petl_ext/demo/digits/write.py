@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from petl_ext.demo.digits import gqa, snli_ve, vqa
+from petl_ext.demo.digits import gqa, nlvr2, retrieval, scienceqa, snli_ve, vqa
 from petl_ext.demo.digits.scenes import SceneMaker, SceneSplit, images_folder
 from petl_ext.demo.digits.vqa import DigitsFiles
 from petl_ext.saving import written_whole
@@ -17,6 +17,9 @@ WRITERS: dict[str, Callable[[SceneSplit, np.random.Generator], None]] = {
     "vqa": vqa.write,
     "gqa": gqa.write,
     "snli_ve": snli_ve.write,
+    "nlvr2": nlvr2.write,
+    "retrieval": retrieval.write,
+    "scienceqa": scienceqa.write,
 }
 
 
@@ -34,8 +37,10 @@ def write_digits(
     exist yet; it appears once everything in it is complete.
 
     `formats` are "vqa" (VQAv2's questions and annotations, at the paths returned; all ten annotators agree), "gqa" (at
-    `gqa.GQADigitsFiles.of(folder, split)`) and "snli_ve" (at `snli_ve.SNLIVEDigitsFiles.of`), all about
-    the same images.
+    `gqa.GQADigitsFiles.of(folder, split)`), "snli_ve" (at `snli_ve.SNLIVEDigitsFiles.of`), "nlvr2" (at
+    `nlvr2.NLVR2DigitsFiles.of`), and, with all splits in one file, "retrieval" (at
+    `retrieval.RetrievalDigitsFiles.of(folder)`) and "scienceqa" (at `scienceqa.ScienceQADigitsFiles.of`), all about
+    the same scenes.
 
     Raises FileExistsError if `folder` exists, ValueError for an unknown split or format.
     """

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 
 from transformers import set_seed
 
-from petl_ext.demo.digits.write import WRITERS
 from petl_ext.demo.dvp.data import NAMES, initial_texts, read_tasks
 from petl_ext.demo.dvp.models import MeanPromptLayer, PromptedBert, freeze_below, make_dvp, read_language_model
 from petl_ext.demo.training import Run, Size, groups_by_rate
@@ -64,7 +63,7 @@ class DVPRun(Run):
         questions_per_scene=3,
         scenes={"train": 60, "val": 20, "test": 30},
     )
-    data_name, formats = "digits-dvp", tuple(WRITERS)
+    data_name, formats = "digits-dvp", ("vqa", "gqa", "snli_ve")
 
     @staticmethod
     def read(folder, tasks=NAMES):

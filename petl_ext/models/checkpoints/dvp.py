@@ -1,13 +1,18 @@
 """DVP under the names of its authors' code base, on BERT, T5 and LLaMA."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from petl_ext.composing import unchanged_on_error
 from petl_ext.models.checkpoints import origins
 from petl_ext.models.checkpoints.backbones import SEQUENTIAL_ADAPTER
 from petl_ext.models.checkpoints.clip import CLIP_PROJ, visual_rules
 from petl_ext.models.checkpoints.plan import Layout, attached_configs, fill, opened, tensors_of
+from petl_ext.models.checkpoints.report import CheckpointReport
 from petl_ext.models.checkpoints.rules import rule
 from petl_ext.models.dvp import DVPModel
 
@@ -82,7 +87,9 @@ ONE_PROMPT = "the prompt layer of a model without a search: make the model with 
 PROMPTS_OF_SEARCH = 'the prompt layers of a search: make the model with candidates="all"'
 
 
-def load_dvp_checkpoint(model, checkpoint, ignore=()):
+def load_dvp_checkpoint(
+    model: nn.Module, checkpoint: str | Path | Mapping[str, Any], ignore: Iterable[str] = ()
+) -> CheckpointReport:
     """Fills a DVPBert, DVPT5 or DVPLlama with a checkpoint of the authors' DVP code base.
 
     Such a file holds all weights: language model, CLIP's vision transformer, prompt layer, type embeddings, head and,

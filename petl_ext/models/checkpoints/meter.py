@@ -1,5 +1,11 @@
 """METER under the names of its authors' code base, and of APT's and DAS's."""
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
 from petl_ext.models.checkpoints import origins
 from petl_ext.models.checkpoints.adapt import resized, with_third_row
 from petl_ext.models.checkpoints.backbones import (
@@ -12,6 +18,7 @@ from petl_ext.models.checkpoints.backbones import (
     load_checkpoint,
 )
 from petl_ext.models.checkpoints.clip import CLIP_PROJ, CLIP_TEXT, visual_rules
+from petl_ext.models.checkpoints.report import CheckpointReport
 from petl_ext.models.checkpoints.rules import rule
 
 METER_APT = APT._replace(config="APTConfig(num_prompts={num_prompts}, rank={rank}, train_scale=False)")
@@ -58,7 +65,9 @@ METER = Architecture(
 )
 
 
-def load_meter_checkpoint(model, checkpoint, ignore=()):
+def load_meter_checkpoint(
+    model: nn.Module, checkpoint: str | Path | Mapping[str, Any], ignore: Iterable[str] = ()
+) -> CheckpointReport:
     """Fills our METER with a checkpoint of the authors' METER code base (CLIP and RoBERTa), or of APT's or DAS's METER.
 
     As `load_vilt_checkpoint`. The head is `vqa_classifier` or `gqa_classifier` for MeterForQuestionAnswering,

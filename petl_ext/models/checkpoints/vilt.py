@@ -1,5 +1,11 @@
 """ViLT under the names of its authors' code base, and of APT's and DAS's."""
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
 from petl_ext.models.checkpoints import origins
 from petl_ext.models.checkpoints.adapt import resized, with_third_row
 from petl_ext.models.checkpoints.backbones import (
@@ -11,6 +17,7 @@ from petl_ext.models.checkpoints.backbones import (
     Architecture,
     load_checkpoint,
 )
+from petl_ext.models.checkpoints.report import CheckpointReport
 from petl_ext.models.checkpoints.rules import rule
 
 VILT = Architecture(
@@ -67,7 +74,9 @@ VILT = Architecture(
 )
 
 
-def load_vilt_checkpoint(model, checkpoint, ignore=()):
+def load_vilt_checkpoint(
+    model: nn.Module, checkpoint: str | Path | Mapping[str, Any], ignore: Iterable[str] = ()
+) -> CheckpointReport:
     """Fills a Hugging Face ViLT model with a checkpoint of the authors' ViLT code base, or of APT's or DAS's ViLT.
 
     The head is picked by the model's class: `vqa_classifier`, `gqa_classifier` or `snli_classifier` for

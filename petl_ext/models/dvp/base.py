@@ -1,6 +1,7 @@
 """What DVP's models have in common: their parts, what trains, the prompt, files."""
 
-from typing import ClassVar, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -70,19 +71,19 @@ class DVPModel(Refusals, nn.Module):
 
     def __init__(
         self,
-        language_model,
-        vision_model=None,
+        language_model: nn.Module,
+        vision_model: nn.Module | None = None,
         *,
-        insert_layer=0,
-        num_labels=None,
-        num_heads=None,
-        visual_dim=None,
-        inner_dim=None,
-        dropout=0.1,
-        candidates=None,
-        original=False,
-        use_adapters=False,
-        adapter_bottleneck=None,
+        insert_layer: int = 0,
+        num_labels: int | None = None,
+        num_heads: int | None = None,
+        visual_dim: int | None = None,
+        inner_dim: int | None = None,
+        dropout: float = 0.1,
+        candidates: str | None = None,
+        original: bool = False,
+        use_adapters: bool = False,
+        adapter_bottleneck: int | None = None,
     ):
         super().__init__()
         self._check_language_model(language_model)
@@ -114,34 +115,34 @@ class DVPModel(Refusals, nn.Module):
         self.register_load_state_dict_pre_hook(_fill_in_twins)
 
     @property
-    def insert_layer(self):
+    def insert_layer(self) -> int:
         return self._insert_layer
 
     @insert_layer.setter
-    def insert_layer(self, layer):
+    def insert_layer(self, layer: int):
         if type(layer) is not int or not 0 <= layer < self.num_layers:
             raise self._wrong(f"insert_layer must be an integer in [0, {self.num_layers - 1}], got {layer!r}")
         self._insert_layer = layer
 
     @property
-    def num_layers(self):
+    def num_layers(self) -> int:
         return len(self._layers)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "DVPModel":
         super().train(mode)
         if self.vision_model is not None:
             self.vision_model.eval()
         return self
 
-    def activation_checkpointing_enable(self, **options):
+    def activation_checkpointing_enable(self, **options: Any) -> None:
         """Of the language model; transformers' Trainer asks for it here."""
         self.language_model.activation_checkpointing_enable(**options)
 
-    def gradient_checkpointing_enable(self, **options):
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
         """The same under the name that transformers gave it before 5.23."""
         self.language_model.gradient_checkpointing_enable(**options)
 
-    def resize_adapters(self, bottleneck):
+    def resize_adapters(self, bottleneck: int) -> None:
         """New adapters of another width in place of those that the model has. Make optimizers afterwards.
 
         Raises:
@@ -150,7 +151,7 @@ class DVPModel(Refusals, nn.Module):
         self.options["adapter_bottleneck"] = self._checked_bottleneck(bottleneck)
         replace_adapters(self._base, self._new_adapter)
 
-    def save(self, folder):
+    def save(self, folder: str | Path) -> None:
         """Writes what trains, parameters that require gradients, and how the model was made.
 
         The folder is complete or, after an error, as it was. With several processes, call it in one.
@@ -159,7 +160,7 @@ class DVPModel(Refusals, nn.Module):
         write_files(folder, {"model": type(self).__name__, "options": options}, self._trained())
 
     @classmethod
-    def load(cls, folder, language_model, vision_model=None):
+    def load(cls, folder: str | Path, language_model: nn.Module, vision_model: nn.Module | None = None) -> "DVPModel":
         """A model as it was saved: made from the same language model and vision encoder, and filled.
 
         Raises:

@@ -2,8 +2,9 @@
 
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from petl_ext.models.dvp.adapters import AdapterPlan
 from petl_ext.models.dvp.base import DVPModel, with_prompt
@@ -40,14 +41,14 @@ class DVPBert(DVPModel):
 
     def forward(
         self,
-        input_ids,
-        attention_mask=None,
-        token_type_ids=None,
-        pixel_values=None,
-        visual_features=None,
-        visual_mask=None,
-        labels=None,
-    ):
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        visual_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> SequenceClassifierOutput:
         """
         Args:
             input_ids: [B, T], [CLS] first.

@@ -2,10 +2,10 @@
 
 import copy
 import inspect
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -53,16 +53,16 @@ class DVPLlama(DVPModel):
 
     def forward(
         self,
-        input_ids,
-        attention_mask=None,
-        pixel_values=None,
-        visual_features=None,
-        visual_mask=None,
-        labels=None,
-        question_end=None,
-        past_key_values=None,
-        cache=None,
-    ):
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        visual_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        question_end: Tensor | None = None,
+        past_key_values: Any = None,
+        cache: Any = None,
+    ) -> CausalLMOutputWithPast:
         """
         Args:
             input_ids: [B, T]; with a filled cache only the new tokens.
@@ -104,7 +104,9 @@ class DVPLlama(DVPModel):
         return self._worded(states if visual is None else states[:, 1:], labels, cache)
 
     @torch.no_grad()
-    def generate(self, input_ids, attention_mask=None, max_new_tokens=64, **inputs):
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 64, **inputs: Any
+    ) -> Tensor:
         """Continues each text with its likeliest next token, again and again, until all have ended.
 
         Args:

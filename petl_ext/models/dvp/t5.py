@@ -2,8 +2,9 @@
 
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from petl_ext.models.dvp.adapters import AdapterPlan
 from petl_ext.models.dvp.base import DVPModel
@@ -42,13 +43,13 @@ class DVPT5(DVPModel):
 
     def forward(
         self,
-        input_ids,
-        attention_mask=None,
-        pixel_values=None,
-        visual_features=None,
-        visual_mask=None,
-        labels=None,
-    ):
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        visual_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> SequenceClassifierOutput:
         """
         Args:
             input_ids: [B, T], the encoder's.

@@ -1,11 +1,12 @@
 """METER for four tasks."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from petl_ext.models.heads import checked_class_loss, checked_soft_target_loss, mlp_head
+from petl_ext.models.meter.config import MeterConfig
 from petl_ext.models.meter.given import check_batch, the_one
 from petl_ext.models.meter.model import MeterModel, MeterPreTrainedModel
 
@@ -78,7 +79,7 @@ class MeterForImagesAndTextClassification(MeterPreTrainedModel):
 
     num_images = 2
 
-    def __init__(self, config):
+    def __init__(self, config: MeterConfig):
         super().__init__(config)
         if config.modality_type_vocab_size <= self.num_images:
             raise ValueError(
@@ -93,13 +94,13 @@ class MeterForImagesAndTextClassification(MeterPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids=None,
-        pixel_values=None,
-        attention_mask=None,
-        labels=None,
-        inputs_embeds=None,
-        image_embeds=None,
-    ):
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+    ) -> SequenceClassifierOutput:
         """
         Args:
             input_ids, attention_mask, inputs_embeds: MeterModel's.
@@ -135,7 +136,7 @@ class MeterForImageAndTextRetrieval(MeterPreTrainedModel):
     which METER takes the right one and 15 random ones.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: MeterConfig):
         super().__init__(config)
         self.meter = MeterModel(config)
         self.rank_output = nn.Linear(2 * config.hidden_size, 1)
@@ -144,13 +145,13 @@ class MeterForImageAndTextRetrieval(MeterPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids=None,
-        pixel_values=None,
-        attention_mask=None,
-        labels=None,
-        inputs_embeds=None,
-        image_embeds=None,
-    ):
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+    ) -> SequenceClassifierOutput:
         """
         Args:
             input_ids: one text to an image [B, T], or K texts [B, K, T].

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedModel, RobertaModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
@@ -40,14 +40,20 @@ class MeterFusionLayer(GradientCheckpointingLayer):
     BertOutput, `forward(hidden_states, input_tensor)`.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: MeterConfig):
         super().__init__()
         self.attention = BertAttention(config)
         self.crossattention = BertAttention(config, is_cross_attention=True)
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config)
 
-    def forward(self, hidden_states, other_states, attention_mask=None, other_mask=None):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        other_states: Tensor,
+        attention_mask: Tensor | None = None,
+        other_mask: Tensor | None = None,
+    ) -> Tensor:
         """`layer(hidden_states, other_states, attention_mask=None, other_mask=None)` to this stream's new [B, N, D].
 
         Args:
@@ -78,7 +84,7 @@ class MeterPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules: ClassVar[list] = ["MeterFusionLayer"]
 
-    def resize_images(self, image_size):
+    def resize_images(self, image_size: int) -> None:
         """Makes the model take images of `image_size` x `image_size` pixels; position embeddings are interpolated.
 
         The position embedding gets a new weight: make optimizers afterwards.
@@ -101,7 +107,7 @@ class MeterPreTrainedModel(PreTrainedModel):
         embeddings.position_ids = torch.arange(len(weight), device=weight.device)[None]
         embeddings.image_size = vision.config.image_size = image_size
 
-    def resize_token_types(self, num_types):
+    def resize_token_types(self, num_types: int) -> None:
         """Makes room for `num_types` token types; new ones start as copies of the last, as METER starts NLVR2's third.
 
         The token-type embedding gets a new weight: make optimizers afterwards.
@@ -126,7 +132,7 @@ class MeterModel(MeterPreTrainedModel):
     patches too, pass its last norm. The text mask hides padded tokens from every attention; no image token is hidden.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: MeterConfig):
         super().__init__(config)
         self.text_transformer = RobertaModel(config.text_config, add_pooling_layer=False)
         self.vit_model = CLIPVisionModel(config.vision_config)
@@ -140,22 +146,22 @@ class MeterModel(MeterPreTrainedModel):
         self.cross_modal_image_pooler = BertPooler(config)
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.text_transformer.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_transformer.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(
         self,
-        input_ids=None,
-        pixel_values=None,
-        attention_mask=None,
-        image_token_type_idx=1,
-        inputs_embeds=None,
-        image_embeds=None,
-    ):
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_token_type_idx: int = 1,
+        inputs_embeds: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+    ) -> MeterModelOutput:
         """
         Args:
             input_ids: [B, T] of RoBERTa's tokenizer.
@@ -180,7 +186,9 @@ class MeterModel(MeterPreTrainedModel):
         image_states = self.encode_image(pixel_values, image_token_type_idx, image_embeds)
         return self.fuse(text_states, image_states, attention_mask)
 
-    def encode_text(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+    def encode_text(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
         """The text stream before the first fusion layer [B, T, D]."""
         self._check_text(the_one(self, input_ids=input_ids, inputs_embeds=inputs_embeds), attention_mask)
         states = self.text_transformer(
@@ -188,7 +196,9 @@ class MeterModel(MeterPreTrainedModel):
         ).last_hidden_state
         return self._with_token_type(self.cross_modal_text_transform(states), 0)
 
-    def encode_image(self, pixel_values=None, image_token_type_idx=1, image_embeds=None):
+    def encode_image(
+        self, pixel_values: Tensor | None = None, image_token_type_idx: int = 1, image_embeds: Tensor | None = None
+    ) -> Tensor:
         """The image stream before the first fusion layer [B, N, D]."""
         self._check_image(the_one(self, pixel_values=pixel_values, image_embeds=image_embeds), image_token_type_idx)
         if image_embeds is None:
@@ -196,7 +206,7 @@ class MeterModel(MeterPreTrainedModel):
         states = self.cross_modal_image_transform(self.vit_model.post_layernorm(image_embeds))
         return self._with_token_type(states, image_token_type_idx)
 
-    def fuse(self, text_states, image_states, attention_mask=None):
+    def fuse(self, text_states: Tensor, image_states: Tensor, attention_mask: Tensor | None = None) -> MeterModelOutput:
         """What the fusion layers and the poolers make of the two streams, as MeterModelOutput."""
         mask = _added_to_scores(attention_mask, text_states.dtype)
         text, image = text_states, image_states

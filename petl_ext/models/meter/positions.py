@@ -4,11 +4,12 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from petl_ext.checks import check_positive_integer
 
 
-def resize_position_embeddings(weight, grid):
+def resize_position_embeddings(weight: Tensor, grid: int) -> Tensor:
     """CLIP's position embeddings for another number of patches, as METER resizes them when it loads a checkpoint.
 
     The class token's row stays; the others are interpolated bicubically over the square of patches.

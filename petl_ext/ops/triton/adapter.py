@@ -20,7 +20,7 @@ from petl_ext.ops.triton.launching import (
     rows_of,
     sum_of_columns,
 )
-from petl_ext.ops.triton.products import centred, narrow, product, rest_of, store_tile, tile
+from petl_ext.ops.triton.products import centred, finite, narrow, product, rest_of, store_tile, tile
 from petl_ext.ops.triton.tiles import padded
 
 
@@ -109,7 +109,7 @@ def _project(
         if REST:
             sums = product(narrow(rest_of(wide, v.dtype), v.dtype), w, sums)
     if REST and down.dtype.element_ty != v.dtype:
-        sums = product(v, rest_of(w, v.dtype), sums)
+        sums = product(finite(v), rest_of(w, v.dtype), sums)
     return product(v, w, sums)
 
 

@@ -15,7 +15,7 @@ from petl_ext.ops.triton.launching import (
     row_tiles,
     rows_of,
 )
-from petl_ext.ops.triton.products import narrow, product, rest_of, store_tile, tile
+from petl_ext.ops.triton.products import finite, narrow, product, rest_of, store_tile, tile
 from petl_ext.ops.triton.tiles import padded
 
 
@@ -35,7 +35,7 @@ def apt_forward_rows(
         b = tile(keys, D, p, d, P, D)
         s = product(a, tl.trans(narrow(b, a.dtype)), s)
         if REST:
-            s = product(a, tl.trans(narrow(rest_of(b, a.dtype), a.dtype)), s)
+            s = product(finite(a), tl.trans(narrow(rest_of(b, a.dtype), a.dtype)), s)
     s = tl.where(p[None, :] < P, s, float("-inf") if SOFTMAX else 0.0)  # beyond P an infinity of x makes it NaN
     is_nan = tl.max((s != s).to(tl.int32), 1) > 0
     if SOFTMAX:
@@ -47,6 +47,7 @@ def apt_forward_rows(
         g = tl.max(s, 1)
         # In [0, 1], so that float16 cannot overflow. The least normal number is the least whose inverse is finite.
         h = s / tl.where(g >= 1.1754944e-38, g, float("inf"))[:, None]
+        h = tl.where(s == float("inf"), s, h)
     g = tl.where(is_nan, float("nan"), g)
     h = narrow(tl.where(is_nan[:, None], float("nan"), h), x.dtype.element_ty)
     tl.store(gate + rows, g, mask=rows < R)

@@ -54,6 +54,12 @@ def rest_of(values, dtype: tl.constexpr):
 
 
 @triton.jit
+def finite(values):
+    """Zero in place of infinities: a factor of rests, since what is infinite or not a number the whole factor says."""
+    return tl.where(tl.abs(values.to(tl.float32)) < float("inf"), values, 0.0).to(values.dtype)
+
+
+@triton.jit
 def centred(values, mean, rest):
     """Rows less their mean, of which `rest` is what its float32 leaves out."""
     return values.to(tl.float32) - mean[:, None] - rest[:, None]

@@ -28,14 +28,14 @@ class Tiles(NamedTuple):
 # By the greatest padded inner size: for tensor cores, and for products that they do not compute.
 ROW_TILES = {
     64: (Tiles(64, 32, 64, 8), Tiles(16, 32, 32, 4)),
-    128: (Tiles(64, 32, 64, 8), Tiles(16, 16, 32, 8)),
-    256: (Tiles(32, 32, 32, 8), Tiles(16, 16, 32, 8)),
-    512: (Tiles(16, 16, 32, 8, 1), Tiles(16, 16, 32, 8)),
+    128: (Tiles(64, 32, 32, 8), Tiles(16, 16, 32, 8)),
+    256: (Tiles(16, 32, 32, 8), Tiles(16, 32, 32, 8)),
+    512: (Tiles(16, 16, 32, 8, 1), Tiles(8, 16, 64, 8)),
 }
-# AMD's have 64 KiB of shared memory, and other registers.
+# AMD's have 64 KiB of shared memory, and the registers of a program of four warps are twice as many for each thread.
 AMD_ROW_TILES = ROW_TILES | {
-    256: (Tiles(64, 32, 32, 8), ROW_TILES[256][1]),
-    512: (ROW_TILES[512][0], Tiles(16, 16, 32, 8, 1)),
+    256: (Tiles(32, 32, 32, 4, 1), Tiles(16, 16, 32, 8)),
+    512: (Tiles(16, 16, 32, 4, 1), Tiles(16, 16, 32, 4, 1)),
 }
 # Of weights' gradients: `rows` are summed over, at most WEIGHT_ROWS of the weight are taken at a time.
 WEIGHT_ROWS = 64

@@ -1,9 +1,8 @@
-"""The modules of the code of APT (arXiv 2306.15706), DAS (arXiv 2309.01479) and DVP (arXiv 2306.00409)."""
+"""The modules of the code of APT (arXiv 2306.15706) and DVP (arXiv 2306.00409) that are no bottlenecks."""
 
 import torch
 from torch import nn
 
-from petl_ext.ops.adapter import ACTIVATIONS, adapter
 from petl_ext.ops.apt import ACTIVATIONS as APT_ACTIVATIONS
 from petl_ext.ops.apt import apt
 from petl_ext.ops.attention_pool import attention_pool
@@ -12,11 +11,11 @@ from petl_ext.patching.dispatch import own_forward_because
 from petl_ext.patching.kind import (
     Kind,
     Settings,
+    as_gain,
     described,
     dropout_of,
     names_in,
     promoted,
-    refuse_bottleneck,
     refuse_dropout,
     refuse_linear,
     refuse_names,
@@ -73,7 +72,7 @@ class PromptDiffusion(Kind):
     def petl_compute(module, x, res):
         prompts = module.mm_tokens
         keys = prompts + module.mm(prompts)
-        out = apt(res, x, prompts, keys, module.scale, module.petl_settings.activation)
+        out = apt(res, x, prompts, keys, as_gain(module.scale), module.petl_settings.activation)
         return promoted(out, module.scale)
 
     @staticmethod
@@ -83,138 +82,6 @@ class PromptDiffusion(Kind):
     @staticmethod
     def petl_sizes(module):
         return module.mm_tokens.size(1), module.mm_tokens.size(0)
-
-
-class Bottleneck(Kind):
-    """x + up(act(down(x)))."""
-
-    petl_name = "bottleneck adapter"
-    petl_op = "adapter"
-    petl_published = "Adapter of APT, DAS and DVP (down_sampler, up_sampler, perhaps activation), or down, act and up"
-
-    def forward(self, x):
-        if own_forward_because(self, x):
-            return super().forward(x)
-        return self.petl_compute(self, x)
-
-    @staticmethod
-    def petl_looks_like(module):
-        names = names_in(module)
-        if names == {"down", "act", "up"}:
-            return isinstance(module.down, nn.Linear) and isinstance(module.up, nn.Linear)
-        return {"down_sampler", "up_sampler"} <= names
-
-    @staticmethod
-    def petl_refusal(module):
-        down, up, activation = _bottleneck_names(module)
-        if reason := refuse_names(module, (down, up), (activation,)):
-            return reason
-        if activation in module._modules and (reason := refuse_activation(getattr(module, activation))):
-            return reason
-        return refuse_bottleneck(getattr(module, down), getattr(module, up))
-
-    @staticmethod
-    def petl_candidates(module):
-        # DVP's for LLaMA calls silu, which no part shows.
-        activation = module._modules.get(_bottleneck_names(module)[2])
-        return [Settings(name) for name in (ACTIVATIONS if activation is None else [activation_of(activation)])]
-
-    @staticmethod
-    def petl_examples(module, draw, *size):
-        return [(draw(*size, Bottleneck.petl_sizes(module)[0]),)]
-
-    @staticmethod
-    def petl_compute(module, x):
-        down, up = (getattr(module, name) for name in _bottleneck_names(module)[:2])
-        activation = module.petl_settings.activation
-        return adapter(x, down.weight, down.bias, up.weight, up.bias, activation=activation, residual=x)
-
-    @staticmethod
-    def petl_sizes(module):
-        down = getattr(module, _bottleneck_names(module)[0])
-        return down.in_features, down.out_features
-
-
-def _bottleneck_names(module):
-    if "down_sampler" in module._modules:
-        return "down_sampler", "up_sampler", "activation"
-    return "down", "up", "act"
-
-
-class ParallelAdapter(Kind):
-    """residual + scale * up(act(down(LN(x)))), where the LayerNorm may come last, or be absent, as the residual."""
-
-    petl_name = "parallel adapter"
-    petl_op = "adapter"
-    petl_published = "Adapter_Layer and ParallelAdapter of APT and DAS (down_proj, up_proj, non_linear_func, scale)"
-
-    def forward(self, x, add_residual=True, residual=None):
-        broadcast = residual is not None and residual.shape != x.shape
-        if broadcast or own_forward_because(self, x):
-            return super().forward(x, add_residual, residual)
-        return self.petl_compute(self, x, add_residual, residual)
-
-    @staticmethod
-    def petl_looks_like(module):
-        return {"down_proj", "up_proj", "non_linear_func"} <= names_in(module)
-
-    @staticmethod
-    def petl_refusal(module):
-        norm = ("adapter_layer_norm_before",) if _norm_option(module) else ()
-        if reason := refuse_names(module, ("down_proj", "up_proj", "non_linear_func", *norm), ("scale",)):
-            return reason
-        if type(getattr(module, "dropout", None)) not in (int, float):
-            return f"its dropout is {described(getattr(module, 'dropout', None))}, not a number"
-        return (
-            refuse_bottleneck(module.down_proj, module.up_proj, module.adapter_layer_norm_before if norm else None)
-            or refuse_activation(module.non_linear_func)
-            or refuse_scale(getattr(module, "scale", None))
-        )
-
-    @staticmethod
-    def petl_candidates(module):
-        return [Settings(activation_of(module.non_linear_func))]
-
-    @staticmethod
-    def petl_examples(module, draw, *size):
-        x, residual = (draw(*size, module.down_proj.in_features) for _ in range(2))
-        return [(x,), (x, False), (x, True, residual), (x, False, residual)]
-
-    @staticmethod
-    def petl_compute(module, x, add_residual=True, residual=None):
-        norm = module.adapter_layer_norm_before if _norm_option(module) else None
-        last = _norm_option(module) == "out"
-        first = None if last else norm
-        residual = (x if residual is None else residual) if add_residual else None
-        out = adapter(
-            x,
-            module.down_proj.weight,
-            module.down_proj.bias,
-            module.up_proj.weight,
-            module.up_proj.bias,
-            module.scale,
-            module.petl_settings.activation,
-            **({} if first is None else {"norm_weight": first.weight, "norm_bias": first.bias, "eps": first.eps}),
-            residual=None if last else residual,
-        )
-        out = promoted(out, module.scale)
-        if last:
-            out = norm(out)
-            return out if residual is None else out + residual
-        return out
-
-    @staticmethod
-    def petl_dropout(module):
-        return module.dropout if module.training else 0.0
-
-    @staticmethod
-    def petl_sizes(module):
-        return module.down_proj.in_features, module.down_proj.out_features
-
-
-def _norm_option(module):
-    option = getattr(module, "adapter_layernorm_option", None)
-    return option if option in ("in", "out") else None
 
 
 class CrossAttention(Kind):
