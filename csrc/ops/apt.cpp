@@ -46,8 +46,8 @@ AptSizes check_sizes(const Tensor& x, const Tensor& y, const Tensor& prompts, co
   weights.is_matrix("[P, D]");
   const int64_t P = prompts.size(0), D = prompts.size(1);
   PETL_REQUIRE(x.dim() > 0 && x.size(x.dim() - 1) == D, "apt: x must have shape [..., ", D,
-               "], as wide as prompts, got ", shape_text(shape_of(x)));
-  Argument{"apt", "y", y}.has_shape(shape_of(x));
+               "], as wide as prompts, got ", shape_text(x.sizes()));
+  Argument{"apt", "y", y}.has_shape(x.sizes());
   Argument{"apt", "keys", keys}.has_shape({P, D});
   Argument{"apt", "log_scale", log_scale}.has_shape({1});
   return {x.numel() / D, D, P};
@@ -78,8 +78,8 @@ std::tuple<Tensor, Tensor, Tensor> apt_forward(const Tensor& x, const Tensor& y,
   const RowsOf prompts_rows(arguments[2]), keys_rows(arguments[3]), log_scale_rows(arguments[4]);
   const Result out(y, widen);
   const Tensor gate = new_floats(y, {size.R});
-  const auto kept = keep_scores ? std::vector<int64_t>{size.R, size.kept()} : std::vector<int64_t>{0};
-  const Tensor scores = new_tensor(y, kept, kept_dtype(x, y));
+  const int64_t kept[] = {size.R, size.kept()};
+  const Tensor scores = new_tensor(y, keep_scores ? IntHeaderOnlyArrayRef(kept) : kNotNeeded, kept_dtype(x, y));
   run(device,
       AptForward{
           .size = size,
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward(const Tensor& do
   for (const Argument& argument : arguments) device.holds(argument);
   for (const Argument& argument : kept) device.holds(argument);
   device.supports("apt", cuda::kAptLimits, size.D, size.P);
-  arguments[2].has_shape(shape_of(dout));
+  arguments[2].has_shape(dout.sizes());
   PETL_REQUIRE(arguments[2].dtype() == arguments[0].dtype(), "apt: dout must have the dtype of y");
   const bool widen = !Device::kMixesDtypes && arguments[0].dtype() != arguments[1].dtype();
   const ActivationRows<Device> dout_rows(arguments[0], widen), x_rows(arguments[1], widen), y_rows(arguments[2], widen);
@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward(const Tensor& do
 Tensor apt_pack(const Tensor& like, const Tensor& prompts, const Tensor& keys, std::string activation) {
   const Argument arguments[] = {{"apt", "like", like}, {"apt", "prompts", prompts}, {"apt", "keys", keys}};
   arguments[1].is_matrix("[P, D]");
-  arguments[2].has_shape(shape_of(prompts));
+  arguments[2].has_shape(prompts.sizes());
   const Cuda device(prompts);
   for (const Argument& argument : arguments) device.holds(argument);
   const AptSizes size{1, prompts.size(1), prompts.size(0)};
