@@ -254,7 +254,9 @@ def no_kernel_because(op, device, dtype, dropout=0.0, sizes=None):
 def no_kernel_text(op, devices):
     """What a call of `op` on tensors of these devices is refused with."""
     whose, devices = _holder(), sorted(devices)
-    remedies = [f"{reason}." for backend in BACKENDS.values() if (reason := backend.missing) and _may_use(backend, chosen())]
+    remedies = [
+        f"{reason}." for backend in BACKENDS.values() if (reason := backend.missing) and _may_use(backend, chosen())
+    ]
     if chosen() in (AUTO, NATIVE) and any(device.startswith("cuda") for device in devices):
         remedies.append(
             "Installed anew beside a CUDA build of torch, or with PETL_CUDA=1, petl_ext holds CUDA kernels for GPUs of "

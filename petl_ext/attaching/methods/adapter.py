@@ -112,7 +112,7 @@ class SequentialAdapterProjection(ProjectionSite, AdapterSite):
     projections = ATTENTIONS | MLPS
     second_stream = SequentialAdapterSecondStream
 
-    def changed(self, x, y):
+    def changed(self, x, y, begun):
         return self.adapter(y)
 
 
@@ -121,7 +121,7 @@ class ParallelAdapterProjection(SequentialAdapterProjection):
 
     second_stream = ParallelAdapterSecondStream
 
-    def changed(self, x, y):
+    def changed(self, x, y, begun):
         return self.adapter(x, residual=y)
 
 
@@ -132,7 +132,7 @@ class SequentialAdapterMixture(MixtureSite, SequentialAdapterProjection):
 class ParallelAdapterMixture(MixtureSite, ParallelAdapterProjection):
     """The adapter beside a mixture of experts: it reads the same input."""
 
-    def changed(self, x, y):
+    def changed(self, x, y, begun):
         return self.adapter(x.reshape(y.shape), residual=y)
 
 

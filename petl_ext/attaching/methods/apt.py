@@ -16,6 +16,9 @@ class APTSite(Site):
 
     child = "apt"
 
+    def begin(self, x):
+        return self.apt.begin(x)
+
     @staticmethod
     def macs(layer, tokens):
         num_prompts, dim = layer.prompts.shape
@@ -36,7 +39,8 @@ class APTSelfOutput(AttentionOutputSite, APTSite):
     looked_for = "attention output modules (dense, dropout, perhaps LayerNorm) beside a self-attention"
 
     def forward(self, hidden_states, input_tensor):
-        hidden_states = self.dropout(self.apt(input_tensor, self.dense(hidden_states)))
+        begun = self.begin(input_tensor)
+        hidden_states = self.dropout(self.apt(input_tensor, self.dense(hidden_states), begun))
         if hasattr(self, "LayerNorm"):
             hidden_states = self.LayerNorm(hidden_states + input_tensor)
         return hidden_states
@@ -60,8 +64,8 @@ class APTAttention(ProjectionSite, APTSite):
     projections = ATTENTIONS
     second_stream = APTSecondStream
 
-    def changed(self, x, y):
-        return self.apt(x, y)
+    def changed(self, x, y, begun):
+        return self.apt(x, y, begun)
 
 
 @dataclass(frozen=True)
