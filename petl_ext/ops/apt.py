@@ -193,7 +193,7 @@ def begun_apt(x, prompts, keys, activation, packed):
         packed: what `packed_apt` returned for these prompts, keys and activation, or None.
 
     Returns:
-        A `Begun`, which one call takes once it has waited for this stream; or None, where there is nothing to do before.
+        A `Begun`, which one call takes once it has waited for this stream; None where there is nothing to do before.
 
     Raises:
         RuntimeError: as `apt` does.

@@ -197,10 +197,7 @@ def raw_ops_for(op, tensors, dropout=0.0):
 
 def _has_float64(tensors):
     """Whether any tensor is of the dtype that no kernel knows."""
-    for tensor in tensors:  # not any(), which takes three times as long
-        if tensor is not None and tensor.dtype is torch.float64:
-            return True
-    return False
+    return torch.float64 in [tensor.dtype for tensor in tensors if tensor is not None]
 
 
 def takes_packed(op, device, width, inner):
@@ -304,10 +301,10 @@ def _may_use(backend, choice):
 
 def _backend_for(op, device):
     """The first that may be used, holds a kernel and can run it on this device, or None."""
-    choice, kind = chosen(), device.type
+    choice, device_type = chosen(), device.type
     for backend in BACKENDS.values():
-        if _may_use(backend, choice) and (backend.name, op, kind) in _HELD:
-            if kind == "cuda" and backend.name == NATIVE and not _runs_cuda_kernels(device.index):
+        if _may_use(backend, choice) and (backend.name, op, device_type) in _HELD:
+            if device_type == "cuda" and backend.name == NATIVE and not _runs_cuda_kernels(device.index):
                 continue
             return backend
     return None

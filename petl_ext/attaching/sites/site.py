@@ -26,7 +26,7 @@ class Place:
 
 
 class Site(Composable):
-    """What a module becomes that carries a new layer. Its methods but `forward` and `begin` answer questions about the layer.
+    """What a module becomes that carries a new layer. All methods but `forward` and `begin` answer questions about it.
 
     Attributes:
         child: the new layer's name in the module.
