@@ -32,7 +32,6 @@ void* packed_weights(const Cuda& device, const AptForward& args, const Tensor& p
 int finish(const Cuda& device, const AptForward& args, const OptionalTensor& packed, const Tensor& begun) {
   const Argument argument{"apt", "begun", begun};
   PETL_REQUIRE(packed, "apt: begun must come with the packed weights that apt_begin was given, got none");
-  PETL_REQUIRE(args.x.dtype == args.y.dtype, "apt: begun must be for a y in the dtype of x, got another");
   device.holds(argument);
   return cuda::apt_forward(args, packed_weights(device, args, *packed), cuda::AptDone::beginning,
                            bytes_of(argument, cuda::apt_forward_workspace(args), "_begin"), device.queue());

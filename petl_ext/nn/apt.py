@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from petl_ext.checks import check_choice, check_positive_integer, check_probability, check_switch
 from petl_ext.nn.frozen import FreezingLayer, Frozen
-from petl_ext.nn.side_stream import SideStream
+from petl_ext.nn.side_stream import side_stream_on
 from petl_ext.ops.apt import ACTIVATIONS, apt, begun_apt, packed_apt
 from petl_ext.ops.packed import Begun, dtype_of_activations
 
@@ -135,7 +135,7 @@ class APTLayer(FreezingLayer):
         self.check_serves()
         check_switch("APTLayer.freeze: overlap", overlap)
         self._frozen = frozen_keys(self.prompts, self.down, self.up, self.activation, dtype)
-        self._side_stream = SideStream(self.prompts.device) if overlap and self.prompts.is_cuda else None
+        self._side_stream = side_stream_on(self.prompts.device) if overlap else None
 
     def begin(self, x: Tensor) -> Begun | None:
         """Queues what `forward` computes of the attention's input alone, before the attention itself, which so runs

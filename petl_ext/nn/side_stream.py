@@ -3,6 +3,11 @@
 import torch
 
 
+def side_stream_on(device):
+    """A `SideStream`, or None where the device is no GPU."""
+    return SideStream(device) if device.type == "cuda" else None
+
+
 class SideStream:
     """A stream that leaves the current one to queue work beside it, and is waited for where that work is needed."""
 
