@@ -115,9 +115,6 @@ class APTTunerLayer(TunerLayer):
     def options_of(layer: nn.Module) -> dict[str, Any]:
         return {"activation": layer.activation, "dropout": layer.dropout}
 
-    def begin(self, x: Tensor) -> None:
-        """Nothing: several adapters may be active, of which each but the first waits for the one before."""
-
     def apt(self, x: Tensor, y: Tensor, begun: None = None) -> Tensor:
         """The output y [..., D] as the active adapters change it one after the other; x [..., D] is the input."""
         for adapter_name in self.petl_running():
