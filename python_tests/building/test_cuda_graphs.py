@@ -180,7 +180,7 @@ assert torch.equal(out, petl_ext.ops.apt(x, y, prompts, prompts, log_scale))
 """
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_kernels_first_use_may_be_inside_a_capture():
+@pytest.mark.parametrize("device", [device for device in CUDA_DEVICES if device.name == "cuda"], ids=str, indirect=True)
+def test_a_kernels_first_use_may_be_inside_a_capture(device):
     result = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
