@@ -1,5 +1,7 @@
 // Prompt diffusion: scores = act(x keys^T), gate = rowmax(scores), out = exp(log_scale) (y + gate (scores prompts)).
+// Dropout multiplies the scores before all else reads them.
 #pragma once
+#include "kernels/dropout.h"
 #include "kernels/tensor.h"
 
 namespace petl {
@@ -23,7 +25,8 @@ struct AptForward {
   ConstRows log_scale;  // [1, 1]
   Rows out;             // [R, D]
   float* gate;          // [R]
-  Rows scores;          // [R, kept], bfloat16 or float32, zeros beyond P; null: not kept
+  Rows scores;          // [R, kept], bfloat16 or float32, before dropout, zeros beyond P; null: not kept
+  Dropout dropout;
 };
 
 struct AptBackward {
@@ -37,6 +40,7 @@ struct AptBackward {
   ConstRows log_scale;  // [1, 1]
   const float* gate;    // [R]
   ConstRows scores;     // [R, kept]
+  Dropout dropout;
   // A gradient whose data is null is not computed.
   Rows dx;            // [R, D]
   Rows dy;            // [R, D]

@@ -66,8 +66,7 @@ class APTLayer(FreezingLayer):
         num_prompts: P.
         rank: r of the map from prompts to keys.
         activation: "relu", or "softmax" over the prompts.
-        dropout: on the scores, in training. Above 0 plain PyTorch computes the training forward: no kernel has
-            dropout.
+        dropout: on the scores, before the gate is taken, in training.
         train_scale: whether `log_scale` requires gradients. The authors' ViLT trains it; in their METER it stays at 0.
 
     Raises:

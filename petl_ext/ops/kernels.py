@@ -54,12 +54,14 @@ class Op:
         flops: {a raw op's name: its FLOPs, computed from its arguments, tensors as their shapes}.
         cuda_limits: a `Limits`, or None where C++ names none.
         sizes: from the tensors that the op is given, (rows, width, inner size, dtype of the weights); or None.
+        has_dropout: whether the kernels drop out.
     """
 
     name: str
     flops: dict[str, Callable]
     cuda_limits: Limits | None
     sizes: Callable | None = None
+    has_dropout: bool = False
 
 
 class Kernel(NamedTuple):
@@ -82,7 +84,7 @@ OLDEST_CUDA = (8, 0)  # the least compute capability that the CUDA kernels are c
 _HELD = set()
 
 
-def register(name, forward_flops, backward_flops, sizes=None):
+def register(name, forward_flops, backward_flops, sizes=None, has_dropout=False):
     """Enters an op whose raw ops `petl_ext::<name>_forward` and `_backward` have been defined, with fake kernels.
 
     Where no backend holds a kernel for the tensors' device, they raise from then on.
@@ -95,7 +97,7 @@ def register(name, forward_flops, backward_flops, sizes=None):
     """
     flops = {f"{name}_forward": forward_flops, f"{name}_backward": backward_flops}
     limits = getattr(torch.ops.petl_ext, f"{name}_cuda_limits", None)
-    OPS[name] = Op(name, flops, Limits(*limits()) if limits else None, sizes)
+    OPS[name] = Op(name, flops, Limits(*limits()) if limits else None, sizes, has_dropout)
 
     def refuse(*arguments):
         devices = {str(argument.device) for argument in arguments if isinstance(argument, torch.Tensor)}
@@ -169,7 +171,7 @@ def raw_ops_for(op, tensors, dropout=0.0):
 
     Args:
         tensors: all that are given to the op; some may be None. The first one's device is the call's.
-        dropout: a probability, of which no kernel knows.
+        dropout: a probability, of which the kernels of some ops do not know.
 
     Raises:
         ValueError: dropout is no number in [0, 1), or PETL_BACKEND names no backend.
@@ -180,7 +182,8 @@ def raw_ops_for(op, tensors, dropout=0.0):
         check_probability(f"{op}: dropout", dropout)
     # No kernel knows float64.
     is_wide = any(tensor.dtype is torch.float64 for tensor in given)
-    if choice == REFERENCE or dropout != 0 or is_wide or are_transformed(given):
+    is_unknown = dropout != 0 and not OPS[op].has_dropout
+    if choice == REFERENCE or is_unknown or is_wide or are_transformed(given):
         return None
     device = given[0].device
     if PREFERENCES and choice == AUTO and device.type == "cuda":
@@ -225,7 +228,7 @@ def kernel_for(op, device, dtype, dropout=0.0, sizes=None):
     """
     check_choice("kernel_for: op", op, OPS)
     device = torch.device(device)
-    if reason := _reference_because(dtype, dropout):
+    if reason := _reference_because(op, dtype, dropout):
         return Kernel(REFERENCE, reason)
     if reason := _none_because(op, device, sizes):
         return Kernel("none", reason)
@@ -242,7 +245,7 @@ def kernel_for(op, device, dtype, dropout=0.0, sizes=None):
 
 def no_kernel_because(op, device, dtype, dropout=0.0, sizes=None):
     """The reason of `kernel_for` alone, in compiled code too."""
-    return _reference_because(dtype, dropout) or _none_because(op, torch.device(device), sizes)
+    return _reference_because(op, dtype, dropout) or _none_because(op, torch.device(device), sizes)
 
 
 def no_kernel_text(op, devices):
@@ -264,10 +267,10 @@ def no_kernel_text(op, devices):
     )
 
 
-def _reference_because(dtype, dropout):
+def _reference_because(op, dtype, dropout):
     if chosen() == REFERENCE:
         return "the backend reference was chosen"
-    if dropout > 0:
+    if dropout > 0 and not OPS[op].has_dropout:
         return f"dropout {dropout} in training"
     return "float64" if dtype is torch.float64 else ""
 

@@ -6,7 +6,7 @@ import torch
 
 from petl_ext.composing import has_device_hook
 from petl_ext.ops.kernels import floors_of, no_kernel_because
-from petl_ext.patching.kind import new_tensor
+from petl_ext.patching.kind import dropout_of, new_tensor
 
 
 def own_forward_because(module, x):
@@ -41,9 +41,12 @@ def own_forward_for_now(module, device, dtype):
         return f"an autocast of its own on {device}, which could not be seen where it was patched"
     if beside := next(filter(None, map(beside_its_class, modules[1:])), ""):
         return beside
+    dropout = dropout_of(module)
+    if dropout > 0 and settings.dropout_by is None:
+        return f"dropout {dropout} in training, where the kernel has none"
     # To look at them takes longer than all else, and only CUDA bounds them.
     sizes = module.petl_sizes(module) if device == "cuda" else None
-    return no_kernel_because(module.petl_op, device, dtype, module.petl_dropout(module), sizes)
+    return no_kernel_because(module.petl_op, device, dtype, dropout, sizes)
 
 
 def entered_autocast(settings, device):
