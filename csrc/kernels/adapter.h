@@ -26,7 +26,7 @@ struct AdapterInputs {
   ConstRows gain;         // [1, 1], a trained factor; null: 1
   float scale;            // scale * gain multiplies what is added
   float epsilon;          // of the normalization
-  Dropout dropout;
+  Dropout dropout = {};
 };
 
 struct AdapterForward {

@@ -26,7 +26,7 @@ struct AptForward {
   Rows out;             // [R, D]
   float* gate;          // [R]
   Rows scores;          // [R, kept], bfloat16 or float32, before dropout, zeros beyond P; null: not kept
-  Dropout dropout;
+  Dropout dropout = {};
 };
 
 struct AptBackward {
@@ -40,13 +40,13 @@ struct AptBackward {
   ConstRows log_scale;  // [1, 1]
   const float* gate;    // [R]
   ConstRows scores;     // [R, kept]
-  Dropout dropout;
   // A gradient whose data is null is not computed.
   Rows dx;            // [R, D]
   Rows dy;            // [R, D]
   float* dprompts;    // [P, D]
   float* dkeys;       // [P, D]
   float* dlog_scale;  // [1]
+  Dropout dropout = {};
 };
 
 }  // namespace petl

@@ -211,7 +211,7 @@ Tensor adapter_pack(const Tensor& like, OptionalTensor norm_weight, OptionalTens
   const AdapterTensors tensors{like, norm_weight, norm_bias, down, down_bias, up, up_bias, no_gain};
   const Cuda device(like);
   const AdapterInputRows<Cuda> rows(device, tensors, "relu", 1, 0);
-  const AdapterForward args{rows.view(Dropout{nullptr, 0, 1}), {nullptr, 0, DType::float32}, {}};
+  const AdapterForward args{rows.view({}), {nullptr, 0, DType::float32}, {}};
   const Tensor packed = new_bytes(like, cuda::adapter_packed_bytes(args));
   device.check("adapter", cuda::adapter_pack(args, packed.mutable_data_ptr(), device.queue()));
   return packed;

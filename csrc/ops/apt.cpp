@@ -136,12 +136,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward(
           .log_scale = log_scale_rows.view(),
           .gate = static_cast<const float*>(gate.const_data_ptr()),
           .scores = scores_rows.view(),
-          .dropout = dropout_of(device, "apt", dropout, seeds),
           .dx = dx.rows(),
           .dy = dy.rows(),
           .dprompts = dprompts.data(),
           .dkeys = dkeys.data(),
           .dlog_scale = dlog_scale.data(),
+          .dropout = dropout_of(device, "apt", dropout, seeds),
       },
       x);
   return {dx.tensor(), dy.tensor(), dprompts.tensor(), dkeys.tensor(), dlog_scale.tensor()};

@@ -14,7 +14,7 @@ def own_forward_because(module, x):
 
     Rows come first: calls with few have the least time to lose.
     """
-    if _too_few_rows(module.petl_op, x):
+    if _too_few_rows(module, x):
         return "too few rows"
     if x.dim() not in module.petl_settings.axes:
         return f"inputs of {x.dim()} axes"
@@ -57,9 +57,9 @@ def entered_autocast(settings, device):
     return contextlib.nullcontext()
 
 
-def own_forward_below(op, device, dtype):
-    """For which calls rows are too few, in words."""
-    floors = floors_of(op, device, dtype)
+def own_forward_below(module, device, dtype):
+    """For which calls in the module's present state rows are too few, in words."""
+    floors = floors_of(module.petl_op, device, dtype, dropout_of(module))
     if floors is None:
         return ""
     named = zip(("without", "with"), floors, strict=True)
@@ -81,13 +81,13 @@ def _only_moves_inputs(part):
     return has_device_hook(part) and not getattr(part._hf_hook, "offload", True)
 
 
-def _too_few_rows(op, x):
+def _too_few_rows(module, x):
     if x.device.type != "cpu":
         return False
     dtype = x.dtype
     if dtype is torch.float32 and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-    floors = floors_of(op, "cpu", dtype)
+    floors = floors_of(module.petl_op, "cpu", dtype, dropout_of(module))
     if floors is None:
         return False
     floor = floors[torch.is_grad_enabled()]

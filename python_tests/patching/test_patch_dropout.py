@@ -20,14 +20,14 @@ ELSEWHERE = "dropout 0.1 in training, where the kernel has none"
 
 
 class Dropping(Plain):
-    """By a function, at the places that are named, at a probability of any name."""
+    """By a function, at the steps that are named, at a probability of any name."""
 
-    def __init__(self, *places, activation=F.relu):
+    def __init__(self, *where, activation=F.relu):
         super().__init__()
-        self.rate, self.places, self.activation = 0.1, places, activation
+        self.rate, self.where, self.activation = 0.1, where, activation
 
-    def _drop(self, values, place):
-        return F.dropout(values, self.rate, self.training) if place in self.places else values
+    def _drop(self, values, step):
+        return F.dropout(values, self.rate, self.training) if step in self.where else values
 
     def forward(self, x):
         hidden = self.activation(self._drop(self.narrow(self._drop(x, "input")), "before"))
@@ -40,8 +40,8 @@ class Forgetting(Dropping):
     def __init__(self):
         super().__init__("hidden")
 
-    def _drop(self, values, place):
-        return super()._drop(values, place) if values.size(-2) > 50 else values
+    def _drop(self, values, step):
+        return super()._drop(values, step) if values.size(-2) > 50 else values
 
 
 class OfBoth(Dropping):
@@ -51,8 +51,8 @@ class OfBoth(Dropping):
         super().__init__("hidden")
         self.part = nn.Identity()
 
-    def _drop(self, values, place):
-        return super()._drop(values, place) if self.part.training else values
+    def _drop(self, values, step):
+        return super()._drop(values, step) if self.part.training else values
 
 
 class Convolving(nn.Module):
