@@ -228,6 +228,26 @@ def test_compiles_as_one_graph(tested, dynamic):
         assert not torch.equal(problem.call(compiled), problem.call(compiled))
 
 
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_a_compiled_backward_pass_drops_what_its_forward_pass_did(is_checkpointed):
+    """Of hidden units that are their biases, which are ones, and an up projection that is the identity: so the biases'
+    gradients are the sums of the output."""
+    torch._dynamo.reset()
+    down_bias, eye = torch.ones(24, requires_grad=True), torch.eye(24)
+
+    def call(x):
+        return ops.adapter(x, torch.zeros(24, 24), down_bias, eye, torch.zeros(24), dropout=0.4)
+
+    def again(x):
+        return torch.utils.checkpoint.checkpoint(call, x, use_reentrant=False)
+
+    compiled = torch.compile(again if is_checkpointed else call, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        out = compiled(torch.zeros(64, 24))
+        (gradient,) = torch.autograd.grad(out.sum(), down_bias)
+        assert (out == 0).any() and torch.allclose(gradient, out.sum(0))
+
+
 @of_each_op
 def test_opcheck(device, tested):
     problem = tested.problem().to(device.torch_device)
