@@ -25,9 +25,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODULES = {
     "prompts-50": lambda dim: approximate_prompt(12, dim, 4, 50),
     "prompts-200": lambda dim: approximate_prompt(12, dim, 4, 200),
+    "prompts-50-dropout": lambda dim: approximate_prompt(12, dim, 4, 50, attn_drop=0.1),
     "bottleneck-96": lambda dim: Adapter(dim, 96),
     "parallel-96": lambda dim: ParallelAdapter(dim, 96, adapter_scalar="4.0"),
     "parallel-192": lambda dim: ParallelAdapter(dim, 192),
+    # AdaptFormer's own, in training.
+    "parallel-64-dropout": lambda dim: ParallelAdapter(dim, 64, dropout=0.1, adapter_scalar="0.1"),
     "library-48": lambda dim: LibraryAdapter(dim, 48),
     "cross-attention": lambda dim: Cross_Attention(dim, 0.0, 12),
 }
