@@ -338,36 +338,48 @@ def cpu_path(choice: str | None = None) -> str:
     return torch.ops.petl_ext.cpu_path(choice or "")
 
 
-# Rows below which plain PyTorch is faster on one thread of a CPU, by (op, dtype): without gradients, and with them,
-# whose backward pass counts too. None: it is at every size. Measured with 50 and 200 prompts, bottlenecks of 48 to 192
-# and a width of 768, on modules cast to the dtype, not under autocast, where they hold less well (docs/patch.md); the
-# ratios that remain with them are in bench/results/amd-epyc.json. In float16 and on CUDA nothing has been measured, and
-# no number of rows is too small.
+class Floors(NamedTuple):
+    """Rows below which plain PyTorch is faster on one thread of a CPU; None: it is at every number of rows.
+
+    Attributes:
+        forward: without gradients.
+        trained: with them, whose backward pass counts too.
+        dropping: with them and dropout, for which torch's own takes longer than the kernels'.
+    """
+
+    forward: int | None
+    trained: int | None
+    dropping: int | None
+
+    def with_gradients(self, dropout):
+        """Of calls that drop out at this probability."""
+        return self.dropping if dropout > 0 else self.trained
+
+
+_F32, _BF16 = torch.float32, torch.bfloat16
+# By (op, dtype of the weights, of the products). Measured with 50 and 200 prompts, bottlenecks of 48 to 192, a dropout
+# of 0.1 and a width of 768; two dtypes are those of modules under autocast (docs/patch.md). In float16 and on CUDA
+# nothing has been measured, and no number of rows is too small.
 FLOORS = {
-    ("apt", torch.float32): (128, 200),
-    ("apt", torch.bfloat16): (0, 512),
-    ("adapter", torch.float32): (128, 4096),
-    ("adapter", torch.bfloat16): (128, None),
-    ("attention_pool", torch.float32): (0, 0),
-    ("attention_pool", torch.bfloat16): (0, 0),
+    ("apt", _F32, _F32): Floors(128, 200, 200),
+    ("apt", _BF16, _BF16): Floors(0, 512, 512),
+    ("apt", _F32, _BF16): Floors(None, None, None),
+    ("adapter", _F32, _F32): Floors(128, 4096, 512),
+    ("adapter", _BF16, _BF16): Floors(128, None, 1024),
+    ("adapter", _F32, _BF16): Floors(1920, None, None),
+    ("attention_pool", _F32, _F32): Floors(0, 0, 0),
+    ("attention_pool", _BF16, _BF16): Floors(0, 0, 0),
+    ("attention_pool", _F32, _BF16): Floors(0, 0, 0),
 }
 
 
-# The same with gradients and dropout, where that is another number, since torch's own dropout takes longer than the
-# kernels'. Measured likewise, with bottlenecks of 48 to 192 and a probability of 0.1.
-DROPOUT_FLOORS = {("adapter", torch.float32): 512, ("adapter", torch.bfloat16): 1024}
-
-
-def floors_of(op, device, dtype, dropout=0.0):
-    """(without gradients, with them): the rows that `FLOORS` names, or None where it names none.
+def floors_of(op, device, weight_dtype, dtype):
+    """The entry of `FLOORS`, or None where there is none.
 
     Args:
-        dropout: the probability at which the call drops out.
+        dtype: of the products.
     """
-    floors = FLOORS.get((op, dtype)) if device == "cpu" else None
-    if floors is None or dropout == 0:
-        return floors
-    return floors[0], DROPOUT_FLOORS.get((op, dtype), floors[1])
+    return FLOORS.get((op, weight_dtype, dtype)) if device == "cpu" else None
 
 
 def adjust_floors():
@@ -376,4 +388,4 @@ def adjust_floors():
     # Without the processor's bfloat16 products they were 1.3 to 3.4 times as fast, with 200 prompts at 16 rows 1.0 to
     # 1.1.
     if cpu_path() != "avx512_bf16":
-        FLOORS.update({(op, torch.bfloat16): (0, 0) for op in ("apt", "adapter")})
+        FLOORS.update({(op, weights, _BF16): Floors(0, 0, 0) for op in ("apt", "adapter") for weights in (_F32, _BF16)})

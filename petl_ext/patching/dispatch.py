@@ -59,10 +59,17 @@ def entered_autocast(settings, device):
 
 def own_forward_below(module, device, dtype):
     """For which calls in the module's present state rows are too few, in words."""
-    floors = floors_of(module.petl_op, device, dtype, dropout_of(module))
+    said = _below(module, floors_of(module.petl_op, device, dtype, dtype))
+    if said and dtype is torch.float32:
+        within = _below(module, floors_of(module.petl_op, device, dtype, torch.bfloat16))
+        said += f"; under autocast in bfloat16 {within}" if within else ""
+    return said
+
+
+def _below(module, floors):
     if floors is None:
         return ""
-    named = zip(("without", "with"), floors, strict=True)
+    named = (("without", floors.forward), ("with", floors.with_gradients(dropout_of(module))))
     sizes = [(name, "always" if floor is None else f"below {floor} rows") for name, floor in named if floor != 0]
     return ", ".join(f"{name} gradients {size}" for name, size in sizes)
 
@@ -84,11 +91,12 @@ def _only_moves_inputs(part):
 def _too_few_rows(module, x):
     if x.device.type != "cpu":
         return False
-    dtype = x.dtype
-    if dtype is torch.float32 and torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-    floors = floors_of(module.petl_op, "cpu", dtype, dropout_of(module))
+    dtype = weight_dtype = x.dtype
+    if torch.is_autocast_enabled("cpu"):
+        weight_dtype = next((weight.dtype for weight in module.parameters()), dtype)
+        dtype = torch.get_autocast_dtype("cpu") if dtype is torch.float32 else dtype
+    floors = floors_of(module.petl_op, "cpu", weight_dtype, dtype)
     if floors is None:
         return False
-    floor = floors[torch.is_grad_enabled()]
+    floor = floors.with_gradients(dropout_of(module)) if torch.is_grad_enabled() else floors.forward
     return floor is None or x.numel() < floor * x.size(-1)

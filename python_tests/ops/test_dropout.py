@@ -268,6 +268,14 @@ def test_wrong_seeds_are_refused(device, tested):
 
 
 @of_each_op
+def test_seeds_of_another_device_are_refused(tested):
+    problem = dropping(tested, 35, 64, 20)
+    problem.options["seeds"] = SEEDS.to("meta")
+    with pytest.raises(RuntimeError, match=f"{tested}: all arguments must be on one device, got cpu, meta"):
+        problem.call(tested.op.ours)
+
+
+@of_each_op
 def test_raw_ops_refuse_what_is_no_dropout(device, tested):
     problem = tested.problem().to(device.torch_device)
     forward = device.raw(tested.op, "forward")
