@@ -56,7 +56,7 @@ class FreezingLayer(nn.Module):
         super().__init__()
         self._frozen = self._side_stream = None
 
-    def check_serves(self):
+    def check_serves(self) -> None:
         """Raises a RuntimeError in training mode."""
         if self.training:
             name = type(self).__name__
@@ -66,7 +66,7 @@ class FreezingLayer(nn.Module):
         """Undoes `freeze`."""
         self._frozen = self._side_stream = None
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "FreezingLayer":
         if mode:
             self.thaw()
         return super().train(mode)

@@ -7,6 +7,7 @@ stream and adds it. Where there are no output modules (CLIP, T5, LLaMA, diffuser
 normalized stream and leave the residual to the block.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -169,7 +170,7 @@ class AdapterConfig(Config):
     dropout: float = 0.0
     trainable_scale: bool = False
     zero_init: bool = False
-    sites: tuple[str, ...] | None = None
+    sites: str | Sequence[str] | None = None
     class_token: bool = False
 
     def __post_init__(self):

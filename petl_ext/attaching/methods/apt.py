@@ -1,5 +1,6 @@
 """APT between an attention's projection and the dropout behind it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -87,7 +88,7 @@ class APTConfig(Config):
     rank: int = 4
     activation: str = "relu"
     dropout: float = 0.0
-    sites: tuple[str, ...] | None = None
+    sites: str | Sequence[str] | None = None
     train_scale: bool = True
     class_token: bool = False
 
