@@ -12,7 +12,7 @@ from petl_ext.cli import main
 from petl_ext.demo.charts import types_table
 from petl_ext.demo.data import Score
 from petl_ext.demo.training import Size
-from petl_ext.demo.vilt import every_layer, run
+from petl_ext.demo.vilt import every_layer, lora, run
 from petl_ext.demo.vilt.depth_search import DAS
 from petl_ext.demo.vilt.training import ViltRun, groups_of
 from petl_ext.search import DepthSearch
@@ -96,6 +96,25 @@ def test_das_trains_without_the_layer_that_it_skips(tiny, tmp_path):
     assert sizes[skipped] == BYPASS < min(size for layer, size in enumerate(sizes) if layer != skipped)
     with_adapters = prepare(tmp_path).attach(replace(DAS, config=petl_ext.AdapterConfig(bottleneck=BOTTLENECK)))
     assert trained.attachment.report().total < with_adapters.report().total
+
+
+def test_lora_trains_itself_and_the_head(tiny, tmp_path, capsys):
+    prepared = prepare(tmp_path)
+    new, trainer = lora.train(lora.ROWS[0], prepared)
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    loras = {name for name in trained if "lora_" in name}
+    assert new == LAYERS * 2 * 2 * 16 * DIM and len(loras) == LAYERS * 2 * 2
+    assert trained - loras == {name for name, _ in prepared.attach(run.METHODS[0]).named_parameters()}
+    lora.main(["--quick", "--no-progress", "--output", str(tmp_path), "--seeds", "0", "1"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| LoRA")]
+    assert [cells[1] for cells in rows] == ["32,768", "36,864"] and {len(cells) for cells in rows} == {4}
+
+
+def test_learning_rates_of_lora(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lora, "RATES", (1e-3, 1e-2))
+    lora.main(["--quick", "--no-progress", "--output", str(tmp_path), "--seeds", "0", "--tune"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| LoRA")]
+    assert [cells[1] for cells in rows] == ["0.001", "0.01", "0.001", "0.01"]
 
 
 def test_every_layer(tiny, tmp_path, capsys):

@@ -1,20 +1,23 @@
 """The pages of docs/: their Python runs as it stands, each page from top to bottom in an empty folder."""
 
+import ast
 import importlib
+import inspect
 import re
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
+from petl_ext import ops
 from petl_ext.attaching.families import FAMILIES
 from petl_ext.ops.kernels import OPS, held_kernels
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = {"compatibility"}  # by make compat
-TOLD = {"api", "demo", "install", "speed"}  # names, what was measured, and commands
+TOLD = {"api", "demo", "install", "speed", "troubleshooting"}  # names, measured values, commands, messages
 WITH_OTHER_FILES = {"vqa"}  # test_readme.py runs it
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 RUN_HERE = [page for page in PAGES if page.stem not in WRITTEN | TOLD | WITH_OTHER_FILES]
 LINKING = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "csrc/README.md"))]
 
@@ -59,8 +62,13 @@ def test_what_is_told_holds_no_python():
 
 def test_readme_names_every_page():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    linked = re.findall(r"\(docs/([\w-]+\.md)[)#]", readme)
-    assert PAGES and set(linked) == {page.name for page in PAGES}
+    linked = re.findall(r"\((docs/[\w/-]+\.md)[)#]", readme)
+    assert PAGES and set(linked) == {page.relative_to(ROOT).as_posix() for page in PAGES}
+
+
+def test_the_site_s_menu_names_every_page():
+    named = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert {page.relative_to(ROOT / "docs").as_posix() for page in PAGES} - set(named) == set()
 
 
 def anchors_of(page):
@@ -87,13 +95,40 @@ def test_the_reference_names_every_public_name():
     assert others and sorted(named) == sorted({*public, *others} - set(modules))
 
 
-def test_messages_that_install_explains_are_ours():
-    """Its table quotes them, "..." standing for what changes."""
-    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "petl_ext" / "ops").glob("*.py"))
-    rows = (ROOT / "docs" / "install.md").read_text(encoding="utf-8").partition("| message |")[2].splitlines()[2:]
-    quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
-    pieces = [piece.strip() for text in quoted for piece in re.split(r"\.\.\.|cuda:0", text) if piece.strip()]
-    assert len(pieces) > 3 and [piece for piece in pieces if piece not in sources] == []
+def messages_in(path):
+    """The strings of a file's code, neighbors as one, "..." standing for what is put into them."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        yield from re.findall(r'"((?:[^"\\]|\\.)*)"', text)
+        return
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+
+
+def test_messages_that_troubleshooting_explains_are_ours():
+    """Its tables quote them, "..." standing for what changes."""
+    files = [ROOT / "setup.py", *(ROOT / "build_backend").glob("*.py"), *(ROOT / "petl_ext").rglob("*.py")]
+    messages = [message for file in [*files, *(ROOT / "csrc" / "ops").iterdir()] for message in messages_in(file)]
+    rows = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").splitlines()
+    cells = [row.split(" | ")[0] for row in rows if row.startswith("| ") and not row.startswith("| message |")]
+    quoted = [text for cell in cells for text in re.findall(r"`([^`]+)`", cell)]
+    patterns = {text: ".*".join(re.escape(piece.strip()) for piece in text.split("...")) for text in quoted}
+    assert len(quoted) > 40
+    assert [text for text in quoted if not any(re.search(patterns[text], m, re.DOTALL) for m in messages)] == []
+
+
+def test_signatures_of_the_ops_are_theirs():
+    """The page leaves types out."""
+    text = (ROOT / "docs" / "ops.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^    (\w+)\(([^)]*)\) -> ", text, flags=re.MULTILINE))
+    assert told.keys() == OPS.keys()
+    for name, arguments in told.items():
+        signatures = inspect.signature(eval(f"(lambda {arguments}: None)")), inspect.signature(getattr(ops, name))
+        ours, theirs = ([(p.name, p.default) for p in signature.parameters.values()] for signature in signatures)
+        assert ours == theirs, name
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "csrc/README.md"])

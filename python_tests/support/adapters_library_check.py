@@ -98,6 +98,22 @@ def check_left_alone(name, config, reason):
         raise AssertionError(f"{name} was patched")
 
 
+def check_moved():
+    """As docs/migration.md tells: weights of a `double_seq_bn` in adapters that are attached to the same BERT."""
+    theirs = bert_with(adapters.DoubleSeqBnConfig()).eval()
+    ours = BertModel(theirs.config).eval()
+    found = theirs.state_dict()
+    ours.load_state_dict({name: found[name] for name in ours.state_dict()})
+    bottlenecks = petl_ext.attach(ours, petl_ext.AdapterConfig(bottleneck=32 // 16, activation="silu"))
+    names = {"down": "adapter_down.0.weight", "down_bias": "adapter_down.0.bias"}
+    names |= {"up": "adapter_up.weight", "up_bias": "adapter_up.bias"}
+    for site in bottlenecks.sites:
+        moved = {name: found[f"{site}.adapters.bottleneck0.{library_name}"] for name, library_name in names.items()}
+        ours.get_submodule(f"{site}.adapter").load_state_dict(moved)
+    tokens = torch.arange(40).view(2, 20) % 50
+    torch.testing.assert_close(ours(tokens).last_hidden_state, theirs(tokens).last_hidden_state)
+
+
 def main():
     # Otherwise so few rows would go to the library's own forward.
     kernels.FLOORS.clear()
@@ -106,6 +122,7 @@ def main():
     check_fused(bert_with(adapters.SeqBnConfig(), adapters.SeqBnConfig(), fuse=True))
     for name, (config, reason) in LEFT_ALONE.items():
         check_left_alone(name, config, reason)
+    check_moved()
     model = bert_with(adapters.SeqBnConfig(), adapters.SeqBnConfig(dropout=0.1))
     assert petl_ext.patch(model).report().left_alone == {"dropout 0.1 in training, where the kernel has none": 2}
 
