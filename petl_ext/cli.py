@@ -179,8 +179,8 @@ def _add_demo(commands):
         "method",
         nargs="?",
         choices=["dvp", "digits"],
-        help="instead, dynamic visual prompting of MiniLM, a pre-trained BERT; or only write the digits, in the official "
-        "format of every task, and a small ViLT that knows their words, for the recipes of digits",
+        help="instead, dynamic visual prompting of MiniLM, a pre-trained BERT; or only write the data of the digits "
+        "recipes, in the official format of every task, and a small ViLT that knows their words",
     )
     demo.add_argument("--tune", action="store_true", help="instead, compare learning rates on the validation split")
     _add_digits_options(demo, "folder for data, report and charts")

@@ -3,7 +3,6 @@
 What needs more than Python is imported when a command runs.
 """
 
-import argparse
 import json
 import os
 import sys

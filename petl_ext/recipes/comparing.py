@@ -13,8 +13,8 @@ from petl_ext.saving import written_whole
 from petl_ext.tasks.files import write_text
 
 PUBLISHED = Path(__file__).parent / "published.yaml"
-ABSENT = "–"
-COSTS = ("new parameters", "trained", "added MACs")
+ABSENT = "-"
+COSTS = ("new parameters", "trained", "added MACs", "all MACs")
 TIMES = ("step, ms", "memory, MiB", "inference, ms")
 
 
@@ -134,7 +134,7 @@ def _row(label, model, runs, split):
         for name, column in TASKS[run.recipe.task].columns.items():
             if name in metrics:
                 scores.setdefault(column, []).append(metrics[name])
-    costs = [_mean(trainings, name) for name in ("new_parameters", "trained_parameters", "added_macs")]
+    costs = [_mean(trainings, name) for name in ("new_parameters", "trained_parameters", "added_macs", "all_macs")]
     inference = _mean(measured, "inference_seconds")
     times = (
         _shown(_mean(trainings, "step_seconds"), 1e3),
@@ -172,5 +172,5 @@ def _table(tables, published):
 def _published_row(published, table, model):
     row = table["rows"][published.row]
     scores = {column: [score / 100] for column, score in zip(table["columns"], row["scores"], strict=True)}
-    costs = (row["parameters"], ABSENT, row["macs"])
+    costs = (row["parameters"], ABSENT, row["macs"], ABSENT)
     return Row(f"{published.row}, published", model, costs, scores, (ABSENT,) * len(TIMES))

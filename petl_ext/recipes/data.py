@@ -1,5 +1,7 @@
 """A recipe's splits, read from the official files."""
 
+import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -7,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset
 
 from petl_ext.recipes.models import FAMILIES
 from petl_ext.recipes.recipe import Recipe
@@ -34,7 +36,9 @@ class Splits:
 
     def __post_init__(self):
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"--data must be the folder of the recipe's files, got no such folder: {self.folder}")
+            raise FileNotFoundError(
+                f"--data must be the folder of the recipe's files, got no such folder: {self.folder}"
+            )
 
     @property
     def task(self) -> RecipeTask:
@@ -65,18 +69,19 @@ class Splits:
 
     @cached_property
     def train(self) -> Dataset:
-        return self._held_out[0]
+        parts = self.parts("train")
+        return _joined([*parts[:-1], self._split_off[0]] if self.recipe.data.held_out else parts)
 
     @cached_property
     def validation(self) -> Dataset | None:
         """None where the recipe has none."""
-        if self.recipe.data.held_out:
-            return self._held_out[1]
         parts = self.parts("validation")
         return _joined(parts) if parts else None
 
     def parts(self, split: str) -> list[Dataset]:
-        """The data sets of a split's parts, as the recipe names them."""
+        """The data sets of a split's parts, as the recipe names them; images that are held out are a part too."""
+        if split == "validation" and self.recipe.data.held_out:
+            return [self._split_off[1]]
         if split not in self._read:
             self._read[split] = [self._dataset(part) for part in getattr(self.recipe.data, split)]
         return self._read[split]
@@ -88,33 +93,41 @@ class Splits:
         options = {name: part[name] for name in task.options if name in part}
         if self.vocabulary is not None:
             options["vocabulary"] = self.vocabulary
-        try:
-            return task.dataset(
-                **files,
-                **options,
-                processor=self.processor,
-                max_length=data.max_length,
-                cache_images=data.cache_images,
-            )
-        except TypeError as error:
-            raise ValueError(f"data of {self.recipe.task}: {error}, got {part}") from error
+        needed = inspect.signature(task.dataset).parameters
+        missing = [name for name in task.files if needed[name].default is inspect.Parameter.empty and name not in part]
+        if missing:
+            raise ValueError(f"a part of data for {self.recipe.task} must have the key {missing[0]!r}, got {part}")
+        return task.dataset(
+            **files,
+            **options,
+            processor=self.processor,
+            max_length=data.max_length,
+            cache_images=data.cache_images,
+        )
 
     @cached_property
-    def _held_out(self):
-        """What is trained on, and the images of the last part that are held out."""
-        *others, last = self.parts("train")
-        count = self.recipe.data.held_out
-        if not count:
-            return _joined([*others, last]), None
+    def _split_off(self):
+        """Of the last part of `train`, what is trained on and the images that are held out."""
+        last, count = self.parts("train")[-1], self.recipe.data.held_out
+        if len(last.entries) != len(last):
+            raise ValueError(f"data.held_out must be 0 for {self.recipe.task}, whose items are no rows, got {count}")
         images = sorted({str(entry.image_id) for entry in last.entries})
-        if not 0 < count < len(images):
+        if count >= len(images):
             raise ValueError(f"data.held_out must be below {len(images)}, the images of the last part, got {count}")
         drawn = set(np.random.default_rng(self.recipe.data.seed).choice(images, count, replace=False).tolist())
         is_held = [str(entry.image_id) in drawn for entry in last.entries]
-        kept, held = (Subset(last, [i for i, one in enumerate(is_held) if one is wanted]) for wanted in (False, True))
-        return _joined([*others, kept]), held
+        return [_only(last, [row for row, one in enumerate(is_held) if one is wanted]) for wanted in (False, True)]
 
 
 def _joined(parts):
     """One data set of all; alone it stays itself: some are told the epoch."""
     return parts[0] if len(parts) == 1 else ConcatDataset(parts)
+
+
+def _only(dataset, rows):
+    """A data set of some of the rows, all that it has one of for each row being lists."""
+    some = copy.copy(dataset)
+    for name, value in vars(dataset).items():
+        if isinstance(value, list) and len(value) == len(dataset):
+            setattr(some, name, [value[row] for row in rows])
+    return some

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from petl_ext.recipes.runs import METRICS, Run, open_run
+from petl_ext.recipes.runs import METRICS, open_run
 from petl_ext.recipes.tasks import logits_of
 from petl_ext.recipes.training import Experiment
 from petl_ext.tasks.files import write_json
@@ -19,16 +19,17 @@ ROUNDS, WARM_ROUNDS = 10, 2
 
 
 def evaluate(folder: str | Path, data: str | Path, split: str = "test", progress: bool = True) -> dict[str, Any]:
-    """Measures what a run has trained on a split of its recipe, in float32, as the authors do, in one process or several.
+    """Measures what a run has trained on a split of its recipe, in float32 as the authors do, in one process or more.
 
     Returns:
-        {name: metrics} for each part of the split: "test" or, where there are several, "test-0" and so on. The files are
-        in `results/<name>` of the run. Empty in all processes but the first.
+        {name: metrics} for each part of the split: "test" or, where there are several, "test-0" and so on. The files
+        are in `results/<name>` of the run. Empty in all processes but the first.
 
     Raises ValueError or FileNotFoundError if the run is not finished, or the recipe has no such split.
     """
     run = open_run(folder)
-    run.training()
+    if "found" in run.training():
+        raise ValueError(f"{folder} must be a training's folder, but it is that of a search")
     has_answers = run.answers if run.answers.is_file() else None
     experiment = Experiment.of(run.recipe, data, answers=has_answers)
     parts = experiment.splits.parts(split)
@@ -37,13 +38,13 @@ def evaluate(folder: str | Path, data: str | Path, split: str = "test", progress
     experiment.prepared.load(run.trained)
     trainer = _trainer(experiment, run, progress)
     names = [split] if len(parts) == 1 else [f"{split}-{index}" for index in range(len(parts))]
-    found = {name: _measured(trainer, experiment, part, run.results(name)) for name, part in zip(names, parts, strict=True)}
-    if not trainer.is_world_process_zero():
-        return {}
-    seconds = _seconds_of_a_sample(trainer, experiment, parts[0])
-    for name in names:
-        found[name] |= {"samples": len(parts[names.index(name)]), "inference_seconds": seconds}
-        write_json(run.results(name) / METRICS, found[name])
+    found = {}
+    for name, part in zip(names, parts, strict=True):
+        metrics = _measured(trainer, experiment, part, run.results(name))
+        if trainer.is_world_process_zero():
+            seconds = _seconds_of_a_sample(trainer, experiment, part)
+            found[name] = metrics | {"samples": len(part), "inference_seconds": seconds}
+            write_json(run.results(name) / METRICS, found[name])
     return found
 
 
@@ -57,6 +58,7 @@ def _trainer(experiment, run, progress):
         disable_tqdm=not progress,
         dataloader_num_workers=experiment.recipe.data.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),
         seed=experiment.recipe.training.seed,
     )
     return Trainer(

@@ -10,6 +10,7 @@ from torch import nn
 
 import petl_ext
 from petl_ext.attaching.methods import CONFIGS
+from petl_ext.attaching.patterns import is_part, whole_name
 from petl_ext.checks import check_positive_integer, check_probability
 from petl_ext.counting import count_macs
 from petl_ext.saving import fill, read_files
@@ -21,7 +22,7 @@ class LoRA:
 
     Attributes:
         alpha: the update is multiplied by alpha / rank; None: it is not multiplied.
-        modules: the last parts of the layers' names.
+        modules: regular expressions of the ends of the layers' names, from a dot or from the start.
     """
 
     rank: int = 4
@@ -69,7 +70,7 @@ class Prepared:
     def new_parameters(self, keep: tuple[str, ...]) -> int:
         """How many parameters train beside the modules that `keep` names: those that the papers' tables count."""
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        return sum(p.numel() for name, p in trained if not any(f".{entry}." in f".{name}." for entry in keep))
+        return sum(p.numel() for name, p in trained if not any(is_part(entry, name) for entry in keep))
 
 
 def prepare(model: nn.Module, method: Any, keep: tuple[str, ...]) -> Prepared:
@@ -89,7 +90,11 @@ def prepare(model: nn.Module, method: Any, keep: tuple[str, ...]) -> Prepared:
 def _dvp(model):
     def load(folder):
         _, tensors = read_files(folder, dict)
-        fill({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}, tensors, folder)
+        fill(
+            {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
+            tensors,
+            folder,
+        )
 
     return Prepared(model, model.save, load, lambda _: None)
 
@@ -103,7 +108,7 @@ def _lora(model, method, keep):
         r=method.rank,
         lora_alpha=method.rank if method.alpha is None else method.alpha,
         lora_dropout=method.dropout,
-        target_modules=list(method.modules),
+        target_modules=whole_name("|".join(method.modules)),
         modules_to_save=list(keep),
     )
     wrapped = peft.get_peft_model(model, config)

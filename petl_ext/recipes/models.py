@@ -135,7 +135,9 @@ def _meter_processor(given):
     images = AutoImageProcessor.from_pretrained(
         given.image_processor or given.name, size=square, do_resize=True, do_center_crop=False
     )
-    return TextAndImage(_tokenizer(given), images)
+    tokenizer = _tokenizer(given)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # METER has no types of text
+    return TextAndImage(tokenizer, images)
 
 
 def _dvp_processor(given):

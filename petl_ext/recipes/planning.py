@@ -31,7 +31,7 @@ class Plan:
             [
                 f"trained parameters: {costs.trained_parameters:,} of {costs.all_parameters:,}, of these "
                 f"{costs.new_parameters:,} beside the kept modules",
-                f"added MACs for one sample: {macs}",
+                f"added MACs for one sample: {macs}, of {costs.all_macs:,} in all",
                 f"training samples: {self.samples:,}; optimizer steps: {self.steps:,} of {self.accumulation} "
                 "accumulated batches in each process",
                 f"memory of one process, estimated, MiB: {sum(self.memory.values()) / 2**20:,.0f} ({memory})",

@@ -124,7 +124,9 @@ def check_keys(document: Document, path: KeyPath, given: Iterable[str], known: I
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1, 0.5)
             meant = f", such as {near[0]}" if near else ""
-            raise ValueError(f"{document.where((*path, key))} must be one of the keys {sorted(known)}{meant}, got {key!r}")
+            raise ValueError(
+                f"{document.where((*path, key))} must be one of the keys {sorted(known)}{meant}, got {key!r}"
+            )
 
 
 def filled(document: Document, cls: type, values: Any, path: KeyPath = ()) -> Any:

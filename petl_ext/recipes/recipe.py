@@ -15,6 +15,7 @@
 """
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ from petl_ext.recipes.methods import DVP, METHODS, as_values
 from petl_ext.recipes.models import FAMILIES
 from petl_ext.recipes.reading import Document, check_keys, filled, read_document
 from petl_ext.recipes.tasks import TASKS
+from petl_ext.search.depth import DepthConstants
+from petl_ext.search.placement import PlacementConstants
 
 SHIPPED = Path(__file__).parent / "shipped"
 MOST_LIKE = 5  # recipes that follow each other by `like`
@@ -111,8 +114,9 @@ class Training:
     Attributes:
         epochs, steps: one of the two; steps are those of the optimizer.
         batch_size: samples of an optimizer step, over all processes; micro_batch: of one process at a time.
-        rates: learning rates of what has such parts in its name, others than `learning_rate`; the first that fits.
-        no_decay: regular expressions of names without weight decay.
+        rates: {regular expression: the learning rate of what has it in its name}, the first that fits; `learning_rate`
+            is that of the rest.
+        no_decay: regular expressions likewise, of what has no weight decay.
         schedule: "linear" or "cosine" to zero, or "constant", after a warm-up over this share of all steps.
         precision: "fp32", "fp16" or "bf16".
         evaluate_every, checkpoint_every, log_every: steps; null: never, never, 10.
@@ -260,11 +264,11 @@ def recipe_file(name: str | Path) -> Path:
         return path
     if (SHIPPED / f"{name}.yaml").is_file():
         return SHIPPED / f"{name}.yaml"
-    import difflib
-
     near = difflib.get_close_matches(str(name), shipped(), 3, 0.4)
     meant = f", such as {', '.join(near)}" if near else ""
-    raise FileNotFoundError(f"recipe must be a file, or one of the names that `petl-ext recipes` lists{meant}, got {name}")
+    raise FileNotFoundError(
+        f"recipe must be a file, or one of the names that `petl-ext recipes` lists{meant}, got {name}"
+    )
 
 
 def read_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:
@@ -323,6 +327,9 @@ def _check_parts(document, recipe):
 def _check_search(document, recipe):
     if recipe.search is None:
         return
+    constants = PlacementConstants if isinstance(recipe.method, DVP) else DepthConstants
+    known = [one.name for one in dataclasses.fields(constants)]
+    check_keys(document, ("search", "constants"), recipe.search.constants, known)
     changes = recipe.search.training
     length = {"epochs": None, "steps": None} if {"epochs", "steps"} & changes.keys() else {}
     filled(document, Training, document.values["training"] | length | changes, ("search", "training"))

@@ -1,11 +1,11 @@
 """The folder of a run: its recipe, its checkpoints while it trains, what it trained and measured.
 
-    recipe.yaml      the complete recipe; what makes a folder one of a run
-    answers.json     the vocabulary, where the recipe has one
-    checkpoints/     of the Trainer, until the run is finished
-    trained/         what `petl_ext.load`, PEFT or a DVP's `load` reads
-    training.json    costs and losses; written last, so that a run with it is finished
-    results/<split>/ metrics.json and the official file of an evaluation
+recipe.yaml      the complete recipe; what makes a folder one of a run
+answers.json     the vocabulary, where the recipe has one
+checkpoints/     of the Trainer, until the run is finished
+trained/         what `petl_ext.load`, PEFT or a DVP's `load` reads
+training.json    costs and losses; written last, so that a run with it is finished
+results/<split>/ metrics.json and the official file of an evaluation
 """
 
 import shutil

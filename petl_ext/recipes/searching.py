@@ -5,7 +5,6 @@ from typing import Any
 
 from petl_ext.hf import SearchCallback
 from petl_ext.recipes.recipe import Recipe
-from petl_ext.recipes.runs import Run
 from petl_ext.recipes.training import Experiment, begun, run_trainer
 from petl_ext.search import DepthSearch, PlacementSearch
 
@@ -52,11 +51,3 @@ def _result(found):
     if isinstance(found, PlacementSearch):
         return {"method.insert_layer": found.selection()}
     return {"method.skip": list(found.selection()), "macs": round(found.macs(), 4)}
-
-
-def found_in(run: Run) -> dict[str, Any]:
-    """What a finished search has found. Raises ValueError if the run is no search."""
-    found = run.training().get("found")
-    if found is None:
-        raise ValueError(f"{run.folder} must be the folder of a search, got that of a training")
-    return found

@@ -1,4 +1,4 @@
-"""What a recipe knows of each task: the data set and its files, the loss, what is measured and which file is written."""
+"""What a recipe knows of each task: the data set and its files, the loss, what is measured and what is written."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -15,15 +15,13 @@ import torch.distributed as dist
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
-    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
-from petl_ext.attaching.patterns import is_part
-from petl_ext.counting import count_parameters
+from petl_ext.counting import count_macs, count_parameters
 from petl_ext.hf import EpochCallback
 from petl_ext.recipes.data import Splits
 from petl_ext.recipes.methods import Prepared, prepare
@@ -96,7 +94,7 @@ class RecipeTrainer(Trainer):
         super().__init__(*arguments, **named)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with a group for each learning rate and decay. Raises ValueError if a rate is of nothing that trains."""
+        """AdamW with a group for each learning rate and decay."""
         if self.optimizer is None:
             groups = parameter_groups(self.model if model is None else model, self.training)
             self.optimizer = torch.optim.AdamW(groups, betas=self.training.betas, eps=self.training.epsilon)
@@ -109,17 +107,17 @@ class RecipeTrainer(Trainer):
 
 
 def parameter_groups(model: torch.nn.Module, training: Training) -> list[dict[str, Any]]:
-    """What trains, as an optimizer takes it."""
+    """What trains, as an optimizer takes it. Raises ValueError if a rate is of nothing that trains."""
     groups, unused = {}, set(training.rates)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            entry = next((entry for entry in training.rates if is_part(entry, name)), None)
+            entry = next((entry for entry in training.rates if re.search(entry, name)), None)
             unused.discard(entry)
             rate = training.learning_rate if entry is None else training.rates[entry]
             decays = not any(re.search(pattern, name) for pattern in training.no_decay)
             groups.setdefault((rate, training.weight_decay if decays else 0.0), []).append(parameter)
     if unused:
-        raise ValueError(f"training.rates must name parts of what trains, got {', '.join(sorted(unused))}")
+        raise ValueError(f"training.rates must be in names of what trains, got {', '.join(sorted(unused))}")
     return [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
 
 
@@ -162,6 +160,7 @@ def training_arguments(experiment: Experiment, folder: Path, progress: bool = Tr
         label_names=["labels"],
         dataloader_num_workers=experiment.recipe.data.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),
         seed=training.seed,
     )
     at_once = training.micro_batch * arguments.world_size * max(1, arguments.n_gpu)
@@ -186,9 +185,7 @@ def _checkpointing(wanted):
     return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}} if wanted else {}
 
 
-def train(
-    recipe: Recipe, data: str | Path, output: str | Path, overwrite: bool = False, progress: bool = True
-) -> Run:
+def train(recipe: Recipe, data: str | Path, output: str | Path, overwrite: bool = False, progress: bool = True) -> Run:
     """Trains a recipe to the end, going on from the last complete checkpoint where there is one.
 
     Raises ValueError or FileNotFoundError for what is wrong with data, recipe or folder, before training starts.
@@ -204,13 +201,12 @@ def train(
     return run
 
 
-def begun(
-    experiment: Experiment, output: str | Path, overwrite: bool, progress: bool
-) -> tuple[Run, TrainingArguments]:
+def begun(experiment: Experiment, output: str | Path, overwrite: bool, progress: bool) -> tuple[Run, TrainingArguments]:
     """The run in its folder, which the first process makes while the others wait, once all that can be refused has been
     looked at: data, model, learning rates, batches and the folder."""
     arguments = training_arguments(experiment, Path(output) / CHECKPOINTS, progress)
     recipe = experiment.recipe
+    experiment.sample()
     parameter_groups(experiment.prepared.model, recipe.training)
     with arguments.main_process_first(local=False, desc="the run's folder"):
         run = begin(output, recipe, overwrite and arguments.process_index == 0)
@@ -279,13 +275,14 @@ def device_name() -> str:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a method costs: parameters that train, of these those beside `keep`, all of the model, and the
-    multiply-accumulates that it adds to one sample, None where nothing says."""
+    """What a method costs: parameters that train, of these those beside `keep`, and all of the model; and
+    multiply-accumulates of one sample: those of the new layers, None where nothing says, and all."""
 
     trained_parameters: int
     new_parameters: int
     all_parameters: int
     added_macs: int | None
+    all_macs: int
 
     @classmethod
     def of(cls, experiment: Experiment) -> "Costs":
@@ -295,6 +292,6 @@ class Costs:
         device = next(prepared.model.parameters()).device
         sample = {name: tensor.to(device) for name, tensor in experiment.sample().items()}
         state = torch.get_rng_state()
-        added = prepared.added_macs(sample)
+        added, macs = prepared.added_macs(sample), count_macs(prepared.model, sample).total
         torch.set_rng_state(state)
-        return cls(trained, prepared.new_parameters(experiment.recipe.keep), every, added)
+        return cls(trained, prepared.new_parameters(experiment.recipe.keep), every, added, macs)
