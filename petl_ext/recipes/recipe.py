@@ -267,7 +267,7 @@ def recipe_file(name: str | Path) -> Path:
     near = difflib.get_close_matches(str(name), shipped(), 3, 0.4)
     meant = f", such as {', '.join(near)}" if near else ""
     raise FileNotFoundError(
-        f"recipe must be a file, or one of the names that `petl-ext recipes` lists{meant}, got {name}"
+        f"recipe must be a file, or one of those that `petl-ext recipes` lists{meant}, got {name}"
     )
 
 

@@ -26,9 +26,9 @@ def search(
     if experiment.splits.validation is None:
         raise ValueError("data.validation or data.held_out must be given for a search, got neither")
     found = _new_search(recipe, experiment)
+    callback = SearchCallback(found, experiment.splits.validation, warmup_epochs=recipe.search.warmup_epochs)
     run, arguments = begun(experiment, output, overwrite, progress)
     trainer = experiment.trainer(arguments)
-    callback = SearchCallback(found, experiment.splits.validation, warmup_epochs=recipe.search.warmup_epochs)
     callback.add_to(trainer)
     measured = run_trainer(trainer, run)
     result = _result(found)

@@ -38,13 +38,13 @@ def test_unknown_command(capsys):
 def test_search_alone_lists_the_searches(capsys):
     main(["search"])
     printed = capsys.readouterr().out
-    assert all(f"\n    {name}" in printed for name in ("das", "placement"))
+    assert all(f"\n    {name}" in printed for name in ("das", "placement", "recipe"))
 
 
 def test_unknown_search(capsys):
     with pytest.raises(SystemExit) as refused:
-        main(["search", "width"])
-    assert refused.value.code == 2 and "invalid choice: 'width'" in capsys.readouterr().err
+        main(["search", "width", "--data", "."])
+    assert refused.value.code == 2 and "recipe must be a file, or one of" in capsys.readouterr().err
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):

@@ -1,5 +1,7 @@
 """Searches of recipes, and models other than ViLT, made small and random."""
 
+import json
+
 import pytest
 import torch
 from small_recipes import small_recipe
@@ -12,7 +14,7 @@ from petl_ext.recipes.data import Splits
 from petl_ext.recipes.evaluating import evaluate
 from petl_ext.recipes.recipe import read_recipe
 from petl_ext.recipes.searching import search
-from petl_ext.recipes.training import Experiment, train
+from petl_ext.recipes.training import Experiment, StepClock, train
 
 SEARCH = (
     "search.training={steps: 12, evaluate_every: null, checkpoint_every: 4}",
@@ -64,10 +66,29 @@ def test_layers_are_searched_and_a_training_goes_without_them(digits, tmp_path, 
     assert refused.value.code == 2 and "is that of a search" in capsys.readouterr().err
 
 
+def test_an_interrupted_search_goes_on_as_if_it_had_not_been(digits, tmp_path, monkeypatch):
+    recipe = read_recipe("digits-vqa-das-search", [*SEARCH, "training.micro_batch=4"])
+    whole = search(recipe, digits, tmp_path / "whole", progress=False)
+    ends = []
+
+    def interrupted(*_, **__):
+        ends.append(True)
+        if len(ends) == 10:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StepClock, "on_step_end", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search(recipe, digits, tmp_path / "search", progress=False)
+    monkeypatch.undo()
+    assert search(recipe, digits, tmp_path / "search", progress=False) == whole
+    found, expected = (json.loads((tmp_path / name / "search.json").read_text()) for name in ("search", "whole"))
+    assert found == expected and len(found["history"]) > 3
+
+
 def test_where_a_prompt_enters_is_searched(digits, random_models, tmp_path):
     settings = [f"model.name={random_models / 'bert'}", f"model.vision_model={random_models / 'clip'}"]
     recipe = read_recipe(
-        "bert-vqa-dvp-adapters", [*settings, *FILES, *SEARCH, "training.micro_batch=2", "training.epochs=1"]
+        "bert-vqa-dvp-adapters", [*settings, *FILES, *SEARCH, "training.micro_batch=2", "search.warmup_epochs=null"]
     )
     found = search(recipe, digits, tmp_path / "search", progress=False)
     assert found.keys() == {"method.insert_layer"} and found["method.insert_layer"] in (0, 1)
