@@ -3,7 +3,7 @@
     python bench/recipes_digits.py                                  # all, with three seeds: one to two hours of a core
     python bench/recipes_digits.py --tasks vqa nlvr2 --seeds 0      # some
 
-Writes table.md and table.png to bench/results/recipes. What is there in --output already is not trained again, and what was
+Writes table.md and table.png to bench/results/recipes. What --output holds already is not trained again, and what was
 interrupted goes on.
 """
 
@@ -61,12 +61,12 @@ def main(arguments=None):
     parser.add_argument("--output", type=Path, default=Path("recipes_out"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     torch.set_num_threads(1)  # on matrices of this size several are slower
     data = options.output / "digits"
     if not data.exists():
         print(write_for_recipes(data), flush=True)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     folders = []
     for seed in options.seeds:
         for task in options.tasks:

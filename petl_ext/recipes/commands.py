@@ -79,7 +79,7 @@ def _refusing(run):
     def command(options):
         try:
             run(options)
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, OSError) as error:
             print(f"petl-ext: {error}", file=sys.stderr)
             raise SystemExit(2) from error
 

@@ -16,6 +16,7 @@ from petl_ext.tasks.files import write_json
 from petl_ext.tasks.retrieval_scores import score_all
 
 ROUNDS, WARM_ROUNDS = 10, 2
+MOVED_EVERY = 50  # batches, after which what the model gave leaves the GPU
 
 
 def evaluate(folder: str | Path, data: str | Path, split: str = "test", progress: bool = True) -> dict[str, Any]:
@@ -52,6 +53,7 @@ def _trainer(experiment, run, progress):
     arguments = TrainingArguments(
         str(run.folder / "results"),
         per_device_eval_batch_size=experiment.recipe.training.micro_batch,
+        eval_accumulation_steps=MOVED_EVERY,
         remove_unused_columns=False,
         label_names=["labels"],
         report_to=[],

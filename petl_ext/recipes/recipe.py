@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from petl_ext.attaching.patterns import check_patterns
 from petl_ext.checks import check_choice, check_positive_integer, check_positive_number, check_probability
 from petl_ext.recipes.methods import DVP, METHODS, as_values
 from petl_ext.recipes.models import FAMILIES
@@ -131,7 +132,7 @@ class Training:
     steps: int | None = None
     rates: dict[str, float] = field(default_factory=dict)
     weight_decay: float = 0.01
-    no_decay: tuple[str, ...] = (r"bias$", r"(?i)norm")
+    no_decay: tuple[str, ...] = ("bias$", "[Nn]orm")
     betas: tuple[float, ...] = (0.9, 0.98)
     epsilon: float = 1e-8
     schedule: str = "linear"
@@ -156,6 +157,7 @@ class Training:
             if getattr(self, name) is not None:
                 check_positive_integer(name, getattr(self, name))
         check_probability("warmup", self.warmup)
+        check_patterns("rates and no_decay", (*self.rates, *self.no_decay))
         check_choice("schedule", self.schedule, ("linear", "cosine", "constant"))
         check_choice("precision", self.precision, ("fp32", "fp16", "bf16"))
         if self.patience is not None and self.evaluate_every is None:
@@ -266,9 +268,7 @@ def recipe_file(name: str | Path) -> Path:
         return SHIPPED / f"{name}.yaml"
     near = difflib.get_close_matches(str(name), shipped(), 3, 0.4)
     meant = f", such as {', '.join(near)}" if near else ""
-    raise FileNotFoundError(
-        f"recipe must be a file, or one of those that `petl-ext recipes` lists{meant}, got {name}"
-    )
+    raise FileNotFoundError(f"recipe must be a file, or one of those that `petl-ext recipes` lists{meant}, got {name}")
 
 
 def read_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:

@@ -82,7 +82,7 @@ def begin(folder: str | Path, recipe: Recipe, overwrite: bool = False) -> Run:
     run = Run(folder, recipe)
     if (folder / RECIPE).is_file():
         if overwrite:
-            shutil.rmtree(folder)
+            _delete(folder)
         else:
             _check_same(open_run(folder), recipe)
             remove_incomplete(run.checkpoints)
@@ -102,6 +102,13 @@ def open_run(folder: str | Path) -> Run:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} must be the folder of a run, got one without {RECIPE}")
     return Run(Path(folder), parsed(read_document(path)))
+
+
+def _delete(folder):
+    """Half of a run, left by a kill, would be of none: it goes under another name."""
+    deleted = folder.with_name(f".deleted-{folder.name}")
+    shutil.rmtree(deleted, ignore_errors=True)
+    shutil.rmtree(folder.rename(deleted))
 
 
 def _check_same(run, recipe):

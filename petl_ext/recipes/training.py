@@ -204,7 +204,7 @@ def train(recipe: Recipe, data: str | Path, output: str | Path, overwrite: bool 
 def begun(experiment: Experiment, output: str | Path, overwrite: bool, progress: bool) -> tuple[Run, TrainingArguments]:
     """The run in its folder, which the first process makes while the others wait, once all that can be refused has been
     looked at: data, model, learning rates, batches and the folder."""
-    arguments = training_arguments(experiment, Path(output) / CHECKPOINTS, progress)
+    arguments = training_arguments(experiment, Path(output).resolve() / CHECKPOINTS, progress)
     recipe = experiment.recipe
     experiment.sample()
     parameter_groups(experiment.prepared.model, recipe.training)

@@ -60,6 +60,15 @@ def test_a_missing_language_model_is_one_line(monkeypatch, command):
         main(command)
 
 
+def test_digits_go_into_a_new_folder(tmp_path, capsys):
+    for options in (["--output", str(tmp_path)], ["--tune"]):
+        with pytest.raises(SystemExit) as refused:
+            main(["demo", "digits", *options])
+        assert refused.value.code == 2
+    printed = capsys.readouterr().err
+    assert "folder must not exist yet, got" in printed and "demo digits has no --tune" in printed
+
+
 def test_ctrl_c_has_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr("petl_ext.cli.info", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit) as interrupted:
