@@ -10,7 +10,9 @@ import pytest
 from small_recipes import SMALL, losses_of, small_recipe
 
 from petl_ext.recipes.evaluating import evaluate
+from petl_ext.recipes.recipe import read_recipe
 from petl_ext.recipes.runs import open_run
+from petl_ext.recipes.searching import search
 from petl_ext.recipes.training import train
 
 NAME = "digits-nlvr2-apt"
@@ -44,3 +46,23 @@ def test_two_processes_train_and_measure_as_one(digits, tmp_path):
     assert (two.results("validation") / "nlvr2_predictions.csv").read_text() == lines
     assert lines.count("\n") == found["samples"]
     assert re.findall(r"accuracy (\S+)", printed) == [f"{found['accuracy']:.4f}"]
+
+
+def test_two_processes_search_as_one(digits, tmp_path):
+    """Each step has one draw, and the validation batches of both processes together are those of the one."""
+    settings = [
+        *("training.steps=null", "training.epochs=1", "training.batch_size=8", "training.log_every=1"),
+        "search.training={steps: 8, epochs: null, evaluate_every: null, checkpoint_every: null}",
+        "search.constants={interval: 2, warmup_steps: 2, search_steps: 8}",
+    ]
+    recipe = read_recipe("digits-vqa-das-search", [*settings, "training.micro_batch=8"])
+    one = search(recipe, digits, tmp_path / "one", progress=False)
+    given = [part for setting in (*settings, "training.micro_batch=4") for part in ("--set", setting)]
+    printed = torchrun(
+        *("search", "digits-vqa-das-search", "--data", digits, "--output", tmp_path / "two", "--no-progress"), *given
+    )
+    assert json.loads(printed) == one
+    histories = [json.loads((tmp_path / name / "search.json").read_text())["history"] for name in ("one", "two")]
+    assert [update["subsets"] for update in histories[0]] == [update["subsets"] for update in histories[1]]
+    for update, other in zip(*histories, strict=True):
+        assert update["losses"] == pytest.approx(other["losses"], rel=1e-4)
