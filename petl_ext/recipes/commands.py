@@ -57,6 +57,7 @@ def _add_recipe(parser):
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of the official files")
     parser.add_argument("--output", metavar="DIR", help="folder of the run (default: runs/RECIPE)")
     parser.add_argument("--model", metavar="NAME", help="instead of the recipe's: on the hub, or a folder")
+    parser.add_argument("--check-images", action="store_true", help="first decode all images, which takes a while")
     parser.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
     parser.add_argument("--no-progress", action="store_true", help="without progress bars")
     _add_settings(parser)
@@ -93,6 +94,14 @@ def _recipe(options):
     return read_recipe(options.recipe, [*options.settings, *([] if model is None else [f"model.name={model}"])])
 
 
+def _check_images(recipe, options):
+    """By each process, or one that waits would wait for one that has ended."""
+    from petl_ext.recipes.data import Splits
+
+    if options.check_images:
+        Splits(recipe, Path(options.data)).check_images(_shows(options))
+
+
 def _output(options):
     return Path(options.output or Path("runs") / Path(options.recipe).stem)
 
@@ -122,6 +131,7 @@ def _list(options):
 def _train(options):
     _quiet()
     recipe = _recipe(options)
+    _check_images(recipe, options)
     if options.dry_run:
         from petl_ext.recipes.planning import plan
 
@@ -138,7 +148,9 @@ def _search(options):
     _quiet()
     from petl_ext.recipes.searching import search
 
-    found = search(_recipe(options), options.data, _output(options), options.overwrite, _shows(options))
+    recipe = _recipe(options)
+    _check_images(recipe, options)
+    found = search(recipe, options.data, _output(options), options.overwrite, _shows(options))
     _print(json.dumps(found))
 
 

@@ -86,6 +86,12 @@ class Splits:
             self._read[split] = [self._dataset(part) for part in getattr(self.recipe.data, split)]
         return self._read[split]
 
+    def check_images(self, progress: bool = True) -> None:
+        """Decodes all images of what is trained and validated on. Raises ValueError naming the first that cannot be."""
+        for split in ("train", "validation"):
+            for part in self.parts(split):
+                part.check_images(self.recipe.data.workers, progress)
+
     def _dataset(self, part):
         data, task = self.recipe.data, self.task
         files = {name: self.folder / part[name] for name in task.files if part.get(name) is not None}

@@ -67,9 +67,12 @@ class Run:
         return read_json(self.folder / TRAINING)
 
     def finish(self, measured: dict[str, Any]) -> None:
-        """Writes training.json and deletes the checkpoints."""
+        """Writes training.json and deletes the checkpoints, but not what trackers have written beside them."""
         write_json(self.folder / TRAINING, measured)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for checkpoint in self.checkpoints.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
+            self.checkpoints.rmdir()
 
 
 def begin(folder: str | Path, recipe: Recipe, overwrite: bool = False) -> Run:

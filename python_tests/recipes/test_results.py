@@ -1,6 +1,7 @@
 """What follows a training: measurements against others of the same model, plans, tables, the command line."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -128,7 +129,15 @@ def test_the_commands(digits, tmp_path, capsys):
     given = ["digits-snli-ve-apt", "--data", str(digits), "--output", str(tmp_path / "run"), "--no-progress", *settings]
     main(["train", *given, "--dry-run"])
     assert "optimizer steps: 1 of 1" in capsys.readouterr().out and not (tmp_path / "run").exists()
-    main(["train", *given])
+    broken = tmp_path / "broken"
+    shutil.copytree(digits, broken)
+    for image in (broken / "val").iterdir():
+        image.write_bytes(b"no image")
+    with pytest.raises(SystemExit) as refused:
+        main(["train", *given, "--data", str(broken), "--check-images"])
+    assert refused.value.code == 2 and "images cannot be decoded)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    main(["train", *given, "--check-images"])
     main(["eval", str(tmp_path / "run"), "--data", str(digits), "--no-progress"])
     main(["compare", str(tmp_path / "run"), "--output", str(tmp_path / "table")])
     printed = capsys.readouterr().out
