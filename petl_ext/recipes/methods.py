@@ -90,11 +90,8 @@ def prepare(model: nn.Module, method: Any, keep: tuple[str, ...]) -> Prepared:
 def _dvp(model):
     def load(folder):
         _, tensors = read_files(folder, dict)
-        fill(
-            {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
-            tensors,
-            folder,
-        )
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        fill(trained, tensors, folder)
 
     return Prepared(model, model.save, load, lambda _: None)
 
@@ -114,7 +111,9 @@ def _lora(model, method, keep):
     wrapped = peft.get_peft_model(model, config)
 
     def load(folder):
-        peft.set_peft_model_state_dict(wrapped, peft.load_peft_weights(str(folder)))
+        result = peft.set_peft_model_state_dict(wrapped, peft.load_peft_weights(str(folder)))
+        if result.unexpected_keys:
+            raise ValueError(f"{folder} must fit the model, got {len(result.unexpected_keys)} tensors that it lacks")
 
     def added_macs(inputs):
         attached = count_macs(wrapped, inputs).total

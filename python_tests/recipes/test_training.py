@@ -64,12 +64,15 @@ def test_every_task_trains_and_is_measured(name, digits, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["classifier", "adapter", "das", "lora"])
-def test_every_method_trains(method, digits, tmp_path):
-    run = train(small_recipe(f"digits-vqa-{method}", "training.steps=2"), digits, tmp_path / "run", progress=False)
+def test_every_method_trains_and_is_measured_as_it_was(method, digits, tmp_path):
+    settings = ["training.steps=20", "training.evaluate_every=20", "training.checkpoint_every=null"]
+    run = train(small_recipe(f"digits-vqa-{method}", *settings), digits, tmp_path / "run", progress=False)
     costs = run.training()
     assert (costs["new_parameters"] == 0) == (method == "classifier")
     assert costs["trained_parameters"] < costs["all_parameters"]
-    assert evaluate(run.folder, digits, progress=False)["test"]["samples"] == 80
+    (before,) = (entry["eval_vqa_score"] for entry in run.training()["log"] if "eval_vqa_score" in entry)
+    after = evaluate(run.folder, digits, "validation", progress=False)["validation"]
+    assert after["accuracy"] == pytest.approx(before) and after["samples"] == 80 and before > 0
 
 
 @pytest.mark.parametrize(
