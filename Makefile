@@ -24,6 +24,7 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
+	$(RUN)mypy python_tests/building/typed_use.py
 	$(RUN)clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.inl')
 
 bench: $(INSTALLED)

@@ -100,7 +100,6 @@ class Op:
         every_size: inner sizes, one for each shape of the CUDA kernels.
         sizes_of: from rows, a width and an inner size: the sizes of a problem.
         sample: of how many rows one sample consists.
-        launches: kernels of a forward call on a GPU.
         cpu_cases: shapes and inner sizes at which it is measured on a CPU.
         cpu_forms: names of the forms that are measured there.
     """
@@ -118,7 +117,6 @@ class Op:
     every_size: tuple[int, ...]
     sizes_of: Callable = lambda *sizes: sizes
     sample: int = 1
-    launches: int = 1
     cpu_cases: tuple = ()
     cpu_forms: tuple[str, ...] = ()
 
@@ -194,7 +192,6 @@ ATTENTION_POOL = Op(
     every_size=(12, 40),
     sizes_of=_samples,
     sample=TOKENS,
-    launches=2,
 )
 OPS = {op.name: op for op in (APT, ADAPTER, ATTENTION_POOL)}
 

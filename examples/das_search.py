@@ -7,7 +7,7 @@ The data are those of `examples/vqa_apt.py`; the search compares its choices on 
 real task keeps apart. --output gets the search, its picture, and what `petl_ext.load` reads.
 """
 
-from vqa_apt import KEEP, VQACollator, parsed, parser, read
+from vqa_apt import KEEP, VQACollator, parsed, read_vilt, vilt_parser
 
 import petl_ext
 
@@ -26,10 +26,10 @@ def find_layers(data, options):
 
 
 def main(arguments=None):
-    made = parser(__doc__)
+    made = vilt_parser(__doc__)
     made.add_argument("--num-skip", type=int, default=1)
     options = parsed(made, arguments)
-    data = read(options)
+    data = read_vilt(options)
     options.output.mkdir(parents=True, exist_ok=True)
     skipped = find_layers(data, options).selection()
     model = data.new_model()

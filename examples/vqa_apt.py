@@ -4,10 +4,12 @@
     python examples/vqa_apt.py --model dandelin/vilt-b32-mlm --train questions.json annotations.json train2014 \\
         --test questions.json annotations.json val2014
 
---output gets what `petl_ext.load` reads. `examples/das_search.py` uses the same data.
+--output gets what `petl_ext.load` reads. `examples/das_search.py` and `examples/dvp_bert.py` use the same data.
 """
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,16 +25,16 @@ KEEP = ["classifier", "pooler"]  # trained beside what is new
 
 
 class Data(NamedTuple):
-    """A task, and the name or folder of the model that is trained for it."""
+    """A task, and what makes a model for it: `make_model(num_labels=...)`."""
 
-    model: str
+    make_model: Callable
     processor: Any
     vocabulary: AnswerVocabulary
     train: VQADataset
     test: VQADataset
 
-    def new_model(self):
-        return ViltForQuestionAnswering.from_pretrained(self.model, num_labels=len(self.vocabulary))
+    def new_model(self, **options):
+        return self.make_model(num_labels=len(self.vocabulary), **options)
 
     def trainer(self, model, options, learning_rate):
         arguments = TrainingArguments(
@@ -49,29 +51,40 @@ class Data(NamedTuple):
         return Trainer(model, arguments, collator, self.train, self.test, compute_metrics=compute_metrics)
 
 
-def read(options):
-    """The `Data` of the command line."""
+def read_vilt(options):
+    """The `Data` of the command line, for a ViLT."""
+    name = BACKBONE if options.digits else options.model
+    return read(options, ViltProcessor.from_pretrained(name), partial(ViltForQuestionAnswering.from_pretrained, name))
+
+
+def read(options, processor, make_model):
+    """The `Data` of the command line, as the processor makes them."""
     if options.digits:
         digits = write_digits(options.output / "digits", {"train": options.scenes, "test": max(1, options.scenes // 5)})
         files = [(of.questions, of.annotations, of.images, of.image_name) for of in digits.values()]
-        name, least = BACKBONE, 1
+        least = 1
     else:
         files = [(*given, COCO.format(folder=Path(given[2]).name)) for given in (options.train, options.test)]
-        name, least = options.model, 9
-    processor = ViltProcessor.from_pretrained(name)
+        least = 9
     vocabulary = AnswerVocabulary.from_annotations([files[0][1]], least)
     train, test = (
         VQADataset(questions, images, processor, vocabulary, annotations, image_name=image_name)
         for questions, annotations, images, image_name in files
     )
-    return Data(str(name), processor, vocabulary, train, test)
+    return Data(make_model, processor, vocabulary, train, test)
+
+
+def vilt_parser(description):
+    made = parser(description)
+    made.add_argument("--model", default="dandelin/vilt-b32-mlm")
+    return made
 
 
 def parser(description):
+    """Of what every example on these data asks."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--digits", action="store_true", help="write and use questions about handwritten digits")
     made.add_argument("--scenes", type=int, default=2000, help="of the digits' training split")
-    made.add_argument("--model", default="dandelin/vilt-b32-mlm")
     for split in ("train", "test"):
         made.add_argument(f"--{split}", nargs=3, metavar=("QUESTIONS", "ANNOTATIONS", "IMAGES"))
     made.add_argument("--steps", type=int, default=600)
@@ -89,10 +102,10 @@ def parsed(made, arguments):
 
 
 def main(arguments=None):
-    made = parser(__doc__)
+    made = vilt_parser(__doc__)
     made.add_argument("--num-prompts", type=int, default=50)
     options = parsed(made, arguments)
-    data = read(options)
+    data = read_vilt(options)
     model = data.new_model()
     apt = petl_ext.attach(model, petl_ext.APTConfig(num_prompts=options.num_prompts), keep=KEEP)
     print(apt.report(inputs=VQACollator(data.processor)([data.train[0]])))

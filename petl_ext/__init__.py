@@ -1,6 +1,7 @@
 """Fused kernels for parameter- and computation-efficient transfer of vision-language models."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from petl_ext import ops
 from petl_ext.attaching import Attachment, SkippingAttachment, attach, load
@@ -42,9 +43,12 @@ __all__ = [
 # They need more than torch.
 _ON_DEMAND = ("cupy", "hf", "models", "peft")
 
+if TYPE_CHECKING:
+    from petl_ext import cupy, hf, models, peft  # noqa: F401
+else:
 
-def __getattr__(name):
-    """Makes `petl_ext.hf` and others work without an import of their own."""
-    if name in _ON_DEMAND:
-        return importlib.import_module(f"petl_ext.{name}")
-    raise AttributeError(f"module 'petl_ext' has no attribute {name!r}")
+    def __getattr__(name):
+        """Makes `petl_ext.hf` and others work without an import of their own."""
+        if name in _ON_DEMAND:
+            return importlib.import_module(f"petl_ext.{name}")
+        raise AttributeError(f"module 'petl_ext' has no attribute {name!r}")

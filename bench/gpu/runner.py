@@ -24,6 +24,7 @@ class Step:
     Attributes:
         commands: each a list of words; they run at the same time.
         limit: seconds.
+        expected: seconds that it takes on a machine with 16 cores: an estimate until the first run says otherwise.
         least: seconds below which it is pointless to begin.
         environment: variables added to the runner's.
         obstacle: why it cannot run on this machine, if it cannot.
@@ -33,6 +34,7 @@ class Step:
     name: str
     commands: tuple
     limit: float
+    expected: float = 0
     least: float = 10
     environment: dict = field(default_factory=dict)
     obstacle: str = ""
@@ -77,7 +79,14 @@ class Runner:
         if not why_not and seconds_left < step.least:
             why_not = f"{max(seconds_left, 0):.0f} s of the budget are left, it needs {step.least:.0f}"
         verdict = SKIPPED if why_not else UNFINISHED
-        entry = {"name": step.name, "verdict": verdict, "seconds": 0, "why": why_not, "records": []}
+        entry = {
+            "name": step.name,
+            "verdict": verdict,
+            "seconds": 0,
+            "expected_seconds": step.expected,
+            "why": why_not,
+            "records": [],
+        }
         self.document["steps"].append(entry)
         if not why_not:
             self._execute(step, min(step.limit, seconds_left), entry)

@@ -16,6 +16,7 @@ import torch
 from clock import cuda_clock, race, speed_up
 from problems import OPS, Op, draw_rows, forward, forward_backward
 
+from gpu.bounds import bound_of
 from gpu.graphs import captured
 from gpu.step_log import record, seconds_granted
 from gpu.summary import triton_in_words
@@ -23,11 +24,12 @@ from gpu.traffic import FORWARD, FORWARD_BACKWARD, LEAST, OWN, verdicts
 from petl_ext import ops
 
 DIRECTIONS = {FORWARD: forward, FORWARD_BACKWARD: forward_backward}
-ROWS = (61440, 15360)
+ROWS = (15360, 61440)
 ROUNDS = 25
 FEWEST_CALLS = 12  # in a graph, so that launching the graph itself does not count
 MOST_ERROR = 1e-2  # relative, of a bfloat16 result that is right
-LAST_CASE = 25  # seconds that a case may take: none is begun when fewer are left
+# Compiled by trying every kernel that the compiler knows, which takes some 20 seconds: of each op once, at the end.
+MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,20 @@ class Case:
     dim: int
     inner: int
     weight_dtype: torch.dtype
+    is_tuned: bool = False
+
+    @property
+    def most_seconds(self):
+        """That it may take: it is not begun when fewer are left."""
+        return 45 if self.is_tuned else 25
+
+    @property
+    def weights(self):
+        return str(self.weight_dtype).removeprefix("torch.")
 
     def __str__(self):
-        weights = str(self.weight_dtype).removeprefix("torch.")
-        return f"{self.op} {self.direction} M={self.rows} {self.op.inner}={self.inner} weights {weights}"
+        tuned = " against max-autotune" if self.is_tuned else ""
+        return f"{self.op} {self.direction} M={self.rows} {self.op.inner}={self.inner} weights {self.weights}{tuned}"
 
 
 @dataclass(frozen=True)
@@ -70,12 +82,14 @@ def cases():
                 for inner in op.sizes:
                     for direction in DIRECTIONS:
                         yield Case(op, direction, op.whole(rows), 768, inner, weight_dtype)
+    for op in OPS.values():
+        yield Case(op, FORWARD, op.whole(ROWS[0]), 768, max(op.sizes), torch.float32, is_tuned=True)
 
 
-def compiled(function):
+def compiled(function, mode="default"):
     # Without it the ninth case would run uncompiled, silently: a function is compiled anew eight times at most.
     torch._dynamo.reset()
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, mode=mode)
 
 
 def by_triton(function):
@@ -88,7 +102,10 @@ def by_triton(function):
     return call
 
 
-def contenders_of(op):
+def contenders_of(case):
+    op = case.op
+    if case.is_tuned:
+        return {"ours": op.ours, "max-autotune": compiled(op.reference, MAX_AUTOTUNE)}
     return {
         "ours": op.ours,
         "eager": op.reference,
@@ -183,7 +200,8 @@ def compare(case, contenders, bench):
         "rows": case.rows,
         "dim": case.dim,
         "inner": case.inner,
-        "weights": str(case.weight_dtype).removeprefix("torch."),
+        "weights": case.weights,
+        "bound_microseconds": bound_of(case.op.name, case.direction, case.rows, case.inner, case.weights),
         "wrong": wrong,
         "failures": failures,
         "calls_per_graph": count,
@@ -226,11 +244,11 @@ def main():
     bench = on_the_gpu()
     measured, left_out, flawed, lost = 0, [], [], []
     for case in cases():
-        if time.monotonic() > end - LAST_CASE:
+        if time.monotonic() > end - case.most_seconds:
             left_out.append(str(case))
             continue
         try:
-            result = compare(case, contenders_of(case.op), bench)
+            result = compare(case, contenders_of(case), bench)
         # One op that cannot be run must not hide the times of the others.
         except Exception as error:
             traceback.print_exc()

@@ -1,4 +1,4 @@
-"""What `make gpu` does, step by step."""
+"""What `make gpu` does, step by step, the most important first: what is right, how fast it is, then all else."""
 
 import glob
 import os
@@ -30,14 +30,15 @@ def build():
     return Step(
         "build",
         ([sys.executable, *install, ROOT], [sys.executable, ROOT / "python_tests" / "support" / "emulated_build.py"]),
-        limit=240,
+        limit=200,
+        expected=100,
         environment={"PETL_CUDA": "1", "MAX_JOBS": cores, "PYTHONUNBUFFERED": "1"},
     )
 
 
-def tests(name, paths, limit, *options):
+def tests(name, paths, limit, expected, *options):
     command = [sys.executable, "-m", "pytest", "-p", "gpu.pytest_plugin", "-p", "no:cacheprovider", *options, *paths]
-    return Step(name, (command,), limit=limit)
+    return Step(name, (command,), limit, expected)
 
 
 def sanitizers():
@@ -55,6 +56,7 @@ def sanitizers():
         "sanitizers",
         tuple(commands),
         limit=100,
+        expected=60,
         least=30,
         # Each tensor is an allocation: whoever leaves it is found.
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
@@ -62,8 +64,8 @@ def sanitizers():
     )
 
 
-def module(name, title, limit, least):
-    return Step(title, ([sys.executable, "-m", f"gpu.{name}"],), limit=limit, least=least)
+def module(name, title, limit, expected, least):
+    return Step(title, ([sys.executable, "-m", f"gpu.{name}"],), limit, expected, least)
 
 
 def counters(report):
@@ -76,7 +78,7 @@ def counters(report):
         *(sys.executable, *program.split()),
     ]
     obstacle = "" if tool else "ncu was not found"
-    return Step("hardware counters", (command,), limit=90, least=30, obstacle=obstacle, is_check=False)
+    return Step("hardware counters", (command,), limit=90, expected=40, least=30, obstacle=obstacle, is_check=False)
 
 
 def steps(counter_report):
@@ -84,15 +86,17 @@ def steps(counter_report):
     names = ["every_op", *(source.stem for source in (ROOT / "csrc/kernels").glob("*.h"))]
     op_tests = [ROOT / "python_tests" / "ops" / f"test_{name}.py" for name in names]
     op_tests = sorted(path for path in op_tests if path.exists())
+    on_this_gpu = ROOT / "python_tests" / "building"
     return (
         build(),
-        tests("op tests", op_tests, 90, "--on", "cuda"),
-        tests("device tests", [ROOT / "python_tests" / "building" / "test_cuda_device.py"], 90),
+        tests("op tests", op_tests, 90, 50, "--on", "cuda"),
+        module("speed", "speed", limit=120, expected=110, least=45),
+        tests("graphs", [on_this_gpu / "test_cuda_graphs.py"], 45, 25, "--on", "cuda"),
+        module("vilt", "vilt", limit=45, expected=20, least=20),
+        tests("device tests", [on_this_gpu / "test_cuda_device.py"], 90, 40),
         sanitizers(),
-        module("speed", "speed", limit=170, least=45),
-        module("calls", "calls", limit=60, least=20),
-        module("vilt", "vilt", limit=60, least=20),
-        module("cupy_contender", "cupy", limit=30, least=15),
-        module("kernel_times", "kernel times", limit=45, least=20),
+        module("calls", "calls", limit=60, expected=25, least=20),
         counters(counter_report),
+        module("kernel_times", "kernel times", limit=45, expected=20, least=20),
+        module("cupy_contender", "cupy", limit=30, expected=15, least=15),
     )

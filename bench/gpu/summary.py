@@ -2,7 +2,8 @@
 
 
 def of_step(entry):
-    return f"{entry['name']:18} {entry['verdict']:10} {entry['seconds']:6.1f} s  {entry['why']}".rstrip()
+    seconds = f"{entry['seconds']:6.1f} s of {entry['expected_seconds']:.0f} expected"
+    return f"{entry['name']:18} {entry['verdict']:10} {seconds}  {entry['why']}".rstrip()
 
 
 def _of_goals(comparison):
@@ -22,9 +23,10 @@ def of_comparison(comparison):
     if "microseconds" not in comparison:
         return f"{comparison['name']:62} not measured: {comparison['failures']}"
     ratios = "  ".join(f"{name} {ratio['median']:5.2f}" for name, ratio in comparison["speed_up"].items())
-    words = triton_in_words(comparison)
+    words, bound = triton_in_words(comparison), comparison["bound_microseconds"]
     return (
-        f"{comparison['name']:62} {comparison['microseconds']['ours']:8.1f} us  {ratios}  "
+        f"{comparison['name']:62} {comparison['microseconds']['ours']:8.1f} us"
+        f"{f' (counted {bound})' if bound else ''}  {ratios}  "
         f"own traffic {comparison['own_gigabytes_per_second']:6.0f} GB/s = {comparison['share_of_own']:.2f} of a copy"
         f"{'  WRONG' if comparison['wrong'] else ''}{f'  {words}' if words else ''}"
     )

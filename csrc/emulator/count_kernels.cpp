@@ -121,7 +121,8 @@ void run_apt(const Case& c, Tensors& tensors) {
   forward.scores = {scores, kActivations};
   void* packed = tensors.workspace("packed", petl::cuda::apt_packed_bytes(forward));
   void* workspace = tensors.workspace(petl::cuda::apt_forward_workspace(forward));
-  if (c.runs_forward()) expect_success(petl::cuda::apt_forward(forward, packed, false, workspace, kQueue));
+  if (c.runs_forward())
+    expect_success(petl::cuda::apt_forward(forward, packed, petl::cuda::AptDone::nothing, workspace, kQueue));
   if (!c.is_backward()) return;
   counts::take_launches();
   petl::AptBackward args = {};

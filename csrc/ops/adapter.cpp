@@ -54,10 +54,10 @@ struct AdapterTensors {
 
   AdapterSizes check_sizes() const {
     PETL_REQUIRE(x.dim() > 0 && x.size(x.dim() - 1) > 0,
-                 "adapter: x must have shape [..., D] with a width D above zero, got ", shape_text(shape_of(x)));
+                 "adapter: x must have shape [..., D] with a width D above zero, got ", shape_text(x.sizes()));
     const int64_t D = x.size(x.dim() - 1);
     PETL_REQUIRE(down.dim() == 2 && down.size(0) > 0 && down.size(1) == D, "adapter: down must have shape [B, ", D,
-                 "], got ", shape_text(shape_of(down)));
+                 "], got ", shape_text(down.sizes()));
     const int64_t B = down.size(0);
     Argument{"adapter", "down_bias", down_bias}.has_shape({B});
     Argument{"adapter", "up", up}.has_shape({D, B});
@@ -94,7 +94,7 @@ class WeightRows {
 template <class Device>
 ActivationRows<Device> rows_like_x(const Device& device, const char* name, const Tensor& tensor, const Tensor& x) {
   const Argument argument{"adapter", name, tensor};
-  argument.has_shape(shape_of(x));
+  argument.has_shape(x.sizes());
   device.holds(argument);
   PETL_REQUIRE(tensor.scalar_type() == x.scalar_type(), "adapter: ", name, " must have the dtype of x, ",
                torch::headeronly::toString(x.scalar_type()), ", got ",

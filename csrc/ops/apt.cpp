@@ -16,17 +16,34 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-void run(const Cpu&, const AptForward& args, const Tensor&, const OptionalTensor&) {
+void run(const Cpu&, const AptForward& args, const Tensor&, const OptionalTensor&, const OptionalTensor&) {
   cpu_kernels().apt_forward(args, &parallel_for);
 }
 
 void run(const Cpu&, const AptBackward& args, const Tensor&) { cpu_kernels().apt_backward(args, &parallel_for); }
 
 #ifdef PETL_WITH_CUDA
-void run(const Cuda& device, const AptForward& args, const Tensor& like, const OptionalTensor& packed) {
+void* packed_weights(const Cuda& device, const AptForward& args, const Tensor& packed) {
+  const Argument argument{"apt", "packed", packed};
+  device.holds(argument);
+  return bytes_of(argument, cuda::apt_packed_bytes(args), "_pack");
+}
+
+int finish(const Cuda& device, const AptForward& args, const OptionalTensor& packed, const Tensor& begun) {
+  const Argument argument{"apt", "begun", begun};
+  PETL_REQUIRE(packed, "apt: begun must come with the packed weights that apt_begin was given, got none");
+  device.holds(argument);
+  return cuda::apt_forward(args, packed_weights(device, args, *packed), cuda::AptDone::beginning,
+                           bytes_of(argument, cuda::apt_forward_workspace(args), "_begin"), device.queue());
+}
+
+void run(const Cuda& device, const AptForward& args, const Tensor& like, const OptionalTensor& packed,
+         const OptionalTensor& begun) {
+  if (begun) return device.check("apt", finish(device, args, packed, *begun));
   if (packed) device.holds({"apt", "packed", *packed});
   const ForwardMemory memory("apt", packed, cuda::apt_packed_bytes(args), cuda::apt_forward_workspace(args), like);
-  device.check("apt", cuda::apt_forward(args, memory.packed(), packed.has_value(), memory.workspace(), device.queue()));
+  const auto done = packed ? cuda::AptDone::packing : cuda::AptDone::nothing;
+  device.check("apt", cuda::apt_forward(args, memory.packed(), done, memory.workspace(), device.queue()));
 }
 
 void run(const Cuda& device, const AptBackward& args, const Tensor& like) {
@@ -40,17 +57,22 @@ Activation activation_named(const std::string& name) {
   return name == "relu" ? Activation::relu : Activation::softmax;
 }
 
-AptSizes check_sizes(const Tensor& x, const Tensor& y, const Tensor& prompts, const Tensor& keys,
-                     const Tensor& log_scale) {
+AptSizes check_sizes(const Tensor& x, const Tensor& prompts, const Tensor& keys) {
   const Argument weights{"apt", "prompts", prompts};
   weights.is_matrix("[P, D]");
   const int64_t P = prompts.size(0), D = prompts.size(1);
   PETL_REQUIRE(x.dim() > 0 && x.size(x.dim() - 1) == D, "apt: x must have shape [..., ", D,
-               "], as wide as prompts, got ", shape_text(shape_of(x)));
-  Argument{"apt", "y", y}.has_shape(shape_of(x));
+               "], as wide as prompts, got ", shape_text(x.sizes()));
   Argument{"apt", "keys", keys}.has_shape({P, D});
-  Argument{"apt", "log_scale", log_scale}.has_shape({1});
   return {x.numel() / D, D, P};
+}
+
+AptSizes check_sizes(const Tensor& x, const Tensor& y, const Tensor& prompts, const Tensor& keys,
+                     const Tensor& log_scale) {
+  const AptSizes size = check_sizes(x, prompts, keys);
+  Argument{"apt", "y", y}.has_shape(x.sizes());
+  Argument{"apt", "log_scale", log_scale}.has_shape({1});
+  return size;
 }
 
 // Scores are kept for backward in half the bytes where x and y (or dout) have no more digits themselves. float16 has
@@ -63,7 +85,7 @@ ScalarType kept_dtype(const Tensor& x, const Tensor& y) {
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> apt_forward(const Tensor& x, const Tensor& y, const Tensor& prompts,
                                                const Tensor& keys, const Tensor& log_scale, std::string activation,
-                                               bool keep_scores, OptionalTensor packed) {
+                                               bool keep_scores, OptionalTensor packed, OptionalTensor begun) {
   const AptSizes size = check_sizes(x, y, prompts, keys, log_scale);
   const Argument arguments[] = {{"apt", "x", x},
                                 {"apt", "y", y},
@@ -78,8 +100,8 @@ std::tuple<Tensor, Tensor, Tensor> apt_forward(const Tensor& x, const Tensor& y,
   const RowsOf prompts_rows(arguments[2]), keys_rows(arguments[3]), log_scale_rows(arguments[4]);
   const Result out(y, widen);
   const Tensor gate = new_floats(y, {size.R});
-  const auto kept = keep_scores ? std::vector<int64_t>{size.R, size.kept()} : std::vector<int64_t>{0};
-  const Tensor scores = new_tensor(y, kept, kept_dtype(x, y));
+  const int64_t kept[] = {size.R, size.kept()};
+  const Tensor scores = new_tensor(y, keep_scores ? IntHeaderOnlyArrayRef(kept) : kNotNeeded, kept_dtype(x, y));
   run(device,
       AptForward{
           .size = size,
@@ -93,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> apt_forward(const Tensor& x, const Tensor& y,
           .gate = static_cast<float*>(gate.mutable_data_ptr()),
           .scores = {keep_scores ? scores.mutable_data_ptr() : nullptr, Argument{"apt", "scores", scores}.dtype()},
       },
-      x, packed);
+      x, packed, begun);
   return {out.tensor(), gate, scores};
 }
 
@@ -116,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward(const Tensor& do
   for (const Argument& argument : arguments) device.holds(argument);
   for (const Argument& argument : kept) device.holds(argument);
   device.supports("apt", cuda::kAptLimits, size.D, size.P);
-  arguments[2].has_shape(shape_of(dout));
+  arguments[2].has_shape(dout.sizes());
   PETL_REQUIRE(arguments[2].dtype() == arguments[0].dtype(), "apt: dout must have the dtype of y");
   const bool widen = !Device::kMixesDtypes && arguments[0].dtype() != arguments[1].dtype();
   const ActivationRows<Device> dout_rows(arguments[0], widen), x_rows(arguments[1], widen), y_rows(arguments[2], widen);
@@ -150,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward(const Tensor& do
 Tensor apt_pack(const Tensor& like, const Tensor& prompts, const Tensor& keys, std::string activation) {
   const Argument arguments[] = {{"apt", "like", like}, {"apt", "prompts", prompts}, {"apt", "keys", keys}};
   arguments[1].is_matrix("[P, D]");
-  arguments[2].has_shape(shape_of(prompts));
+  arguments[2].has_shape(prompts.sizes());
   const Cuda device(prompts);
   for (const Argument& argument : arguments) device.holds(argument);
   const AptSizes size{1, prompts.size(1), prompts.size(0)};
@@ -166,6 +188,28 @@ Tensor apt_pack(const Tensor& like, const Tensor& prompts, const Tensor& keys, s
   const Tensor packed = new_bytes(prompts, cuda::apt_packed_bytes(args));
   device.check("apt", cuda::apt_pack(args, packed.mutable_data_ptr(), device.queue()));
   return packed;
+}
+
+Tensor apt_begin(const Tensor& x, const Tensor& prompts, const Tensor& keys, std::string activation,
+                 const Tensor& packed) {
+  const AptSizes size = check_sizes(x, prompts, keys);
+  const Argument arguments[] = {{"apt", "x", x}, {"apt", "prompts", prompts}, {"apt", "keys", keys}};
+  const Cuda device(x);
+  for (const Argument& argument : arguments) device.holds(argument);
+  device.supports("apt", cuda::kAptLimits, size.D, size.P);
+  const ActivationRows<Cuda> x_rows(arguments[0], false);
+  const RowsOf prompts_rows(arguments[1]), keys_rows(arguments[2]);
+  const AptForward args{
+      .size = size,
+      .activation = activation_named(activation),
+      .x = x_rows.view(),
+      .prompts = prompts_rows.view(),
+      .keys = keys_rows.view(),
+  };
+  const Tensor begun = new_bytes(x, cuda::apt_forward_workspace(args));
+  void* const weights = packed_weights(device, args, packed);
+  device.check("apt", cuda::apt_begin(args, weights, begun.mutable_data_ptr(), device.queue()));
+  return begun;
 }
 #endif
 
@@ -187,6 +231,7 @@ STABLE_TORCH_LIBRARY_IMPL(petl_ext, CPU, m) {
 #ifdef PETL_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(PETL_CUDA_LIBRARY, PETL_CUDA_KEY, m) {
   m.impl("apt_pack", TORCH_BOX(&apt_pack));
+  m.impl("apt_begin", TORCH_BOX(&apt_begin));
   m.impl("apt_forward", TORCH_BOX(&apt_forward<Cuda>));
   m.impl("apt_backward", TORCH_BOX(&apt_backward<Cuda>));
 }

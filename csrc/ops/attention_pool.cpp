@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <array>
 #include <tuple>
 
 #include "ops/check.h"
@@ -58,11 +59,11 @@ struct AttentionPoolTensors {
   AttentionPoolSizes check_sizes() const {
     PETL_REQUIRE(visual.dim() == 3 && visual.size(1) > 0 && visual.size(2) > 0,
                  "attention_pool: visual must have shape [B, N, D] with N and D above zero, got ",
-                 shape_text(shape_of(visual)));
+                 shape_text(visual.sizes()));
     const int64_t B = visual.size(0), N = visual.size(1), D = visual.size(2);
     PETL_REQUIRE(query.dim() == 3 && query.size(0) == B && query.size(1) > 0 && query.size(2) == D,
                  "attention_pool: query must have shape [", B, ", H, ", D, "] with H above zero, got ",
-                 shape_text(shape_of(query)));
+                 shape_text(query.sizes()));
     if (mask) {
       Argument{"attention_pool", "mask", *mask}.has_shape({B, N});
       PETL_REQUIRE(mask->scalar_type() == ScalarType::Bool,
@@ -96,7 +97,7 @@ class TokensOf {
                           is_aligned(tensor.stride(0) * tensor.element_size()) &&
                           is_aligned(tensor.stride(1) * tensor.element_size());
     if (in_place) return tensor;
-    Tensor copy = torch::stable::new_empty(tensor, shape_of(tensor));
+    Tensor copy = torch::stable::new_empty(tensor, tensor.sizes());
     return torch::stable::copy_(copy, tensor);
   }
 
@@ -122,8 +123,8 @@ class AttentionPoolInputRows {
     return {size_, visual_.rows(), visual_.sample(), query_.view(), static_cast<const uint8_t*>(mask), scale_};
   }
 
-  std::vector<int64_t> pooled_shape() const { return {size_.B, size_.H, size_.D}; }
-  std::vector<int64_t> statistics_shape() const { return {2, size_.B, size_.H}; }
+  std::array<int64_t, 3> pooled_shape() const { return {size_.B, size_.H, size_.D}; }
+  std::array<int64_t, 3> statistics_shape() const { return {2, size_.B, size_.H}; }
 
  private:
   AttentionPoolSizes size_;
@@ -150,7 +151,7 @@ std::tuple<Tensor, Tensor> attention_pool_forward(const Tensor& visual, const Te
 
 // The gradient of pooled, or pooled itself: in the dtype of visual.
 template <class Device>
-RowsOf pooled_rows(const Device& device, const char* name, const Tensor& tensor, const std::vector<int64_t>& shape,
+RowsOf pooled_rows(const Device& device, const char* name, const Tensor& tensor, IntHeaderOnlyArrayRef shape,
                    const Tensor& visual) {
   const Argument argument = held_by(device, name, tensor);
   argument.has_shape(shape);

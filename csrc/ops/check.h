@@ -13,16 +13,15 @@
 
 namespace petl {
 
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline std::string shape_text(const std::vector<int64_t>& shape) {
+inline std::string shape_text(IntHeaderOnlyArrayRef shape) {
   std::string text = "[";
   for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
   return text + "]";
 }
-
-inline std::vector<int64_t> shape_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
 
 // An argument of an op under its names, for the messages.
 struct Argument {
@@ -30,14 +29,14 @@ struct Argument {
   const char* name;
   const Tensor& tensor;
 
-  void has_shape(const std::vector<int64_t>& expected) const {
-    PETL_REQUIRE(shape_of(tensor) == expected, op, ": ", name, " must have shape ", shape_text(expected), ", got ",
-                 shape_text(shape_of(tensor)));
+  void has_shape(IntHeaderOnlyArrayRef expected) const {
+    PETL_REQUIRE(tensor.sizes() == expected, op, ": ", name, " must have shape ", shape_text(expected), ", got ",
+                 shape_text(tensor.sizes()));
   }
 
   void is_matrix(const char* axes) const {
     PETL_REQUIRE(tensor.dim() == 2 && tensor.size(0) > 0 && tensor.size(1) > 0, op, ": ", name, " must have shape ",
-                 axes, " with no empty axis, got ", shape_text(shape_of(tensor)));
+                 axes, " with no empty axis, got ", shape_text(tensor.sizes()));
   }
 
   void is_as_forward_returned(ScalarType expected) const {
@@ -88,7 +87,7 @@ class RowsOf {
     if (matrix.stride(1) != 1) return torch::stable::contiguous(matrix);
     if (is_aligned(matrix, matrix.stride(0), alignment)) return matrix;
     // Not clone(), which keeps the strides of a tensor whose rows overlap.
-    Tensor copy = torch::stable::new_empty(matrix, shape_of(matrix));
+    Tensor copy = torch::stable::new_empty(matrix, matrix.sizes());
     return torch::stable::copy_(copy, matrix);
   }
 
@@ -97,8 +96,10 @@ class RowsOf {
   int64_t stride_;  // the width, until a matrix says another
 };
 
+inline constexpr int64_t kNotNeeded[] = {0};  // the shape of a result that is not needed
+
 // Contiguous, on the device of `like`. The shim's own function, since the boxed call of new_empty takes a microsecond.
-inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+inline Tensor new_tensor(const Tensor& like, IntHeaderOnlyArrayRef shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
   for (size_t i = shape.size(); i-- > 0; stride *= shape[i] > 0 ? shape[i] : 1) strides[i] = stride;
@@ -111,7 +112,7 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, 
   return Tensor(made);
 }
 
-inline Tensor new_floats(const Tensor& like, const std::vector<int64_t>& shape) {
+inline Tensor new_floats(const Tensor& like, IntHeaderOnlyArrayRef shape) {
   return new_tensor(like, shape, ScalarType::Float);
 }
 
@@ -142,8 +143,8 @@ class Result {
   Result(const Tensor& like, bool widen, bool needed = true)
       : dtype_(like.scalar_type()),
         needed_(needed),
-        tensor_(
-            new_tensor(like, needed ? shape_of(like) : std::vector<int64_t>{0}, widen ? ScalarType::Float : dtype_)) {}
+        tensor_(new_tensor(like, needed ? like.sizes() : IntHeaderOnlyArrayRef(kNotNeeded),
+                           widen ? ScalarType::Float : dtype_)) {}
 
   Rows rows() const {
     return {needed_ ? tensor_.mutable_data_ptr() : nullptr, Argument{"result", "result", tensor_}.dtype()};
@@ -162,7 +163,7 @@ class WeightGradient {
   WeightGradient(const Tensor& weight, bool needed)
       : dtype_(weight.scalar_type()),
         needed_(needed),
-        sums_(new_floats(weight, needed ? shape_of(weight) : std::vector<int64_t>{0})) {}
+        sums_(new_floats(weight, needed ? weight.sizes() : IntHeaderOnlyArrayRef(kNotNeeded))) {}
 
   float* data() const { return needed_ ? static_cast<float*>(sums_.mutable_data_ptr()) : nullptr; }
   Tensor tensor() const { return in_dtype(sums_, dtype_); }

@@ -73,17 +73,22 @@ class Cuda {
   cuda::Queue queue_;
 };
 
+// The memory of an argument of bytes that the raw op of `maker`, as in "_pack", returned.
+inline void* bytes_of(const Argument& argument, int64_t count, const char* maker) {
+  const Tensor& bytes = argument.tensor;
+  PETL_REQUIRE(bytes.scalar_type() == ScalarType::Byte && bytes.is_contiguous() && bytes.numel() == count, argument.op,
+               ": ", argument.name, " must be contiguous, uint8 and have ", count, " elements, as ", argument.op, maker,
+               " returned it, got ", bytes.numel());
+  return bytes.mutable_data_ptr();
+}
+
 // The weights that a forward finds packed, or room to pack them, and its workspace.
 class ForwardMemory {
  public:
   ForwardMemory(const char* op, const std::optional<Tensor>& packed, int64_t packed_bytes, int64_t workspace_bytes,
                 const Tensor& like) {
     if (packed) {
-      PETL_REQUIRE(
-          packed->scalar_type() == ScalarType::Byte && packed->is_contiguous() && packed->numel() == packed_bytes, op,
-          ": packed must be contiguous, uint8 and have ", packed_bytes, " elements, as ", op, "_pack returned it, got ",
-          packed->numel());
-      packed_ = packed->mutable_data_ptr();
+      packed_ = bytes_of({op, "packed", *packed}, packed_bytes, "_pack");
       if (workspace_bytes == 0) return;
     }
     const int64_t own_packed = packed ? 0 : packed_bytes;

@@ -8,7 +8,8 @@ namespace {
 void forward(const petl::AptForward& args) {
   std::vector<double> packed = emulated::workspace(petl::cuda::apt_packed_bytes(args));
   std::vector<double> workspace = emulated::workspace(petl::cuda::apt_forward_workspace(args));
-  emulated::expect_success(petl::cuda::apt_forward(args, packed.data(), false, workspace.data(), emulated::kQueue));
+  emulated::expect_success(
+      petl::cuda::apt_forward(args, packed.data(), petl::cuda::AptDone::nothing, workspace.data(), emulated::kQueue));
 }
 
 void backward(const petl::AptBackward& args) {

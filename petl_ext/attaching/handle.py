@@ -12,9 +12,10 @@ from petl_ext.attaching.methods.config import Config
 from petl_ext.attaching.report import Report, report_for_inputs, report_for_tokens
 from petl_ext.attaching.saved import Saved, check_same, write_folder
 from petl_ext.attaching.sites.installed import Installed
-from petl_ext.checks import check_positive_integer
+from petl_ext.checks import check_positive_integer, check_switch
 from petl_ext.composing import HANDLE
 from petl_ext.counting import count_macs
+from petl_ext.nn.frozen import FreezingLayer
 from petl_ext.saving import fill
 
 
@@ -132,7 +133,7 @@ class Attachment:
             )
         write_folder(folder, Saved(self.config, self.family.name, self.keep, tensors))
 
-    def freeze(self, dtype: torch.dtype | None = None) -> None:
+    def freeze(self, dtype: torch.dtype | None = None, overlap: bool = False) -> None:
         """For serving: weights that are derived from parameters, such as APT's keys, are made once.
 
         `report` shows where. Undone by `thaw`, by training mode, and by all that undoes `APTLayer.freeze`. Layers that
@@ -140,12 +141,19 @@ class Attachment:
 
         Args:
             dtype: of the activations that CUDA's packed weights are for; None: as `APTLayer.freeze` says.
+            overlap: on CUDA, where a CUDA graph is captured, whether APT on few rows begins beside the attention that
+                it joins, or in BERT, ViLT and METER beside the attention's output projection, on a second stream.
 
         Raises:
             RuntimeError: the model is in training mode.
+            ValueError: overlap is neither True nor False, or True where no layer can.
         """
-        for layer in self._layers_that_freeze():
-            layer.freeze(dtype)
+        check_switch("freeze: overlap", overlap)
+        layers = self._layers_that_freeze()
+        if overlap and not any(layer.can_overlap for layer in layers):
+            raise ValueError(f"freeze: overlap must be False without layers of APT, got {overlap}")
+        for layer in layers:
+            layer.freeze(dtype, **({"overlap": overlap} if layer.can_overlap else {}))
 
     def thaw(self) -> None:
         """Undoes `freeze`."""
@@ -220,7 +228,7 @@ class Attachment:
 
     def _layers_that_freeze(self):
         self._check_attached()
-        return [layer for layer in self.installed.layers if hasattr(layer, "freeze")]
+        return [layer for layer in self.installed.layers if isinstance(layer, FreezingLayer)]
 
     def _is_attached(self):
         return getattr(self.model, HANDLE, None) is self

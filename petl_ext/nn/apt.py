@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from petl_ext.checks import check_choice, check_positive_integer, check_probability, check_switch
 from petl_ext.nn.frozen import FreezingLayer, Frozen
-from petl_ext.ops.apt import ACTIVATIONS, apt, packed_apt
-from petl_ext.ops.packed import dtype_of_activations
+from petl_ext.nn.side_stream import side_stream_on
+from petl_ext.ops.apt import ACTIVATIONS, apt, begun_apt, packed_apt
+from petl_ext.ops.packed import Begun, dtype_of_activations
 
 INITIAL_STD = 0.02
 
@@ -75,6 +76,8 @@ class APTLayer(FreezingLayer):
             True nor False.
     """
 
+    can_overlap = True
+
     def __init__(
         self,
         dim: int,
@@ -110,7 +113,7 @@ class APTLayer(FreezingLayer):
         """`apt_keys` of the layer's parameters, [P, D], in float32 or wider; they do not depend on the input."""
         return current_keys(self._frozen, self.prompts, self.down, self.up)[0]
 
-    def freeze(self, dtype: torch.dtype | None = None) -> None:
+    def freeze(self, dtype: torch.dtype | None = None, overlap: bool = False) -> None:
         """Makes the keys once, for serving; from then on, gradients to the parameters that they were made from are
         refused. On CUDA, keys and prompts are also packed once for the kernels, so that a forward without gradients is
         one launch fewer.
@@ -122,22 +125,49 @@ class APTLayer(FreezingLayer):
         Args:
             dtype: of the x and y that the packed weights are for; None: autocast's dtype where that is on, or else that
                 of `prompts`. Others are served too, but each call packs.
+            overlap: on CUDA, whether `begin` does anything. It takes one of the two launches of a call of few rows out
+                of the way, where a CUDA graph is captured.
 
         Raises:
             RuntimeError: the layer is in training mode.
+            ValueError: overlap is neither True nor False.
         """
         self.check_serves()
+        check_switch("APTLayer.freeze: overlap", overlap)
         self._frozen = frozen_keys(self.prompts, self.down, self.up, self.activation, dtype)
+        self._side_stream = side_stream_on(self.prompts.device) if overlap else None
+
+    def begin(self, x: Tensor) -> Begun | None:
+        """Queues what `forward` computes of the attention's input alone, before the attention itself, which so runs
+        beside it; bit for bit the result is the same.
+
+        Args:
+            x: [..., D], of the forward that follows. To be kept until then.
+
+        Returns:
+            What `forward` is to be given as `begun`; None where it has nothing to gain: outside of the capture of a
+            CUDA graph, where rows are many, or without `freeze(overlap=True)`.
+
+        Raises:
+            RuntimeError: a shape or device is not as `forward` wants it.
+        """
+        if self._side_stream is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or not self.is_frozen:
+            return None
+        keys, packed = self._frozen.value
+        return self._side_stream.queue(lambda: begun_apt(x, self.prompts, keys, self.activation, packed))
 
     @property
     def is_frozen(self) -> bool:
         return self._frozen is not None and self._frozen.holds_for((self.prompts, self.down, self.up))
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x [..., D], the attention's input, and y [..., D], its output, to the new output [..., D] in y's dtype."""
+    def forward(self, x: Tensor, y: Tensor, begun: Begun | None = None) -> Tensor:
+        """x [..., D], the attention's input, and y [..., D], its output, to the new output [..., D] in y's dtype.
+        `begun` is what `begin` returned for this x."""
+        if begun is not None:
+            self._side_stream.wait()
         dropout = self.dropout if self.training else 0.0
         keys, packed = current_keys(self._frozen, self.prompts, self.down, self.up)
-        return apt(x, y, self.prompts, keys, self.log_scale, self.activation, dropout, packed)
+        return apt(x, y, self.prompts, keys, self.log_scale, self.activation, dropout, packed, begun)
 
     def extra_repr(self) -> str:
         num_prompts, dim = self.prompts.shape

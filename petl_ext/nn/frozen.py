@@ -43,15 +43,20 @@ class Frozen:
 
 
 class FreezingLayer(nn.Module):
-    """A layer whose `freeze` puts a `Frozen` into `_frozen`. Whatever could make that stale undoes it; copies and
-    pickles are not frozen.
+    """A layer whose `freeze` puts a `Frozen` into `_frozen`, and perhaps a `SideStream` into `_side_stream`. Whatever
+    could make the former stale undoes both; copies and pickles are not frozen.
+
+    Attributes:
+        can_overlap: whether `freeze` takes `overlap`.
     """
+
+    can_overlap = False
 
     def __init__(self):
         super().__init__()
-        self._frozen = None
+        self._frozen = self._side_stream = None
 
-    def check_serves(self):
+    def check_serves(self) -> None:
         """Raises a RuntimeError in training mode."""
         if self.training:
             name = type(self).__name__
@@ -59,9 +64,9 @@ class FreezingLayer(nn.Module):
 
     def thaw(self) -> None:
         """Undoes `freeze`."""
-        self._frozen = None
+        self._frozen = self._side_stream = None
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "FreezingLayer":
         if mode:
             self.thaw()
         return super().train(mode)
@@ -71,7 +76,7 @@ class FreezingLayer(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self):
-        return {**self.__dict__, "_frozen": None}
+        return {**self.__dict__, "_frozen": None, "_side_stream": None}
 
 
 def _state(parameters):

@@ -18,17 +18,21 @@ from petl_ext.ops.arrays import takes_arrays
 from petl_ext.ops.autocast import as_autocast_wants
 from petl_ext.ops.derivatives import differentiable_gradients
 from petl_ext.ops.kernels import raw_ops_for, register, takes_packed
-from petl_ext.ops.packed import Packed, data_for
+from petl_ext.ops.packed import Begun, Packed, data_for
 
 ACTIVATIONS = ("relu", "softmax")
 
 torch.library.define(
     "petl_ext::apt_forward",
     "(Tensor x, Tensor y, Tensor prompts, Tensor keys, Tensor log_scale, str activation, bool keep_scores,"
-    " Tensor? packed=None) -> (Tensor out, Tensor gate, Tensor scores)",
+    " Tensor? packed=None, Tensor? begun=None) -> (Tensor out, Tensor gate, Tensor scores)",
 )
 # What apt_forward takes as `packed` where x and y, or what they are computed in, have the dtype of `like`.
 torch.library.define("petl_ext::apt_pack", "(Tensor like, Tensor prompts, Tensor keys, str activation) -> Tensor")
+# What apt_forward takes as `begun` with the same arguments; empty where it has no part that depends on x alone.
+torch.library.define(
+    "petl_ext::apt_begin", "(Tensor x, Tensor prompts, Tensor keys, str activation, Tensor packed) -> Tensor"
+)
 # An absent y means that nobody asks for dlog_scale; needs_* say which gradients to compute, the others come back empty.
 torch.library.define(
     "petl_ext::apt_backward",
@@ -65,12 +69,13 @@ def apt_reference(
     activation: str = "relu",
     dropout: float = 0.0,
     packed: Packed | None = None,
+    begun: Begun | None = None,
 ) -> Tensor:
     """`apt` in plain PyTorch, in the dtype of x, on any device and in float64 too; it can drop out scores.
 
     Args:
         dropout: probability that a score is set to zero, before the gate is taken (as in the paper's code).
-        packed: not looked at; no kernel computes.
+        packed, begun: not looked at; no kernel computes.
 
     Raises:
         RuntimeError: a shape or the activation is not as `apt` says.
@@ -85,7 +90,7 @@ def apt_reference(
 
 
 @torch.library.register_fake("petl_ext::apt_forward")
-def _(x, y, prompts, keys, log_scale, activation, keep_scores, packed=None):
+def _(x, y, prompts, keys, log_scale, activation, keep_scores, packed=None, begun=None):
     check_arguments(x, y, prompts, keys, log_scale, activation)
     devices = {str(tensor.device) for tensor in (x, y, prompts, keys, log_scale)}
     if len(devices) > 1:
@@ -179,6 +184,28 @@ def packed_apt(prompts, keys, activation, dtype):
     return Packed(torch.ops.petl_ext.apt_pack(prompts.new_empty(0, dtype=dtype), prompts, keys, activation), dtype)
 
 
+def begun_apt(x, prompts, keys, activation, packed):
+    """Queues what a call of `apt` without gradients can do before y is known, into the current stream, so that it runs
+    beside what makes y. Few rows in 16 bits on CUDA alone have such a part.
+
+    Args:
+        x, prompts, keys, activation: as for `apt`.
+        packed: what `packed_apt` returned for these prompts, keys and activation, or None.
+
+    Returns:
+        A `Begun`, which one call takes once it has waited for this stream; None where there is nothing to do before.
+
+    Raises:
+        RuntimeError: as `apt` does.
+    """
+    given, x = x, as_autocast_wants(x)
+    data = data_for(packed, raw_ops_for("apt", (x, prompts, keys)), x.dtype)
+    if data is None:
+        return None
+    begun = torch.ops.petl_ext.apt_begin(x, prompts, keys, activation, data)
+    return Begun(begun, given) if begun.numel() else None
+
+
 @takes_arrays
 def apt(
     x: Tensor,
@@ -189,6 +216,7 @@ def apt(
     activation: str = "relu",
     dropout: float = 0.0,
     packed: Packed | None = None,
+    begun: Begun | None = None,
 ) -> Tensor:
     """Adds the approximated prompts' contribution to an attention's output.
 
@@ -202,6 +230,8 @@ def apt(
         dropout: probability that a score is set to zero, before the gate is taken (as in the paper's code).
         packed: what `packed_apt` returned for these very prompts, keys and activation, or None. On CUDA a call without
             gradients is then one launch fewer; it serves those whose x and y have the dtype it was made for.
+        begun: what `begun_apt` returned for this very x and the arguments above, or None. The call does the rest; where
+            it cannot, as with gradients, it does all.
 
     Each tensor is float32, bfloat16 or float16, in any mixture; scores, gate and sums are float32. Under autocast a
     float32 x is rounded to autocast's dtype, as for torch.matmul.
@@ -221,7 +251,7 @@ def apt(
         ValueError: dropout is no number in [0, 1).
         NotImplementedError: there is no kernel for the tensors' device.
     """
-    x = as_autocast_wants(x)
+    given, x = x, as_autocast_wants(x)
     tensors = (x, y, prompts, keys, log_scale)
     raw_ops = raw_ops_for("apt", tensors, dropout)
     if raw_ops is None:
@@ -229,4 +259,5 @@ def apt(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _APT.apply(*tensors, activation, raw_ops)
     data = data_for(packed, raw_ops, x.dtype if x.dtype is y.dtype else torch.float32)
-    return getattr(torch.ops, raw_ops).apt_forward(*tensors, activation, False, data)[0]
+    rest_of = begun.data if begun is not None and begun.x is given and data is not None else None
+    return getattr(torch.ops, raw_ops).apt_forward(*tensors, activation, False, data, rest_of)[0]

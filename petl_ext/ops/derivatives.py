@@ -5,15 +5,15 @@ from torch.autograd import forward_ad
 
 
 def are_transformed(tensors):
-    """Whether derivatives in forward mode, or a transformation of torch.func such as vmap, are taken of `tensors`, or
-    torch.jit.trace watches, which can save no autograd.Function."""
+    """Whether derivatives in forward mode, or a transformation of torch.func such as vmap, are taken of `tensors`, of
+    which some may be None, or torch.jit.trace watches, which can save no autograd.Function."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return True
     if forward_ad._current_level < 0:  # outside of dual_level there are no tangents, and looking takes microseconds
         return False
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def differentiable_gradients(reference, tensors, needed, dout):

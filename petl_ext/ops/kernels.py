@@ -168,21 +168,19 @@ def raw_ops_for(op, tensors, dropout=0.0):
     """The namespace of torch.ops whose raw ops compute this call of `op`; None where the reference does.
 
     Args:
-        tensors: all that are given to the op; some may be None. The first one's device is the call's.
+        tensors: all that are given to the op; some but the first, whose device is the call's, may be None.
         dropout: a probability, of which no kernel knows.
 
     Raises:
         ValueError: dropout is no number in [0, 1), or PETL_BACKEND names no backend.
         NotImplementedError: the chosen backend has no kernel for the device.
     """
-    choice, given = chosen(), [tensor for tensor in tensors if tensor is not None]
+    choice = chosen()
     if dropout != 0:
         check_probability(f"{op}: dropout", dropout)
-    # No kernel knows float64.
-    is_wide = any(tensor.dtype is torch.float64 for tensor in given)
-    if choice == REFERENCE or dropout != 0 or is_wide or are_transformed(given):
+    if choice == REFERENCE or dropout != 0 or _has_float64(tensors) or are_transformed(tensors):
         return None
-    device = given[0].device
+    device = tensors[0].device
     if PREFERENCES and choice == AUTO and device.type == "cuda":
         sizes = OPS[op].sizes(tensors)
         preferred = preferred_backend(op, _name_of(device.index), *sizes)
@@ -195,6 +193,11 @@ def raw_ops_for(op, tensors, dropout=0.0):
     if device.type == "meta" or is_refused_there:
         return BACKENDS[NATIVE].namespace
     raise NotImplementedError(no_kernel_text(op, {str(device)}))
+
+
+def _has_float64(tensors):
+    """Whether any tensor is of the dtype that no kernel knows."""
+    return torch.float64 in [tensor.dtype for tensor in tensors if tensor is not None]
 
 
 def takes_packed(op, device, width, inner):
@@ -248,7 +251,9 @@ def no_kernel_because(op, device, dtype, dropout=0.0, sizes=None):
 def no_kernel_text(op, devices):
     """What a call of `op` on tensors of these devices is refused with."""
     whose, devices = _holder(), sorted(devices)
-    remedies = [f"{reason}." for backend in BACKENDS.values() if (reason := backend.missing) and _may_use(backend)]
+    remedies = [
+        f"{reason}." for backend in BACKENDS.values() if (reason := backend.missing) and _may_use(backend, chosen())
+    ]
     if chosen() in (AUTO, NATIVE) and any(device.startswith("cuda") for device in devices):
         remedies.append(
             "Installed anew beside a CUDA build of torch, or with PETL_CUDA=1, petl_ext holds CUDA kernels for GPUs of "
@@ -290,15 +295,16 @@ def _holder():
     return "this build" if chosen() in (AUTO, NATIVE) else f"the backend {chosen()}"
 
 
-def _may_use(backend):
-    return chosen() in (AUTO, backend.name)
+def _may_use(backend, choice):
+    return choice == AUTO or choice == backend.name
 
 
 def _backend_for(op, device):
     """The first that may be used, holds a kernel and can run it on this device, or None."""
+    choice, device_type = chosen(), device.type
     for backend in BACKENDS.values():
-        if _may_use(backend) and (backend.name, op, device.type) in _HELD:
-            if backend.name == NATIVE and device.type == "cuda" and not _runs_cuda_kernels(device.index):
+        if _may_use(backend, choice) and (backend.name, op, device_type) in _HELD:
+            if device_type == "cuda" and backend.name == NATIVE and not _runs_cuda_kernels(device.index):
                 continue
             return backend
     return None

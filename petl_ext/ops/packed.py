@@ -1,4 +1,4 @@
-"""Weights as the CUDA kernels take them, packed once for many calls instead of by each call."""
+"""What a call on CUDA finds done already: its weights packed, or a part of its work queued."""
 
 from typing import NamedTuple
 
@@ -15,6 +15,18 @@ class Packed(NamedTuple):
 
     data: torch.Tensor
     dtype: torch.dtype
+
+
+class Begun(NamedTuple):
+    """What a raw op such as `petl_ext::apt_begin` has queued of a call.
+
+    Attributes:
+        data: uint8, for the rest of the call alone.
+        x: the call's.
+    """
+
+    data: torch.Tensor
+    x: torch.Tensor
 
 
 def data_for(packed, raw_ops, dtype):

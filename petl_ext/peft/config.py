@@ -60,7 +60,7 @@ class MethodConfig(PeftConfig):
     def new_layer(self, dim, **factory):
         raise NotImplementedError
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"
         text = card.read_text(encoding="utf-8") if card.exists() else ""

@@ -31,7 +31,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     petl_no_merge: str
     other_param_names = ("petl_options",)
 
-    def __init__(self, base_layer, adapter_name):
+    def __init__(self, base_layer: nn.Module, adapter_name: str):
         super().__init__()
         self.base_layer = base_layer
         self.training = base_layer.training
@@ -40,7 +40,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):
             setattr(self, name, nn.ParameterDict())
         self.petl_options = {}
 
-    def update_layer(self, adapter_name, config, model):
+    def update_layer(self, adapter_name: str, config: Any, model: nn.Module) -> None:
         neighbor = self.neighbor(self.base_layer)
         layer = config.new_layer(width_of(neighbor), **location_beside(neighbor, model))
         for name in self.tensor_names:
@@ -51,28 +51,28 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @staticmethod
-    def options_of(layer):
+    def options_of(layer: nn.Module) -> dict[str, Any]:
         """What of a new layer is no tensor, as a dict."""
         raise NotImplementedError
 
-    def carries(self, adapter_name):
+    def carries(self, adapter_name: str) -> bool:
         return adapter_name in self.petl_options
 
-    def petl_tensor(self, name, adapter_name):
+    def petl_tensor(self, name: str, adapter_name: str) -> Tensor | None:
         """The adapter's parameter of that name, or None where its configuration has none."""
         return dict(getattr(self, f"{self.petl_prefix}{name}").items()).get(adapter_name)
 
-    def petl_running(self):
+    def petl_running(self) -> list[str]:
         """The names of the adapters that compute, in their order."""
-        return () if self.disable_adapters else [name for name in self.active_adapters if self.carries(name)]
+        return [] if self.disable_adapters else [name for name in self.active_adapters if self.carries(name)]
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_layer(*args, **kwargs)
 
-    def merge(self, safe_merge=False, adapter_names=None):
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(self.petl_no_merge)
 
-    def unmerge(self):
+    def unmerge(self) -> None:
         raise NotImplementedError(self.petl_no_merge)
 
     def __getattr__(self, name):
@@ -115,7 +115,7 @@ class APTTunerLayer(TunerLayer):
     def options_of(layer: nn.Module) -> dict[str, Any]:
         return {"activation": layer.activation, "dropout": layer.dropout}
 
-    def apt(self, x: Tensor, y: Tensor) -> Tensor:
+    def apt(self, x: Tensor, y: Tensor, begun: None = None) -> Tensor:
         """The output y [..., D] as the active adapters change it one after the other; x [..., D] is the input."""
         for adapter_name in self.petl_running():
             y = self._changed(adapter_name, x, y)

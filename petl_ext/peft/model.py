@@ -2,6 +2,7 @@
 
 import re
 from contextlib import contextmanager
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
@@ -26,7 +27,7 @@ class MethodModel(BaseTuner):
 
     title: str
 
-    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, but after an error the model is as it was.
 
         Raises:

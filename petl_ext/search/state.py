@@ -6,7 +6,7 @@ import json
 import math
 import reprlib
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from petl_ext.saving import written_whole
 from petl_ext.search.bandit import are_numbers
 
 FORMAT = 1
+Stored = TypeVar("Stored", bound="StoredSearch")
 
 
 class StoredSearch:
@@ -58,7 +59,7 @@ class StoredSearch:
             unfinished.write_text(text, encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module, **arguments):
+    def load(cls: type[Stored], path: str | Path, model: nn.Module, **arguments: Any) -> Stored:
         """The search that `save` wrote, on a model with the same layers.
 
         Args:

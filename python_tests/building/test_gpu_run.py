@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from clock import host_clock
+from counting import h200
 from devices import emulation
 from gpu import __main__ as command
-from gpu import every_kernel, speed, summary, traffic, vilt
+from gpu import calls, every_kernel, speed, summary, traffic, vilt
+from gpu.bounds import bound_of, counted_launches
 from gpu.runner import FAILED, OK, SKIPPED, TIME_LIMIT, Files, Runner, Step
 from gpu.step_log import read_records
 from gpu.steps import PYTHON_PATH, find_tool, steps
@@ -287,9 +289,35 @@ def test_cases_have_goals_and_begin_with_the_layers_own_weights():
     assert {case.op for case in cases} == set(OPS.values())
     rows = {case.rows for case in cases if case.op is OPS["attention_pool"]}
     assert rows == {312 * 197, 78 * 197}
-    half = len(cases) // 2
-    assert all(case.weight_dtype is torch.float32 for case in cases[:half])
-    assert all(case.weight_dtype is torch.bfloat16 for case in cases[half:])
+    usual, tuned = (cases[: -len(OPS)], cases[-len(OPS) :])
+    half = len(usual) // 2
+    assert all(case.weight_dtype is torch.float32 for case in usual[:half])
+    assert all(case.weight_dtype is torch.bfloat16 for case in usual[half:])
+    assert [case.is_tuned for case in cases] == [False] * len(usual) + [True] * len(tuned)
+    assert {case.op for case in tuned} == set(OPS.values())
+
+
+def test_every_case_stands_beside_what_was_counted():
+    for case in speed.cases():
+        bound = bound_of(case.op.name, case.direction, case.rows, case.inner, case.weights)
+        least = traffic.LEAST[case.op.name, case.direction].bytes(case.rows, case.dim, case.inner)
+        assert bound > 0.9 * least / (1e3 * h200.MEMORY_SPEED), case  # microseconds
+    assert bound_of("apt", traffic.FORWARD, 7, 50, "float32") is None
+
+
+def test_launches_are_compared_with_what_was_counted():
+    for op, rows in itertools.product(OPS.values(), (calls.FEW_ROWS, calls.MANY_ROWS)):
+        for inner in op.sizes:
+            assert len(counted_launches(op.name, "forward", op.whole(rows), inner, "float32")) in (2, 3)
+
+
+def test_the_expected_steps_fit_the_budget():
+    found = steps(Path("counters.txt"))
+    assert all(step.least <= step.expected + 15 and step.expected <= step.limit for step in found)
+    assert sum(step.expected for step in found) <= command.BUDGET + 60 and command.BUDGET < 480
+    important = [step.name for step in found][:3]
+    assert important == ["build", "op tests", "speed"]
+    assert sum(step.limit for step in found[:3]) < command.BUDGET
 
 
 def test_every_kernel_is_run():
@@ -319,13 +347,21 @@ def test_summary_shows_comparisons_goals_and_steps():
         "name": "apt forward",
         "wrong": {"dx": 0.5},
         "microseconds": {"ours": 21.5},
+        "bound_microseconds": 17.9,
         "speed_up": {"vs eager": {"median": 3.1}},
         "own_gigabytes_per_second": 3290.0,
         "share_of_own": 0.77,
         "goals": {"vs eager": {"goal": 2.5, "reached": 3.1, "met": True}},
     }
-    entry = {"name": "speed", "verdict": FAILED, "seconds": 9.0, "why": "dx", "records": [comparison]}
+    entry = {
+        "name": "speed",
+        "verdict": FAILED,
+        "seconds": 9.0,
+        "expected_seconds": 110,
+        "why": "dx",
+        "records": [comparison],
+    }
     measured, goals, step = summary.lines({"steps": [entry]})
-    assert "21.5 us" in measured and "vs eager  3.10" in measured and "0.77 of a copy  WRONG" in measured
+    assert "21.5 us (counted 17.9)" in measured and "vs eager  3.10" in measured and "0.77 of a copy  WRONG" in measured
     assert goals == "goals: apt forward: vs eager 3.10 of 2.50 met"
-    assert step.split() == ["speed", "FAILED", "9.0", "s", "dx"]
+    assert step.split() == ["speed", "FAILED", "9.0", "s", "of", "110", "expected", "dx"]

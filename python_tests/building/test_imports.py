@@ -40,8 +40,16 @@ def entry_of(path):
 
 
 def imported_entries(tree, package):
-    """Entries of petl_ext that a module of the dotted `package` imports, anywhere in the file."""
-    for node in ast.walk(tree):
+    """Entries of petl_ext that a module of the dotted `package` imports, anywhere in the file but where type checkers
+    alone look."""
+    unseen = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in set(ast.walk(tree)) - unseen:
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -24,7 +24,7 @@ from petl_ext.ops.kernels import OPS
 TRITON_SLAB, INTERPRETED_WIDTH = 530, 136
 TRITON_TILE = 70  # and more rows than any of their tiles has
 CPU_PATHS = torch.ops.petl_ext.cpu_paths().split()
-EMULATED_OPS = [*(raw_op for op in OPS.values() for raw_op in op.flops), "apt_pack", "adapter_pack"]
+EMULATED_OPS = [*(raw_op for op in OPS.values() for raw_op in op.flops), "apt_pack", "apt_begin", "adapter_pack"]
 
 
 @dataclass(frozen=True)

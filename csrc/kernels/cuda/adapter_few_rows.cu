@@ -5,7 +5,8 @@ namespace petl::cuda {
 
 template <class T>
 int launch_few_rows(Queue queue, const AdapterForwardOp<T>& op, const FewRows& few) {
-  return launch_slices_and_outputs<false, true>(queue, op, op.has_norm, few);
+  const int error = queue_first_slices<false, true>(queue, op, op.has_norm, few);
+  return error ? error : queue_few_outputs(queue, op, few);
 }
 
 template int launch_few_rows(Queue, const AdapterForwardOp<Bfloat16>&, const FewRows&);

@@ -45,11 +45,19 @@ struct AptForwardPass {
 
   int pack(Queue queue) const { return launch_packing<T>(queue, packing.task); }
 
-  int run(bool is_packed, Queue queue) const {
-    const int error = is_packed ? 0 : pack(queue);
+  int begin(Queue queue) const {
+    if constexpr (kSplitsFewRows<Layout>) {
+      if (few.exist()) return launch_first_slices(queue, op<false>(), kRest, few);
+    }
+    return 0;
+  }
+
+  int run(AptDone done, Queue queue) const {
+    int error = done == AptDone::nothing ? pack(queue) : 0;
+    if (!error && done != AptDone::beginning) error = begin(queue);
     if (error) return error;
     if constexpr (kSplitsFewRows<Layout>) {
-      if (few.exist()) return launch_few_rows(queue, op<false>(), kRest, few);
+      if (few.exist()) return launch_few_outputs(queue, op<false>(), few);
     }
     return launch_sandwich<Shape>(queue, op<kRest>());
   }
@@ -216,9 +224,14 @@ int apt_pack(const AptForward& args, void* packed, Queue queue) {
   return with_forward(args, packed, nullptr, [&](const auto& pass) { return pass.pack(queue); });
 }
 
-int apt_forward(const AptForward& args, void* packed, bool is_packed, void* workspace, Queue queue) {
+int apt_begin(const AptForward& args, void* packed, void* workspace, Queue queue) {
   if (args.size.R == 0) return 0;
-  return with_forward(args, packed, workspace, [&](const auto& pass) { return pass.run(is_packed, queue); });
+  return with_forward(args, packed, workspace, [&](const auto& pass) { return pass.begin(queue); });
+}
+
+int apt_forward(const AptForward& args, void* packed, AptDone done, void* workspace, Queue queue) {
+  if (args.size.R == 0) return 0;
+  return with_forward(args, packed, workspace, [&](const auto& pass) { return pass.run(done, queue); });
 }
 
 int64_t apt_backward_workspace(const AptBackward& args) {

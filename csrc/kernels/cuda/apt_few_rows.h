@@ -5,8 +5,11 @@
 
 namespace petl::cuda {
 
-// `rest`: whether the keys are packed with what rounding left out of them.
+// Reads nothing of the op but what is known of x. `rest`: whether the keys are packed with what rounding left out.
 template <class T>
-int launch_few_rows(Queue queue, const AptForwardOp<T, false>& op, bool rest, const FewRows& few);
+int launch_first_slices(Queue queue, const AptForwardOp<T, false>& op, bool rest, const FewRows& few);
+
+template <class T>
+int launch_few_outputs(Queue queue, const AptForwardOp<T, false>& op, const FewRows& few);
 
 }  // namespace petl::cuda

@@ -320,19 +320,21 @@ __global__ void __launch_bounds__(FewOutput<Op>::kThreads, FewOutput<Op>::kResid
 }
 
 template <bool kRest, bool kNormalizes, class Op>
-int launch_slices_and_outputs(Queue queue, const Op& op, bool has_norm, const FewRows& few) {
+int queue_first_slices(Queue queue, const Op& op, bool has_norm, const FewRows& few) {
   using T = typename Op::Element;
   using First = FirstSlice<T, kRest, kNormalizes>;
-  using Output = FewOutput<Op>;
-  const auto rows_by = [&](int count) { return static_cast<unsigned>(divide_up(op.R, count)); };
-  const dim3 slices(rows_by(First::kRows), few.slices, static_cast<unsigned>(divide_up(op.inner, First::kColumns)));
+  const dim3 blocks(static_cast<unsigned>(divide_up(op.R, First::kRows)), few.slices,
+                    static_cast<unsigned>(divide_up(op.inner, First::kColumns)));
   const FirstSlicesTask<T> task{op.left, op.left_stride, op.first, op.R, op.D, op.inner, has_norm, few};
-  const int error =
-      launch(queue, {slices, First::kThreads, First::kSharedBytes}, &first_slices<T, kRest, kNormalizes>, task);
-  if (error) return error;
-  const dim3 outputs(rows_by(Output::kRows), static_cast<unsigned>(divide_up(op.D, Output::kColumns)));
-  return launch(queue, {outputs, Output::kThreads, Output::kSharedBytes}, &few_outputs<Op>,
-                FewOutputsTask<Op>{op, few});
+  return launch(queue, {blocks, First::kThreads, First::kSharedBytes}, &first_slices<T, kRest, kNormalizes>, task);
+}
+
+template <class Op>
+int queue_few_outputs(Queue queue, const Op& op, const FewRows& few) {
+  using Output = FewOutput<Op>;
+  const dim3 blocks(static_cast<unsigned>(divide_up(op.R, Output::kRows)),
+                    static_cast<unsigned>(divide_up(op.D, Output::kColumns)));
+  return launch(queue, {blocks, Output::kThreads, Output::kSharedBytes}, &few_outputs<Op>, FewOutputsTask<Op>{op, few});
 }
 
 }  // namespace petl::cuda

@@ -7,6 +7,7 @@ stream and adds it. Where there are no output modules (CLIP, T5, LLaMA, diffuser
 normalized stream and leave the residual to the block.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -112,7 +113,7 @@ class SequentialAdapterProjection(ProjectionSite, AdapterSite):
     projections = ATTENTIONS | MLPS
     second_stream = SequentialAdapterSecondStream
 
-    def changed(self, x, y):
+    def changed(self, x, y, begun):
         return self.adapter(y)
 
 
@@ -121,7 +122,7 @@ class ParallelAdapterProjection(SequentialAdapterProjection):
 
     second_stream = ParallelAdapterSecondStream
 
-    def changed(self, x, y):
+    def changed(self, x, y, begun):
         return self.adapter(x, residual=y)
 
 
@@ -132,7 +133,7 @@ class SequentialAdapterMixture(MixtureSite, SequentialAdapterProjection):
 class ParallelAdapterMixture(MixtureSite, ParallelAdapterProjection):
     """The adapter beside a mixture of experts: it reads the same input."""
 
-    def changed(self, x, y):
+    def changed(self, x, y, begun):
         return self.adapter(x.reshape(y.shape), residual=y)
 
 
@@ -169,7 +170,7 @@ class AdapterConfig(Config):
     dropout: float = 0.0
     trainable_scale: bool = False
     zero_init: bool = False
-    sites: tuple[str, ...] | None = None
+    sites: str | Sequence[str] | None = None
     class_token: bool = False
 
     def __post_init__(self):

@@ -1,5 +1,6 @@
 """APT between an attention's projection and the dropout behind it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +16,10 @@ class APTSite(Site):
     """A module with a child `apt`, an `APTLayer`."""
 
     child = "apt"
+
+    def begin(self, x):
+        # Of several adapters, which a method stands for in petl_ext.peft, each waits for the one before.
+        return self.apt.begin(x) if isinstance(self.apt, APTLayer) else None
 
     @staticmethod
     def macs(layer, tokens):
@@ -36,7 +41,8 @@ class APTSelfOutput(AttentionOutputSite, APTSite):
     looked_for = "attention output modules (dense, dropout, perhaps LayerNorm) beside a self-attention"
 
     def forward(self, hidden_states, input_tensor):
-        hidden_states = self.dropout(self.apt(input_tensor, self.dense(hidden_states)))
+        begun = self.begin(input_tensor)
+        hidden_states = self.dropout(self.apt(input_tensor, self.dense(hidden_states), begun))
         if hasattr(self, "LayerNorm"):
             hidden_states = self.LayerNorm(hidden_states + input_tensor)
         return hidden_states
@@ -60,8 +66,8 @@ class APTAttention(ProjectionSite, APTSite):
     projections = ATTENTIONS
     second_stream = APTSecondStream
 
-    def changed(self, x, y):
-        return self.apt(x, y)
+    def changed(self, x, y, begun):
+        return self.apt(x, y, begun)
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class APTConfig(Config):
     rank: int = 4
     activation: str = "relu"
     dropout: float = 0.0
-    sites: tuple[str, ...] | None = None
+    sites: str | Sequence[str] | None = None
     train_scale: bool = True
     class_token: bool = False
 

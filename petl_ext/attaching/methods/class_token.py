@@ -5,6 +5,7 @@ takes the place of what the text embeddings of a ViLT, or the text transform of 
 whether these were given tokens or embeddings.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -124,7 +125,7 @@ class ClassTokenConfig(Config):
     method: ClassVar[str] = "class_token"
     row: ClassVar[str] = "class_token"
     site_classes: ClassVar[dict] = {"class_token": (EmbeddedClassToken, TransformedClassToken)}
-    sites: tuple[str, ...] | None = None
+    sites: str | Sequence[str] | None = None
 
 
 def _are_text_embeddings(module):

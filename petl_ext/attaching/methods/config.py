@@ -1,10 +1,13 @@
 """What the configurations of all methods have in common."""
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from torch import nn
 
 from petl_ext.attaching.patterns import check_patterns
-from petl_ext.attaching.sites.site import Place
+from petl_ext.attaching.sites.site import Place, Site
 from petl_ext.checks import check_switch
 
 # What a family may call the parts of its models.
@@ -42,15 +45,15 @@ class Config:
         check_switch(f"{type(self).__name__}: class_token", self.class_token)
         self._check_sites()
 
-    def site_classes_in(self, family):
+    def site_classes_in(self, family: Any) -> tuple[type[Site], ...]:
         """What modules of a `Family` can become at the sites of this configuration."""
         return self.site_classes[self.row]
 
-    def with_inner_places(self, places, model, family):
+    def with_inner_places(self, places: Iterable[Place], model: nn.Module, family: Any) -> list[Place]:
         """The places that were found for `row`, and those that follow from them: a joint attention's second stream."""
         return [inner for place in places for inner in (place, *_second_streams(place, model))]
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         return {"method": self.method, **dataclasses.asdict(self)}
 
     def _check_sites(self):

@@ -7,7 +7,7 @@ what its model expects, and what other layers take from it must reach them: `Ski
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -194,9 +194,9 @@ class DASConfig(Config):
     dropout: float = 0.0
     trainable_scale: bool = False
     zero_init: bool = False
-    skip: tuple[int, ...] = ()
+    skip: Sequence[int] = ()
     permanent: bool = False
-    sites: tuple[str, ...] | None = None
+    sites: str | Sequence[str] | None = None
     class_token: bool = False
 
     def __post_init__(self):

@@ -6,6 +6,7 @@ see N rows, as without prompts.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -127,7 +128,7 @@ class DeepPromptConfig(Config):
     row: ClassVar[str] = "deep_prompts"
     site_classes: ClassVar[dict] = {"deep_prompts": (DeepPromptSelfAttention,)}
     num_prompts: int = 200
-    sites: tuple[str, ...] | None = None
+    sites: str | Sequence[str] | None = None
     class_token: bool = False
 
     def __post_init__(self):

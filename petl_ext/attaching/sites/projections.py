@@ -92,13 +92,14 @@ class ProjectionSite(Site):
                 raise ValueError(problem)
 
     def forward(self, hidden_states, *arguments, **named):
+        begun = self.begin(hidden_states)
         output = super().forward(hidden_states, *arguments, **named)
         if isinstance(output, tuple):
-            return self.changed(hidden_states, output[0]), *output[1:]
-        return self.changed(hidden_states, output)
+            return self.changed(hidden_states, output[0], begun), *output[1:]
+        return self.changed(hidden_states, output, begun)
 
-    def changed(self, x, y):
-        """The module's new output from its input x and its own output y, all [..., D]."""
+    def changed(self, x, y, begun):
+        """The module's new output from its input x and its own output y, all [..., D], and what `begin` returned."""
         raise NotImplementedError
 
 

@@ -26,7 +26,7 @@ class Place:
 
 
 class Site(Composable):
-    """What a module becomes that carries a new layer. Its methods but `forward` answer questions about the layer.
+    """What a module becomes that carries a new layer. All methods but `forward` and `begin` answer questions about it.
 
     Attributes:
         child: the new layer's name in the module.
@@ -54,6 +54,9 @@ class Site(Composable):
     def new_layer(cls, config, model, place):
         neighbor = cls.neighbor(model.get_submodule(place.name))
         return config.new_layer(width_of(neighbor), **location_beside(neighbor, model))
+
+    def begin(self, x):
+        """What the layer queues for the module's input x [..., D] before the module's own work; None: nothing."""
 
     @staticmethod
     def macs(layer, tokens):

@@ -1,7 +1,9 @@
 """What a checkpoint did to a model, key by key."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 
 class KeyOutcome(NamedTuple):
@@ -16,7 +18,7 @@ class KeyOutcome(NamedTuple):
 
     key: str
     action: str
-    names: tuple = ()
+    names: tuple[str, ...] = ()
     note: str = ""
 
     def __str__(self):
@@ -40,11 +42,11 @@ class CheckpointReport:
 
     source: str
     model: str
-    keys: tuple
-    unfilled: dict
-    conversions: dict
-    not_finite: tuple = ()
-    settings: dict = field(default_factory=dict)
+    keys: tuple[KeyOutcome, ...]
+    unfilled: dict[str, str]
+    conversions: dict[tuple[torch.dtype, torch.dtype], int]
+    not_finite: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self):
         lines = [f"{self.source} -> {self.model}"]

@@ -14,7 +14,7 @@ from petl_ext.models.meter.model import MeterModel, MeterPreTrainedModel
 class _MeterClassifier(MeterPreTrainedModel):
     """The head that reads the pooled vector of one text and one image."""
 
-    def __init__(self, config):
+    def __init__(self, config: MeterConfig):
         super().__init__(config)
         self.meter = MeterModel(config)
         self.classifier = mlp_head(2 * config.hidden_size, 2 * config.hidden_size, config.num_labels)
@@ -23,13 +23,13 @@ class _MeterClassifier(MeterPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids=None,
-        pixel_values=None,
-        attention_mask=None,
-        labels=None,
-        inputs_embeds=None,
-        image_embeds=None,
-    ):
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+    ) -> SequenceClassifierOutput:
         """
         Args:
             input_ids, pixel_values, attention_mask, inputs_embeds, image_embeds: MeterModel's.
