@@ -2,18 +2,22 @@
 
 import functools
 
+import original_checkpoints as originals
 import pytest
+import tiny_meter
+import tiny_vilt
 import torch
+from checkpoint_checks import assert_equal
 from transformers import ViltConfig
 
 from petl_ext.demo.digits import gqa, nlvr2, retrieval, scienceqa, snli_ve
-from petl_ext.models import MeterConfig
+from petl_ext.models import MeterConfig, MeterForImageAndTextRetrieval, ViltForImageAndTextRetrieval
 from petl_ext.recipes.comparing import PUBLISHED
 from petl_ext.recipes.data import SPLITS, Splits
 from petl_ext.recipes.methods import prepare
 from petl_ext.recipes.models import FAMILIES
 from petl_ext.recipes.reading import read_document
-from petl_ext.recipes.recipe import SHIPPED, parsed, read_recipe, shipped
+from petl_ext.recipes.recipe import SHIPPED, Model, parsed, read_recipe, shipped
 
 PAPERS = [name for name in shipped() if not name.startswith("digits-")]
 read = functools.cache(read_recipe)
@@ -93,3 +97,20 @@ def test_words_of_all_formats_are_known_once(digits):
     tokenizer = Splits(read("digits-vqa-apt"), digits).processor.tokenizer
     words = {word for module in (gqa, nlvr2, retrieval, scienceqa, snli_ve) for word in module.WORDS}
     assert words <= tokenizer.get_vocab().keys()
+
+
+@pytest.mark.parametrize(
+    ("family", "tiny", "model_class", "checkpoint"),
+    [
+        ("vilt", tiny_vilt, ViltForImageAndTextRetrieval, originals.vilt_checkpoint),
+        ("meter", tiny_meter, MeterForImageAndTextRetrieval, originals.meter_checkpoint),
+    ],
+    ids=["vilt", "meter"],
+)
+def test_the_authors_files_are_where_a_model_begins(family, tiny, model_class, checkpoint, tmp_path):
+    trained = tiny.make_model(model_class, seed=1)
+    trained.config.save_pretrained(tmp_path / "sizes")
+    torch.save(originals.lightning(checkpoint(trained, "rank_output")), tmp_path / "authors.ckpt")
+    given = Model(family, name=str(tmp_path / "sizes"), checkpoint="{data}/authors.ckpt").below(tmp_path)
+    made = FAMILIES[family].make(given, FAMILIES[family].tasks["retrieval"], 0, None, False)
+    assert_equal(made, trained)
