@@ -21,6 +21,7 @@ from petl_ext.tasks.files import read_json, write_json, write_text
 
 RECIPE, ANSWERS, TRAINING, METRICS = "recipe.yaml", "answers.json", "training.json", "metrics.json"
 CHECKPOINTS = "checkpoints"
+UNFINISHED = ".unfinished-"  # of `written_whole`: a kill may leave one before there is a recipe
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def begin(folder: str | Path, recipe: Recipe, overwrite: bool = False) -> Run:
             _check_same(open_run(folder), recipe)
             remove_incomplete(run.checkpoints)
             return run
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(not path.name.startswith(UNFINISHED) for path in folder.iterdir()):
         raise ValueError(f"--output must be a new folder or that of a run, got {folder}, which holds other files")
     elif folder.exists() and not folder.is_dir():
         raise ValueError(f"--output must be a folder, got the file {folder}")
