@@ -30,6 +30,8 @@ def ops(x: Tensor, weights: Tensor, scale: Tensor) -> None:
         assert_type(adapter(x, weights, scale, weights, scale, scale=0.5, residual=x), Tensor)
     for pool in (petl_ext.ops.attention_pool, petl_ext.ops.attention_pool_reference):
         assert_type(pool(x, x, mask=None, scale=0.125), Tensor)
+    seeds = torch.tensor([1, 2])
+    assert_type(petl_ext.ops.dropout_mask(seeds, 4, 8, 0.1), Tensor)
     with petl_ext.ops.backend("reference"):
         assert_type(petl_ext.ops.backend(), str)
     assert_type(petl_ext.ops.cpu_path(), str)
