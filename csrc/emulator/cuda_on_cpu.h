@@ -132,7 +132,16 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 
-struct cudaLaunchAttribute;  // none is supported
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };  // no other is supported
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
