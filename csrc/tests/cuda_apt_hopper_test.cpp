@@ -1,0 +1,43 @@
+// Prompt diffusion's forward by the Hopper path, on the emulator; backward takes what it keeps.
+#include "apt_problem.h"
+#include "emulated.h"
+#include "kernels/cuda/apt.h"
+#include "kernels/cuda/apt_hopper.h"
+
+namespace {
+
+void forward(const petl::AptForward& args) {
+  std::vector<double> packed = emulated::workspace(petl::cuda::apt_hopper_packed_bytes(args));
+  emulated::expect_success(petl::cuda::apt_hopper_forward(args, packed.data(), false, emulated::kQueue));
+}
+
+void backward(const petl::AptBackward& args) {
+  std::vector<double> workspace = emulated::workspace(petl::cuda::apt_backward_workspace(args));
+  emulated::expect_success(petl::cuda::apt_backward(args, workspace.data(), emulated::kQueue));
+}
+
+}  // namespace
+
+int main() {
+  using petl::Activation;
+  const apt_problem::Device device{"emulated", forward, backward};
+  int checked = 0, failed = 0;
+  for (const Activation activation : {Activation::relu, Activation::softmax}) {
+    // One size for every shape, on and off the edges of its tiles, and a row that a block of a cluster has for itself.
+    for (const auto& [R, D, P] : {std::tuple<int64_t, int64_t, int64_t>{1, 64, 20},
+                                  {64, 128, 64},
+                                  {300, 576, 50},
+                                  {65, 192, 90},
+                                  {129, 320, 128},
+                                  {130, 384, 161},
+                                  {191, 384, 200},
+                                  {257, 256, 208},
+                                  {67, 128, 209},
+                                  {128, 320, 256}}) {
+      ++checked;
+      failed += !check(device, apt_problem::Problem(R, D, P, activation, petl::DType::bfloat16));
+    }
+  }
+  std::printf("%d checked, %d failed\n", checked, failed);
+  return failed || !checked ? EXIT_FAILURE : EXIT_SUCCESS;
+}
