@@ -10,6 +10,7 @@ from op_problems import TESTED, check
 from problems import draw
 
 from petl_ext import ops
+from petl_ext.ops.adapter import packed_adapter
 from petl_ext.ops.apt import packed_apt
 
 ROWS = 1600  # more than are few
@@ -47,6 +48,38 @@ def test_apt(inner, activation, dtype):
 
 
 @HALF
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("form", ["parallel", "bare", "bypass", "sequential", "other residual"])
+def test_adapter(form, inner, dtype):
+    # One activation for each form is enough: what differs is compiled from the same lines.
+    activation = {"parallel": "gelu", "bare": "silu"}.get(form, "relu")
+    with hopper():
+        check(OnEmulator, problem_of("adapter", ROWS, 64, inner, dtype=dtype, form=form, activation=activation))
+
+
+def error_of_forward(problem, **settings):
+    oracle = problem.double().call(problem.op.reference)
+    return (outputs(problem, **settings).double() - oracle).abs().max()
+
+
+@HALF
+@pytest.mark.parametrize("mean", [0, 30, 300])
+def test_a_mean_of_many_deviations(mean, dtype):
+    problem = problem_of("adapter", ROWS, 128, 96, dtype=dtype, form="parallel", activation="gelu")
+    problem = problem.change(x=problem["x"] + mean)
+    assert error_of_forward(problem) <= 1.1 * error_of_forward(problem, is_on=False)
+
+
+@HALF
+def test_first_columns_far_from_the_mean(dtype):
+    """The statistics are deviations from the mean of a row's first 64 columns."""
+    problem = problem_of("adapter", ROWS, 512, 96, dtype=dtype, form="parallel", activation="gelu")
+    x = problem["x"].clone()
+    x[:, :64] += 1000
+    assert error_of_forward(problem.change(x=x)) <= 1.1 * error_of_forward(problem.change(x=x), is_on=False)
+
+
+@HALF
 def test_float32_weights_beside_half_activations(dtype):
     problem = problem_of("apt", ROWS, 128, 100, dtype=dtype)
     weights = {name: problem[name].float() + 1e-3 for name in ("prompts", "keys")}
@@ -56,12 +89,15 @@ def test_float32_weights_beside_half_activations(dtype):
 
 def outputs(problem, **settings):
     with hopper(**settings):
-        return problem.op.ours(*problem.tensors.values(), problem["activation"])
+        return problem.call(problem.op.ours)
 
 
-@pytest.mark.parametrize("activation", ["relu", "softmax"])
-def test_results_depend_neither_on_order_nor_on_copies(activation):
-    problem = problem_of("apt", ROWS, 128, 200, activation=activation)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("apt", {"activation": "relu"}), ("apt", {"activation": "softmax"}), ("adapter", {"form": "parallel"})],
+)
+def test_results_depend_neither_on_order_nor_on_copies(name, options):
+    problem = problem_of(name, ROWS, 128, 200, **options)
     results = [
         outputs(problem, order=order, copies=copies)
         for order, copies in itertools.product(("forward", "reverse"), ("lazy", "eager"))
@@ -78,8 +114,9 @@ def test_results_depend_neither_on_order_nor_on_copies(activation):
         (ROWS, 64, 50, torch.float32),
     ],
 )
-def test_what_it_does_not_take_is_the_lean_path_s(rows, width, inner, dtype):
-    problem = problem_of("apt", rows, width, inner, dtype=dtype)
+@pytest.mark.parametrize("name", ["apt", "adapter"])
+def test_what_it_does_not_take_is_the_lean_path_s(name, rows, width, inner, dtype):
+    problem = problem_of(name, rows, width, inner, dtype=dtype)
     assert torch.equal(outputs(problem), outputs(problem, is_on=False))
 
 
@@ -93,6 +130,22 @@ def test_strides():
     problem = problem_of("apt", ROWS, 64, 50)
     apart = {name: torch.cat([problem[name]] * 2, 1)[:, :64] for name in ("x", "y")}
     assert torch.equal(outputs(problem.change(**apart)), outputs(problem))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_an_adapter_s_weights_are_packed_for_both_paths(norm):
+    problem = problem_of("adapter", ROWS, 64, 50, form="parallel" if norm else "sequential")
+    names = ("down", "down_bias", "up", "up_bias", "norm_weight", "norm_bias")
+    weights = [problem.tensors.get(name) for name in names]
+    with emulation():
+        lean = packed_adapter(*weights, torch.bfloat16).data.numel()
+    with hopper():
+        packed = packed_adapter(*weights, torch.bfloat16)
+        for rows in (ROWS, 100):
+            some = problem.change(x=problem["x"][:rows])
+            assert torch.equal(some.change(packed=packed).call(ops.adapter), some.call(ops.adapter))
+        packed.data[lean:] = 0
+        assert not torch.equal(problem.change(packed=packed).call(ops.adapter), problem.call(ops.adapter))
 
 
 def test_weights_are_packed_for_both_paths():

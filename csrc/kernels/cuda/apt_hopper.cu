@@ -27,12 +27,6 @@ int forward(const AptForward& args, const void* packed, Queue queue) {
   return run(AptHopperOp<T, Activation::softmax>());
 }
 
-// Calls function with an element of x's type, which hopper_takes.
-template <class Function>
-int with_half(DType dtype, const Function& function) {
-  return dtype == DType::bfloat16 ? function(Bfloat16{}) : function(Float16{});
-}
-
 }  // namespace
 
 int64_t apt_hopper_packed_bytes(const AptForward& args) {
@@ -55,7 +49,8 @@ int apt_hopper_pack(const AptForward& args, void* packed, Queue queue) {
 }
 
 int apt_hopper_forward(const AptForward& args, void* packed, bool is_packed, Queue queue) {
-  if (const int error = is_packed ? hopper_error(queue.device) : apt_hopper_pack(args, packed, queue)) return error;
+  const int error = is_packed ? hopper_error(queue.device) : apt_hopper_pack(args, packed, queue);
+  if (error) return error;
   return with_half(args.x.dtype, [&](auto element) { return forward<decltype(element)>(args, packed, queue); });
 }
 

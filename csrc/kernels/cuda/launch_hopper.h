@@ -56,6 +56,12 @@ int launch_hopper_inner(Queue queue, const HopperTask<Op>& task, int inner, std:
   return error;
 }
 
+// Calls function with an element of a type that hopper_takes.
+template <class Function>
+int with_half(DType dtype, const Function& function) {
+  return dtype == DType::bfloat16 ? function(Bfloat16{}) : function(Float16{});
+}
+
 struct HopperOperands {
   int64_t R, D, inner;
   ConstRows x, y;  // y: null where nothing is added
