@@ -146,6 +146,8 @@ void BulkCopies::finish(const Store& store) const {
   }
 }
 
+void BulkCopies::commit_stores() { ++stores_[&block_.thread()].groups; }
+
 void BulkCopies::wait_for_stores(size_t pending) {
   Stores& own = stores_[&block_.thread()];
   size_t done = 0;

@@ -20,10 +20,6 @@ py::dict settings() {
                   "threads"_a = settings.threads, "shared_memory_limit"_a = settings.shared_memory_limit);
 }
 
-void choose_hopper(bool on) {
-  petl::cuda::choose_hopper(on ? petl::cuda::HopperChoice::on : petl::cuda::HopperChoice::off);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(petl_emulated, module) {
@@ -33,6 +29,7 @@ PYBIND11_MODULE(petl_emulated, module) {
              py::arg("shared_memory_limit") = defaults.shared_memory_limit,
              "How kernels run from now on: order forward or reverse, copies lazy or eager, on how many threads (0: one "
              "per core), with how many bytes of shared memory per block.");
-  module.def("choose_hopper", &choose_hopper, py::arg("on"), "As PETL_HOPPER says it when the process begins.");
+  module.def("choose_hopper", &petl::cuda::choose_hopper, py::arg("value"),
+             "As PETL_HOPPER says it when the process begins.");
   module.def("settings", &settings, "What configure set, by name.");
 }

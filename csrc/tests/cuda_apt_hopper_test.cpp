@@ -3,6 +3,7 @@
 #include "emulated.h"
 #include "kernels/cuda/apt.h"
 #include "kernels/cuda/apt_hopper.h"
+#include "kernels/cuda/hopper.h"
 
 namespace {
 
@@ -38,6 +39,13 @@ int main() {
       failed += !check(device, apt_problem::Problem(R, D, P, activation, petl::DType::bfloat16));
     }
   }
+  // Why other GPUs and drivers cannot run it, in words.
+  using namespace petl::cuda;
+  for (const int error : {hopper_error_of(8, 0, true), hopper_error_of(9, 0, false), int{kHopperIsNotBuilt}}) {
+    ++checked;
+    failed += error == 0 || std::string(error_text(error)).find("PETL_HOPPER=1 must meet") != 0;
+  }
+  failed += hopper_error_of(9, 0, true) != 0;
   std::printf("%d checked, %d failed\n", checked, failed);
   return failed || !checked ? EXIT_FAILURE : EXIT_SUCCESS;
 }

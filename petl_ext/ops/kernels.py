@@ -12,6 +12,7 @@ import torch
 
 from petl_ext.checks import check_choice, check_probability
 from petl_ext.counting import add_flop_formula
+from petl_ext.ops import hopper
 from petl_ext.ops.backends import AUTO, BACKENDS, NATIVE, REFERENCE, VARIABLE, Backend, chosen
 from petl_ext.ops.derivatives import are_transformed
 from petl_ext.ops.preferred import PREFERENCES, backends_preferred_for, preferred_backend
@@ -227,7 +228,7 @@ def kernel_for(op, device, dtype, dropout=0.0, sizes=None):
     device = torch.device(device)
     if reason := _reference_because(dtype, dropout):
         return Kernel(REFERENCE, reason)
-    if reason := _none_because(op, device, sizes):
+    if reason := _none_because(op, device, sizes) or _no_hopper_because(op, device, dtype, sizes):
         return Kernel("none", reason)
     backend = _backend_for(op, device).name
     details = [device.type]
@@ -235,6 +236,8 @@ def kernel_for(op, device, dtype, dropout=0.0, sizes=None):
         details.append(backend)
     elif device.type == "cpu":
         details.append(cpu_path())
+    elif hopper.is_asked(op, dtype, sizes):
+        details.append(hopper.in_words())
     elif PREFERENCES and chosen() == AUTO:
         details += [f"{name} at some sizes" for name in backends_preferred_for(op, _name_of(device.index))]
     return Kernel(f"{op} ({', '.join(details)})")
@@ -283,6 +286,12 @@ def _none_because(op, device, sizes):
         whose = "CUDA" if backend.name == NATIVE else backend.name
         return f"the {whose} kernel does not take a width of {sizes[0]} with {sizes[1]}"
     return ""
+
+
+def _no_hopper_because(op, device, dtype, sizes):
+    if device.type != "cuda" or _backend_for(op, device).name != NATIVE or not hopper.is_asked(op, dtype, sizes):
+        return ""
+    return hopper.obstacle(torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None)
 
 
 def _holder():

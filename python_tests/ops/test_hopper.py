@@ -20,14 +20,14 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str
 
 
 @contextmanager
-def hopper(is_on=True, **settings):
+def hopper(choice="1", **settings):
     with emulation(**settings):
         module = emulated_module()
-        module.choose_hopper(is_on)
+        module.choose_hopper(choice)
         try:
             yield
         finally:
-            module.choose_hopper(False)
+            module.choose_hopper("0")
 
 
 class OnEmulator:
@@ -67,7 +67,7 @@ def error_of_forward(problem, **settings):
 def test_a_mean_of_many_deviations(mean, dtype):
     problem = problem_of("adapter", ROWS, 128, 96, dtype=dtype, form="parallel", activation="gelu")
     problem = problem.change(x=problem["x"] + mean)
-    assert error_of_forward(problem) <= 1.1 * error_of_forward(problem, is_on=False)
+    assert error_of_forward(problem) <= 1.1 * error_of_forward(problem, choice="0")
 
 
 @HALF
@@ -76,7 +76,7 @@ def test_first_columns_far_from_the_mean(dtype):
     problem = problem_of("adapter", ROWS, 512, 96, dtype=dtype, form="parallel", activation="gelu")
     x = problem["x"].clone()
     x[:, :64] += 1000
-    assert error_of_forward(problem.change(x=x)) <= 1.1 * error_of_forward(problem.change(x=x), is_on=False)
+    assert error_of_forward(problem.change(x=x)) <= 1.1 * error_of_forward(problem.change(x=x), choice="0")
 
 
 @HALF
@@ -117,13 +117,13 @@ def test_results_depend_neither_on_order_nor_on_copies(name, options):
 @pytest.mark.parametrize("name", ["apt", "adapter"])
 def test_what_it_does_not_take_is_the_lean_path_s(name, rows, width, inner, dtype):
     problem = problem_of(name, rows, width, inner, dtype=dtype)
-    assert torch.equal(outputs(problem), outputs(problem, is_on=False))
+    assert torch.equal(outputs(problem), outputs(problem, choice="0"))
 
 
 def test_rows_that_overlap_are_the_lean_path_s():
     problem = problem_of("apt", ROWS, 64, 50)
     problem = problem.change(x=problem["x"][:1].expand(ROWS, 64))
-    assert torch.equal(outputs(problem), outputs(problem, is_on=False))
+    assert torch.equal(outputs(problem), outputs(problem, choice="0"))
 
 
 def test_strides():
@@ -180,3 +180,9 @@ def test_scores_are_kept_for_backward_in_full_rows():
     assert scores.shape == (ROWS, 56) and scores.dtype is torch.float32
     assert torch.equal(scores[:, 50:], torch.zeros(ROWS, 6))
     assert torch.equal(scores.amax(1), gate)
+
+
+@pytest.mark.parametrize("name", ["apt", "adapter"])
+def test_a_variable_that_says_nothing_known_is_refused(name):
+    with pytest.raises(RuntimeError, match="the environment variable PETL_HOPPER must be 0 or 1"):
+        outputs(problem_of(name, 30, 64, 50), choice="yes")

@@ -2,6 +2,8 @@
 // it: whether it is on, and what it takes. No GPU has confirmed it yet, so that it is off unless the environment
 // variable PETL_HOPPER is 1.
 #pragma once
+#include <string>
+
 #include "kernels/cuda/kernels.h"
 #include "kernels/tensor.h"
 
@@ -9,9 +11,9 @@ namespace petl::cuda {
 
 enum class HopperChoice { off, on, unknown };
 
-// What the environment says, when it is first asked for; a test may say otherwise.
+// What the environment says, when it is first asked for; a test may say otherwise, in the variable's words.
 HopperChoice hopper_choice();
-void choose_hopper(HopperChoice choice);
+void choose_hopper(const std::string& value);
 
 // Whether this build holds the path's kernels.
 bool hopper_is_built();
@@ -45,5 +47,11 @@ enum HopperError {
   kNoRoomForCluster = -6,
 };
 const char* hopper_error_text(int error);  // null: another error
+
+// 0, or why a GPU cannot run the path.
+constexpr int hopper_error_of(int major, int minor, bool makes_tile_maps) {
+  if (major != 9 || minor != 0) return kNotHopper;
+  return makes_tile_maps ? 0 : kNoTileMaps;
+}
 
 }  // namespace petl::cuda

@@ -1,21 +1,19 @@
 #include <atomic>
 #include <cstdlib>
-#include <string>
 
 #include "kernels/cuda/hopper.h"
 
 namespace petl::cuda {
 namespace {
 
-HopperChoice choice_of_environment() {
-  const char* const value = std::getenv("PETL_HOPPER");
-  const std::string text = value ? value : "";
-  if (text == "1") return HopperChoice::on;
-  return text.empty() || text == "0" ? HopperChoice::off : HopperChoice::unknown;
+HopperChoice choice_of(const std::string& value) {
+  if (value == "1") return HopperChoice::on;
+  return value.empty() || value == "0" ? HopperChoice::off : HopperChoice::unknown;
 }
 
 std::atomic<HopperChoice>& choice() {
-  static std::atomic<HopperChoice> choice{choice_of_environment()};
+  const char* const value = std::getenv("PETL_HOPPER");
+  static std::atomic<HopperChoice> choice{choice_of(value ? value : "")};
   return choice;
 }
 
@@ -23,7 +21,7 @@ std::atomic<HopperChoice>& choice() {
 
 HopperChoice hopper_choice() { return choice(); }
 
-void choose_hopper(HopperChoice wanted) { choice() = wanted; }
+void choose_hopper(const std::string& value) { choice() = choice_of(value); }
 
 const char* hopper_error_text(int error) {
   switch (error) {

@@ -41,8 +41,7 @@ int ask_device(int device) {
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (error != cudaSuccess) return cudaGetLastError();
-  if (major != 9 || minor != 0) return kNotHopper;
-  return encoder() ? 0 : kNoTileMaps;
+  return hopper_error_of(major, minor, encoder() != nullptr);
 }
 
 }  // namespace
