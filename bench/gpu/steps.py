@@ -6,6 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+
 from gpu.runner import Step
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -66,6 +68,26 @@ def module(name, title, limit, least):
     return Step(title, ([sys.executable, "-m", f"gpu.{name}"],), limit=limit, least=least)
 
 
+def hopper_obstacle():
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    return "" if capability == (9, 0) else "needs a GPU of compute capability 9.0"
+
+
+def hopper(name, command, limit):
+    """Of the path that is off unless PETL_HOPPER=1: what it tells decides whether it will be on."""
+    return Step(name, (command,), limit, environment={"PETL_HOPPER": "1"}, obstacle=hopper_obstacle(), is_check=False)
+
+
+def hopper_steps():
+    test = ROOT / "python_tests" / "building" / "test_hopper_device.py"
+    pytest = [sys.executable, "-m", "pytest", "-p", "gpu.pytest_plugin", "-p", "no:cacheprovider", "-x", test]
+    return (
+        hopper("hopper questions", [sys.executable, "-m", "gpu.hopper_questions"], limit=60),
+        hopper("hopper tests", pytest, limit=60),
+        hopper("hopper speed", [sys.executable, "-m", "gpu.hopper_speed"], limit=40),
+    )
+
+
 def counters(report):
     tool = find_tool("ncu")
     kernels = "--clock-control none --kernel-name-base demangled --kernel-name regex:petl"
@@ -86,6 +108,7 @@ def steps(counter_report):
     op_tests = sorted(path for path in op_tests if path.exists())
     return (
         build(),
+        *hopper_steps(),
         tests("op tests", op_tests, 90, "--on", "cuda"),
         tests("device tests", [ROOT / "python_tests" / "building" / "test_cuda_device.py"], 90),
         sanitizers(),

@@ -11,9 +11,10 @@
 namespace petl {
 namespace {
 
-// What PETL_HOPPER says.
-std::string hopper_state() {
+// What PETL_HOPPER says, or what is said in its place from now on; nothing is changed by an empty text.
+std::string hopper_state([[maybe_unused]] std::string choice) {
 #ifdef PETL_WITH_CUDA
+  if (!choice.empty()) cuda::choose_hopper(choice);
   if (cuda::hopper_choice() == cuda::HopperChoice::unknown) return "unknown";
   if (cuda::hopper_choice() == cuda::HopperChoice::off) return cuda::hopper_is_built() ? "off" : "not built";
   return cuda::hopper_is_built() ? "on" : "on, but not built";
@@ -30,7 +31,7 @@ std::tuple<std::string, int64_t, int64_t, int64_t> hopper_limits() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(petl_ext, m) {
-  m.def("hopper_state() -> str");
+  m.def("hopper_state(str choice) -> str");
   m.def("hopper_limits() -> (str, int, int, int)");
 }
 

@@ -28,12 +28,12 @@ int main() {
     for (const auto& [R, D, B, activation, residual] :
          {std::tuple<int64_t, int64_t, int64_t, AdapterActivation, Residual>{3, 64, 8, AdapterActivation::silu,
                                                                              Residual::none},
-          {300, 576, 50, AdapterActivation::gelu, Residual::input},
+          {270, 320, 50, AdapterActivation::gelu, Residual::input},
           {64, 128, 64, AdapterActivation::silu, Residual::other},
           {65, 192, 96, AdapterActivation::gelu, Residual::other},
           {129, 320, 128, AdapterActivation::silu, Residual::input},
-          {130, 384, 161, AdapterActivation::gelu, Residual::input},
-          {191, 384, 200, AdapterActivation::silu, Residual::none},
+          {130, 256, 161, AdapterActivation::gelu, Residual::input},
+          {131, 256, 200, AdapterActivation::silu, Residual::none},
           {67, 128, 209, AdapterActivation::gelu, Residual::input},
           {128, 320, 256, AdapterActivation::silu, Residual::other}}) {
       ++checked;

@@ -27,12 +27,12 @@ int main() {
     // One size for every shape, on and off the edges of its tiles, and a row that a block of a cluster has for itself.
     for (const auto& [R, D, P] : {std::tuple<int64_t, int64_t, int64_t>{1, 64, 20},
                                   {64, 128, 64},
-                                  {300, 576, 50},
+                                  {270, 320, 50},
                                   {65, 192, 90},
                                   {129, 320, 128},
-                                  {130, 384, 161},
-                                  {191, 384, 200},
-                                  {257, 256, 208},
+                                  {130, 256, 161},
+                                  {131, 256, 200},
+                                  {140, 128, 208},
                                   {67, 128, 209},
                                   {128, 320, 256}}) {
       ++checked;

@@ -1,19 +1,13 @@
-// The emulator of what Hopper adds: products of warpgroups, copies and stores of tiles, clusters, and the faults that
-// it must complain about.
-#include <algorithm>
-#include <cmath>
+// The emulator of what Hopper adds: its answers to hopper_questions.h, and the faults that it must complain about.
 #include <cstdlib>
 #include <functional>
-#include <memory>
 
 #include "emulator_checks.h"
-#include "kernels/cuda/hopper_ptx.h"
+#include "hopper_questions.h"
 
 namespace emulator_test {
 
 using namespace petl::cuda;
-
-constexpr int kLeftBytes = 64 * 128, kRightBytes = 256 * 128, kTileBytes = kLeftBytes + kRightBytes;
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch_cluster(int blocks, int cluster, int threads, int shared_bytes, void (*kernel)(Parameters...),
@@ -28,182 +22,7 @@ cudaError_t launch_cluster(int blocks, int cluster, int threads, int shared_byte
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// Tiles of so many rows, and as many columns as make their rows as wide as a swizzle.
-TileMap map_of(std::vector<uint16_t>& data, uint64_t rows, uint64_t columns, unsigned tile_rows,
-               unsigned tile_columns) {
-  TileMap map;
-  const cuuint64_t sizes[] = {columns, rows}, strides[] = {columns * 2};
-  const cuuint32_t tile[] = {tile_columns, tile_rows}, steps[] = {1, 1};
-  const auto swizzle = tile_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
-                       : tile_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                            : CU_TENSOR_MAP_SWIZZLE_32B;
-  const CUresult result = cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, data.data(), sizes, strides,
-                                                 tile, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  expect(result == CUDA_SUCCESS, "a map of tiles");
-  return map;
-}
-
-// Products: out [64, 2 kSums] = left [64, columns] right [2 kSums, columns]^T, of tiles as wide as their swizzle.
-
-struct Product {
-  TileMap left, right;
-  int columns;
-  bool from_registers;
-  float* out;
-};
-
-template <class T, int kSums>
-__global__ void multiply_group(Product task) {
-  unsigned char* const memory = tile_memory();
-  Barrier* const full = reinterpret_cast<Barrier*>(memory + kTileBytes);
-  const int row_bytes = task.columns * 2, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (threadIdx.x == 0) make_barrier(full, 1);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    arrive_and_expect(full, (64 + kSums * 2) * row_bytes);
-    copy_tile(memory, task.left, 0, 0, full);
-    copy_tile(memory + kLeftBytes, task.right, 0, 0, full);
-  }
-  wait(full, 0);
-  float sums[kSums] = {};
-  uint32_t left[4][4];
-  for (int step = 0; step < task.columns / 16; ++step) {
-    const uint32_t place = (warp * 16 + lane % 16) * row_bytes + step * 32 + lane / 16 * 16;
-    load_matrices(left[step], memory + swizzled(place, row_bytes));
-  }
-  fence_products(sums);
-  for (int step = 0; step < task.columns / 16; ++step) {
-    const uint64_t right = describe_tile(memory + kLeftBytes, row_bytes) + 2 * step;
-    if constexpr (kSums == 32) {
-      if (task.from_registers) {
-        multiply_registers<T>(sums, left[step], right, step);
-        continue;
-      }
-    }
-    multiply_tiles<T>(sums, describe_tile(memory, row_bytes) + 2 * step, right);
-  }
-  commit_products();
-  wait_for_products<0>(sums);
-  for (int i = 0; i < kSums; ++i) {
-    const int row = warp * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    task.out[row * kSums * 2 + column] = sums[i];
-  }
-}
-
-template <class T, int kSums>
-void test_product(Pack pack, int columns, bool from_registers) {
-  const int width = kSums * 2;
-  const std::vector<float> left = small_integers(64 * columns), right = small_integers(width * columns);
-  std::vector<uint16_t> left_bits = packed(left, pack), right_bits = packed(right, pack);
-  std::vector<float> out(64 * width, -1), wanted(64 * width);
-  for (int row = 0; row < 64; ++row) {
-    for (int column = 0; column < width; ++column) {
-      for (int inner = 0; inner < columns; ++inner) {
-        wanted[row * width + column] += left[row * columns + inner] * right[column * columns + inner];
-      }
-    }
-  }
-  const Product task{map_of(left_bits, 64, columns, 64, columns), map_of(right_bits, width, columns, width, columns),
-                     columns, from_registers, out.data()};
-  launch(1, 128, kTileBytes + 8, &multiply_group<T, kSums>, task);
-  expect(out == wanted, "a product of " + std::to_string(columns) + " by " + std::to_string(width) + " columns" +
-                            (from_registers ? ", left from registers" : ""));
-}
-
-void test_products() {
-  for (const int columns : {16, 32, 64}) {
-    test_product<Bfloat16, 32>(&pack_bfloat16, columns, false);
-    test_product<Bfloat16, 32>(&pack_bfloat16, columns, true);
-    test_product<Bfloat16, 64>(&pack_bfloat16, columns, false);
-    test_product<Float16, 48>(&pack_float16, columns, false);
-    test_product<Float16, 32>(&pack_float16, columns, true);
-    test_product<Bfloat16, 104>(&pack_bfloat16, columns, false);
-    test_product<Float16, 128>(&pack_float16, columns, false);
-  }
-}
-
-// A tile that hangs over the matrix's edges is filled with zeros, and written back without them.
-__global__ void copy_edge(TileMap from, TileMap to, uint16_t* seen) {
-  unsigned char* const memory = tile_memory();
-  Barrier* const full = reinterpret_cast<Barrier*>(memory + 8192);
-  make_barrier(full, 1);
-  arrive_and_expect(full, 8192);
-  copy_tile(memory, from, 64, 32, full);
-  wait(full, 0);
-  for (int i = 0; i < 64 * 64; ++i) seen[i] = *reinterpret_cast<uint16_t*>(memory + swizzled(i * 2, 128));
-  store_tile(to, 64, 32, memory);
-  commit_stores();
-  wait_for_reads<0>();
-}
-
-void test_edges() {
-  constexpr int kRows = 50, kColumns = 80;
-  std::vector<uint16_t> from(kRows * kColumns), to(kRows * kColumns, 7), seen(64 * 64, 9);
-  for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<uint16_t>(i + 10);
-  launch(1, 1, 8200, &copy_edge, map_of(from, kRows, kColumns, 64, 64), map_of(to, kRows, kColumns, 64, 64),
-         seen.data());
-  bool reads = true, writes = true;
-  for (int row = 0; row < 64; ++row) {
-    for (int column = 0; column < 64; ++column) {
-      const bool is_inside = 32 + row < kRows && 64 + column < kColumns;
-      reads &= seen[row * 64 + column] == (is_inside ? from[(32 + row) * kColumns + 64 + column] : 0);
-    }
-  }
-  for (int i = 0; i < kRows * kColumns; ++i) {
-    writes &= to[i] == (i / kColumns >= 32 && i % kColumns >= 64 ? from[i] : 7);
-  }
-  expect(reads, "what is outside of the matrix is read as zeros");
-  expect(writes, "what is outside of the matrix is not written");
-}
-
-// Each of two blocks copies half of a row to both, and says at both barriers when it has read it.
-__global__ void share_row(const int4* row, int4* out) {
-  unsigned char* const memory = tile_memory();
-  Barrier *const full = reinterpret_cast<Barrier*>(memory + 1024), *const read = full + 1;
-  const int rank = rank_in_cluster();
-  if (threadIdx.x == 0) {
-    make_barrier(full, 1);
-    make_barrier(read, 2);
-    show_barriers();
-  }
-  synchronize_cluster();
-  if (threadIdx.x == 0) {
-    arrive_and_expect(full, 1024);
-    copy_bulk_to(3, memory + rank * 512, row + rank * 32, 512, full);
-  }
-  wait(full, 0);
-  for (int i = threadIdx.x; i < 64; i += blockDim.x) out[blockIdx.x * 64 + i] = reinterpret_cast<int4*>(memory)[i];
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    arrive_at(read, 0);
-    arrive_at(read, 1);
-  }
-  wait(read, 0);
-  synchronize_cluster();
-}
-
-void test_clusters() {
-  std::vector<int4> row(64), out(4 * 64);
-  for (int i = 0; i < 64; ++i) row[i] = {i, i + 1, i + 2, i + 3};
-  expect(launch_cluster(4, 2, 32, 1040, &share_row, static_cast<const int4*>(row.data()), out.data()) == cudaSuccess,
-         "a launch of clusters");
-  bool good = true;
-  for (int i = 0; i < 4 * 64; ++i) good &= out[i].x == i % 64 && out[i].w == i % 64 + 3;
-  expect(good, "both blocks of a cluster have what each of them copied");
-  expect(launch_cluster(3, 2, 32, 1040, &share_row, static_cast<const int4*>(row.data()), out.data()) ==
-             cudaErrorInvalidConfiguration,
-         "a grid that is not made of whole clusters");
-  cudaGetLastError();
-}
-
-__global__ void exchange_registers() {
-  if (threadIdx.x >= 256) {
-    give_up_registers<24>();
-  } else {
-    take_registers<240>();
-  }
-}
+__global__ void nothing() {}
 
 // Each complaint is provoked once.
 
@@ -315,7 +134,8 @@ __global__ void odd_registers() { give_up_registers<42>(); }
 
 void test_complaints() {
   std::vector<uint16_t> data(50 * 80);
-  const TileMap map = map_of(data, 50, 80, 64, 64);
+  TileMap map = {};
+  expect(hopper_questions::make_map(map, data.data(), 50, 80), "a map of tiles");
   const bool lazy = emulator::settings().copies == emulator::Copies::lazy;
   const auto complains = [](const char* about, const std::function<void()>& run) {
     const std::string message = complaint(run);
@@ -344,10 +164,10 @@ void test_complaints() {
 }
 
 void test_what_is_sound() {
-  test_products();
-  test_edges();
-  test_clusters();
-  expect(complaint([] { launch(1, 384, 0, &exchange_registers); }).empty(), "registers that change hands");
+  hopper_questions::ask_all([](bool right, const std::string& question) { expect(right, question); });
+  expect(launch_cluster(3, 2, 32, 0, &nothing) == cudaErrorInvalidConfiguration,
+         "a grid that is not made of whole clusters");
+  cudaGetLastError();
 }
 
 }  // namespace emulator_test

@@ -37,7 +37,7 @@ def is_asked(op, dtype, sizes):
         sizes: (width, inner size), or None: any that it takes.
     """
     limits = HopperLimits(*torch.ops.petl_ext.hopper_limits())
-    if not torch.ops.petl_ext.hopper_state().startswith("on") or op not in limits.ops.split():
+    if not torch.ops.petl_ext.hopper_state("").startswith("on") or op not in limits.ops.split():
         return False
     width, inner = sizes or (limits.width_multiple, 1)
     fits = width % limits.width_multiple == 0 and inner <= limits.max_inner
@@ -51,7 +51,7 @@ def in_words():
 
 def obstacle(capability):
     """Why such calls raise, if they do. `capability`: of the GPU, None without one."""
-    if torch.ops.petl_ext.hopper_state() != "on":
+    if torch.ops.petl_ext.hopper_state("") != "on":
         return f"{HOPPER_VARIABLE}=1 asks for kernels for sm_90a, which this build does not hold"
     if capability not in (None, CAPABILITY):
         wanted, found = (".".join(map(str, pair)) for pair in (CAPABILITY, capability))
@@ -61,7 +61,7 @@ def obstacle(capability):
 
 def state_in_words():
     """One line for `petl-ext info`."""
-    state = torch.ops.petl_ext.hopper_state()
+    state = torch.ops.petl_ext.hopper_state("")
     if state == "unknown":
         return f"{HOPPER_VARIABLE} must be 0 or 1, got {os.environ.get(HOPPER_VARIABLE)!r}; calls on CUDA raise"
     hints = {

@@ -13,7 +13,7 @@ import torch
 from clock import host_clock
 from devices import emulation
 from gpu import __main__ as command
-from gpu import every_kernel, speed, summary, traffic, vilt
+from gpu import every_kernel, hopper_questions, hopper_speed, speed, summary, traffic, vilt
 from gpu.runner import FAILED, OK, SKIPPED, TIME_LIMIT, Files, Runner, Step
 from gpu.step_log import read_records
 from gpu.steps import PYTHON_PATH, find_tool, steps
@@ -155,6 +155,23 @@ def test_steps_name_files_and_modules_that_exist(tmp_path):
                     assert Path(word).exists(), word
 
 
+def test_answers_about_the_hopper_path(tmp_path):
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\necho right: a copy\necho WRONG: a: product\nexit $1\n")
+    program.chmod(0o755)
+    assert hopper_questions.answers_of(program) == ({"a copy": True, "a: product": False}, "")
+    program.write_text("#!/bin/sh\necho right: a copy\nkill -9 $$\n")
+    assert hopper_questions.answers_of(program) == ({"a copy": True}, ", then it ended with -9")
+
+
+def test_a_program_that_hangs_is_ended(tmp_path, monkeypatch):
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\necho right: a copy\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(hopper_questions, "LIMIT", 1)
+    assert hopper_questions.answers_of(program) == ({"a copy": True}, ", then it hung for 1 s")
+
+
 def test_finds_tools_beside_the_path(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
@@ -230,6 +247,14 @@ def test_comparison(op, direction):
     copies = min(result["microseconds"]["copy"], result["microseconds"]["copy kernel"])
     assert result["share_of_least"] == pytest.approx(copies / result["microseconds"]["ours"], rel=0.1, abs=0.01)
     json.dumps(result)
+
+
+@pytest.mark.parametrize("op", hopper_speed.SIZES, ids=str)
+def test_comparison_of_both_paths(op):
+    with emulation():
+        result = hopper_speed.compare(small_case(op, traffic.FORWARD), BENCH)
+    assert result["wrong"] == {"lean": {}, "hopper": {}} and result["microseconds"].keys() == {"lean", "hopper"}
+    assert result["hopper over lean"]["median"] > 0
 
 
 def test_comparison_tells_wrong_results_and_contenders_that_fail():

@@ -68,16 +68,16 @@ def test_the_hopper_path_is_named_where_it_is_asked_for(op, monkeypatch):
 
     plain = kernel_for()
     assert "hopper" not in plain.name
-    monkeypatch.setattr(torch.ops.petl_ext, "hopper_state", lambda: "on")
+    monkeypatch.setattr(torch.ops.petl_ext, "hopper_state", lambda choice: "on")
     assert kernel_for() == kernel_for(sizes=None) == (f"{op} (cuda, hopper from 1537 rows)", "")
     for other in ({"dtype": torch.float32}, {"sizes": (768, 257)}, {"sizes": (776, 200)}):
         assert kernel_for(**other) == plain
-    monkeypatch.setattr(torch.ops.petl_ext, "hopper_state", lambda: "on, but not built")
+    monkeypatch.setattr(torch.ops.petl_ext, "hopper_state", lambda choice: "on, but not built")
     assert kernel_for() == ("none", "PETL_HOPPER=1 asks for kernels for sm_90a, which this build does not hold")
 
 
 def test_a_gpu_that_cannot_run_the_hopper_path_is_named(monkeypatch):
-    monkeypatch.setattr(torch.ops.petl_ext, "hopper_state", lambda: "on")
+    monkeypatch.setattr(torch.ops.petl_ext, "hopper_state", lambda choice: "on")
     assert hopper.obstacle(None) == hopper.obstacle((9, 0)) == ""
     wanted = "PETL_HOPPER=1 asks for a GPU of compute capability 9.0, this one has 10.0"
     assert hopper.obstacle((10, 0)) == wanted
@@ -88,7 +88,7 @@ def test_info_tells_the_state_of_the_hopper_path(monkeypatch):
     said = {"off": "PETL_HOPPER=1 turns it on", "on": "no GPU has confirmed it yet", "unknown": "got 'yes'"}
     monkeypatch.setenv("PETL_HOPPER", "yes")
     for state, words in said.items():
-        monkeypatch.setattr(torch.ops.petl_ext, "hopper_state", lambda state=state: state)
+        monkeypatch.setattr(torch.ops.petl_ext, "hopper_state", lambda choice, state=state: state)
         assert words in hopper.state_in_words()
 
 
