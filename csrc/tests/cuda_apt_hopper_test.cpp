@@ -27,11 +27,11 @@ int main() {
     // One size for every shape, on and off the edges of its tiles, and a row that a block of a cluster has for itself.
     for (const auto& [R, D, P] : {std::tuple<int64_t, int64_t, int64_t>{1, 64, 20},
                                   {64, 128, 64},
-                                  {270, 320, 50},
+                                  {259, 320, 50},
                                   {65, 192, 90},
                                   {129, 320, 128},
-                                  {130, 256, 161},
-                                  {131, 256, 200},
+                                  {130, 320, 161},
+                                  {131, 320, 200},
                                   {140, 128, 208},
                                   {67, 128, 209},
                                   {128, 320, 256}}) {
