@@ -5,6 +5,8 @@
 #include "emulator/cuda_on_cpu.h"
 #include "emulator/hopper.h"
 
+#define CUDART_VERSION 13000
+
 using CUtensorMap = emulator::TensorMap;
 using cuuint32_t = uint32_t;
 using cuuint64_t = uint64_t;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/cuda/hopper_ptx.h"
+#include "kernels/cuda/tile_maps.h"
 
 namespace hopper_questions {
 
@@ -99,16 +100,8 @@ std::vector<uint16_t> tile_of(const std::vector<float>& values, int columns) {
 
 // Of [rows, columns] by tiles of 64 x 64.
 inline bool make_map(TileMap& map, uint16_t* data, int rows, int columns) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-  const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(columns) * 2};
-  const cuuint32_t tile[] = {64, 64}, steps[] = {1, 1};
-  return encode && encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, data, sizes, strides, tile, steps,
-                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  const EncodeTiles encode = tile_encoder();
+  return encode && encode_tiles(encode, map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, data, rows, columns, columns, 64);
 }
 
 __device__ inline Barrier* new_barrier(unsigned char* at, int arrivals) {

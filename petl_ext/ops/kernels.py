@@ -67,8 +67,8 @@ class Kernel(NamedTuple):
     """Who computes a call of an op.
 
     Attributes:
-        name: "apt (cpu, avx512)", "apt (cuda)", "apt (cuda, triton at some sizes)" where a measured file says so,
-            "reference", or "none": the call raises.
+        name: "apt (cpu, avx512)", "apt (cuda)", "apt (cuda, hopper from 1537 rows)" where PETL_HOPPER=1 asks for it,
+            "apt (cuda, triton at some sizes)" where a measured file says so, "reference", or "none": the call raises.
         reason: why it is not a kernel; "" where it is.
     """
 

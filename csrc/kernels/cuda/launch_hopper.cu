@@ -2,22 +2,10 @@
 #include <mutex>
 
 #include "kernels/cuda/launch_hopper.h"
+#include "kernels/cuda/tile_maps.h"
 
 namespace petl::cuda {
 namespace {
-
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's function: its library is not linked.
-Encode encoder() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-  const bool is_there = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
-  if (!is_there) cudaGetLastError();
-  return is_there ? reinterpret_cast<Encode>(function) : nullptr;
-}
 
 // Answers that a device gives once.
 template <class Key>
@@ -41,7 +29,7 @@ int ask_device(int device) {
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (error != cudaSuccess) return cudaGetLastError();
-  return hopper_error_of(major, minor, encoder() != nullptr);
+  return hopper_error_of(major, minor, tile_encoder() != nullptr);
 }
 
 }  // namespace
@@ -49,14 +37,10 @@ int ask_device(int device) {
 bool hopper_is_built() { return true; }
 
 bool map_tiles(TileMap& map, DType dtype, const ConstRows& rows, int64_t R, int64_t D, int tile_rows) {
-  static const Encode encode = encoder();
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(D), static_cast<cuuint64_t>(R)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(rows.stride) * 2};
-  const cuuint32_t tile[] = {kHopperChunk, static_cast<cuuint32_t>(tile_rows)}, steps[] = {1, 1};
+  static const EncodeTiles encode = tile_encoder();
+  static_assert(kHopperChunk == 64);
   const auto type = dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  return encode && encode(&map, type, 2, const_cast<void*>(rows.data), sizes, strides, tile, steps,
-                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return encode && encode_tiles(encode, map, type, rows.data, R, D, rows.stride, tile_rows);
 }
 
 int hopper_error(int device) {
