@@ -18,7 +18,8 @@ void backward(const petl::AdapterBackward& args) {
 
 }  // namespace
 
-int main() {
+// With `sound`, as the race search asks for it, which is slow, without the largest problems.
+int main(int count, char**) {
   using adapter_problem::Residual;
   using petl::AdapterActivation;
   const adapter_problem::Device device{"emulated", forward, backward};
@@ -36,6 +37,7 @@ int main() {
           {131, 256, 200, AdapterActivation::silu, Residual::none},
           {67, 128, 209, AdapterActivation::gelu, Residual::input},
           {128, 320, 256, AdapterActivation::silu, Residual::other}}) {
+      if (count > 1 && R * D > 42000) continue;
       ++checked;
       const adapter_problem::Problem problem(R, D, B, activation, petl::DType::bfloat16, norm, residual);
       failed += !check(device, problem);

@@ -19,7 +19,8 @@ void backward(const petl::AptBackward& args) {
 
 }  // namespace
 
-int main() {
+// With `sound`, as the race search asks for it, which is slow, without the largest problems.
+int main(int count, char**) {
   using petl::Activation;
   const apt_problem::Device device{"emulated", forward, backward};
   int checked = 0, failed = 0;
@@ -35,6 +36,7 @@ int main() {
                                   {140, 128, 208},
                                   {67, 128, 209},
                                   {128, 320, 256}}) {
+      if (count > 1 && R * D > 42000) continue;
       ++checked;
       failed += !check(device, apt_problem::Problem(R, D, P, activation, petl::DType::bfloat16));
     }
