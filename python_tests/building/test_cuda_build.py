@@ -67,6 +67,14 @@ def test_what_sources_are_compiled():
     assert with_hopper - without >= {"apt_hopper", "launch_hopper"} and without - with_hopper == {"without_hopper"}
 
 
+def test_what_stands_in_for_the_hopper_path_has_all_its_functions():
+    folder = ROOT / "csrc" / "kernels" / "cuda"
+    headers = [folder / f"{op}_hopper.h" for op in ("apt", "adapter")]
+    declared = {name for path in headers for name in re.findall(r"(\w+_hopper_\w+)\(", path.read_text())}
+    defined = set(re.findall(r"^\w+ (\w+)\(", (folder / "without_hopper.cu").read_text(), re.MULTILINE))
+    assert len(declared) == 6 and defined == declared | {"hopper_is_built"}
+
+
 def test_products_of_the_hopper_path_run_side_by_side(objects, disassembler):
     """ptxas says in messages C7510 and on where it lets products wait for each other; no sum lies in memory."""
     for path in filter(cuda_kernels.is_for_hopper, objects):
