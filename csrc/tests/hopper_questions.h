@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -30,12 +31,14 @@ inline bool is_done() { return cudaDeviceSynchronize() == cudaSuccess; }
 #else
 template <class T>
 T* allocate(size_t count) {
-  return static_cast<T*>(std::aligned_alloc(256, (count * sizeof(T) + 255) / 256 * 256));
+  static std::vector<std::unique_ptr<void, decltype(&std::free)> > kept;
+  kept.emplace_back(std::aligned_alloc(256, (count * sizeof(T) + 255) / 256 * 256), &std::free);
+  return static_cast<T*>(kept.back().get());
 }
 inline bool is_done() { return true; }
 #endif
 
-// Freed at the program's end: a kernel that hangs must not find its memory gone.
+// Until the program's end: a kernel that hangs must not find its memory gone.
 template <class T>
 T* filled(const std::vector<T>& values) {
   T* const memory = allocate<T>(values.size());
