@@ -23,6 +23,8 @@ from cuda_toolkit import Toolkit, text_of
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_ARCHITECTURES = ("80", "90a", "100")
+HOPPER = "90a"  # without the letter, wgmma is missing
+WITHOUT_HOPPER = "without_hopper"  # the file that stands in for those of the Hopper path, *_hopper.cu
 OLDEST_ARCHITECTURE = 80  # asynchronous copies, bfloat16 products
 FLAGS = ("-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v")
 
@@ -36,13 +38,28 @@ class Compilation(NamedTuple):
     def folder(self):
         return ROOT / "build" / "cuda" / "-".join(self.architectures)
 
-    @property
-    def flags(self):
-        codes = {name: [f"sm_{name}"] for name in self.architectures}
-        newest = number_of(self.architectures[-1])  # without its letter: such code runs on no later card
-        # One option for both codes of an architecture, since the compiler proper runs once per option.
-        codes.setdefault(str(newest), []).append(f"compute_{newest}")
+    def flags_for(self, file):
+        """Of a source or an object. No other architecture knows the instructions of the Hopper path."""
+        if is_for_hopper(file):
+            codes = {HOPPER: [f"sm_{HOPPER}"]}
+        else:
+            codes = {name: [f"sm_{name}"] for name in self.architectures}
+            newest = number_of(self.architectures[-1])  # without its letter: such code runs on no later card
+            # One option for both codes of an architecture, since the compiler proper runs once per option.
+            codes.setdefault(str(newest), []).append(f"compute_{newest}")
         return [*FLAGS, *(f"-gencode=arch=compute_{name},code=[{','.join(codes[name])}]" for name in codes)]
+
+
+def is_for_hopper(source):
+    return source.stem.endswith("_hopper") and source.stem != WITHOUT_HOPPER
+
+
+def sources_for(architectures):
+    """The files to compile, in the order of their names."""
+    sources = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
+    if HOPPER in architectures:
+        return [source for source in sources if source.stem != WITHOUT_HOPPER]
+    return [source for source in sources if not is_for_hopper(source)]
 
 
 def number_of(architecture):
@@ -141,7 +158,12 @@ def key_of(object_file, compilation):
     Where the compiler and the tree lie does not count: pip puts its compiler into a new folder each time.
     """
     surroundings = [os.environ.get(name, "") for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")]
-    command = [text_of(compilation.toolkit.release), compilation.host_compiler, *compilation.flags, *surroundings]
+    command = [
+        text_of(compilation.toolkit.release),
+        compilation.host_compiler,
+        *compilation.flags_for(object_file),
+        *surroundings,
+    ]
     digest = hashlib.sha256("\n".join(command).encode())
     ours = [ROOT / name for name in object_file.with_suffix(".d").read_text().split() if name.startswith("csrc/")]
     if not all(path.exists() for path in ours):
@@ -164,7 +186,7 @@ def compile_one(source, compilation, threads):
     object_file.with_suffix(".key").unlink(missing_ok=True)
     files = ["-MMD", "-MF", object_file.with_suffix(".d"), "-c", source.relative_to(ROOT), "-o", object_file]
     toolkit_flags = ["-ccbin", compilation.host_compiler, f"-t{threads}"]
-    command = [compilation.toolkit.nvcc, *toolkit_flags, *compilation.flags, *map(str, files)]
+    command = [compilation.toolkit.nvcc, *toolkit_flags, *compilation.flags_for(source), *map(str, files)]
     print(" ".join(command), file=sys.stderr, flush=True)
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if result.returncode != 0:
@@ -176,9 +198,10 @@ def compile_one(source, compilation, threads):
 
 def compile_all(compilation):
     """The objects, in the order of their names."""
-    sources = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
     compilation.folder.mkdir(parents=True, exist_ok=True)
     # Rather all architectures of one file at a time than several files: these differ more in how long they take.
     threads = min(jobs(), len(compilation.architectures))
     with ThreadPoolExecutor(jobs() // threads) as pool:
-        return list(pool.map(lambda source: compile_one(source, compilation, threads), sources))
+        return list(
+            pool.map(lambda source: compile_one(source, compilation, threads), sources_for(compilation.architectures))
+        )

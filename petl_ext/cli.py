@@ -10,6 +10,7 @@ from importlib import metadata
 import torch
 
 import petl_ext
+from petl_ext.ops import hopper
 from petl_ext.ops.backends import BACKENDS, NATIVE, VARIABLE, choices
 from petl_ext.ops.kernels import OPS, held_kernels
 from petl_ext.ops.preferred import PREFERENCES
@@ -80,6 +81,7 @@ def info():
         *(f"backend {backend.name}: {backend.missing}" for backend in BACKENDS.values() if backend.missing),
         *(f"auto prefers {preference.in_words()}" for preference in PREFERENCES),
         f"CUDA kernels: {_cuda_state()}",
+        f"Hopper path: {hopper.state_in_words()}",
         f"CPU path: {petl_ext.ops.cpu_path()} of {torch.ops.petl_ext.cpu_paths()} (PETL_CPU_PATH chooses), "
         f"{torch.get_num_threads()} threads",
     ]

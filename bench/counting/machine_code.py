@@ -43,7 +43,7 @@ def compilation():
     if toolkit is None:
         raise Missing(f"needs nvcc, 12.4 or later, of a CUDA toolkit or as locks/build.txt has it: {'; '.join(flaws)}")
     everything = register_report.every_architecture()
-    sources = (cuda_kernels.ROOT / "csrc/kernels/cuda").glob("*.cu")
+    sources = cuda_kernels.sources_for(everything.architectures)
     objects = [everything.folder / f"{source.stem}.o" for source in sources]
     if all(cuda_kernels.is_current(path, everything) for path in objects):
         return everything

@@ -6,6 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+
 from gpu.runner import Step
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -68,6 +70,27 @@ def module(name, title, limit, expected, least):
     return Step(title, ([sys.executable, "-m", f"gpu.{name}"],), limit, expected, least)
 
 
+def hopper_obstacle():
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    return "" if capability == (9, 0) else "needs a GPU of compute capability 9.0"
+
+
+def hopper(name, command, limit, expected):
+    """Of the path that is off unless PETL_HOPPER=1: what it tells decides whether it will be on."""
+    asked, obstacle = {"PETL_HOPPER": "1"}, hopper_obstacle()
+    return Step(name, (command,), limit, expected, environment=asked, obstacle=obstacle, is_check=False)
+
+
+def hopper_steps():
+    test = ROOT / "python_tests" / "building" / "test_hopper_device.py"
+    pytest = [sys.executable, "-m", "pytest", "-p", "gpu.pytest_plugin", "-p", "no:cacheprovider", "-x", test]
+    return (
+        hopper("hopper questions", [sys.executable, "-m", "gpu.hopper_questions"], limit=40, expected=15),
+        hopper("hopper tests", pytest, limit=50, expected=20),
+        hopper("hopper speed", [sys.executable, "-m", "gpu.hopper_speed"], limit=40, expected=20),
+    )
+
+
 def counters(report):
     tool = find_tool("ncu")
     kernels = "--clock-control none --kernel-name-base demangled --kernel-name regex:petl"
@@ -89,6 +112,7 @@ def steps(counter_report):
     on_this_gpu = ROOT / "python_tests" / "building"
     return (
         build(),
+        *hopper_steps(),
         tests("op tests", op_tests, 90, 50, "--on", "cuda"),
         module("speed", "speed", limit=120, expected=110, least=45),
         tests("graphs", [on_this_gpu / "test_cuda_graphs.py"], 45, 25, "--on", "cuda"),

@@ -13,7 +13,7 @@
 
 namespace emulator {
 
-constexpr unsigned kLanes = 32, kMaxThreads = 1024;
+constexpr unsigned kLanes = 32, kMaxThreads = 1024, kMaxCluster = 8;
 constexpr uint32_t kAllLanes = 0xffffffff;
 
 // A line of a kernel.
@@ -30,6 +30,7 @@ constexpr Place here(const char* file = __builtin_FILE(), const char* function =
 }
 
 struct Warp;
+class Hopper;
 
 // What lanes do together. The last one to arrive calls `resolve`, which does it for all of `lanes`.
 struct Operation {
@@ -63,9 +64,10 @@ class Channels {
   int turn_ = 0;
 };
 
-// Each of the `present` lanes is either runnable, meeting others of its warp, at the block's barrier, or has returned.
+// Each of the `present` lanes is either runnable, meeting others of its warp, at the block's barrier, waiting until
+// another thread or a copy wakes it, or has returned.
 struct Warp {
-  uint32_t present, runnable, meeting, at_barrier, returned;
+  uint32_t present, runnable, meeting, at_barrier, waiting, returned;
   const Contribution* contributions[kLanes];  // of the lanes that are meeting
   Channels channels;                          // of the whole warp
   char channel_of_parts;
@@ -103,28 +105,41 @@ class SharedMemory {
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory& operator=(const SharedMemory&) = delete;
 
-  // What was there before is lost: it holds NaN in every format, and reads before writes show.
-  void renew(size_t bytes);
+  // A window of so many bytes for each block of a cluster. What was there before is lost: it holds NaN in every format,
+  // and reads before writes show.
+  void renew(size_t bytes, unsigned windows);
   bool margins_untouched();
-  unsigned char* begin() const { return begin_; }
+  unsigned char* begin(unsigned window = 0) const { return begin_ + window * stride(); }
   size_t bytes() const { return bytes_; }
+  // Whether these bytes lie in a window.
+  bool holds(const void* address, size_t bytes, unsigned window) const {
+    const auto* first = static_cast<const unsigned char*>(address);
+    return first >= begin(window) && first + bytes <= begin(window) + bytes_;
+  }
 
  private:
+  size_t stride() const;  // from window to window; a margin follows each
+  size_t total() const { return stride() * windows_; }
   void release();
 
   unsigned char* begin_ = nullptr;
   size_t bytes_ = 0;
+  unsigned windows_ = 0;
 };
 
 struct Thread {
   Fiber fiber;
-  uint3 index;
+  uint3 index, block;
   unsigned warp, lane;
+  unsigned rank;          // of its block in the cluster
+  const char* waits_for;  // while its lane is waiting
+  const Place* waits_in;
   PendingCopies copies;
 };
 
 struct Launch {
   dim3 grid, block;
+  unsigned cluster = 1;  // blocks, along x
   size_t shared_bytes = 0;
   const void* kernel = nullptr;
   const char* kernel_type = nullptr;  // as typeid names it
@@ -134,6 +149,7 @@ struct Launch {
   Settings settings;
 };
 
+// A block, or the blocks of one cluster.
 class Block {
  public:
   Block();
@@ -146,7 +162,29 @@ class Block {
 
   // These are for the CUDA thread that runs.
   unsigned lane() const { return current_->lane; }
-  unsigned char* shared_memory() const { return shared_.begin(); }
+  Thread& thread() { return *current_; }
+  unsigned rank() const { return current_->rank; }
+  unsigned warp() const { return current_warp_; }
+  unsigned warp_in_block() const { return current_warp_ % block_warps_; }
+  unsigned block_threads() const { return block_threads_; }
+  unsigned cluster() const { return launch_->cluster; }
+  bool has_ended(unsigned rank) const { return left_in_[rank] == 0; }
+  bool is_eager() const { return launch_->settings.copies == Copies::eager; }
+  bool is_forward() const { return launch_->settings.order == Order::forward; }
+  unsigned char* shared_memory() const { return shared_.begin(current_->rank); }
+  const SharedMemory& shared() const { return shared_; }
+  Hopper& hopper() { return *hopper_; }
+  // The thread stands still until another one, or a copy that lands, wakes it.
+  void sleep(const char* waits_for, const Place& place);
+  void wake(Thread& thread);
+  // The parts, in words, numbers and places, say what went wrong. None may own memory: nothing on the fibers' stacks is
+  // destroyed.
+  template <class... Parts>
+  [[noreturn]] void fail(const Place& place, const Parts&... parts) {
+    begin_error(place);
+    (append_to_error(parts), ...);
+    leave();
+  }
   void meet_warp(const Contribution& own);
   void meet_block(const Place& place);
   void copy_async(void* shared, const void* global, bool valid, const Place& place);
@@ -158,25 +196,35 @@ class Block {
  private:
   static void enter();
   void prepare(uint3 index);
+  void make_current(Thread& thread);
   unsigned first_of(uint32_t bits) const;
   Thread& next();
   void run_next();
-  void release_barrier();
+  void release_barrier(unsigned rank);
   [[noreturn]] void finish();
   [[noreturn]] void leave();
-  void complain(const std::string& reason, const Place& place);
+  void begin_error(const Place& place);
+  void append_to_error(const char* words);
+  void append_to_error(unsigned number);
+  void append_to_error(const Place& place);
   std::string deadlock() const;
 
   const Launch* launch_ = nullptr;
   Fiber home_;
   Thread* current_ = nullptr;
-  unsigned thread_count_ = 0, warp_count_ = 0, current_warp_ = 0, at_barrier_ = 0, returned_ = 0;
-  const Place* barrier_ = nullptr;  // where the threads at the barrier are
-  Channels channels_;
+  unsigned block_threads_ = 0, block_warps_ = 0;  // of one block of the cluster
+  unsigned thread_count_ = 0, warp_count_ = 0, current_warp_ = 0, returned_ = 0;
+  unsigned left_in_[kMaxCluster] = {};  // of each block, the threads that have not returned
+  struct BlockBarrier {
+    unsigned arrived = 0;
+    const Place* place = nullptr;  // where the threads at the barrier are
+    Channels channels;
+  } barriers_[kMaxCluster];
   Warp warps_[kMaxThreads / kLanes];
   std::unique_ptr<Thread[]> threads_;
   unsigned char* stacks_;
   SharedMemory shared_;
+  std::unique_ptr<Hopper> hopper_;
   std::string error_;
 };
 

@@ -60,7 +60,9 @@ struct Failure {
 class Work {
  public:
   explicit Work(const Launch& launch)
-      : launch_(launch), blocks_(size_t{launch.grid.x} * launch.grid.y * launch.grid.z), first_{blocks_, {}} {}
+      : launch_(launch),
+        blocks_(size_t{launch.grid.x} * launch.grid.y * launch.grid.z / launch.cluster),
+        first_{blocks_, {}} {}
 
   void run() {
     unsigned threads = launch_.settings.threads ? launch_.settings.threads : std::thread::hardware_concurrency();
@@ -79,7 +81,7 @@ class Work {
       const size_t turn = next_++;
       if (turn >= blocks_) break;
       const size_t number = launch_.settings.order == Order::forward ? turn : blocks_ - 1 - turn;
-      const uint3 index = position(number, launch_.grid);
+      const uint3 index = position(number * launch_.cluster, launch_.grid);
       if (launch_.settings.samples_blocks && !is_sample(number, index)) continue;
       const std::string error = block->run(launch_, index);
       if (!error.empty()) report({turn, name_of(launch_) + ", block " + text(index) + ", " + error});

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "emulator/settings.h"
+#include "kernels/cuda/hopper.h"
 
 namespace py = pybind11;
 
@@ -28,5 +29,7 @@ PYBIND11_MODULE(petl_emulated, module) {
              py::arg("shared_memory_limit") = defaults.shared_memory_limit,
              "How kernels run from now on: order forward or reverse, copies lazy or eager, on how many threads (0: one "
              "per core), with how many bytes of shared memory per block.");
+  module.def("choose_hopper", &petl::cuda::choose_hopper, py::arg("value"),
+             "As PETL_HOPPER says it when the process begins.");
   module.def("settings", &settings, "What configure set, by name.");
 }

@@ -44,11 +44,20 @@ bool fits(dim3 size, unsigned x, unsigned y, unsigned z) {
   return size.x && size.y && size.z && size.x <= x && size.y <= y && size.z <= z;
 }
 
+// Blocks in a cluster, or 0 for what the emulator does not have.
+unsigned cluster_of(const cudaLaunchConfig_t& config) {
+  if (config.numAttrs == 0) return 1;
+  const auto& size = config.attrs[0].val.clusterDim;
+  const bool known = config.numAttrs == 1 && config.attrs[0].id == cudaLaunchAttributeClusterDimension;
+  return known && size.y == 1 && size.z == 1 && size.x <= emulator::kMaxCluster ? size.x : 0;
+}
+
 cudaError_t refusal(const cudaLaunchConfig_t& config, const void* kernel, size_t device_limit) {
   const dim3 block = config.blockDim;
-  if (config.numAttrs) return cudaErrorNotSupported;
+  const unsigned cluster = cluster_of(config);
+  if (cluster == 0 || config.gridDim.x % cluster) return cudaErrorInvalidConfiguration;
   if (!fits(config.gridDim, 0x7fffffff, 0xffff, 0xffff) || !fits(block, 1024, 1024, 64) ||
-      block.x * block.y * block.z > emulator::kMaxThreads) {
+      cluster * ((block.x * block.y * block.z + 31) / 32 * 32) > emulator::kMaxThreads) {
     return cudaErrorInvalidConfiguration;
   }
   const size_t limit = shared_limits().of(kernel);
@@ -63,6 +72,7 @@ cudaError_t emulator::launch(const cudaLaunchConfig_t& config, Launch launch) {
   if (refused != cudaSuccess) return noted(refused);
   launch.grid = config.gridDim;
   launch.block = config.blockDim;
+  launch.cluster = cluster_of(config);
   launch.shared_bytes = config.dynamicSmemBytes;
   counts::begin_launch(launch);
   run(launch);
@@ -136,6 +146,12 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
   attributes->maxDynamicSharedSizeBytes = static_cast<int>(shared_limits().of(kernel));
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
+  const unsigned blocks = cluster_of(*config);
+  *clusters = blocks ? kMultiprocessors / static_cast<int>(blocks) : 0;
   return cudaSuccess;
 }
 

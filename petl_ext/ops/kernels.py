@@ -12,6 +12,7 @@ import torch
 
 from petl_ext.checks import check_choice, check_probability
 from petl_ext.counting import add_flop_formula
+from petl_ext.ops import hopper
 from petl_ext.ops.backends import AUTO, BACKENDS, NATIVE, REFERENCE, VARIABLE, Backend, chosen
 from petl_ext.ops.derivatives import are_transformed
 from petl_ext.ops.preferred import PREFERENCES, backends_preferred_for, preferred_backend
@@ -68,8 +69,8 @@ class Kernel(NamedTuple):
     """Who computes a call of an op.
 
     Attributes:
-        name: "apt (cpu, avx512)", "apt (cuda)", "apt (cuda, triton at some sizes)" where a measured file says so,
-            "reference", or "none": the call raises.
+        name: "apt (cpu, avx512)", "apt (cuda)", "apt (cuda, hopper from 1537 rows)" where PETL_HOPPER=1 asks for it,
+            "apt (cuda, triton at some sizes)" where a measured file says so, "reference", or "none": the call raises.
         reason: why it is not a kernel; "" where it is.
     """
 
@@ -233,7 +234,7 @@ def kernel_for(op, device, dtype, dropout=0.0, sizes=None):
     device = torch.device(device)
     if reason := _reference_because(op, dtype, dropout):
         return Kernel(REFERENCE, reason)
-    if reason := _none_because(op, device, sizes):
+    if reason := _none_because(op, device, sizes) or _no_hopper_because(op, device, dtype, dropout, sizes):
         return Kernel("none", reason)
     backend = _backend_for(op, device).name
     details = [device.type]
@@ -241,6 +242,8 @@ def kernel_for(op, device, dtype, dropout=0.0, sizes=None):
         details.append(backend)
     elif device.type == "cpu":
         details.append(cpu_path())
+    elif hopper.is_asked(op, dtype, dropout, sizes):
+        details.append(hopper.in_words())
     elif PREFERENCES and chosen() == AUTO:
         details += [f"{name} at some sizes" for name in backends_preferred_for(op, _name_of(device.index))]
     return Kernel(f"{op} ({', '.join(details)})")
@@ -291,6 +294,14 @@ def _none_because(op, device, sizes):
         whose = "CUDA" if backend.name == NATIVE else backend.name
         return f"the {whose} kernel does not take a width of {sizes[0]} with {sizes[1]}"
     return ""
+
+
+def _no_hopper_because(op, device, dtype, dropout, sizes):
+    if device.type != "cuda" or _backend_for(op, device).name != NATIVE:
+        return ""
+    if not hopper.is_asked(op, dtype, dropout, sizes):
+        return ""
+    return hopper.obstacle(torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None)
 
 
 def _holder():

@@ -46,14 +46,45 @@ def disassembler(compilation):
     pytest.skip("needs cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
 
 
-def test_every_kernel_is_compiled_for_every_architecture_without_spills(objects):
+@pytest.mark.parametrize("of_hopper", [False, True])
+def test_every_kernel_is_compiled_for_every_architecture_without_spills(objects, of_hopper):
+    objects = [path for path in objects if cuda_kernels.is_for_hopper(path) == of_hopper]
     assert objects
     uses = register_report.uses_of(objects)
     kernels = {use.kernel for use in uses}
-    architectures = cuda_kernels.DEFAULT_ARCHITECTURES
+    architectures = [cuda_kernels.HOPPER] if of_hopper else cuda_kernels.DEFAULT_ARCHITECTURES
     assert {(use.kernel, use.architecture) for use in uses} == {(k, a) for k in kernels for a in architectures}
     assert all(use.registers > 0 for use in uses)
     assert not [use for use in uses if use.spilled or use.stack]
+
+
+def test_what_sources_are_compiled():
+    names = {
+        architectures: {path.stem for path in cuda_kernels.sources_for(architectures)}
+        for architectures in (("80", "90a"), ("80", "90", "100"))
+    }
+    with_hopper, without = names.values()
+    assert with_hopper - without >= {"apt_hopper", "launch_hopper"} and without - with_hopper == {"without_hopper"}
+
+
+def test_what_stands_in_for_the_hopper_path_has_all_its_functions():
+    folder = ROOT / "csrc" / "kernels" / "cuda"
+    headers = [folder / f"{op}_hopper.h" for op in ("apt", "adapter")]
+    declared = {name for path in headers for name in re.findall(r"(\w+_hopper_\w+)\(", path.read_text())}
+    defined = set(re.findall(r"^\w+ (\w+)\(", (folder / "without_hopper.cu").read_text(), re.MULTILINE))
+    assert len(declared) == 6 and defined == declared | {"hopper_is_built"}
+
+
+def test_products_of_the_hopper_path_run_side_by_side(objects, disassembler):
+    """ptxas says in messages C7510 and on where it lets products wait for each other; no sum lies in memory."""
+    for path in filter(cuda_kernels.is_for_hopper, objects):
+        assert not re.search(r"\bC75\d\d\b", path.with_suffix(".ptxas").read_text())
+        code = run(disassembler, "-sass", path)
+        for kernel, body in zip(*[iter(re.split(r"\tFunction : (\w+)", code)[1:])] * 2, strict=True):
+            assert not re.search(r" (STL|LDL)\b", body), kernel
+            if "hopper_sandwich" in kernel:
+                expected = ("HGMMA", "UTMALDG", "UBLKCP", "UTMASTG", "STSM", "USETMAXREG")
+                assert [name for name in expected if f" {name}" not in body] == [], kernel
 
 
 def test_register_report(objects, capsys):
@@ -77,7 +108,7 @@ def instructions(disassembler, object_file):
 EXPECTED_INSTRUCTIONS = {
     "a product on the tensor cores": {"HMMA", "HGMMA", "UTCHMMA"},
     "a load of matrices for it": {"LDSM"},
-    "copies to shared memory past the registers": {"LDGSTS"},
+    "copies to shared memory past the registers": {"LDGSTS", "UTMALDG"},
 }
 
 

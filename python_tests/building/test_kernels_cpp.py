@@ -8,7 +8,15 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-CUDA_TESTS = ("emulator", "cuda_apt", "cuda_adapter", "cuda_attention_pool")
+CUDA_TESTS = (
+    "emulator",
+    "hopper",
+    "cuda_apt",
+    "cuda_apt_hopper",
+    "cuda_adapter",
+    "cuda_adapter_hopper",
+    "cuda_attention_pool",
+)
 # Addresses are the same in each mode; the tests of the ops compare the results of all four.
 MODE, OTHER_MODES = "reverse_lazy", ("forward_lazy", "forward_eager", "reverse_eager")
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from petl_ext import AdapterLayer, APTLayer, VisualPromptLayer, cli, counting, ops
 from petl_ext.attaching.sites.site import fused_kernel
-from petl_ext.ops import cpu_path, kernels
+from petl_ext.ops import cpu_path, hopper, kernels
 from petl_ext.ops.adapter import ACTIVATIONS as ADAPTER_ACTIVATIONS
 from petl_ext.ops.apt import ACTIVATIONS as APT_ACTIVATIONS
 
@@ -60,6 +60,39 @@ def test_the_limits_of_cuda_are_those_of_the_docstring_and_bound_the_kernel(op, 
     assert reason(width, inner) == reason(multiple, 1) == "" == kernels.kernel_for(op, "cuda", torch.float32).reason
     for sizes in ((width, inner + 1), (width + multiple, 1), (width - 1, 1)):
         assert reason(*sizes) == f"the CUDA kernel does not take a width of {sizes[0]} with {sizes[1]}"
+
+
+@pytest.mark.parametrize("op", ["apt", "adapter"])
+def test_the_hopper_path_is_named_where_it_is_asked_for(op, monkeypatch):
+    monkeypatch.setattr(kernels, "_HELD", {("native", op, "cuda")})
+
+    def kernel_for(dtype=torch.bfloat16, sizes=(768, 200)):
+        return kernels.kernel_for(op, "cuda", dtype, sizes=sizes)
+
+    plain = kernel_for()
+    assert "hopper" not in plain.name
+    monkeypatch.setattr(torch.ops.petl_ext, "hopper_state", lambda choice: "on")
+    assert kernel_for() == kernel_for(sizes=None) == (f"{op} (cuda, hopper from 1537 rows)", "")
+    for other in ({"dtype": torch.float32}, {"sizes": (768, 257)}, {"sizes": (776, 200)}):
+        assert kernel_for(**other) == plain
+    monkeypatch.setattr(torch.ops.petl_ext, "hopper_state", lambda choice: "on, but not built")
+    assert kernel_for() == ("none", "PETL_HOPPER=1 asks for kernels for sm_90a, which this build does not hold")
+
+
+def test_a_gpu_that_cannot_run_the_hopper_path_is_named(monkeypatch):
+    monkeypatch.setattr(torch.ops.petl_ext, "hopper_state", lambda choice: "on")
+    assert hopper.obstacle(None) == hopper.obstacle((9, 0)) == ""
+    wanted = "PETL_HOPPER=1 asks for a GPU of compute capability 9.0, this one has 10.0"
+    assert hopper.obstacle((10, 0)) == wanted
+
+
+def test_info_tells_the_state_of_the_hopper_path(monkeypatch):
+    assert "\nHopper path: " in cli.info()
+    said = {"off": "PETL_HOPPER=1 turns it on", "on": "no GPU has confirmed it yet", "unknown": "got 'yes'"}
+    monkeypatch.setenv("PETL_HOPPER", "yes")
+    for state, words in said.items():
+        monkeypatch.setattr(torch.ops.petl_ext, "hopper_state", lambda choice, state=state: state)
+        assert words in hopper.state_in_words()
 
 
 def call(op, dropout=0.0, activation=None):

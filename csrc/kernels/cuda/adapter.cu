@@ -6,6 +6,8 @@
 #include "kernels/cuda/adapter_few_rows.h"
 #include "kernels/cuda/adapter_finish.h"
 #include "kernels/cuda/adapter_forward.h"
+#include "kernels/cuda/adapter_hopper.h"
+#include "kernels/cuda/hopper.h"
 #include "kernels/cuda/weight_gradient.h"
 
 namespace petl::cuda {
@@ -251,10 +253,24 @@ auto with_pass(const AdapterBackward& args, void* memory, const Function& functi
   });
 }
 
+int64_t lean_packed_bytes(const AdapterForward& args) {
+  return with_pass(args, nullptr, nullptr, [](const auto& pass) { return pass.packed.bytes(); });
+}
+
+bool packs_for_hopper(const AdapterForward& args) {
+  const AdapterSizes& size = args.inputs.size;
+  return hopper_packs(args.inputs.x.dtype, size.D, size.B);
+}
+
+// Weights for the Hopper path lie behind those for the lean one, which takes the calls of few rows.
+void* for_hopper(const AdapterForward& args, void* packed) {
+  return static_cast<char*>(packed) + lean_packed_bytes(args);
+}
+
 }  // namespace
 
 int64_t adapter_packed_bytes(const AdapterForward& args) {
-  return with_pass(args, nullptr, nullptr, [](const auto& pass) { return pass.packed.bytes(); });
+  return lean_packed_bytes(args) + (packs_for_hopper(args) ? adapter_hopper_packed_bytes(args) : 0);
 }
 
 int64_t adapter_forward_workspace(const AdapterForward& args) {
@@ -262,11 +278,17 @@ int64_t adapter_forward_workspace(const AdapterForward& args) {
 }
 
 int adapter_pack(const AdapterForward& args, void* packed, Queue queue) {
-  return with_pass(args, packed, nullptr, [&](const auto& pass) { return pass.pack(queue); });
+  const int error = with_pass(args, packed, nullptr, [&](const auto& pass) { return pass.pack(queue); });
+  return error || !packs_for_hopper(args) ? error : adapter_hopper_pack(args, for_hopper(args, packed), queue);
 }
 
 int adapter_forward(const AdapterForward& args, void* packed, bool is_packed, void* workspace, Queue queue) {
-  if (args.inputs.size.R == 0) return 0;
+  const auto [R, D, B] = args.inputs.size;
+  if (R == 0) return 0;
+  if (hopper_choice() == HopperChoice::unknown) return kUnknownHopperChoice;
+  if (!args.inputs.dropout.seeds && hopper_runs(R, D, B, args.inputs.x, args.residual)) {
+    return adapter_hopper_forward(args, for_hopper(args, packed), is_packed, queue);
+  }
   return with_pass(args, packed, workspace, [&](const auto& pass) { return pass.run(is_packed, queue); });
 }
 

@@ -5,6 +5,8 @@
 #include "kernels/cuda/apt_few_rows.h"
 #include "kernels/cuda/apt_finish.h"
 #include "kernels/cuda/apt_forward.h"
+#include "kernels/cuda/apt_hopper.h"
+#include "kernels/cuda/hopper.h"
 #include "kernels/cuda/weight_gradient.h"
 
 namespace petl::cuda {
@@ -212,10 +214,19 @@ auto with_backward(const AptBackward& args, void* memory, const Function& functi
   });
 }
 
+int64_t lean_packed_bytes(const AptForward& args) {
+  return with_forward(args, nullptr, nullptr, [](const auto& pass) { return pass.packed.bytes(); });
+}
+
+bool packs_for_hopper(const AptForward& args) { return hopper_packs(args.x.dtype, args.size.D, args.size.P); }
+
+// Weights for the Hopper path lie behind those for the lean one, which takes the calls of few rows.
+void* for_hopper(const AptForward& args, void* packed) { return static_cast<char*>(packed) + lean_packed_bytes(args); }
+
 }  // namespace
 
 int64_t apt_packed_bytes(const AptForward& args) {
-  return with_forward(args, nullptr, nullptr, [](const auto& pass) { return pass.packed.bytes(); });
+  return lean_packed_bytes(args) + (packs_for_hopper(args) ? apt_hopper_packed_bytes(args) : 0);
 }
 
 int64_t apt_forward_workspace(const AptForward& args) {
@@ -223,7 +234,8 @@ int64_t apt_forward_workspace(const AptForward& args) {
 }
 
 int apt_pack(const AptForward& args, void* packed, Queue queue) {
-  return with_forward(args, packed, nullptr, [&](const auto& pass) { return pass.pack(queue); });
+  const int error = with_forward(args, packed, nullptr, [&](const auto& pass) { return pass.pack(queue); });
+  return error || !packs_for_hopper(args) ? error : apt_hopper_pack(args, for_hopper(args, packed), queue);
 }
 
 int apt_begin(const AptForward& args, void* packed, void* workspace, Queue queue) {
@@ -232,7 +244,12 @@ int apt_begin(const AptForward& args, void* packed, void* workspace, Queue queue
 }
 
 int apt_forward(const AptForward& args, void* packed, AptDone done, void* workspace, Queue queue) {
-  if (args.size.R == 0) return 0;
+  const auto [R, D, P] = args.size;
+  if (R == 0) return 0;
+  if (hopper_choice() == HopperChoice::unknown) return kUnknownHopperChoice;
+  if (!args.dropout.seeds && hopper_runs(R, D, P, args.x, args.y)) {
+    return apt_hopper_forward(args, for_hopper(args, packed), done != AptDone::nothing, queue);
+  }
   return with_forward(args, packed, workspace, [&](const auto& pass) { return pass.run(done, queue); });
 }
 

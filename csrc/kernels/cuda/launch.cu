@@ -1,6 +1,7 @@
 #include <map>
 #include <mutex>
 
+#include "kernels/cuda/hopper.h"
 #include "kernels/cuda/launch.h"
 
 namespace petl::cuda {
@@ -51,6 +52,7 @@ cudaError_t prepare(const void* kernel, int device, int shared_bytes) {
 
 const char* error_text(int error) {
   if (error == kTooLittleSharedMemory) return "a block of this GPU has too little shared memory for these sizes";
+  if (const char* const text = hopper_error_text(error)) return text;
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
