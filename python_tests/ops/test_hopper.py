@@ -120,6 +120,14 @@ def test_what_it_does_not_take_is_the_lean_path_s(name, rows, width, inner, dtyp
     assert torch.equal(outputs(problem), outputs(problem, choice="0"))
 
 
+@pytest.mark.parametrize("name", ["apt", "adapter"])
+def test_dropout_is_the_lean_path_s(name):
+    problem = problem_of(name, ROWS, 64, 50)
+    dropped = problem.change(dropout=0.3, seeds=torch.tensor([3, 4]))
+    assert torch.equal(outputs(dropped), outputs(dropped, choice="0"))
+    assert not torch.equal(outputs(dropped), outputs(problem))
+
+
 def test_rows_that_overlap_are_the_lean_path_s():
     problem = problem_of("apt", ROWS, 64, 50)
     problem = problem.change(x=problem["x"][:1].expand(ROWS, 64))
