@@ -35,8 +35,8 @@ def calls():
     return {
         "apt": lambda: raw.apt_forward.default(*apt),
         "adapter": lambda: raw.adapter_forward.default(*adapter),
-        "apt in its autograd.Function": lambda: _APT.apply(*training, "relu", "petl_emulated"),
-        "an empty Function with as many inputs": lambda: Empty.apply(*training, "relu", "petl_emulated"),
+        "apt in its autograd.Function": lambda: _APT.apply(*training, "relu", "petl_emulated", 0.0, None),
+        "an empty Function with as many inputs": lambda: Empty.apply(*training, "relu", "petl_emulated", 0.0, None),
         "who computes apt": lambda: raw_ops_for("apt", training),
         "torch.add, for scale": lambda: torch.add(x, x),
     }

@@ -20,14 +20,18 @@ from shapes import CLIP_IMAGE, CLIP_IMAGE_MANY, CLIP_IMAGE_ONE, METER_IMAGE, MET
 
 import petl_ext
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Of modules that are cast to it, or under autocast.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bfloat16 autocast": torch.float32}
 # With the sizes at which they are published; the library's is its default for a width of 768.
 MODULES = {
     "prompts-50": lambda dim: approximate_prompt(12, dim, 4, 50),
     "prompts-200": lambda dim: approximate_prompt(12, dim, 4, 200),
+    "prompts-50-dropout": lambda dim: approximate_prompt(12, dim, 4, 50, attn_drop=0.1),
     "bottleneck-96": lambda dim: Adapter(dim, 96),
     "parallel-96": lambda dim: ParallelAdapter(dim, 96, adapter_scalar="4.0"),
     "parallel-192": lambda dim: ParallelAdapter(dim, 192),
+    # AdaptFormer's own, in training.
+    "parallel-64-dropout": lambda dim: ParallelAdapter(dim, 64, dropout=0.1, adapter_scalar="0.1"),
     "library-48": lambda dim: LibraryAdapter(dim, 48),
     "cross-attention": lambda dim: Cross_Attention(dim, 0.0, 12),
 }
@@ -53,20 +57,21 @@ def arguments_of(name, shape, dtype, trained):
     return (x,) if name.startswith("bottleneck") else (x, normal(shape.tokens))
 
 
-def forward(module, arguments):
+def forward(module, arguments, is_autocast):
     def run():
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
             module(*arguments)
 
     return run
 
 
-def forward_backward(module, arguments):
+def forward_backward(module, arguments, is_autocast):
     """Of the parameters and of the streams, which have passed trained layers before."""
     wanted = [t for t in arguments if torch.is_tensor(t) and t.requires_grad] + list(module.parameters())
 
     def output():
-        out = module(*arguments)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+            out = module(*arguments)
         return out[0] if isinstance(out, tuple) else out
 
     dout = torch.randn_like(output())
@@ -81,6 +86,7 @@ def test_patch(name, shape, dtype, direction, compare):
     module = MODULES[name](shape.dim).to(DTYPES[dtype])
     patched = petl_ext.patch(copy.deepcopy(module)).model
     arguments = arguments_of(name, shape, DTYPES[dtype], trained=direction is forward_backward)
-    contenders = {"unpatched": direction(module, arguments), "patched": direction(patched, arguments)}
     title = f"patch {name} {direction.__name__} {dtype} {shape}"
+    modules = {"unpatched": module, "patched": patched}
+    contenders = {name: direction(m, arguments, dtype.endswith("autocast")) for name, m in modules.items()}
     compare(title, shape, contenders, "patched", thread_clock)

@@ -37,6 +37,13 @@ SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "g
 # Arrays and options as an op has them when everything is asked of it.
 FORMS = {"apt": {}, "adapter": {"norm": True, "residual": "x", "gain": True}, "attention_pool": {"masked": 0.5}}
 WEIGHT_DTYPE = torch.float32
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.uint8: "u8",
+    torch.int64: "i64",
+}
 
 
 class Launch(NamedTuple):
@@ -77,8 +84,7 @@ def source_hash():
 
 def _type_of(value):
     if torch.is_tensor(value):
-        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
-        return f"*{names[value.dtype]}"
+        return f"*{TYPES[value.dtype]}"
     return "fp32" if isinstance(value, float) else "i32"
 
 
@@ -96,7 +102,8 @@ def _launch_of(op, kernel, arguments, constants, tiles):
 
 
 def launches_of(op, inner, dtype, activation=None):
-    """What forward and backward of an op launch; its tensors have no contents, and nothing is computed."""
+    """What forward and backward of an op launch, without and with dropout; its tensors have no contents, and nothing is
+    computed."""
     from petl_ext.ops.triton import adapter, apt, attention_pool, launching
 
     found = []
@@ -113,12 +120,18 @@ def launches_of(op, inner, dtype, activation=None):
     return found
 
 
+def _dropouts(x):
+    """(dropout, seeds) of calls without it and with it."""
+    return (0.0, None), (0.1, torch.empty(2, dtype=torch.int64, device=x.device))
+
+
 def _call_apt(problem):
     from petl_ext.ops.triton.apt import apt_backward, apt_forward
 
     (x, y, *weights), activation = problem.tensors.values(), problem["activation"]
-    _, *saved = apt_forward(x, y, *weights, activation, True)
-    apt_backward(problem.dout, x, y, *weights, *saved, activation, True, True, True, True)
+    for dropout in _dropouts(x):
+        _, *saved = apt_forward(x, y, *weights, activation, True, None, *dropout)
+        apt_backward(problem.dout, x, y, *weights, *saved, activation, True, True, True, True, *dropout)
 
 
 def _call_adapter(problem):
@@ -126,8 +139,9 @@ def _call_adapter(problem):
 
     names = ("norm_weight", "norm_bias", "down", "down_bias", "up", "up_bias", "scale")
     weights = (*map(problem.tensors.get, names), 1.0, 1e-5, problem["activation"])
-    adapter_forward(problem["x"], problem["x"], *weights)
-    adapter_backward(problem.dout, problem["x"], *weights, True, True, True, True)
+    for dropout in _dropouts(problem["x"]):
+        adapter_forward(problem["x"], problem["x"], *weights, None, *dropout)
+        adapter_backward(problem.dout, problem["x"], *weights, True, True, True, True, *dropout)
 
 
 def _call_attention_pool(problem):

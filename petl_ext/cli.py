@@ -13,6 +13,7 @@ import petl_ext
 from petl_ext.ops.backends import BACKENDS, NATIVE, VARIABLE, choices
 from petl_ext.ops.kernels import OPS, held_kernels
 from petl_ext.ops.preferred import PREFERENCES
+from petl_ext.recipes import commands as recipe_commands
 
 OPTIONAL_PACKAGES = ("transformers", "peft", "diffusers", "triton", "cupy")
 # Modules, and the packages that bring them.
@@ -24,6 +25,7 @@ DEMO_PACKAGES = {
     "matplotlib": "matplotlib",
     "tqdm": "tqdm",
 }
+SEARCHES = ("das", "placement", "recipe")
 DAS_OUTPUT = (
     "Prints one line of JSON: what DASConfig(skip=...) takes, and the share of the bare backbone's "
     "multiply-accumulates that remains. Writes search.json, which DepthSearch.load reads, and gates.png."
@@ -94,8 +96,8 @@ def _run_info(_):
 
 def _run_demo(options):
     common = {"seed": options.seed, "progress": not options.no_progress}
-    if options.method == "dvp":
-        _run_dvp_demo(options, common)
+    if options.method is not None:
+        {"dvp": _run_dvp_demo, "digits": _write_digits}[options.method](options, common)
         return
     from petl_ext.demo.vilt.run import run_demo, tune
 
@@ -110,6 +112,17 @@ def _run_dvp_demo(options, common):
 
     try:
         print(run_dvp_demo(options.output, options.quick, **common))
+    except OSError as error:
+        _exit(2, error)
+
+
+def _write_digits(options, common):
+    if options.tune:
+        _exit(2, "demo digits has no --tune")
+    from petl_ext.demo.digits.for_recipes import write_for_recipes
+
+    try:
+        print(write_for_recipes(options.output, options.quick, **common))
     except OSError as error:
         _exit(2, error)
 
@@ -152,9 +165,10 @@ def _exit(status, message):
 def _parser():
     parser = argparse.ArgumentParser(prog="petl-ext", description=petl_ext.__doc__)
     parser.set_defaults(packages={}, after_interrupt="")
-    commands = parser.add_subparsers(required=True, metavar="{info,demo,search}")
+    commands = parser.add_subparsers(required=True, metavar="{info,demo,recipes,train,search,eval,compare}")
     commands.add_parser("info", help="versions, kernels, CPU path, GPUs").set_defaults(run=_run_info)
     _add_demo(commands)
+    recipe_commands.add_commands(commands)
     _add_searches(commands)
     return parser
 
@@ -162,7 +176,11 @@ def _parser():
 def _add_demo(commands):
     demo = commands.add_parser("demo", help="fine-tune a small ViLT on pictures of handwritten digits, by each method")
     demo.add_argument(
-        "method", nargs="?", choices=["dvp"], help="instead, dynamic visual prompting of MiniLM, a pre-trained BERT"
+        "method",
+        nargs="?",
+        choices=["dvp", "digits"],
+        help="instead, dynamic visual prompting of MiniLM, a pre-trained BERT; or only write the data of the digits "
+        "recipes, in the official format of every task, and a small ViLT that knows their words",
     )
     demo.add_argument("--tune", action="store_true", help="instead, compare learning rates on the validation split")
     _add_digits_options(demo, "folder for data, report and charts")
@@ -170,11 +188,20 @@ def _add_demo(commands):
 
 
 def _add_searches(commands):
-    search = commands.add_parser("search", help="choose what of a model a task needs; alone, lists the searches")
+    search = commands.add_parser(
+        "search", help="choose what of a model a task needs: of a RECIPE, or the demo's; alone, lists the searches"
+    )
     search.set_defaults(run=lambda _: search.print_help())
     searches = search.add_subparsers(title="what can be searched", metavar="SEARCH")
     _add_depth_search(searches)
     _add_placement_search(searches)
+    recipe_commands.add_search(searches)
+
+
+def _with_recipe(arguments):
+    """`search RECIPE` is `search recipe RECIPE`."""
+    is_search = len(arguments) > 1 and arguments[0] == "search" and not arguments[1].startswith("-")
+    return ["search", "recipe", *arguments[1:]] if is_search and arguments[1] not in SEARCHES else arguments
 
 
 def _add_depth_search(searches):
@@ -208,7 +235,7 @@ def _add_digits_options(parser, output):
 
 
 def main(arguments=None):
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(_with_recipe(sys.argv[1:] if arguments is None else list(arguments)))
     _require(options.packages)
     try:
         options.run(options)

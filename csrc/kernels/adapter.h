@@ -1,6 +1,7 @@
 // The bottleneck adapter: out = residual + scale * (act(norm(x) down^T + down_bias) up^T + up_bias), where norm is
-// LayerNorm or nothing, and residual may be absent.
+// LayerNorm or nothing, and residual may be absent. Dropout multiplies what act returns.
 #pragma once
+#include "kernels/dropout.h"
 #include "kernels/tensor.h"
 
 namespace petl {
@@ -25,6 +26,7 @@ struct AdapterInputs {
   ConstRows gain;         // [1, 1], a trained factor; null: 1
   float scale;            // scale * gain multiplies what is added
   float epsilon;          // of the normalization
+  Dropout dropout = {};
 };
 
 struct AdapterForward {

@@ -1,5 +1,7 @@
 // Prompt diffusion: scores = act(x keys^T), gate = rowmax(scores), out = exp(log_scale) (y + gate (scores prompts)).
+// Dropout multiplies the scores before all else reads them.
 #pragma once
+#include "kernels/dropout.h"
 #include "kernels/tensor.h"
 
 namespace petl {
@@ -23,7 +25,8 @@ struct AptForward {
   ConstRows log_scale;  // [1, 1]
   Rows out;             // [R, D]
   float* gate;          // [R]
-  Rows scores;          // [R, kept], bfloat16 or float32, zeros beyond P; null: not kept
+  Rows scores;          // [R, kept], bfloat16 or float32, before dropout, zeros beyond P; null: not kept
+  Dropout dropout = {};
 };
 
 struct AptBackward {
@@ -43,6 +46,7 @@ struct AptBackward {
   float* dprompts;    // [P, D]
   float* dkeys;       // [P, D]
   float* dlog_scale;  // [1]
+  Dropout dropout = {};
 };
 
 }  // namespace petl

@@ -9,6 +9,7 @@
 #ifdef PETL_WITH_CUDA
 #include "ops/cuda.h"
 #endif
+#include "ops/dropout.h"
 #include "ops/limits.h"
 
 namespace petl {
@@ -123,7 +124,7 @@ class AdapterInputRows {
     device.supports("adapter", cuda::kAdapterLimits, size_.D, size_.B);
   }
 
-  AdapterInputs view() const {
+  AdapterInputs view(const Dropout& dropout) const {
     return {
         .size = size_,
         .activation = activation_,
@@ -137,6 +138,7 @@ class AdapterInputRows {
         .gain = gain_.view(),
         .scale = scale_,
         .epsilon = epsilon_,
+        .dropout = dropout,
     };
   }
 
@@ -151,7 +153,8 @@ class AdapterInputRows {
 template <class Device>
 Tensor adapter_forward(const Tensor& x, OptionalTensor residual, OptionalTensor norm_weight, OptionalTensor norm_bias,
                        const Tensor& down, const Tensor& down_bias, const Tensor& up, const Tensor& up_bias,
-                       OptionalTensor gain, double scale, double eps, std::string activation, OptionalTensor packed) {
+                       OptionalTensor gain, double scale, double eps, std::string activation, OptionalTensor packed,
+                       double dropout, OptionalTensor seeds) {
   const AdapterTensors tensors{x, norm_weight, norm_bias, down, down_bias, up, up_bias, gain};
   const Device device(x);
   const AdapterInputRows<Device> rows(device, tensors, activation, scale, eps);
@@ -159,7 +162,8 @@ Tensor adapter_forward(const Tensor& x, OptionalTensor residual, OptionalTensor 
   if (residual) residual_rows.emplace(rows_like_x(device, "residual", *residual, x));
   const Result out(x, false);
   const ConstRows none{nullptr, 0, DType::float32};
-  run(device, AdapterForward{rows.view(), residual_rows ? residual_rows->view() : none, out.rows()}, x, packed);
+  const AdapterInputs inputs = rows.view(dropout_of(device, "adapter", dropout, seeds));
+  run(device, AdapterForward{inputs, residual_rows ? residual_rows->view() : none, out.rows()}, x, packed);
   return out.tensor();
 }
 
@@ -167,7 +171,8 @@ template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
     const Tensor& dout, const Tensor& x, OptionalTensor norm_weight, OptionalTensor norm_bias, const Tensor& down,
     const Tensor& down_bias, const Tensor& up, const Tensor& up_bias, OptionalTensor gain, double scale, double eps,
-    std::string activation, bool residual_is_input, bool needs_dx, bool needs_dweights, bool needs_dgain) {
+    std::string activation, bool residual_is_input, bool needs_dx, bool needs_dweights, bool needs_dgain,
+    double dropout, OptionalTensor seeds) {
   const AdapterTensors tensors{x, norm_weight, norm_bias, down, down_bias, up, up_bias, gain};
   const Device device(x);
   const AdapterInputRows<Device> rows(device, tensors, activation, scale, eps);
@@ -181,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapt
       dgain(gain.value_or(down_bias), needs_dgain && gain);
   run(device,
       AdapterBackward{
-          .inputs = rows.view(),
+          .inputs = rows.view(dropout_of(device, "adapter", dropout, seeds)),
           .dout = dout_rows.view(),
           .residual_is_input = residual_is_input,
           .dx = dx.rows(),
@@ -206,7 +211,7 @@ Tensor adapter_pack(const Tensor& like, OptionalTensor norm_weight, OptionalTens
   const AdapterTensors tensors{like, norm_weight, norm_bias, down, down_bias, up, up_bias, no_gain};
   const Cuda device(like);
   const AdapterInputRows<Cuda> rows(device, tensors, "relu", 1, 0);
-  const AdapterForward args{rows.view(), {nullptr, 0, DType::float32}, {}};
+  const AdapterForward args{rows.view({}), {nullptr, 0, DType::float32}, {}};
   const Tensor packed = new_bytes(like, cuda::adapter_packed_bytes(args));
   device.check("adapter", cuda::adapter_pack(args, packed.mutable_data_ptr(), device.queue()));
   return packed;

@@ -9,6 +9,7 @@
 #ifdef PETL_WITH_CUDA
 #include "ops/cuda.h"
 #endif
+#include "ops/dropout.h"
 #include "ops/limits.h"
 
 namespace petl {
@@ -85,7 +86,8 @@ ScalarType kept_dtype(const Tensor& x, const Tensor& y) {
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> apt_forward(const Tensor& x, const Tensor& y, const Tensor& prompts,
                                                const Tensor& keys, const Tensor& log_scale, std::string activation,
-                                               bool keep_scores, OptionalTensor packed, OptionalTensor begun) {
+                                               bool keep_scores, OptionalTensor packed, double dropout,
+                                               OptionalTensor seeds, OptionalTensor begun) {
   const AptSizes size = check_sizes(x, y, prompts, keys, log_scale);
   const Argument arguments[] = {{"apt", "x", x},
                                 {"apt", "y", y},
@@ -114,18 +116,17 @@ std::tuple<Tensor, Tensor, Tensor> apt_forward(const Tensor& x, const Tensor& y,
           .out = out.rows(),
           .gate = static_cast<float*>(gate.mutable_data_ptr()),
           .scores = {keep_scores ? scores.mutable_data_ptr() : nullptr, Argument{"apt", "scores", scores}.dtype()},
+          .dropout = dropout_of(device, "apt", dropout, seeds),
       },
       x, packed, begun);
   return {out.tensor(), gate, scores};
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward(const Tensor& dout, const Tensor& x, OptionalTensor y,
-                                                                const Tensor& prompts, const Tensor& keys,
-                                                                const Tensor& log_scale, const Tensor& gate,
-                                                                const Tensor& scores, std::string activation,
-                                                                bool needs_dx, bool needs_dy, bool needs_dprompts,
-                                                                bool needs_dkeys) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward(
+    const Tensor& dout, const Tensor& x, OptionalTensor y, const Tensor& prompts, const Tensor& keys,
+    const Tensor& log_scale, const Tensor& gate, const Tensor& scores, std::string activation, bool needs_dx,
+    bool needs_dy, bool needs_dprompts, bool needs_dkeys, double dropout, OptionalTensor seeds) {
   const AptSizes size = check_sizes(x, dout, prompts, keys, log_scale);
   const Argument kept[] = {{"apt", "gate", gate}, {"apt", "scores", scores}};
   kept[0].has_shape({size.R});
@@ -162,6 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward(const Tensor& do
           .dprompts = dprompts.data(),
           .dkeys = dkeys.data(),
           .dlog_scale = dlog_scale.data(),
+          .dropout = dropout_of(device, "apt", dropout, seeds),
       },
       x);
   return {dx.tensor(), dy.tensor(), dprompts.tensor(), dkeys.tensor(), dlog_scale.tensor()};

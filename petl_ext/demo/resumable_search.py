@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from petl_ext.demo.training import Run, one_quiet_thread
 from petl_ext.hf import SearchCallback
+from petl_ext.hf.checkpoints import TRAINER_STATE, last_checkpoint
 from petl_ext.search import DepthSearch, PlacementSearch
 
 CHECKPOINTS = 10
-TRAINER_STATE = "trainer_state.json"  # the Trainer writes it last: a checkpoint without it is incomplete
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ResumableSearch:
         """
         if size.search_steps < cls.interval:
             raise ValueError(f"{size.search_steps} steps are too few: the first update comes after {cls.interval}")
-        checkpoint = _last_checkpoint(cls._checkpoints(cls.run_class.folder_of(output, size, seed)))
+        checkpoint = last_checkpoint(cls._checkpoints(cls.run_class.folder_of(output, size, seed)))
         if checkpoint is not None and not resume:
             raise ValueError(
                 f"{checkpoint} is of an interrupted search: --resume goes on with it; delete {checkpoint.parent} to "
@@ -104,16 +104,3 @@ def train_with_search(trainer, search, validation_dataset, checkpoint=None, comp
     """Trains while `search` compares its choices on validation data."""
     SearchCallback(search, validation_dataset, compute_score=compute_score).add_to(trainer)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-
-
-def _last_checkpoint(folder):
-    complete = [state.parent for state in folder.glob(f"checkpoint-*/{TRAINER_STATE}") if _is_json(state)]
-    return max(complete, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
-
-
-def _is_json(path):
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return True

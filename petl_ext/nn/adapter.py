@@ -45,8 +45,7 @@ class AdapterLayer(FreezingLayer):
         layer_norm: whether LayerNorm over the last axis comes first.
         scale: a number; with trainable_scale the initial value of `gain`.
         residual: whether x is added where `forward` is given no residual.
-        dropout: on the hidden units, in training. Above 0 plain PyTorch computes the training forward: no kernel has
-            dropout.
+        dropout: on the hidden units, in training.
         trainable_scale: whether the scale is a parameter.
         zero_init: whether `up` starts at zero, so that the layer starts as its residual.
 

@@ -67,8 +67,7 @@ class APTLayer(FreezingLayer):
         num_prompts: P.
         rank: r of the map from prompts to keys.
         activation: "relu", or "softmax" over the prompts.
-        dropout: on the scores, in training. Above 0 plain PyTorch computes the training forward: no kernel has
-            dropout.
+        dropout: on the scores, before the gate is taken, in training.
         train_scale: whether `log_scale` requires gradients. The authors' ViLT trains it; in their METER it stays at 0.
 
     Raises:
@@ -167,7 +166,7 @@ class APTLayer(FreezingLayer):
             self._side_stream.wait()
         dropout = self.dropout if self.training else 0.0
         keys, packed = current_keys(self._frozen, self.prompts, self.down, self.up)
-        return apt(x, y, self.prompts, keys, self.log_scale, self.activation, dropout, packed, begun)
+        return apt(x, y, self.prompts, keys, self.log_scale, self.activation, dropout, packed, begun=begun)
 
     def extra_repr(self) -> str:
         num_prompts, dim = self.prompts.shape

@@ -26,8 +26,8 @@ class VisualPromptLayer(nn.Module):
         num_heads: H.
         visual_dim: the width Dv of the image's tokens; None is D.
         inner_dim: the width I of all heads together; None is D. The authors take 512 with 16 heads for LLaMA.
-        dropout: on the attention weights, in training. Above 0 plain PyTorch computes the training forward: no kernel
-            has dropout.
+        dropout: on the attention weights, in training. Above 0 plain PyTorch computes the training forward: the kernels
+            of attention pooling have no dropout.
 
     Raises:
         ValueError: a size below 1, an inner_dim that num_heads do not divide, or a dropout outside [0, 1).

@@ -4,6 +4,7 @@ from petl_ext.ops.adapter import adapter, adapter_reference
 from petl_ext.ops.apt import apt, apt_reference
 from petl_ext.ops.attention_pool import attention_pool, attention_pool_reference
 from petl_ext.ops.backends import backend
+from petl_ext.ops.dropout import dropout_mask
 from petl_ext.ops.kernels import cpu_path
 from petl_ext.ops.triton import add_triton
 
@@ -16,6 +17,7 @@ __all__ = [
     "attention_pool_reference",
     "backend",
     "cpu_path",
+    "dropout_mask",
 ]
 
 add_triton()

@@ -16,6 +16,7 @@ from torch import Tensor
 from petl_ext.ops.arrays import takes_arrays
 from petl_ext.ops.autocast import as_autocast_wants
 from petl_ext.ops.derivatives import differentiable_gradients
+from petl_ext.ops.dropout import check_seeds, dropped_out, new_seeds
 from petl_ext.ops.kernels import raw_ops_for, register, takes_packed
 from petl_ext.ops.packed import Packed, data_for
 
@@ -25,9 +26,10 @@ _INPUTS = (
     "Tensor? norm_weight, Tensor? norm_bias, Tensor down, Tensor down_bias, Tensor up, Tensor up_bias, Tensor? gain,"
     " float scale, float eps, str activation"
 )
+_DROPOUT = "float dropout=0.0, Tensor? seeds=None"
 # What is added is multiplied by scale, and by gain where there is one.
 torch.library.define(
-    "petl_ext::adapter_forward", f"(Tensor x, Tensor? residual, {_INPUTS}, Tensor? packed=None) -> Tensor"
+    "petl_ext::adapter_forward", f"(Tensor x, Tensor? residual, {_INPUTS}, Tensor? packed=None, {_DROPOUT}) -> Tensor"
 )
 # What adapter_forward takes as `packed` where x has the dtype of `like`, [1, D].
 torch.library.define(
@@ -38,7 +40,8 @@ torch.library.define(
 # Nothing is kept from forward. needs_* say which gradients to compute, the others come back empty.
 torch.library.define(
     "petl_ext::adapter_backward",
-    f"(Tensor dout, Tensor x, {_INPUTS}, bool residual_is_input, bool needs_dx, bool needs_dweights, bool needs_dgain)"
+    f"(Tensor dout, Tensor x, {_INPUTS}, bool residual_is_input, bool needs_dx, bool needs_dweights, bool needs_dgain,"
+    f" {_DROPOUT})"
     " -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor ddown, Tensor ddown_bias, Tensor dup,"
     " Tensor dup_bias, Tensor dgain)",
 )
@@ -93,16 +96,18 @@ def adapter_reference(
     residual: Tensor | None = None,
     dropout: float = 0.0,
     packed: Packed | None = None,
+    seeds: Tensor | None = None,
 ) -> Tensor:
-    """`adapter` in plain PyTorch, in the dtype of x, on any device and in float64 too; it can drop out hidden units.
+    """`adapter` in plain PyTorch, in the dtype of x, on any device and in float64 too.
 
     Args:
-        dropout: probability that a hidden unit is set to zero after its activation.
         packed: not looked at; no kernel computes.
+        seeds: where it is None, torch's own dropout drops out.
 
     Raises:
         RuntimeError: a shape or the activation is not as `adapter` says.
     """
+    check_seeds("adapter", seeds)
     x, gain = as_autocast_wants(x), _split(scale)[0]
     check_arguments(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, activation)
 
@@ -113,19 +118,36 @@ def adapter_reference(
     if norm_weight is not None:
         hidden = F.layer_norm(x, x.shape[-1:], as_x(norm_weight), as_x(norm_bias), eps)
     hidden = ACTIVATIONS[activation](F.linear(hidden, as_x(down), as_x(down_bias)))
-    hidden = F.dropout(hidden, dropout, training=dropout > 0)
+    hidden = dropped_out(hidden, dropout, seeds)
     added = F.linear(hidden, as_x(up), as_x(up_bias)) * (scale if gain is None else as_x(gain))
     added = added.to(x.dtype)
     return added if residual is None else residual + added
 
 
 @torch.library.register_fake("petl_ext::adapter_forward")
-def _(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, scale, eps, activation, packed=None):
+def _(
+    x,
+    residual,
+    norm_weight,
+    norm_bias,
+    down,
+    down_bias,
+    up,
+    up_bias,
+    gain,
+    scale,
+    eps,
+    activation,
+    packed=None,
+    dropout=0.0,
+    seeds=None,
+):
     weights = (norm_weight, norm_bias, down, down_bias, up, up_bias, gain)
     check_arguments(x, residual, *weights, activation)
+    check_seeds("adapter", seeds)
     if residual is not None and residual.dtype != x.dtype:
         raise RuntimeError(f"adapter: residual must have the dtype of x, {x.dtype}, got {residual.dtype}")
-    devices = {str(tensor.device) for tensor in (x, residual, *weights) if tensor is not None}
+    devices = {str(tensor.device) for tensor in (x, residual, *weights, seeds) if tensor is not None}
     if len(devices) > 1:
         raise RuntimeError(f"adapter: all arguments must be on one device, got {', '.join(sorted(devices))}")
     return x.new_empty(x.shape)
@@ -149,6 +171,8 @@ def _(
     needs_dx,
     needs_dweights,
     needs_dgain,
+    dropout=0.0,
+    seeds=None,
 ):
     def gradient(tensor, needed):
         if tensor is None:
@@ -167,7 +191,7 @@ def _forward_flops(x, residual, norm_weight, norm_bias, down, *_, **__):
 def _backward_flops(dout, x, norm_weight, norm_bias, down, *rest, **_):
     """norm(x) down^T, as hidden units are not kept, and dout up always; dhidden down for dx; two for the weights'
     gradients, dhidden^T norm(x) and dout^T hidden: R D B each."""
-    needs_dx, needs_dweights, _needs_dgain = rest[-3:]
+    needs_dx, needs_dweights = rest[8:10]
     return 2 * (2 + needs_dx + 2 * needs_dweights) * prod(x[:-1]) * prod(down)
 
 
@@ -176,7 +200,7 @@ def _sizes(tensors):
     return x.numel() // max(1, x.size(-1)), x.size(-1), down.size(0), str(down.dtype).removeprefix("torch.")
 
 
-register("adapter", _forward_flops, _backward_flops, _sizes)
+register("adapter", _forward_flops, _backward_flops, _sizes, has_dropout=True)
 
 
 class _Adapter(torch.autograd.Function):
@@ -184,40 +208,42 @@ class _Adapter(torch.autograd.Function):
     those of the raw op; rest is scale, eps and activation."""
 
     @staticmethod
-    def forward(ctx, raw_ops, residual_is_input, rest, x, residual, *weights):
-        ctx.save_for_backward(x, *weights)
-        ctx.raw_ops, ctx.residual_is_input, ctx.rest = raw_ops, residual_is_input, rest
+    def forward(ctx, raw_ops, residual_is_input, rest, dropout, seeds, x, residual, *weights):
+        ctx.save_for_backward(seeds, x, *weights)
+        ctx.raw_ops, ctx.residual_is_input, ctx.rest, ctx.dropout = raw_ops, residual_is_input, rest, dropout
         residual = x if residual_is_input else residual
-        return getattr(torch.ops, raw_ops).adapter_forward(x, residual, *weights, *rest)
+        return getattr(torch.ops, raw_ops).adapter_forward(x, residual, *weights, *rest, None, dropout, seeds)
 
     @staticmethod
     def backward(ctx, dout):
+        nothing = (None,) * 5
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return None, None, None, *_Adapter.differentiable_backward(ctx, dout)
-        needs_dx, needs_dresidual, *needs_dweights = ctx.needs_input_grad[3:]
+            return *nothing, *_Adapter.differentiable_backward(ctx, dout)
+        needs_dx, needs_dresidual, *needs_dweights = ctx.needs_input_grad[5:]
         needs = (needs_dx, any(needs_dweights[:-1]), needs_dweights[-1])
         dx, dresidual, dweights = None, dout if needs_dresidual else None, [None] * 7
         if any(needs):
+            seeds, *saved = ctx.saved_tensors
             dx, *dweights = getattr(torch.ops, ctx.raw_ops).adapter_backward(
-                dout, *ctx.saved_tensors, *ctx.rest, ctx.residual_is_input, *needs
+                dout, *saved, *ctx.rest, ctx.residual_is_input, *needs, ctx.dropout, seeds
             )
         dweights = [d if needed else None for d, needed in zip(dweights, needs_dweights, strict=True)]
-        return None, None, None, dx if needs_dx else None, dresidual, *dweights
+        return *nothing, dx if needs_dx else None, dresidual, *dweights
 
     @staticmethod
     def differentiable_backward(ctx, dout):
-        needs_dx, needs_dresidual, *needs_dweights = ctx.needs_input_grad[3:]
+        needs_dx, needs_dresidual, *needs_dweights = ctx.needs_input_grad[5:]
         number, eps, activation = ctx.rest
+        seeds, *saved = ctx.saved_tensors
 
         def reference(x, norm_weight, norm_bias, down, down_bias, up, up_bias, gain):
             scale = number if gain is None else gain
             residual = x if ctx.residual_is_input else None
-            return adapter_reference(
-                x, down, down_bias, up, up_bias, scale, activation, norm_weight, norm_bias, eps, residual
-            )
+            weights = (down, down_bias, up, up_bias, scale, activation, norm_weight, norm_bias)
+            return adapter_reference(x, *weights, eps, residual, ctx.dropout, seeds=seeds)
 
         needed = (needs_dx, *needs_dweights)
-        dx, *dweights = differentiable_gradients(reference, ctx.saved_tensors, needed, dout)
+        dx, *dweights = differentiable_gradients(reference, saved, needed, dout)
         return dx, dout if needs_dresidual else None, *dweights
 
 
@@ -255,6 +281,7 @@ def adapter(
     residual: Tensor | None = None,
     dropout: float = 0.0,
     packed: Packed | None = None,
+    seeds: Tensor | None = None,
 ) -> Tensor:
     """A bottleneck adapter in one pass over its input, keeping nothing for backward but its arguments.
 
@@ -274,14 +301,16 @@ def adapter(
         dropout: probability that a hidden unit is set to zero after its activation.
         packed: what `packed_adapter` returned for these very weights, or None. On CUDA a call without gradients is then
             one launch fewer; it serves those whose x has the dtype it was made for.
+        seeds: int64 [2], on the device of x, from which `dropout_mask` tells what is dropped; None: drawn from torch's
+            generator of the device.
 
     Each tensor is float32, bfloat16 or float16, in any mixture; hidden units and sums are float32. Under autocast a
     float32 x is rounded to autocast's dtype, as for torch.matmul; a residual is not, so that a stream in float32 stays
     one.
 
-    The reference computes where a tensor is float64 or a dropout is above 0, for derivatives in forward mode and those
-    of the gradients (`create_graph=True`), inside transformations of torch.func and under torch.jit.trace, and where
-    `petl_ext.ops.backend` has chosen it.
+    The reference computes where a tensor is float64, for derivatives in forward mode and those of the gradients
+    (`create_graph=True`), inside transformations of torch.func and under torch.jit.trace, and where
+    `petl_ext.ops.backend` has chosen it. It drops out by `torch.dropout` where no seeds are given.
 
     On CUDA, D is a multiple of 8 up to 8192 and B at most 512; x and the residual are copied where they are not
     contiguous in rows or not aligned to 16 bytes.
@@ -296,9 +325,8 @@ def adapter(
     """
     is_input, x = residual is x, as_autocast_wants(x)
     if residual is not None and residual.dtype != x.dtype and residual.is_floating_point():
-        added = adapter(
-            x, down, down_bias, up, up_bias, scale, activation, norm_weight, norm_bias, eps, None, dropout, packed
-        )
+        weights = (down, down_bias, up, up_bias, scale, activation, norm_weight, norm_bias)
+        added = adapter(x, *weights, eps, None, dropout, packed, seeds)
         if residual.shape != x.shape:
             raise RuntimeError(f"adapter: residual must have shape {list(x.shape)}, got {list(residual.shape)}")
         return residual + added
@@ -307,9 +335,13 @@ def adapter(
     tensors, rest = (x, residual, *weights), (number, eps, activation)
     raw_ops = raw_ops_for("adapter", tensors, dropout)
     if raw_ops is None:
-        return adapter_reference(
-            x, down, down_bias, up, up_bias, scale, activation, norm_weight, norm_bias, eps, residual, dropout
-        )
+        rest = (scale, activation, norm_weight, norm_bias, eps, residual, dropout)
+        return adapter_reference(x, down, down_bias, up, up_bias, *rest, seeds=seeds)
+    if dropout == 0:
+        seeds = None
+    elif seeds is None:
+        seeds = new_seeds(x.device)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return _Adapter.apply(raw_ops, is_input, rest, x, None if is_input else residual, *weights)
-    return getattr(torch.ops, raw_ops).adapter_forward(*tensors, *rest, data_for(packed, raw_ops, x.dtype))
+        return _Adapter.apply(raw_ops, is_input, rest, dropout, seeds, x, None if is_input else residual, *weights)
+    data = data_for(packed, raw_ops, x.dtype)
+    return getattr(torch.ops, raw_ops).adapter_forward(*tensors, *rest, data, dropout, seeds)

@@ -11,21 +11,22 @@ Models" (arXiv 2306.15706), as the authors' code for ViLT and METER computes it.
 from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from petl_ext.ops.arrays import takes_arrays
 from petl_ext.ops.autocast import as_autocast_wants
 from petl_ext.ops.derivatives import differentiable_gradients
+from petl_ext.ops.dropout import check_seeds, dropped_out, new_seeds
 from petl_ext.ops.kernels import raw_ops_for, register, takes_packed
 from petl_ext.ops.packed import Begun, Packed, data_for
 
 ACTIVATIONS = ("relu", "softmax")
 
+_DROPOUT = "float dropout=0.0, Tensor? seeds=None"
 torch.library.define(
     "petl_ext::apt_forward",
     "(Tensor x, Tensor y, Tensor prompts, Tensor keys, Tensor log_scale, str activation, bool keep_scores,"
-    " Tensor? packed=None, Tensor? begun=None) -> (Tensor out, Tensor gate, Tensor scores)",
+    f" Tensor? packed=None, {_DROPOUT}, Tensor? begun=None) -> (Tensor out, Tensor gate, Tensor scores)",
 )
 # What apt_forward takes as `packed` where x and y, or what they are computed in, have the dtype of `like`.
 torch.library.define("petl_ext::apt_pack", "(Tensor like, Tensor prompts, Tensor keys, str activation) -> Tensor")
@@ -33,11 +34,13 @@ torch.library.define("petl_ext::apt_pack", "(Tensor like, Tensor prompts, Tensor
 torch.library.define(
     "petl_ext::apt_begin", "(Tensor x, Tensor prompts, Tensor keys, str activation, Tensor packed) -> Tensor"
 )
-# An absent y means that nobody asks for dlog_scale; needs_* say which gradients to compute, the others come back empty.
+# The scores are those before dropout. An absent y means that nobody asks for dlog_scale; needs_* say which gradients to
+# compute, the others come back empty.
 torch.library.define(
     "petl_ext::apt_backward",
     "(Tensor dout, Tensor x, Tensor? y, Tensor prompts, Tensor keys, Tensor log_scale, Tensor gate, Tensor scores,"
-    " str activation, bool needs_dx, bool needs_dy, bool needs_dprompts, bool needs_dkeys)"
+    " str activation, bool needs_dx, bool needs_dy, bool needs_dprompts, bool needs_dkeys, "
+    f"{_DROPOUT})"
     " -> (Tensor dx, Tensor dy, Tensor dprompts, Tensor dkeys, Tensor dlog_scale)",
 )
 
@@ -69,30 +72,33 @@ def apt_reference(
     activation: str = "relu",
     dropout: float = 0.0,
     packed: Packed | None = None,
+    seeds: Tensor | None = None,
     begun: Begun | None = None,
 ) -> Tensor:
-    """`apt` in plain PyTorch, in the dtype of x, on any device and in float64 too; it can drop out scores.
+    """`apt` in plain PyTorch, in the dtype of x, on any device and in float64 too.
 
     Args:
-        dropout: probability that a score is set to zero, before the gate is taken (as in the paper's code).
         packed, begun: not looked at; no kernel computes.
+        seeds: where it is None, torch's own dropout drops out.
 
     Raises:
         RuntimeError: a shape or the activation is not as `apt` says.
     """
+    check_seeds("apt", seeds)
     check_arguments(x, y, prompts, keys, log_scale, activation)
     scores = x @ keys.to(x.dtype).mT
     scores = scores.relu_() if activation == "relu" else scores.softmax(-1)
-    scores = F.dropout(scores, dropout, training=dropout > 0)
+    scores = dropped_out(scores, dropout, seeds)
     gate = scores.amax(-1, keepdim=True).detach()
     out = log_scale.exp() * (y + gate * (scores @ prompts.to(scores.dtype)))
     return out.to(y.dtype)
 
 
 @torch.library.register_fake("petl_ext::apt_forward")
-def _(x, y, prompts, keys, log_scale, activation, keep_scores, packed=None, begun=None):
+def _(x, y, prompts, keys, log_scale, activation, keep_scores, packed=None, dropout=0.0, seeds=None, begun=None):
     check_arguments(x, y, prompts, keys, log_scale, activation)
-    devices = {str(tensor.device) for tensor in (x, y, prompts, keys, log_scale)}
+    check_seeds("apt", seeds)
+    devices = {str(tensor.device) for tensor in (x, y, prompts, keys, log_scale, seeds) if tensor is not None}
     if len(devices) > 1:
         raise RuntimeError(f"apt: all arguments must be on one device, got {', '.join(sorted(devices))}")
     rows = y.numel() // y.size(-1)
@@ -105,7 +111,23 @@ def _(x, y, prompts, keys, log_scale, activation, keep_scores, packed=None, begu
 
 
 @torch.library.register_fake("petl_ext::apt_backward")
-def _(dout, x, y, prompts, keys, log_scale, gate, scores, activation, needs_dx, needs_dy, needs_dprompts, needs_dkeys):
+def _(
+    dout,
+    x,
+    y,
+    prompts,
+    keys,
+    log_scale,
+    gate,
+    scores,
+    activation,
+    needs_dx,
+    needs_dy,
+    needs_dprompts,
+    needs_dkeys,
+    dropout=0.0,
+    seeds=None,
+):
     def gradient(tensor, needed):
         return tensor.new_empty(tensor.shape if needed else (0,))
 
@@ -125,7 +147,7 @@ def _forward_flops(x, y, prompts, *_, **__):
 
 def _backward_flops(dout, x, y, prompts, *rest, **_):
     """dout prompts^T always; dscores keys for dx, scores^T dout for dprompts, dscores^T x for dkeys: R P D each."""
-    needs_dx, _needs_dy, needs_dprompts, needs_dkeys = rest[-4:]
+    needs_dx, _needs_dy, needs_dprompts, needs_dkeys = rest[5:9]
     return 2 * (1 + needs_dx + needs_dprompts + needs_dkeys) * prod(x[:-1]) * prod(prompts)
 
 
@@ -134,33 +156,39 @@ def _sizes(tensors):
     return x.numel() // max(1, x.size(-1)), x.size(-1), prompts.size(0), str(prompts.dtype).removeprefix("torch.")
 
 
-register("apt", _forward_flops, _backward_flops, _sizes)
+register("apt", _forward_flops, _backward_flops, _sizes, has_dropout=True)
 
 
 class _APT(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, prompts, keys, log_scale, activation, raw_ops):
-        out, gate, scores = getattr(torch.ops, raw_ops).apt_forward(x, y, prompts, keys, log_scale, activation, True)
+    def forward(ctx, x, y, prompts, keys, log_scale, activation, raw_ops, dropout, seeds):
+        out, gate, scores = getattr(torch.ops, raw_ops).apt_forward(
+            x, y, prompts, keys, log_scale, activation, True, None, dropout, seeds
+        )
         # y serves dlog_scale alone.
-        ctx.save_for_backward(x, y if ctx.needs_input_grad[4] else None, prompts, keys, log_scale, gate, scores)
-        ctx.activation, ctx.raw_ops = activation, raw_ops
+        y = y if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(seeds, x, y, prompts, keys, log_scale, gate, scores)
+        ctx.activation, ctx.raw_ops, ctx.dropout = activation, raw_ops, dropout
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:5]
+        needs, nothing = ctx.needs_input_grad[:5], (None,) * 4
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_APT.differentiable_backward(ctx, dout), None, None
-        gradients = getattr(torch.ops, ctx.raw_ops).apt_backward(dout, *saved, ctx.activation, *needs[:4])
-        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None
+            return *_APT.differentiable_backward(ctx, dout), *nothing
+        seeds, *saved = ctx.saved_tensors
+        gradients = getattr(torch.ops, ctx.raw_ops).apt_backward(
+            dout, *saved, ctx.activation, *needs[:4], ctx.dropout, seeds
+        )
+        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *nothing
 
     @staticmethod
     def differentiable_backward(ctx, dout):
-        x, y, prompts, keys, log_scale = ctx.saved_tensors[:5]
+        seeds, x, y, prompts, keys, log_scale = ctx.saved_tensors[:6]
         if y is None:  # no gradient depends on it
             y = torch.zeros_like(dout, requires_grad=True)
         return differentiable_gradients(
-            lambda *tensors: apt_reference(*tensors, ctx.activation),
+            lambda *tensors: apt_reference(*tensors, ctx.activation, ctx.dropout, seeds=seeds),
             (x, y, prompts, keys, log_scale),
             ctx.needs_input_grad[:5],
             dout,
@@ -216,6 +244,7 @@ def apt(
     activation: str = "relu",
     dropout: float = 0.0,
     packed: Packed | None = None,
+    seeds: Tensor | None = None,
     begun: Begun | None = None,
 ) -> Tensor:
     """Adds the approximated prompts' contribution to an attention's output.
@@ -230,15 +259,17 @@ def apt(
         dropout: probability that a score is set to zero, before the gate is taken (as in the paper's code).
         packed: what `packed_apt` returned for these very prompts, keys and activation, or None. On CUDA a call without
             gradients is then one launch fewer; it serves those whose x and y have the dtype it was made for.
-        begun: what `begun_apt` returned for this very x and the arguments above, or None. The call does the rest; where
+        seeds: int64 [2], on the device of x, from which `dropout_mask` tells what is dropped; None: drawn from torch's
+            generator of the device.
+        begun: what `begun_apt` returned for this very x, the weights and packed, or None. The call does the rest; where
             it cannot, as with gradients, it does all.
 
     Each tensor is float32, bfloat16 or float16, in any mixture; scores, gate and sums are float32. Under autocast a
     float32 x is rounded to autocast's dtype, as for torch.matmul.
 
-    The reference computes where a tensor is float64 or a dropout is above 0, for derivatives in forward mode and those
-    of the gradients (`create_graph=True`), inside transformations of torch.func and under torch.jit.trace, and where
-    `petl_ext.ops.backend` has chosen it.
+    The reference computes where a tensor is float64, for derivatives in forward mode and those of the gradients
+    (`create_graph=True`), inside transformations of torch.func and under torch.jit.trace, and where
+    `petl_ext.ops.backend` has chosen it. It drops out by `torch.dropout` where no seeds are given.
 
     On CUDA, D is a multiple of 8 up to 8192 and P at most 512; x and y that are not contiguous in rows or not aligned
     to 16 bytes are copied, and where their dtypes differ both are computed in float32.
@@ -255,9 +286,13 @@ def apt(
     tensors = (x, y, prompts, keys, log_scale)
     raw_ops = raw_ops_for("apt", tensors, dropout)
     if raw_ops is None:
-        return apt_reference(*tensors, activation, dropout)
+        return apt_reference(*tensors, activation, dropout, seeds=seeds)
+    if dropout == 0:
+        seeds = None
+    elif seeds is None:
+        seeds = new_seeds(x.device)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _APT.apply(*tensors, activation, raw_ops)
+        return _APT.apply(*tensors, activation, raw_ops, dropout, seeds)
     data = data_for(packed, raw_ops, x.dtype if x.dtype is y.dtype else torch.float32)
     rest_of = begun.data if begun is not None and begun.x is given and data is not None else None
-    return getattr(torch.ops, raw_ops).apt_forward(*tensors, activation, False, data, rest_of)[0]
+    return getattr(torch.ops, raw_ops).apt_forward(*tensors, activation, False, data, dropout, seeds, rest_of)[0]

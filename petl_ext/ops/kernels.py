@@ -54,12 +54,14 @@ class Op:
         flops: {a raw op's name: its FLOPs, computed from its arguments, tensors as their shapes}.
         cuda_limits: a `Limits`, or None where C++ names none.
         sizes: from the tensors that the op is given, (rows, width, inner size, dtype of the weights); or None.
+        has_dropout: whether the kernels drop out.
     """
 
     name: str
     flops: dict[str, Callable]
     cuda_limits: Limits | None
     sizes: Callable | None = None
+    has_dropout: bool = False
 
 
 class Kernel(NamedTuple):
@@ -82,7 +84,7 @@ OLDEST_CUDA = (8, 0)  # the least compute capability that the CUDA kernels are c
 _HELD = set()
 
 
-def register(name, forward_flops, backward_flops, sizes=None):
+def register(name, forward_flops, backward_flops, sizes=None, has_dropout=False):
     """Enters an op whose raw ops `petl_ext::<name>_forward` and `_backward` have been defined, with fake kernels.
 
     Where no backend holds a kernel for the tensors' device, they raise from then on.
@@ -95,7 +97,7 @@ def register(name, forward_flops, backward_flops, sizes=None):
     """
     flops = {f"{name}_forward": forward_flops, f"{name}_backward": backward_flops}
     limits = getattr(torch.ops.petl_ext, f"{name}_cuda_limits", None)
-    OPS[name] = Op(name, flops, Limits(*limits()) if limits else None, sizes)
+    OPS[name] = Op(name, flops, Limits(*limits()) if limits else None, sizes, has_dropout)
 
     def refuse(*arguments):
         devices = {str(argument.device) for argument in arguments if isinstance(argument, torch.Tensor)}
@@ -169,7 +171,7 @@ def raw_ops_for(op, tensors, dropout=0.0):
 
     Args:
         tensors: all that are given to the op; some but the first, whose device is the call's, may be None.
-        dropout: a probability, of which no kernel knows.
+        dropout: a probability, of which the kernels of some ops do not know.
 
     Raises:
         ValueError: dropout is no number in [0, 1), or PETL_BACKEND names no backend.
@@ -178,7 +180,8 @@ def raw_ops_for(op, tensors, dropout=0.0):
     choice = chosen()
     if dropout != 0:
         check_probability(f"{op}: dropout", dropout)
-    if choice == REFERENCE or dropout != 0 or _has_float64(tensors) or are_transformed(tensors):
+    is_unknown = dropout != 0 and not OPS[op].has_dropout
+    if choice == REFERENCE or is_unknown or _has_float64(tensors) or are_transformed(tensors):
         return None
     device = tensors[0].device
     if PREFERENCES and choice == AUTO and device.type == "cuda":
@@ -228,7 +231,7 @@ def kernel_for(op, device, dtype, dropout=0.0, sizes=None):
     """
     check_choice("kernel_for: op", op, OPS)
     device = torch.device(device)
-    if reason := _reference_because(dtype, dropout):
+    if reason := _reference_because(op, dtype, dropout):
         return Kernel(REFERENCE, reason)
     if reason := _none_because(op, device, sizes):
         return Kernel("none", reason)
@@ -245,7 +248,7 @@ def kernel_for(op, device, dtype, dropout=0.0, sizes=None):
 
 def no_kernel_because(op, device, dtype, dropout=0.0, sizes=None):
     """The reason of `kernel_for` alone, in compiled code too."""
-    return _reference_because(dtype, dropout) or _none_because(op, torch.device(device), sizes)
+    return _reference_because(op, dtype, dropout) or _none_because(op, torch.device(device), sizes)
 
 
 def no_kernel_text(op, devices):
@@ -269,10 +272,10 @@ def no_kernel_text(op, devices):
     )
 
 
-def _reference_because(dtype, dropout):
+def _reference_because(op, dtype, dropout):
     if chosen() == REFERENCE:
         return "the backend reference was chosen"
-    if dropout > 0:
+    if dropout > 0 and not OPS[op].has_dropout:
         return f"dropout {dropout} in training"
     return "float64" if dtype is torch.float64 else ""
 
@@ -335,24 +338,48 @@ def cpu_path(choice: str | None = None) -> str:
     return torch.ops.petl_ext.cpu_path(choice or "")
 
 
-# Rows below which plain PyTorch is faster on one thread of a CPU, by (op, dtype): without gradients, and with them,
-# whose backward pass counts too. None: it is at every size. Measured with 50 and 200 prompts, bottlenecks of 48 to 192
-# and a width of 768, on modules cast to the dtype, not under autocast, where they hold less well (docs/patch.md); the
-# ratios that remain with them are in bench/results/amd-epyc.json. In float16 and on CUDA nothing has been measured, and
-# no number of rows is too small.
+class Floors(NamedTuple):
+    """Rows below which plain PyTorch is faster on one thread of a CPU; None: it is at every number of rows.
+
+    Attributes:
+        forward: without gradients.
+        trained: with them, whose backward pass counts too.
+        dropping: with them and dropout, for which torch's own takes longer than the kernels'.
+    """
+
+    forward: int | None
+    trained: int | None
+    dropping: int | None
+
+    def with_gradients(self, dropout):
+        """Of calls that drop out at this probability."""
+        return self.dropping if dropout > 0 else self.trained
+
+
+_F32, _BF16 = torch.float32, torch.bfloat16
+# By (op, dtype of the weights, of the products). Measured with 50 and 200 prompts, bottlenecks of 48 to 192, a dropout
+# of 0.1 and a width of 768; two dtypes are those of modules under autocast (docs/patch.md). In float16 and on CUDA
+# nothing has been measured, and no number of rows is too small.
 FLOORS = {
-    ("apt", torch.float32): (128, 200),
-    ("apt", torch.bfloat16): (0, 512),
-    ("adapter", torch.float32): (128, 4096),
-    ("adapter", torch.bfloat16): (128, None),
-    ("attention_pool", torch.float32): (0, 0),
-    ("attention_pool", torch.bfloat16): (0, 0),
+    ("apt", _F32, _F32): Floors(128, 200, 200),
+    ("apt", _BF16, _BF16): Floors(0, 512, 512),
+    ("apt", _F32, _BF16): Floors(None, None, None),
+    ("adapter", _F32, _F32): Floors(128, 4096, 512),
+    ("adapter", _BF16, _BF16): Floors(128, None, 1024),
+    ("adapter", _F32, _BF16): Floors(1920, None, None),
+    ("attention_pool", _F32, _F32): Floors(0, 0, 0),
+    ("attention_pool", _BF16, _BF16): Floors(0, 0, 0),
+    ("attention_pool", _F32, _BF16): Floors(0, 0, 0),
 }
 
 
-def floors_of(op, device, dtype):
-    """(without gradients, with them): the entry of `FLOORS`, or None where there is none."""
-    return FLOORS.get((op, dtype)) if device == "cpu" else None
+def floors_of(op, device, weight_dtype, dtype):
+    """The entry of `FLOORS`, or None where there is none.
+
+    Args:
+        dtype: of the products.
+    """
+    return FLOORS.get((op, weight_dtype, dtype)) if device == "cpu" else None
 
 
 def adjust_floors():
@@ -361,4 +388,4 @@ def adjust_floors():
     # Without the processor's bfloat16 products they were 1.3 to 3.4 times as fast, with 200 prompts at 16 rows 1.0 to
     # 1.1.
     if cpu_path() != "avx512_bf16":
-        FLOORS.update({(op, torch.bfloat16): (0, 0) for op in ("apt", "adapter")})
+        FLOORS.update({(op, weights, _BF16): Floors(0, 0, 0) for op in ("apt", "adapter") for weights in (_F32, _BF16)})

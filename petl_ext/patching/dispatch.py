@@ -6,7 +6,7 @@ import torch
 
 from petl_ext.composing import has_device_hook
 from petl_ext.ops.kernels import floors_of, no_kernel_because
-from petl_ext.patching.kind import new_tensor
+from petl_ext.patching.kind import dropout_of, new_tensor
 
 
 def own_forward_because(module, x):
@@ -14,7 +14,7 @@ def own_forward_because(module, x):
 
     Rows come first: calls with few have the least time to lose.
     """
-    if _too_few_rows(module.petl_op, x):
+    if _too_few_rows(module, x):
         return "too few rows"
     if x.dim() not in module.petl_settings.axes:
         return f"inputs of {x.dim()} axes"
@@ -41,9 +41,12 @@ def own_forward_for_now(module, device, dtype):
         return f"an autocast of its own on {device}, which could not be seen where it was patched"
     if beside := next(filter(None, map(beside_its_class, modules[1:])), ""):
         return beside
+    dropout = dropout_of(module)
+    if dropout > 0 and settings.dropout_by is None:
+        return f"dropout {dropout} in training, where the kernel has none"
     # To look at them takes longer than all else, and only CUDA bounds them.
     sizes = module.petl_sizes(module) if device == "cuda" else None
-    return no_kernel_because(module.petl_op, device, dtype, module.petl_dropout(module), sizes)
+    return no_kernel_because(module.petl_op, device, dtype, dropout, sizes)
 
 
 def entered_autocast(settings, device):
@@ -54,12 +57,19 @@ def entered_autocast(settings, device):
     return contextlib.nullcontext()
 
 
-def own_forward_below(op, device, dtype):
-    """For which calls rows are too few, in words."""
-    floors = floors_of(op, device, dtype)
+def own_forward_below(module, device, dtype):
+    """For which calls in the module's present state rows are too few, in words."""
+    said = _below(module, floors_of(module.petl_op, device, dtype, dtype))
+    if said and dtype is torch.float32:
+        within = _below(module, floors_of(module.petl_op, device, dtype, torch.bfloat16))
+        said += f"; under autocast in bfloat16 {within}" if within else ""
+    return said
+
+
+def _below(module, floors):
     if floors is None:
         return ""
-    named = zip(("without", "with"), floors, strict=True)
+    named = (("without", floors.forward), ("with", floors.with_gradients(dropout_of(module))))
     sizes = [(name, "always" if floor is None else f"below {floor} rows") for name, floor in named if floor != 0]
     return ", ".join(f"{name} gradients {size}" for name, size in sizes)
 
@@ -78,14 +88,15 @@ def _only_moves_inputs(part):
     return has_device_hook(part) and not getattr(part._hf_hook, "offload", True)
 
 
-def _too_few_rows(op, x):
+def _too_few_rows(module, x):
     if x.device.type != "cpu":
         return False
-    dtype = x.dtype
-    if dtype is torch.float32 and torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-    floors = floors_of(op, "cpu", dtype)
+    dtype = weight_dtype = x.dtype
+    if torch.is_autocast_enabled("cpu"):
+        weight_dtype = next((weight.dtype for weight in module.parameters()), dtype)
+        dtype = torch.get_autocast_dtype("cpu") if dtype is torch.float32 else dtype
+    floors = floors_of(module.petl_op, "cpu", weight_dtype, dtype)
     if floors is None:
         return False
-    floor = floors[torch.is_grad_enabled()]
+    floor = floors.with_gradients(dropout_of(module)) if torch.is_grad_enabled() else floors.forward
     return floor is None or x.numel() < floor * x.size(-1)

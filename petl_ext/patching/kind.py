@@ -18,6 +18,8 @@ class Settings(NamedTuple):
         adds_residual: whether a bottleneck of the library adapters adds its residual.
         formula: the steps of a kind that is known by them alone, as it writes them down.
         dropout: the greatest probability at which its forward drops out in training.
+        dropout_by: where the op drops out the same, the index in `module.modules()` of the one that drops out while it
+            is in training; else None.
         autocast: ((type of device, whether it is on there or None where that could not be seen, dtype or None for
             autocast's own), ...) of the autocast that its forward enters.
         parts: the classes of the modules inside it.
@@ -31,6 +33,7 @@ class Settings(NamedTuple):
     adds_residual: bool = True
     formula: tuple | None = None
     dropout: float = 0.0
+    dropout_by: int | None = None
     autocast: tuple = ()
     parts: tuple = ()
     attributes: tuple = ()
@@ -119,7 +122,8 @@ class Kind(Composable):
 
     @staticmethod
     def petl_compute(module, *arguments):
-        """What its forward returns for these arguments, by the op. It has its `petl_settings`."""
+        """What its forward returns for these arguments, by the op. It has its `petl_settings`. Of a kind whose op has
+        dropout, the op is given `dropout_of(module)`."""
         raise NotImplementedError
 
     @staticmethod
@@ -131,11 +135,6 @@ class Kind(Composable):
     def petl_composed(module):
         """What PyTorch computes beside the op, for reports; "" where that is nothing to speak of."""
         return ""
-
-    @staticmethod
-    def petl_dropout(module):
-        """The probability at which it drops out now."""
-        return 0.0
 
     @staticmethod
     def petl_sizes(module):
@@ -275,6 +274,18 @@ def refuse_dropout(part):
     return "" if type(part) is nn.Dropout else f"its dropout is {described(part)}, not nn.Dropout"
 
 
+def dropout_of(module):
+    """The probability at which it drops out now by its `petl_settings`, or at most where these do not tell what
+    decides."""
+    settings = module.petl_settings
+    if settings.dropout == 0.0:
+        return 0.0
+    parts = list(module.modules())
+    if settings.dropout_by is not None:
+        parts = [parts[settings.dropout_by]]
+    return settings.dropout if any(part.training for part in parts) else 0.0
+
+
 def described(part):
     """What it is, in a few words."""
     if isinstance(part, nn.Sequential):
@@ -287,10 +298,6 @@ def described(part):
     if getattr(nn, its_class.__name__, its_class) is not its_class:
         return f"{its_class.__module__}.{its_class.__name__}"  # It has the name of one of PyTorch's.
     return its_class.__name__ if part._modules else repr(part)
-
-
-def dropout_of(part):
-    return part.p if part.training else 0.0
 
 
 def promoted(out, scale):

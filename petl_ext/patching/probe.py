@@ -50,14 +50,16 @@ def probe(kind, module):
         candidates = [settings for settings in kind.petl_candidates(twin) if settings.activation is not None]
         if not candidates:
             raise Difference("what its activation computes depends on its parameters or buffers")
-        settings = _of_some_layout(candidates, kind, twin, draw)
+        settings, calls = _of_some_layout(candidates, kind, twin, draw), [kind.petl_examples]
         for choose, examples in kind.petl_variants(settings):
             with contextlib.suppress(Difference):  # Calls of this form run its own forward.
                 settings = _passing(choose(settings), kind, twin, draw, examples)
+                calls.append(examples)
         vars(twin)["petl_settings"] = settings
         example = kind.petl_examples(twin, draw, *PROBES[0][0])[0]
         others = (_axes_taken(settings, kind, twin, draw, size) for size in OTHER_AXES)
         settings = settings._replace(axes=(example[0].dim(), *filter(None, others)))
+        settings = _dropping(settings, kind, twin, draw, calls)
         return _modes(settings, kind, twin, example)
 
 
@@ -177,9 +179,9 @@ def _matching(candidates, kind, twin, arguments, size):
     return candidates
 
 
-def _run(twin, arguments):
-    """(what its own forward returns without dropping out, the `Watch` that watched it)."""
-    with Watch() as watch:
+def _run(twin, arguments, **options):
+    """(what its own forward returns without dropping out, the `Watch` of these options that watched it)."""
+    with Watch(**options) as watch:
         return own_forward(type(twin))(twin, *arguments), watch
 
 
@@ -246,10 +248,50 @@ def _gradients(outputs, leaves):
     return torch.autograd.grad(sum(weighted), leaves, allow_unused=True, materialize_grads=True)
 
 
-def _modes(settings, kind, twin, arguments):
-    """The settings with what the forward does in training and under autocast."""
+def _bent(values):
+    """In the place of a dropout: what tells every place in a forward from every other."""
+    return values * (1 + 0.5 * torch.sin(values))
+
+
+def _dropping(settings, kind, twin, draw, calls):
+    """The settings with what the forward drops out in training, of calls that are known."""
+    vars(twin)["petl_settings"] = settings
+    sizes = (*(size for size, _ in PROBES), *OTHER_AXES)
+    given = [arguments for examples in calls for size in sizes for arguments in examples(twin, draw, *size)]
+    given = [arguments for arguments in given if arguments[0].dim() in settings.axes]
     twin.train(True)
-    _, trained = _run(twin, arguments)
+    found = {tuple(_run(twin, arguments)[1].dropouts) for arguments in given}
+    settings = settings._replace(dropout=max((p for dropouts in found for p in dropouts), default=0.0))
+    if settings.dropout == 0.0 or found != {(settings.dropout,)}:
+        return settings
+    parts = list(twin.modules())
+    deciding = [index for index, part in enumerate(parts) if _drops_for(part, parts, twin, given[0])]
+    if len(deciding) != 1:
+        return settings
+    same = settings._replace(dropout_by=deciding[0])
+    twin.train(True)
+    return same if all(_drops_as_the_op(same, kind, twin, arguments) for arguments in given) else settings
+
+
+def _drops_for(chosen, parts, twin, arguments):
+    """Whether it drops out where one part alone is in training."""
+    for part in parts:
+        part.training = part is chosen
+    try:
+        return bool(_run(twin, arguments)[1].dropouts)
+    except Exception:  # It is other people's, and may not know the like.
+        return False
+
+
+def _drops_as_the_op(settings, kind, twin, arguments):
+    theirs, watch = _run(twin, arguments, passed=_bent)
+    with Watch(passed=_bent) as of_op:
+        is_same = _same(theirs, kind, twin, settings, arguments)
+    return is_same and watch.dropouts == of_op.dropouts == [settings.dropout]
+
+
+def _modes(settings, kind, twin, arguments):
+    """The settings with what the forward does under autocast."""
     twin.train(False)
     with torch.no_grad():
         _, outside = _run(twin, arguments)
@@ -268,7 +310,7 @@ def _modes(settings, kind, twin, arguments):
         raise Difference("it computes in an autocast of its own")
     if outside.casts and any(device != "cpu" for device, _, _ in autocast):
         raise Difference("it computes in an autocast of its own and casts tensors, which only a GPU shows")
-    settings = settings._replace(dropout=max(trained.dropouts, default=0.0), autocast=autocast)
+    settings = settings._replace(autocast=autocast)
     vars(twin)["petl_settings"] = settings
     _check_dtypes(kind, twin, arguments)
     return settings

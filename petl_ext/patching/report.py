@@ -79,7 +79,7 @@ def patched_row(name, module, kind):
     if reason := own_forward_for_now(module, device, weight.dtype):
         return PatchRow(name, type(module).__name__, kind.petl_name, "its own forward", reason)
     kernel, beside = kernel_for(kind.petl_op, device, weight.dtype).name, kind.petl_composed(module)
-    exception = own_forward_below(kind.petl_op, device, weight.dtype)
+    exception = own_forward_below(module, device, weight.dtype)
     computed_by = f"{kernel}, {beside} by PyTorch" if beside else kernel
     return PatchRow(name, type(module).__name__, kind.petl_name, computed_by, exception=exception)
 

@@ -33,8 +33,15 @@ _CASTS = {
 }
 
 
+def _everything(values):
+    return values
+
+
 class Watch(TorchFunctionMode):
-    """While it is on, dropouts let everything pass.
+    """While it is on, no dropout draws.
+
+    Args:
+        passed: from the values that a dropout would have dropped some of, what it returns; all of them if not given.
 
     Attributes:
         dropouts: the probabilities of those that would not have.
@@ -42,14 +49,15 @@ class Watch(TorchFunctionMode):
         casts: whether a tensor was cast.
     """
 
-    def __init__(self):
+    def __init__(self, passed=_everything):
         super().__init__()
+        self._passed = passed
         self.dropouts, self.casts = [], False
         self.autocasts = {device: set() for device in DEVICES}
 
     def __torch_function__(self, function, types, arguments=(), named=None):
         if function in _DROPOUTS:
-            return self._passed(*arguments, **(named or {}))
+            return self._drop(*arguments, **(named or {}))
         if function in _PRODUCTS:
             for device, states in self.autocasts.items():
                 is_on = torch.is_autocast_enabled(device)
@@ -57,10 +65,11 @@ class Watch(TorchFunctionMode):
         self.casts |= function in _CASTS
         return function(*arguments, **(named or {}))
 
-    def _passed(self, input, p=0.5, training=True, inplace=False, train=True):
-        if training and train and p:
-            self.dropouts.append(float(p))
-        return input
+    def _drop(self, input, p=0.5, training=True, inplace=False, train=True):
+        if not (training and train and p):
+            return input
+        self.dropouts.append(float(p))
+        return self._passed(input)
 
 
 @contextlib.contextmanager

@@ -81,7 +81,7 @@ class APTConfig(MethodConfig):
         num_prompts: P.
         rank: r of the map from prompts to keys.
         activation: "relu" or "softmax".
-        dropout: on the scores, in training; above 0 the fused kernel does not run there.
+        dropout: on the scores, in training.
         target_modules: the ends of the targets' dotted names, or one regular expression for whole names. None stands
             for what `petl_ext.attach` takes in a model of this family.
         exclude_modules: the same, of modules that are no targets.
@@ -120,7 +120,7 @@ class AdapterConfig(MethodConfig):
         bottleneck: B.
         activation: "relu", "gelu" or "silu".
         layer_norm, scale: None stands for the kind's own: no norm and 1.0, a norm and 4.0.
-        dropout: on the hidden units, in training; above 0 the fused kernel does not run there.
+        dropout: on the hidden units, in training.
         trainable_scale: whether the scale is a parameter.
         zero_init: whether the adapter starts as its residual.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as of `APTConfig`.

@@ -11,6 +11,8 @@ from gpu.graphs import captured
 from problems import OPS, draw_rows, forward, forward_backward
 from tolerance import assert_as_good_as_torch
 
+from petl_ext.ops.kernels import OPS as KERNELS
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 ROWS = 131
@@ -117,3 +119,19 @@ def test_graph_gives_the_same_bits(op, dtypes, inner, step):
             tensor.copy_(other.tensors[name])
         problem.dout.copy_(other.dout)
     assert same_bits(replay(), expected_of_other)
+
+
+@pytest.mark.parametrize("name", [name for name, op in KERNELS.items() if op.has_dropout])
+def test_a_graph_drops_out_anew_at_each_replay(name):
+    """As torch's dropout does, and by the generator's seed."""
+    problem = large_problem(OPS[name], DTYPES["mixed"], 50)
+    problem.options["dropout"] = 0.5
+    replay = captured(lambda: forward_backward(problem, OPS[name].ours))
+
+    def replayed(seed):
+        torch.cuda.manual_seed(seed)
+        return [{key: result.clone() for key, result in replay().items()} for _ in range(2)]
+
+    first, second = replayed(0)
+    assert not torch.equal(first["out"], second["out"])
+    assert all(map(same_bits, replayed(0), (first, second)))

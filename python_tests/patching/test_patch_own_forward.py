@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from ops_called import OpsCalled
-from original_modules import Adapter, Cross_Attention, ParallelAdapter
+from original_modules import Adapter, Cross_Attention, LibraryAdapter, ParallelAdapter
 from patched_modules import DIM, hidden_tokens, made, one_query, prompts, stream, streams
 from torch import nn
 
@@ -58,8 +58,18 @@ OWN_FORWARD = {
     "a switch": (lambda: Switched(DIM), lambda m: setattr(m, "enabled", False), streams(), "enabled was changed"),
     "a function": (lambda: Switched(DIM), lambda m: setattr(m, "after", torch.relu), streams(), "after was changed"),
     "another GELU": (lambda: with_gelu(Adapter(DIM)), other_gelu, streams(), "approximate was changed"),
-    "dropout": (lambda: prompts(0.1), None, streams(count=2), "dropout 0.1 in training"),
-    "float dropout": (lambda: ParallelAdapter(DIM, 16, dropout=0.2), None, streams(), "dropout 0.2 in training"),
+    "dropout of the output": (
+        lambda: LibraryAdapter(DIM, 16, dropout=0.1),
+        None,
+        lambda m, _: m(stream(), stream(1))[0],
+        "dropout 0.1 in training, where the kernel has none",
+    ),
+    "dropout of an attention": (
+        lambda: Cross_Attention(DIM, 0.2, 4),
+        None,
+        lambda m, _: m(v := stream(), v, v[:, :1], None),
+        "dropout 0.2 in training, where the kernel has none",
+    ),
     "float64": (lambda: Adapter(DIM).double(), None, lambda m, _: m(stream().double()), "float64"),
     "a part replaced": (lambda: Adapter(DIM), lora, streams(), "a part was replaced"),
     "a hook": (lambda: Adapter(DIM), watched, streams(), "a part carries a hook"),
@@ -124,12 +134,3 @@ def test_devices_without_a_kernel_run_the_modules_own_forward(monkeypatch):
     monkeypatch.setattr(kernels, "_HELD", {("native", "adapter", "cuda")})
     reasons = [dispatch.own_forward_for_now(part, "cuda", torch.float32) for part in model]
     assert reasons == ["", "the CUDA kernel does not take a width of 60 with 8"]
-
-
-def test_dropout_keeps_the_kernel_in_eval(no_floors):
-    model = made(lambda: prompts(0.1)).eval()
-    patch = petl_ext.patch(model)
-    assert patch.report().fused == 1
-    with OpsCalled() as called:
-        model[0](stream(), stream(1))
-    assert called.names == ["apt"]

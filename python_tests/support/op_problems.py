@@ -48,6 +48,26 @@ def check(device, problem):
             assert_as_good_as_torch(name, result, theirs[name], oracle[name])
 
 
+def check_together(device, problems, names=None):
+    """Values by the one tolerance rule, of several problems as if they were one: for what has its largest error by
+    luck, being of few numbers, or of a value so near to zero that rounding decides whether ReLU lets it through.
+
+    Args:
+        names: of the results; all where it is None.
+    """
+    problems = [problem.to(device.torch_device) for problem in problems]
+    op = problems[0].op
+
+    def results(problems, function):
+        runs = [problem.run(function) for problem in problems]
+        return {name: torch.cat([run[name] for run in runs]) for name in names or runs[0]}
+
+    oracle = results([problem.double() for problem in problems], op.reference)
+    theirs, ours = results(problems, op.reference), results(problems, op.ours)
+    for name, result in ours.items():
+        assert_as_good_as_torch(name, result, theirs[name], oracle[name])
+
+
 def narrower(name):
     """A change of a problem: the tensor `name` without the last of its last axis."""
     return lambda problem: problem.change(**{name: problem[name][..., :-1]})

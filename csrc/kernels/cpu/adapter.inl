@@ -93,10 +93,11 @@ struct AdapterForwardTile {
   void operator()(int64_t begin, int64_t rows, float* scratch) const {
     const auto [R, D, B] = args.inputs.size;
     const int64_t stride = padded_width<Arithmetic>(B);
-    float *hidden = scratch, *wide = hidden + kRowsPerTile * stride;
+    float *factors = scratch, *hidden = factors + factors_width(B), *wide = hidden + kRowsPerTile * stride;
     RowStatistics statistics[kRowsPerTile];
     project(begin, rows, statistics, wide, StoreFloats{hidden, stride});
     activate(rows, hidden);
+    if (args.inputs.dropout.seeds) drop_out(begin, rows, hidden, factors);
     const Left left = Arithmetic::values_as_left(hidden, rows, stride);
     with_elements(args.out.dtype, [&](auto elements) {
       const AdapterOutput<decltype(elements)> epilogue(args, begin, project.weights.up_bias, factor);
@@ -115,6 +116,15 @@ struct AdapterForwardTile {
         std::fill(hidden + B, hidden + stride, 0.0f);
       }
     });
+  }
+
+  // `factors` is working memory.
+  void drop_out(int64_t begin, int64_t rows, float* hidden, float* factors) const {
+    const int64_t B = args.inputs.size.B, stride = padded_width<Arithmetic>(B);
+    for (int64_t row = 0; row < rows; ++row) {
+      keep_factors(args.inputs.dropout, begin + row, B, factors);
+      multiply_by(factors, B, hidden + row * stride);
+    }
   }
 };
 
@@ -175,7 +185,8 @@ inline void adapter_forward_by(const AdapterForward& args, ParallelFor parallel_
   pack_transposed<Arithmetic>(inputs.up, B, D, memory.up);
   const AdapterForwardTile<Arithmetic> tile{
       args, {inputs, memory.down, adapter_rows(inputs, memory.rows)}, memory.up, adapter_factor(inputs)};
-  for_each_tile(0, R, kRowsPerTile * (stride + padded_width<Arithmetic>(D)), parallel_for, tile);
+  const int64_t scratch = factors_width(B) + kRowsPerTile * (stride + padded_width<Arithmetic>(D));
+  for_each_tile(0, R, scratch, parallel_for, tile);
   call_scratch().release_excess();
 }
 

@@ -77,12 +77,13 @@ struct AdapterBackwardTile {
   void operator()(int64_t begin, int64_t rows, float* scratch) const {
     const auto [R, D, B] = args.inputs.size;
     const int64_t stride = padded_width<Arithmetic>(B), offset = begin - slab.begin;
-    float *hidden = scratch, *dhidden = hidden + kRowsPerTile * stride, *wide = dhidden + kRowsPerTile * stride;
+    float *factors = scratch, *hidden = factors + factors_width(B), *dhidden = hidden + kRowsPerTile * stride;
+    float* wide = dhidden + kRowsPerTile * stride;
     RowGradient gradients[kRowsPerTile];
     project(begin, rows, slab.statistics + offset, wide, StoreFloats{hidden, stride});
     const Left dout = Arithmetic::rows_as_left(args.dout, begin, rows, D, wide);
     multiply<Arithmetic>(rows, dout, words<Arithmetic>(D), packed_up, B, StoreFloats{dhidden, stride});
-    hidden_gradients(offset, rows, hidden, dhidden, gradients);
+    hidden_gradients(begin, rows, hidden, dhidden, factors, gradients);
     if (args.dgain) add_bias_shares(begin, rows);
     if (args.ddown) {
       const int64_t tile = offset / kRowsPerTile, gathered = offset / Arithmetic::kPerWord * stride;
@@ -95,12 +96,20 @@ struct AdapterBackwardTile {
   }
 
   // The products norm(x) down^T become the hidden units, and the products dout up become dhidden, both in place.
-  void hidden_gradients(int64_t offset, int64_t rows, float* hidden, float* dhidden, RowGradient* gradients) const {
-    const auto [R, D, B] = args.inputs.size;
-    const int64_t stride = padded_width<Arithmetic>(B);
+  // `factors` is working memory.
+  void hidden_gradients(int64_t begin, int64_t rows, float* hidden, float* dhidden, float* factors,
+                        RowGradient* gradients) const {
+    const Dropout& dropout = args.inputs.dropout;
+    const int64_t width = args.inputs.size.B, stride = padded_width<Arithmetic>(width);
+    double* dgain = slab.dgain + begin - slab.begin;
     with_activation(args.inputs.activation, [&](auto activation) {
       for (int64_t row = 0; row < rows; ++row, hidden += stride, dhidden += stride) {
-        gradients[row] = hidden_gradient(activation, hidden, dhidden, slab.dgain + offset + row);
+        if (dropout.seeds) {
+          keep_factors(dropout, begin + row, width, factors);
+          multiply_by(factors, width, dhidden);
+        }
+        gradients[row] = hidden_gradient(activation, hidden, dhidden, dgain + row);
+        if (dropout.seeds) multiply_by(factors, width, hidden);
       }
     });
   }
@@ -275,7 +284,8 @@ inline void adapter_backward_by(const AdapterBackward& args, ParallelFor paralle
     const AdapterBackwardTile<Arithmetic, Projection> tile{
         args,   {inputs, memory.project_down, weights},  memory.up, memory.down,
         factor, has_norm ? memory.weight_sums : nullptr, slab};
-    for_each_tile(slab.begin, slab_end, kRowsPerTile * (2 * stride + padded_width<Arithmetic>(D)), parallel_for, tile);
+    const int64_t scratch = factors_width(B) + kRowsPerTile * (2 * stride + padded_width<Arithmetic>(D));
+    for_each_tile(slab.begin, slab_end, scratch, parallel_for, tile);
     dgain = std::accumulate(slab.dgain, slab.dgain + count, dgain);
     if (!has_weights) continue;
     const int64_t tiles = round_up(count, kRowsPerTile) / kRowsPerTile;

@@ -2,10 +2,15 @@
 // bfloat16 itself, and x and y are bfloat16, the factors of products are bfloat16 and their sums float32.
 // A part of path.inl.
 
-// The raw scores of one row become relu(scores) or softmax(scores), in place; returns their maximum.
-inline float activate(Activation activation, float* scores, int64_t P) {
+inline float greatest(const float* scores, int64_t P) {
   float best = scores[0];
   for (int64_t p = 1; p < P; ++p) best = scores[p] > best || scores[p] != scores[p] ? scores[p] : best;  // a NaN wins
+  return best;
+}
+
+// The raw scores of one row become relu(scores) or softmax(scores), in place; returns their maximum.
+inline float activate(Activation activation, float* scores, int64_t P) {
+  const float best = greatest(scores, P);
   if (activation == Activation::relu) {
     // Written so that a NaN stays one.
     for (int64_t p = 0; p < P; ++p) scores[p] = scores[p] < 0 ? 0 : scores[p];
@@ -76,8 +81,8 @@ struct AptForwardTile {
 
   void operator()(int64_t begin, int64_t rows, float* scratch) const {
     const int64_t D = args.size.D, P = args.size.P, stride = scores_stride<Arithmetic>(P);
-    float* scores = scratch;
-    const Left x = Arithmetic::rows_as_left(args.x, begin, rows, D, scratch + kRowsPerTile * stride);
+    float *factors = scratch, *scores = factors + factors_width(P), *wide = scores + kRowsPerTile * stride;
+    const Left x = Arithmetic::rows_as_left(args.x, begin, rows, D, wide);
     multiply<Arithmetic>(rows, x, words<Arithmetic>(D), packed_keys, P, StoreFloats{scores, stride});
     for (int64_t row = 0; row < rows; ++row) {
       float* row_scores = scores + row * stride;
@@ -87,6 +92,11 @@ struct AptForwardTile {
       if (args.scores.data) {
         const int64_t kept = args.size.kept();
         keep_scores(row_scores, kept, row_of(args.scores, begin + row, kept), args.scores.dtype);
+      }
+      if (args.dropout.seeds) {
+        keep_factors(args.dropout, begin + row, P, factors);
+        multiply_by(factors, P, row_scores);
+        args.gate[begin + row] = greatest(row_scores, P);
       }
     }
     const Left left = Arithmetic::values_as_left(scores, rows, stride);
@@ -120,7 +130,7 @@ inline void apt_forward_by(const AptForward& args, ParallelFor parallel_for) {
     exact.emplace(args.keys, P, D, memory.of_exact);
   const AptForwardTile<Arithmetic> tile{args, memory.keys, memory.prompts, exact ? &*exact : nullptr,
                                         std::exp(read_scalar(args.log_scale))};
-  for_each_tile(0, R, kRowsPerTile * (stride + width), parallel_for, tile);
+  for_each_tile(0, R, factors_width(P) + kRowsPerTile * (stride + width), parallel_for, tile);
   call_scratch().release_excess();
 }
 
@@ -149,13 +159,14 @@ struct AptBackwardTile {
 
   void operator()(int64_t begin, int64_t rows, float* scratch) const {
     const int64_t D = args.size.D, P = args.size.P, stride = scores_stride<Arithmetic>(P), depth = words<Arithmetic>(D);
-    float *dscores = scratch, *weighted = dscores + kRowsPerTile * stride, *wide = weighted + kRowsPerTile * stride;
+    float *factors = scratch, *dscores = factors + factors_width(P), *weighted = dscores + kRowsPerTile * stride;
+    float* wide = weighted + kRowsPerTile * stride;
     const Left dout = Arithmetic::rows_as_left(args.dout, begin, rows, D, wide);
     multiply<Arithmetic>(rows, dout, depth, prompts.rounded, P, StoreFloats{dscores, stride});
     if (prompts.rest) multiply<Arithmetic>(rows, dout, depth, prompts.rest, P, AddFloats{dscores, stride});
     double* shares = slab.dlog_scale + begin - slab.begin;
     for (int64_t row = 0; row < rows; ++row) {
-      shares[row] = score_gradients(begin + row, dscores + row * stride, weighted + row * stride);
+      shares[row] = score_gradients(begin + row, dscores + row * stride, weighted + row * stride, factors);
     }
     const int64_t gathered = (begin - slab.begin) / Arithmetic::kPerWord * stride;
     Arithmetic::gather(dscores, rows, stride, slab.dscores + gathered);
@@ -176,8 +187,8 @@ struct AptBackwardTile {
   }
 
   // For one row: its products with the prompts become dscores, in place, and `weighted` exp(log_scale) * gate * scores.
-  // Returns sum(dout * (out - exp(log_scale) * y)).
-  double score_gradients(int64_t row, float* products, float* weighted) const {
+  // `factors` is working memory. Returns sum(dout * (out - exp(log_scale) * y)).
+  double score_gradients(int64_t row, float* products, float* weighted, float* factors) const {
     const int64_t P = args.size.P, stride = scores_stride<Arithmetic>(P);
     const float factor = scale * args.gate[row];
     std::fill(products + P, products + stride, 0.0f);
@@ -188,6 +199,10 @@ struct AptBackwardTile {
         Floats::store_part(weighted + p, elements.load_part(scores + p * elements.kBytes, P - p), P - p);
       }
     });
+    if (args.dropout.seeds) {
+      keep_factors(args.dropout, row, P, factors);
+      multiply_by(factors, P, products);
+    }
     Vec sums = {};
     for (int64_t p = 0; p < stride; p += kLanes) sums += load(weighted + p) * load(products + p);
     const double total = sum_lanes(sums);
@@ -199,6 +214,7 @@ struct AptBackwardTile {
       store(products + p, factor * (relu ? (score <= 0.0f ? Vec{} : product) : score * (product - mean)));
       store(weighted + p, factor * score);
     }
+    if (args.dropout.seeds) multiply_by(factors, P, weighted);
     return factor * total;
   }
 
@@ -277,7 +293,8 @@ inline void apt_backward_by(const AptBackward& args, ParallelFor parallel_for) {
   for (; slab.begin < R; slab.begin += kRowsPerSlab) {
     const int64_t rows = std::min(kRowsPerSlab, R - slab.begin);
     const AptBackwardTile<Arithmetic> tile{args, prompts, keys, scale, slab};
-    for_each_tile(slab.begin, slab.begin + rows, kRowsPerTile * (2 * stride + width), parallel_for, tile);
+    const int64_t scratch = factors_width(P) + kRowsPerTile * (2 * stride + width);
+    for_each_tile(slab.begin, slab.begin + rows, scratch, parallel_for, tile);
     dlog_scale = std::accumulate(slab.dlog_scale, slab.dlog_scale + rows, dlog_scale);
     std::vector<WeightGradient> tasks;
     if (args.dkeys) tasks.push_back({args.dkeys, P, slab.dscores, stride, args.x, nullptr});

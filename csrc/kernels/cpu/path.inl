@@ -47,6 +47,7 @@ namespace {
 #include "kernels/cpu/pairs.inl"
 #include "kernels/cpu/tiles.inl"
 #include "kernels/cpu/activation.inl"
+#include "kernels/cpu/dropout.inl"
 #include "kernels/cpu/layer_norm.inl"
 #include "kernels/cpu/row_products.inl"
 #include "kernels/cpu/weight_gradient.inl"

@@ -76,6 +76,7 @@ struct AdapterForwardPass {
     AdapterForwardOp<T> op = {};
     set_first(op, args.inputs, packing.down, up, packing.vectors);
     op.activation = args.inputs.activation;
+    op.dropout = args.inputs.dropout;
     op.scale = scale_of(args.inputs);
     op.residual = static_cast<const T*>(args.residual.data);
     op.residual_stride = args.residual.stride;
@@ -212,6 +213,7 @@ struct AdapterBackwardPass {
     AdapterBackwardOp<T> op = {};
     set_operands(op, args.dout, up, down, inputs.size.R, inputs.size.D, inputs.size.B);
     op.activation = inputs.activation;
+    op.dropout = inputs.dropout;
     op.vectors = packing.vectors;
     op.scale = scale_of(inputs);
     op.x = inputs.norm_weight.data ? static_cast<const T*>(inputs.x.data) : nullptr;

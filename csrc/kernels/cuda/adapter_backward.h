@@ -52,6 +52,7 @@ struct AdapterBackwardOp {
   int64_t R;
   int D, inner;
   AdapterActivation activation;
+  Dropout dropout;
   AdapterVectors vectors;
   Scale scale;
   const T* x;  // null: not normalized
@@ -102,22 +103,27 @@ struct AdapterBackwardOp {
   __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Hidden tile, double& share) const {
     Terms terms = {};
     const float factor = scale.value();
-    with_activation(activation, [&](auto kind) {
-      block.for_each_group(inner, [&](int group, int column) {
-        const EightFloats biases(vectors.biases + column), weights(vectors.mean_weight + column);
+    with_dropout(dropout, [&](const auto& drop) {
+      with_activation(activation, [&](auto kind) {
+        block.for_each_group(inner, [&](int group, int column) {
+          const EightFloats biases(vectors.biases + column), weights(vectors.mean_weight + column);
 #pragma unroll
-        for (int line = 0; line < Block::kThreadRows; ++line) {
-          float gradients[8], units[8];
-          sums.get(group, line, gradients);
-          differentiate<decltype(kind)::value>(block, line, column, biases, weights, factor, gradients, units, terms,
-                                               share);
-          const Packed<T> packed = pack<T>(gradients);
-          tile.store(block.local_row(line), column, packed);
-          const bool kept_here = (dhidden != nullptr) & (column < kept) & block.has(line);
-          const int64_t place = block.row(0) * kept + line * (int64_t{8} * kept) + column;
-          store_if(kept_here, dhidden + place, packed);
-          store_if(kept_here, hidden + place, pack<T>(units));
-        }
+          for (int line = 0; line < Block::kThreadRows; ++line) {
+            const auto kept_units = drop.kept(block.row(line), column);
+            float gradients[8], units[8];
+            sums.get(group, line, gradients);
+            kept_units.apply(gradients);
+            differentiate<decltype(kind)::value>(block, line, column, biases, weights, factor, gradients, units, terms,
+                                                 share);
+            kept_units.apply(units);
+            const Packed<T> packed = pack<T>(gradients);
+            tile.store(block.local_row(line), column, packed);
+            const bool kept_here = (dhidden != nullptr) & (column < kept) & block.has(line);
+            const int64_t place = block.row(0) * kept + line * (int64_t{8} * kept) + column;
+            store_if(kept_here, dhidden + place, packed);
+            store_if(kept_here, hidden + place, pack<T>(units));
+          }
+        });
       });
     });
     block.reduce_rows(terms.mean, Add());

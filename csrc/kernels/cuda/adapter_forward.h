@@ -2,6 +2,7 @@
 #pragma once
 #include "kernels/cuda/activation.h"
 #include "kernels/cuda/adapter_norm.h"
+#include "kernels/cuda/dropout.h"
 #include "kernels/cuda/sandwich.h"
 
 namespace petl::cuda {
@@ -74,6 +75,7 @@ struct AdapterForwardOp : AdapterFirst<T> {
   static constexpr bool kWritesRows = true;
 
   AdapterActivation activation;
+  Dropout dropout;
   Scale scale;
   const T* residual;  // null: none
   int64_t residual_stride;
@@ -111,22 +113,25 @@ struct AdapterForwardOp : AdapterFirst<T> {
   template <class Block, class SumsOfThread, class Hidden>
   __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Hidden hidden, double&) const {
     const ProductScale<T, Block::kThreadRows> products(*this, block);
-    with_activation(activation, [&](auto kind) {
-      block.for_each_group(this->inner, [&](int group, int column) {
-        const EightFloats unit_sums(this->vectors.sums + column), biases(this->vectors.biases + column);
+    with_dropout(dropout, [&](const auto& drop) {
+      with_activation(activation, [&](auto kind) {
+        block.for_each_group(this->inner, [&](int group, int column) {
+          const EightFloats unit_sums(this->vectors.sums + column), biases(this->vectors.biases + column);
 #pragma unroll
-        for (int line = 0; line < Block::kThreadRows; ++line) {
-          float values[8];
-          sums.get(group, line, values);
-          products.apply(line, unit_sums.values, values);
+          for (int line = 0; line < Block::kThreadRows; ++line) {
+            float values[8];
+            sums.get(group, line, values);
+            products.apply(line, unit_sums.values, values);
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            values[i] = column + i < this->inner
-                            ? cuda::activate<decltype(kind)::value>(values[i] + biases.values[i]).value
-                            : 0;
+            for (int i = 0; i < 8; ++i) {
+              values[i] = column + i < this->inner
+                              ? cuda::activate<decltype(kind)::value>(values[i] + biases.values[i]).value
+                              : 0;
+            }
+            drop.kept(block.row(line), column).apply(values);
+            hidden.store(block.local_row(line), column, pack<T>(values));
           }
-          hidden.store(block.local_row(line), column, pack<T>(values));
-        }
+        });
       });
     });
     return {scale.value()};

@@ -68,6 +68,7 @@ struct AptForwardPass {
     AptForwardOp<T, kOpRest> op;
     set_operands(op, args.x, packing.first, packing.second, args.size.R, args.size.D, args.size.P);
     op.activation = args.activation;
+    op.dropout = args.dropout;
     op.log_scale = args.log_scale.data;
     op.log_scale_dtype = args.log_scale.dtype;
     op.y = static_cast<const T*>(args.y.data);
@@ -185,6 +186,7 @@ struct AptBackwardPass {
     AptBackwardOp<T> op;
     set_operands(op, args.dout, packing.first, packing.second, args.size.R, args.size.D, args.size.P);
     op.activation = args.activation;
+    op.dropout = args.dropout;
     op.log_scale = args.log_scale.data;
     op.log_scale_dtype = args.log_scale.dtype;
     op.y = args.dlog_scale ? static_cast<const T*>(args.y.data) : nullptr;

@@ -23,6 +23,7 @@ struct AptBackwardOp {
   int64_t R;
   int D, inner;
   Activation activation;
+  Dropout dropout;
   const void* log_scale;
   DType log_scale_dtype;
   const T* y;  // null: dlog_scale is not wanted
@@ -83,13 +84,14 @@ struct AptBackwardOp {
     return load_if(block.has(line) && column < kept, scores + place_of(block, line) + column);
   }
 
-  // sum over the row of scores * products
-  template <class Block, class SumsOfThread>
-  __device__ __forceinline__ void sum_rows(SumsOfThread& sums, const Block& block,
+  // sum over the row of scores * products, which dropout leaves
+  template <class Block, class SumsOfThread, class Drop>
+  __device__ __forceinline__ void sum_rows(SumsOfThread& sums, const Block& block, const Drop& drop,
                                            float (&totals)[Block::kThreadRows]) const {
 #pragma unroll
     for (float& total : totals) total = 0;
     block.for_each(sums, inner, [&](int line, int column, float (&products)[8]) {
+      drop.kept(block.row(line), column).apply(products);
       float values[8];
       unpack(load_scores(block, line, column), values);
 #pragma unroll
@@ -110,10 +112,12 @@ struct AptBackwardOp {
   }
 
   // Scores beyond the last are kept as zeros, and so are their gradients.
-  template <class Block, class SumsOfThread, class Hidden>
-  __device__ __forceinline__ void activate_relu(SumsOfThread& sums, const Block& block, Hidden hidden,
+  template <class Block, class SumsOfThread, class Hidden, class Drop>
+  __device__ __forceinline__ void activate_relu(SumsOfThread& sums, const Block& block, Hidden hidden, const Drop& drop,
                                                 const float (&factor)[Block::kThreadRows], double& share) const {
     block.for_each(sums, inner, [&](int line, int column, float (&products)[8]) {
+      const auto kept_scores = drop.kept(block.row(line), column);
+      kept_scores.apply(products);
       float values[8], sum = 0;
       unpack(load_scores(block, line, column), values);
 #pragma unroll
@@ -124,15 +128,17 @@ struct AptBackwardOp {
         values[i] *= factor[line];
       }
       share += sum;
+      kept_scores.apply(values);
       store_gradients(block, hidden, line, column, products, values);
     });
   }
 
-  template <class Block, class SumsOfThread, class Hidden>
+  template <class Block, class SumsOfThread, class Hidden, class Drop>
   __device__ __forceinline__ void activate_softmax(SumsOfThread& sums, const Block& block, Hidden hidden,
-                                                   const float (&factor)[Block::kThreadRows], double& share) const {
+                                                   const Drop& drop, const float (&factor)[Block::kThreadRows],
+                                                   double& share) const {
     float totals[Block::kThreadRows];
-    sum_rows(sums, block, totals);
+    sum_rows(sums, block, drop, totals);
 #pragma unroll
     for (int line = 0; line < Block::kThreadRows; ++line) {
       if (block.column_warp() == 0 && threadIdx.x % 4 == 0) share += double{factor[line]} * totals[line];
@@ -146,6 +152,7 @@ struct AptBackwardOp {
         products[i] = masked(column + i < inner, factor[line] * gradient);
         values[i] *= factor[line];
       }
+      drop.kept(block.row(line), column).apply(values);
       store_gradients(block, hidden, line, column, products, values);
     });
   }
@@ -159,11 +166,13 @@ struct AptBackwardOp {
     for (int line = 0; line < Block::kThreadRows; ++line) {
       factor[line] = block.has(line) ? terms.scale * gate[block.row(line)] : 0;
     }
-    if (activation == Activation::relu) {
-      activate_relu(sums, block, hidden, factor, share);
-    } else {
-      activate_softmax(sums, block, hidden, factor, share);
-    }
+    with_dropout(dropout, [&](const auto& drop) {
+      if (activation == Activation::relu) {
+        activate_relu(sums, block, hidden, drop, factor, share);
+      } else {
+        activate_softmax(sums, block, hidden, drop, factor, share);
+      }
+    });
     return terms;
   }
 

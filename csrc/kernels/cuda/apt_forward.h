@@ -1,6 +1,7 @@
 // Prompt diffusion's rows in forward.
 #pragma once
 #include "kernels/apt.h"
+#include "kernels/cuda/dropout.h"
 #include "kernels/cuda/sandwich.h"
 
 namespace petl::cuda {
@@ -38,6 +39,7 @@ struct AptForwardOp {
   int64_t R;
   int D, inner;
   Activation activation;
+  Dropout dropout;
   const void* log_scale;
   DType log_scale_dtype;
   const T* y;
@@ -148,10 +150,53 @@ struct AptForwardOp {
     });
   }
 
+  // Either activation with dropout: the gate and what meets the prompts follow from the scores that are kept.
+  template <class Block, class SumsOfThread, class Hidden>
+  __device__ __forceinline__ void activate_and_drop(SumsOfThread& sums, const Block& block, Hidden hidden,
+                                                    float (&gates)[Block::kThreadRows]) const {
+    const DropSome drop(dropout);
+    // The scores are units * sums.
+    float units[Block::kThreadRows], inverse[Block::kThreadRows];
+    if (activation == Activation::softmax) {
+      exponentiate(sums, block, units);
+    } else {
+#pragma unroll
+      for (float& unit : units) unit = 1;
+    }
+#pragma unroll
+    for (float& gate : gates) gate = 0;
+    block.for_each(sums, inner, [&](int line, int column, float (&values)[8]) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) values[i] = masked(column + i < inner, max_or_nan(values[i], 0));
+      float kept[8] = {values[0], values[1], values[2], values[3], values[4], values[5], values[6], values[7]};
+      drop.kept(block.row(line), column).apply(kept);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) gates[line] = max_or_nan(gates[line], kept[i]);
+    });
+    block.reduce_rows(gates, Max());
+#pragma unroll
+    for (int line = 0; line < Block::kThreadRows; ++line) {
+      inverse[line] = gates[line] >= 1.2e-38f ? 1 / gates[line] : 0;  // as in activate_relu
+      gates[line] *= units[line];
+    }
+    block.for_each(sums, inner, [&](int line, int column, float (&values)[8]) {
+      float normalized[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        normalized[i] = values[i] * inverse[line];
+        values[i] *= units[line];
+      }
+      drop.kept(block.row(line), column).apply(normalized);
+      store_scores(block, hidden, line, column, normalized, values);
+    });
+  }
+
   template <class Block, class SumsOfThread, class Hidden>
   __device__ __forceinline__ Terms activate(SumsOfThread& sums, const Block& block, Hidden hidden, double&) const {
     float gates[Block::kThreadRows];
-    if (activation == Activation::relu) {
+    if (dropout.seeds) {
+      activate_and_drop(sums, block, hidden, gates);
+    } else if (activation == Activation::relu) {
       activate_relu(sums, block, hidden, gates);
     } else {
       activate_softmax(sums, block, hidden, gates);

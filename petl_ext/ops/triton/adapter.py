@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from petl_ext.ops.adapter import check_arguments
+from petl_ext.ops.triton.dropout import dropout_arguments, keep_factors
 from petl_ext.ops.triton.launching import (
     check_sizes,
     check_tensors,
@@ -116,8 +117,9 @@ def _project(
 @triton.jit
 def adapter_forward_rows(
     x, x_stride, residual, residual_stride, norm_weight, down, down_bias, up, up_bias, factor, out,
-    eps, R, D, B, BB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    ACTIVATION: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, REST: tl.constexpr,
+    seeds, threshold, drop_scale, eps, R, D, B,
+    BB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    ACTIVATION: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, REST: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     """Of BM rows."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -131,7 +133,9 @@ def adapter_forward_rows(
         d = k + tl.arange(0, BK)
         hidden = _project(x, x_stride, rows, d, R, D, statistics, norm_weight, down, b, B, hidden, NORM, REST)
     hidden += tl.load(down_bias + b, mask=b < B, other=0.0)[None, :]
-    hidden = narrow(tl.where(b[None, :] < B, _activated(hidden, ACTIVATION), 0.0), x.dtype.element_ty)
+    hidden = tl.where(b[None, :] < B, _activated(hidden, ACTIVATION), 0.0)
+    hidden *= keep_factors(seeds, threshold, drop_scale, rows, BM, BB, DROPS)
+    hidden = narrow(hidden, x.dtype.element_ty)
     f = tl.load(factor)
     for n in range(0, D, BN):
         d = n + tl.arange(0, BN)
@@ -146,9 +150,9 @@ def adapter_forward_rows(
 @triton.jit
 def adapter_backward_rows(
     dout, dout_stride, x, x_stride, norm_weight, down, down_bias, up, up_bias, norm_down, factor,
-    dx, hidden_out, dhidden_out, dhidden_sums, statistics_out, shares,
-    eps, R, D, B, kept, BB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    ACTIVATION: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, REST: tl.constexpr,
+    dx, hidden_out, dhidden_out, dhidden_sums, statistics_out, shares, seeds, threshold, drop_scale, eps, R, D, B, kept,
+    BB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    ACTIVATION: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, REST: tl.constexpr, DROPS: tl.constexpr,
     DX: tl.constexpr, DWEIGHTS: tl.constexpr, DGAIN: tl.constexpr,
 ):  # fmt: skip
     """Of BM rows: dx, the left factors of the weights' gradients, and each row's share of dgain / scale.
@@ -174,7 +178,8 @@ def adapter_backward_rows(
             bias = tl.load(up_bias + d, mask=d < D, other=0.0).to(tl.float32)
             share += tl.sum(g.to(tl.float32) * bias[None, :], 1)
     projected = tl.where(b[None, :] < B, projected, 0.0)  # beyond B an infinity makes it NaN
-    dhidden = tl.where(b[None, :] < B, dhidden, 0.0)
+    factors = keep_factors(seeds, threshold, drop_scale, rows, BM, BB, DROPS)
+    dhidden = tl.where(b[None, :] < B, dhidden * factors, 0.0)
     hidden = projected + tl.load(down_bias + b, mask=b < B, other=0.0)[None, :]
     active = tl.where(b[None, :] < B, _activated(hidden, ACTIVATION), 0.0)
     if DGAIN:
@@ -182,7 +187,7 @@ def adapter_backward_rows(
     dhidden = tl.load(factor) * _before_activation(dhidden, hidden, ACTIVATION)
     left = narrow(dhidden, x.dtype.element_ty)
     if DWEIGHTS:
-        store_tile(hidden_out, kept, rows, b, R, kept, active)
+        store_tile(hidden_out, kept, rows, b, R, kept, active * factors)
         store_tile(dhidden_out, kept, rows, b, R, kept, left)
         tl.store(dhidden_sums + tl.program_id(0).to(tl.int64) * BB + b, tl.sum(dhidden, 0))
     if DX:
@@ -202,7 +207,7 @@ def adapter_backward_rows(
 class _Inputs:
     """What forward and backward share: checked, and as the kernels want it."""
 
-    def __init__(self, x, weights, scale, eps, activation, residual=None, **more):
+    def __init__(self, x, weights, scale, eps, activation, dropout, seeds, residual=None, **more):
         check_arguments(x, residual, *weights, activation)
         names = ("norm_weight", "norm_bias", "down", "down_bias", "up", "up_bias", "gain")
         for name, tensor in {"residual": residual, **more}.items():
@@ -227,12 +232,17 @@ class _Inputs:
         is_rounded = x.dtype is not torch.float32 and (self.has_norm or down.dtype is not x.dtype)
         self.constants |= {"ACTIVATION": activation, "NORM": self.has_norm, "tiles": tiles, "like": x}
         self.constants["REST"] = activation == "relu" and is_rounded
+        self.dropout, self.constants["DROPS"] = dropout_arguments("adapter", x, dropout, seeds)
         self.eps = eps
 
 
-def adapter_forward(x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, scale, eps, activation):
+def adapter_forward(
+    x, residual, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, scale, eps, activation,
+    packed=None, dropout=0.0, seeds=None,
+):  # fmt: skip
+    """packed is None: petl_ext packs weights for its own kernels alone."""
     weights = (norm_weight, norm_bias, down, down_bias, up, up_bias, gain)
-    given = _Inputs(x, weights, scale, eps, activation, residual)
+    given = _Inputs(x, weights, scale, eps, activation, dropout, seeds, residual)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     residual_rows = given.x if residual is None else rows_of(residual)
     if given.rows:
@@ -240,7 +250,8 @@ def adapter_forward(x, residual, norm_weight, norm_bias, down, down_bias, up, up
             adapter_forward_rows,
             given.grid,
             *(given.x, given.x.stride(0), residual_rows, residual_rows.stride(0), given.norm_weight, given.down),
-            *(given.down_bias, given.up, given.up_bias, given.factor, out, eps, given.rows, given.width, given.inner),
+            *(given.down_bias, given.up, given.up_bias, given.factor, out),
+            *(*given.dropout, eps, given.rows, given.width, given.inner),
             RESIDUAL=residual is not None,
             **given.constants,
         )
@@ -249,10 +260,10 @@ def adapter_forward(x, residual, norm_weight, norm_bias, down, down_bias, up, up
 
 def adapter_backward(
     dout, x, norm_weight, norm_bias, down, down_bias, up, up_bias, gain, scale, eps, activation,
-    residual_is_input, needs_dx, needs_dweights, needs_dgain,
+    residual_is_input, needs_dx, needs_dweights, needs_dgain, dropout=0.0, seeds=None,
 ):  # fmt: skip
     weights = (norm_weight, norm_bias, down, down_bias, up, up_bias, gain)
-    given = _Inputs(x, weights, scale, eps, activation, dout=dout)
+    given = _Inputs(x, weights, scale, eps, activation, dropout, seeds, dout=dout)
     dx, dgain = new_gradient(x, needs_dx), _gradient_like(gain, needs_dgain, down_bias)
     gradients = [_gradient_like(weight, needs_dweights, down_bias) for weight in weights[:-1]]
     if not given.rows:
@@ -267,7 +278,7 @@ def adapter_backward(
         given.grid,
         *(dout_rows, dout_rows.stride(0), given.x, given.x.stride(0), given.norm_weight, given.down, given.down_bias),
         *(given.up, given.up_bias, norm_down, given.factor, dx, *lefts, dhidden_sums),
-        *(statistics, shares, eps, given.rows, given.width, given.inner, kept),
+        *(statistics, shares, *given.dropout, eps, given.rows, given.width, given.inner, kept),
         RESIDUAL=residual_is_input,
         DX=needs_dx,
         DWEIGHTS=needs_dweights,

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from petl_ext.ops.apt import check_arguments
+from petl_ext.ops.triton.dropout import dropout_arguments, keep_factors
 from petl_ext.ops.triton.launching import (
     check_sizes,
     check_tensors,
@@ -21,9 +22,9 @@ from petl_ext.ops.triton.tiles import padded
 
 @triton.jit
 def apt_forward_rows(
-    x, x_stride, y, y_stride, prompts, keys, log_scale, out, gate, scores, R, D, P, kept,
+    x, x_stride, y, y_stride, prompts, keys, log_scale, out, gate, scores, seeds, threshold, drop_scale, R, D, P, kept,
     PP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    SOFTMAX: tl.constexpr, REST: tl.constexpr, KEEP: tl.constexpr,
+    SOFTMAX: tl.constexpr, REST: tl.constexpr, KEEP: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     """Of BM rows. REST: the product sees what rounding the keys leaves out, too, since it decides ReLU's mask."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -44,10 +45,15 @@ def apt_forward_rows(
         s = h * g[:, None]
     else:
         s = tl.where(s < 0, 0.0, s)  # a NaN stays one, of the gate too
-        g = tl.max(s, 1)
+    left = s
+    if DROPS:
+        left = s * keep_factors(seeds, threshold, drop_scale, rows, BM, PP, DROPS)
+        is_nan |= tl.max((left != left).to(tl.int32), 1) > 0  # a dropped infinity
+    if DROPS or not SOFTMAX:
+        g = tl.max(left, 1)
         # In [0, 1], so that float16 cannot overflow. The least normal number is the least whose inverse is finite.
-        h = s / tl.where(g >= 1.1754944e-38, g, float("inf"))[:, None]
-        h = tl.where(s == float("inf"), s, h)
+        h = left / tl.where(g >= 1.1754944e-38, g, float("inf"))[:, None]
+        h = tl.where(left == float("inf"), left, h)
     g = tl.where(is_nan, float("nan"), g)
     h = narrow(tl.where(is_nan[:, None], float("nan"), h), x.dtype.element_ty)
     tl.store(gate + rows, g, mask=rows < R)
@@ -64,8 +70,9 @@ def apt_forward_rows(
 @triton.jit
 def apt_backward_rows(
     dout, dout_stride, y, y_stride, prompts, keys, log_scale, gate, scores, dx, dy, dscores, weighted, shares,
-    R, D, P, kept, PP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    SOFTMAX: tl.constexpr, DX: tl.constexpr, DY: tl.constexpr, DWEIGHTS: tl.constexpr, DSCALE: tl.constexpr,
+    seeds, threshold, drop_scale, R, D, P, kept,
+    PP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, SOFTMAX: tl.constexpr,
+    DX: tl.constexpr, DY: tl.constexpr, DWEIGHTS: tl.constexpr, DSCALE: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     """Of BM rows: dx, dy, the left factors of the weights' gradients, and each row's share of dlog_scale."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -83,7 +90,8 @@ def apt_backward_rows(
             share += tl.sum(a.to(tl.float32) * tile(y, y_stride, rows, d, R, D).to(tl.float32), 1)
     s = tile(scores, kept, rows, p, R, kept).to(tl.float32)
     factor = scale * tl.load(gate + rows, mask=rows < R, other=0.0)
-    ds = tl.where(p[None, :] < P, ds, 0.0)
+    factors = keep_factors(seeds, threshold, drop_scale, rows, BM, PP, DROPS)
+    ds = tl.where(p[None, :] < P, ds * factors, 0.0)
     total = tl.sum(s * ds, 1)
     if DSCALE:
         tl.store(shares + rows, factor * total + scale * share, mask=rows < R)
@@ -92,7 +100,7 @@ def apt_backward_rows(
     ds = narrow(ds, dout.dtype.element_ty)
     if DWEIGHTS:
         store_tile(dscores, kept, rows, p, R, kept, ds)
-        store_tile(weighted, kept, rows, p, R, kept, factor[:, None] * s)
+        store_tile(weighted, kept, rows, p, R, kept, factor[:, None] * s * factors)
     if DX:
         for n in range(0, D, BN):
             d = n + tl.arange(0, BN)
@@ -123,10 +131,14 @@ def _prepared(x, y, prompts, keys, log_scale, activation, **more):
     return x.numel() // width, width, inner, constants
 
 
-def apt_forward(x, y, prompts, keys, log_scale, activation, keep_scores):
+def apt_forward(
+    x, y, prompts, keys, log_scale, activation, keep_scores, packed=None, dropout=0.0, seeds=None, begun=None
+):
+    """packed and begun are None: petl_ext packs weights, and begins, for its own kernels alone."""
     rows, width, inner, constants = _prepared(x, y, prompts, keys, log_scale, activation)
     x_rows, y_rows = _in_one_dtype(x, y)
     kept = -(-inner // 8) * 8
+    drop, drops = dropout_arguments("apt", x, dropout, seeds)
     out, gate = torch.empty(y.shape, dtype=y.dtype, device=y.device), new_floats(y, rows)
     scores = torch.empty((rows, kept) if keep_scores else (0,), dtype=_kept_dtype(x, y), device=y.device)
     if rows:
@@ -134,9 +146,10 @@ def apt_forward(x, y, prompts, keys, log_scale, activation, keep_scores):
             apt_forward_rows,
             (triton.cdiv(rows, constants["BM"]),),
             *(x_rows, x_rows.stride(0), y_rows, y_rows.stride(0), prompts.contiguous(), keys.contiguous(), log_scale),
-            *(out, gate, scores, rows, width, inner, kept),
+            *(out, gate, scores, *drop, rows, width, inner, kept),
             REST=activation == "relu" and x_rows.dtype is not torch.float32 and keys.dtype is not x_rows.dtype,
             KEEP=keep_scores,
+            DROPS=drops,
             **constants,
         )
     return out, gate, scores
@@ -151,12 +164,14 @@ def _check_kept(dout, x, y, gate, scores, shapes):
 
 
 def apt_backward(
-    dout, x, y, prompts, keys, log_scale, gate, scores, activation, needs_dx, needs_dy, needs_dprompts, needs_dkeys
-):
+    dout, x, y, prompts, keys, log_scale, gate, scores, activation, needs_dx, needs_dy, needs_dprompts, needs_dkeys,
+    dropout=0.0, seeds=None,
+):  # fmt: skip
     rows, width, inner, constants = _prepared(x, dout, prompts, keys, log_scale, activation, dout=dout)
     kept = -(-inner // 8) * 8
     _check_kept(dout, x, y, gate, scores, {"gate": (rows,), "scores": (rows, kept)})
     dout_rows, x_rows, y_rows = _in_one_dtype(dout, x, dout if y is None else y)
+    drop, drops = dropout_arguments("apt", x, dropout, seeds)
     dx, dy = new_gradient(x, needs_dx), new_gradient(dout, needs_dy)
     gradients = [new_gradient(prompts, needs_dprompts), new_gradient(keys, needs_dkeys)]
     gradients.append(new_gradient(log_scale, y is not None))
@@ -168,11 +183,12 @@ def apt_backward(
         apt_backward_rows,
         (triton.cdiv(rows, constants["BM"]),),
         *(dout_rows, dout_rows.stride(0), y_rows, y_rows.stride(0), prompts.contiguous(), keys.contiguous(), log_scale),
-        *(gate, scores, dx, dy, *lefts, shares, rows, width, inner, kept),
+        *(gate, scores, dx, dy, *lefts, shares, *drop, rows, width, inner, kept),
         DX=needs_dx,
         DY=needs_dy,
         DWEIGHTS=needs_dprompts or needs_dkeys,
         DSCALE=y is not None,
+        DROPS=drops,
         **constants,
     )
     dscores, weighted = lefts

@@ -31,8 +31,13 @@ def check_tensors(op, **tensors):
             continue
         if tensor.dtype not in DTYPES:
             raise RuntimeError(f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise RuntimeError(f"{op}: {name} must be on {x.device}, as {first} is, got {tensor.device}")
+        check_device(op, name, tensor, x, first)
+
+
+def check_device(op, name, tensor, x, first="x"):
+    """Raises a RuntimeError where a tensor is not on the device of x, which is called `first`."""
+    if tensor.device != x.device:
+        raise RuntimeError(f"{op}: {name} must be on {x.device}, as {first} is, got {tensor.device}")
 
 
 def check_sizes(op, width, inner):

@@ -18,7 +18,6 @@ from petl_ext.patching.kind import (
     as_gain,
     bias_of,
     described,
-    dropout_of,
     names_in,
     norm_arguments,
     promoted,
@@ -107,10 +106,6 @@ class LibraryAdapter(Kind):
         )
         up = promoted(up, module.scaling)
         return up + residual_input if module.petl_settings.adds_residual else up, None, up
-
-    @staticmethod
-    def petl_dropout(module):
-        return dropout_of(module.dropout) if "dropout" in module._modules else 0.0
 
     @staticmethod
     def petl_sizes(module):

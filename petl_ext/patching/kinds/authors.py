@@ -72,12 +72,9 @@ class PromptDiffusion(Kind):
     def petl_compute(module, x, res):
         prompts = module.mm_tokens
         keys = prompts + module.mm(prompts)
-        out = apt(res, x, prompts, keys, as_gain(module.scale), module.petl_settings.activation)
+        weights, activation = (prompts, keys, as_gain(module.scale)), module.petl_settings.activation
+        out = apt(res, x, *weights, activation, dropout_of(module))
         return promoted(out, module.scale)
-
-    @staticmethod
-    def petl_dropout(module):
-        return dropout_of(module.attn_drop)
 
     @staticmethod
     def petl_sizes(module):
@@ -149,10 +146,6 @@ class CrossAttention(Kind):
         context = torch.matmul(pooled.transpose(0, 1), value.mT).transpose(0, 1).flatten(1) + module.linear_v.bias
         # The key bias cancels in the softmax; DistributedDataParallel waits for a gradient of every parameter.
         return (module.linear_merge(context) + 0 * module.linear_k.bias.sum())[:, None]
-
-    @staticmethod
-    def petl_dropout(module):
-        return dropout_of(module.dropout)
 
     @staticmethod
     def petl_sizes(module):

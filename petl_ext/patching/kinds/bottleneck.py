@@ -150,15 +150,6 @@ class Bottleneck(Kind):
         return "LayerNorm" if module.petl_settings.formula.norm_is_last else ""
 
     @staticmethod
-    def petl_dropout(module):
-        """Of its parts as they are; of a function's, what it was. Where there was none, a new one has been seen as a
-        change."""
-        if module.petl_settings.dropout == 0.0:
-            return 0.0
-        parts = (dropout_of(part) for part in module.modules() if isinstance(part, nn.Dropout))
-        return max(module.petl_settings.dropout if module.training else 0.0, *parts, 0.0)
-
-    @staticmethod
     def petl_sizes(module):
         return weight_of(part_at(module, module.petl_settings.formula.up)).shape
 
@@ -256,6 +247,7 @@ def _computed(module, x, residual):
         settings.activation,
         **norm_arguments(None if formula.norm_is_last else norm, like=down.weight),
         residual=None if formula.norm_is_last else added,
+        dropout=dropout_of(module),
     )
     if not formula.scale_is_last:
         out = promoted(out, scale)
