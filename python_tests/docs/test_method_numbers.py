@@ -47,6 +47,19 @@ def test_over_three_seeds():
     assert f"APT with 200 prompts is {ahead} points better" in page("adapters")
 
 
+def test_beside_lora():
+    seeds, lora = table_of("seeds.md", "seed 0"), table_of("lora.md", "seed 0")
+
+    def ahead_of(method):
+        pairs = [pair for row in lora.values() for pair in zip(row, seeds[method], strict=True)]
+        found = [theirs - ours for theirs, ours in pairs]
+        return f"{min(found):.1f} to {max(found):.1f} points more accurate"
+
+    assert ahead_of("APT, 50 prompts") in page("apt")
+    assert ahead_of("adapter") in page("adapters")
+    assert ahead_of("DAS, 1 of 4 layers skipped") in page("das")
+
+
 def test_of_one_seed():
     accuracy = {method: numbers[0] for method, numbers in table_of("report.md", "accuracy").items()}
     macs = {method: numbers[0] for method, numbers in table_of("report.md", "all MACs").items()}
