@@ -5,7 +5,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +158,11 @@ def _typed(document: Document, hint: Any, value: Any, path: KeyPath) -> Any:
     """`value` as the type hint has it: a number where one with a fraction may stand, tuples for lists."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        (hint,) = (argument for argument in arguments if argument is not type(None))
+        if type(value) in arguments:
+            return value
+        *_, hint = (argument for argument in arguments if argument is not type(None))  # of several, what is a list
         return _typed(document, hint, value, path)
-    if origin is tuple and isinstance(value, list | tuple):
+    if origin in (tuple, Sequence) and isinstance(value, list | tuple):
         return tuple(_typed(document, arguments[0], one, (*path, index)) for index, one in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {key: _typed(document, arguments[1], one, (*path, key)) for key, one in value.items()}
@@ -177,5 +177,5 @@ def _typed(document: Document, hint: Any, value: Any, path: KeyPath) -> Any:
 
 def _in_words(hint: Any) -> str:
     words = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
-    lists = {tuple: "a list", dict: "a section of keys"}
+    lists = {tuple: "a list", Sequence: "a list", dict: "a section of keys"}
     return words.get(hint) or lists.get(typing.get_origin(hint), str(hint))

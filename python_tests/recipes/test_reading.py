@@ -93,6 +93,9 @@ def test_a_vocabulary_belongs_to_tasks_without_their_own(written):
 
 def test_settings(written):
     given = ["training.learning_rate=1e-3", "method={name: adapter, kind: parallel}", "data.train.0.images=other"]
+    das = read_recipe(written(), ["method={name: das, skip: [2, 1], sites: fusion}"]).method
+    assert (das.skip, das.sites) == ((1, 2), ("fusion",))
+    assert read_recipe(written(), ["method={name: das, sites: [a, b]}"]).method.sites == ("a", "b")
     recipe = read_recipe(written(), [*given, "training.rates.classifier=2", "model.image_size=32"])
     assert recipe.training.learning_rate == 1e-3 and recipe.method.kind == "parallel"
     assert recipe.data.train == ({"pairs": "train.jsonl", "images": "other"},)
