@@ -172,8 +172,7 @@ def adapter_backward_rows(
         g = tile(dout, dout_stride, rows, d, R, D)
         dhidden = product(g, tile(up, B, d, b, D, B), dhidden)
         if DGAIN:
-            bias = tl.load(up_bias + d, mask=d < D, other=0.0).to(tl.float32)
-            share += tl.sum(g.to(tl.float32) * bias[None, :], 1)
+            share += tl.sum(g.to(tl.float32) * tl.load(up_bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :], 1)
     projected = tl.where(b[None, :] < B, projected, 0.0)  # beyond B an infinity makes it NaN
     factors = keep_factors(seeds, threshold, drop_scale, rows, BM, BB, DROPS)
     dhidden = tl.where(b[None, :] < B, dhidden * factors, 0.0)
