@@ -155,10 +155,7 @@ def adapter_backward_rows(
     ACTIVATION: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, REST: tl.constexpr, DROPS: tl.constexpr,
     DX: tl.constexpr, DWEIGHTS: tl.constexpr, DGAIN: tl.constexpr,
 ):  # fmt: skip
-    """Of BM rows: dx, the left factors of the weights' gradients, and each row's share of dgain / scale.
-
-    norm_down: [B], the sum over D of down * norm_weight, by which the mean of the normalized row's gradient is had.
-    """
+    """Of BM rows: dx, left factors of the weights' gradients, shares of dgain / scale. norm_down: down norm_weight."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     b = tl.arange(0, BB)
     nothing = tl.zeros([BM], tl.float32)
@@ -175,8 +172,7 @@ def adapter_backward_rows(
         g = tile(dout, dout_stride, rows, d, R, D)
         dhidden = product(g, tile(up, B, d, b, D, B), dhidden)
         if DGAIN:
-            bias = tl.load(up_bias + d, mask=d < D, other=0.0).to(tl.float32)
-            share += tl.sum(g.to(tl.float32) * bias[None, :], 1)
+            share += tl.sum(g.to(tl.float32) * tl.load(up_bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :], 1)
     projected = tl.where(b[None, :] < B, projected, 0.0)  # beyond B an infinity makes it NaN
     factors = keep_factors(seeds, threshold, drop_scale, rows, BM, BB, DROPS)
     dhidden = tl.where(b[None, :] < B, dhidden * factors, 0.0)
@@ -184,10 +180,11 @@ def adapter_backward_rows(
     active = tl.where(b[None, :] < B, _activated(hidden, ACTIVATION), 0.0)
     if DGAIN:
         tl.store(shares + rows, share + tl.sum(active * dhidden, 1), mask=rows < R)
+    if DWEIGHTS:  # before the derivative, which needs registers
+        store_tile(hidden_out, kept, rows, b, R, kept, active * factors)
     dhidden = tl.load(factor) * _before_activation(dhidden, hidden, ACTIVATION)
     left = narrow(dhidden, x.dtype.element_ty)
     if DWEIGHTS:
-        store_tile(hidden_out, kept, rows, b, R, kept, active * factors)
         store_tile(dhidden_out, kept, rows, b, R, kept, left)
         tl.store(dhidden_sums + tl.program_id(0).to(tl.int64) * BB + b, tl.sum(dhidden, 0))
     if DX:

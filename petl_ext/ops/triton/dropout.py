@@ -12,17 +12,19 @@ from petl_ext.ops.triton.launching import check_device
 def keep_factors(seeds, threshold, scale, rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DROPS: tl.constexpr):
     """By what the values [ROWS, COLUMNS] are multiplied: the scale, or zero where they are dropped; one where nothing
     is."""
-    if not DROPS:
-        return 1.0
-    nothing = tl.zeros([ROWS, COLUMNS // 4], tl.uint32)
-    row = rows.to(tl.int64)
-    quads = nothing + tl.arange(0, COLUMNS // 4).to(tl.uint32)[None, :]
-    lower = nothing + (row & 0xFFFFFFFF).to(tl.uint32)[:, None]
-    upper = nothing + (row >> 32).to(tl.uint32)[:, None]
-    last = nothing + (tl.load(seeds + 1) & 0xFFFFFFFF).to(tl.uint32)
-    first, second, third, fourth = tl.philox(tl.load(seeds), quads, lower, upper, last)
-    draws = tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))
-    return tl.where(draws >= threshold, scale, 0.0)
+    if DROPS:
+        nothing = tl.zeros([ROWS, COLUMNS // 4], tl.uint32)
+        row = rows.to(tl.int64)
+        quads = nothing + tl.arange(0, COLUMNS // 4).to(tl.uint32)[None, :]
+        lower = nothing + (row & 0xFFFFFFFF).to(tl.uint32)[:, None]
+        upper = nothing + (row >> 32).to(tl.uint32)[:, None]
+        last = nothing + (tl.load(seeds + 1) & 0xFFFFFFFF).to(tl.uint32)
+        first, second, third, fourth = tl.philox(tl.load(seeds), quads, lower, upper, last)
+        draws = tl.interleave(tl.interleave(first, third), tl.interleave(second, fourth))
+        factors = tl.where(draws >= threshold, scale, 0.0)
+    else:
+        factors = 1.0
+    return factors
 
 
 def dropout_arguments(op, x, dropout, seeds):

@@ -27,7 +27,7 @@ class Tiles(NamedTuple):
 
 # By the greatest padded inner size: for tensor cores, and for products that they do not compute.
 ROW_TILES = {
-    64: (Tiles(64, 32, 64, 8), Tiles(16, 32, 32, 4)),
+    64: (Tiles(64, 32, 64, 8), Tiles(16, 32, 64, 4)),
     128: (Tiles(64, 32, 32, 8), Tiles(16, 16, 32, 8)),
     256: (Tiles(16, 32, 32, 8), Tiles(16, 32, 32, 8)),
     512: (Tiles(16, 16, 32, 8, 1), Tiles(8, 16, 64, 8)),
