@@ -56,10 +56,10 @@ def stalls_of(kernel, code):
         instructions = code.instructions[loop.first : loop.last + 1]
         count = {opcode: sum(i.opcode == opcode for i in instructions) for opcode in ("HGMMA", "STSM")}
         products = (count["HGMMA"], count["STSM"])
-        kinds = {(of_first, 0): "first", (of_second, 4): "second", (of_first + of_second, 4): "tile"}
-        if kind := kinds.get(products):
+        loops = {(of_first, 0): "first", (of_second, 4): "second", (of_first + of_second, 4): "tile"}
+        if part := loops.get(products):
             # A branch back from where a warp waits once more spans code that is not the loop's.
-            found[kind] = min(found.get(kind, sys.maxsize), sum(max(1, i.stall) for i in instructions))
+            found[part] = min(found.get(part, sys.maxsize), sum(max(1, i.stall) for i in instructions))
     between = found["tile"] - found["first"] - found["second"]
     return Stalls(name, inner, cluster, found["first"], found["second"], between)
 
