@@ -56,7 +56,7 @@ def version(compilation):
     return re.search(r"release .*", told)[0]
 
 
-def _text(object_file, toolkit):
+def text_of_code(object_file, toolkit):
     """What nvdisasm writes, kept for the next time."""
     folder = FOLDER / "code"
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ class Kernels:
         for object_file in cuda_kernels.compile_all(compilation):
             if not re.search(r"Compiling entry function", object_file.with_suffix(".ptxas").read_text()):
                 continue
-            kernels = sass.parse(_text(object_file, compilation.toolkit))
+            kernels = sass.parse(text_of_code(object_file, compilation.toolkit))
             for name, symbol in zip(register_report.readable(list(kernels)), kernels, strict=True):
                 self._code[name] = kernels, symbol
         for use in register_report.uses_of(self._objects(compilation)):

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import cuda_kernels
 import cuda_toolkit
+import hopper_stalls
 import pytest
 import register_report
 import torch
 from compiled_kernels import compile_kernels
+from counting import machine_code
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,6 +134,16 @@ def test_half_precision_runs_on_the_tensor_cores(objects, disassembler):
         if not names & any_of
     ]
     assert not missing, "\n".join(missing)
+
+
+def test_stalls_of_the_hopper_path_are_as_the_table_says(objects, compilation, disassembler):
+    found = hopper_stalls.all_stalls(filter(cuda_kernels.is_for_hopper, objects), compilation.toolkit)
+    of_tile = {(stalls.name, stalls.inner): stalls.of_tile for stalls in found}
+    assert of_tile["apt relu Bfloat16", 208] <= 10_500 and of_tile["adapter gelu norm Bfloat16", 192] <= 19_000
+    told = (ROOT / "bench" / "results" / "hopper-stalls.md").read_text()
+    if machine_code.version(compilation) not in told:
+        pytest.skip("the table is another compiler's")
+    assert hopper_stalls.table(found) in told
 
 
 def copy_of_the_tree(folder):
