@@ -22,7 +22,7 @@ from petl_ext.ops.triton.launching import (
     sum_of_columns,
 )
 from petl_ext.ops.triton.products import centred, finite, narrow, product, rest_of, store_tile, tile
-from petl_ext.ops.triton.tiles import padded
+from petl_ext.ops.triton.tiles import columns_of, padded
 
 
 @triton.jit
@@ -225,11 +225,13 @@ class _Inputs:
         self.factor = scale * gain.float() if gain is not None else torch.full((1,), scale, device=x.device)
         tiles = row_tiles(self.inner, x.dtype, x.device)
         self.grid = (triton.cdiv(self.rows, tiles.rows),)
-        self.constants = {"BB": padded(self.inner), "BM": tiles.rows, "BK": tiles.depth, "BN": tiles.columns}
+        self.dropout, drops = dropout_arguments("adapter", x, dropout, seeds)
+        self.constants = {"BB": padded(self.inner), "BM": tiles.rows, "BK": tiles.depth, "DROPS": drops}
+        is_crowded = drops and x.dtype is not torch.float32  # of floats, few columns would spill on gfx942
+        self.constants["BN"] = columns_of(tiles, self.inner, is_crowded)
         is_rounded = x.dtype is not torch.float32 and (self.has_norm or down.dtype is not x.dtype)
         self.constants |= {"ACTIVATION": activation, "NORM": self.has_norm, "tiles": tiles, "like": x}
         self.constants["REST"] = activation == "relu" and is_rounded
-        self.dropout, self.constants["DROPS"] = dropout_arguments("adapter", x, dropout, seeds)
         self.eps = eps
 
 

@@ -17,7 +17,7 @@ from petl_ext.ops.triton.launching import (
     rows_of,
 )
 from petl_ext.ops.triton.products import finite, narrow, product, rest_of, store_tile, tile
-from petl_ext.ops.triton.tiles import padded
+from petl_ext.ops.triton.tiles import columns_of, padded
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def _prepared(x, y, prompts, keys, log_scale, activation, **more):
     check_sizes("apt", width, inner)
     dtype = x.dtype if x.dtype is y.dtype else torch.float32
     tiles = row_tiles(inner, dtype, x.device)
-    constants = {"PP": padded(inner), "BM": tiles.rows, "BK": tiles.depth, "BN": tiles.columns}
+    constants = {"PP": padded(inner), "BM": tiles.rows, "BK": tiles.depth}
     constants |= {"SOFTMAX": activation == "softmax", "tiles": tiles, "like": x}
     return x.numel() // width, width, inner, constants
 
@@ -139,6 +139,8 @@ def apt_forward(
     x_rows, y_rows = _in_one_dtype(x, y)
     kept = -(-inner // 8) * 8
     drop, drops = dropout_arguments("apt", x, dropout, seeds)
+    is_crowded = drops and x_rows.dtype is not torch.float32  # of floats, few columns would spill
+    constants |= {"DROPS": drops, "BN": columns_of(constants["tiles"], inner, is_crowded)}
     out, gate = torch.empty(y.shape, dtype=y.dtype, device=y.device), new_floats(y, rows)
     scores = torch.empty((rows, kept) if keep_scores else (0,), dtype=_kept_dtype(x, y), device=y.device)
     if rows:
@@ -149,7 +151,6 @@ def apt_forward(
             *(out, gate, scores, *drop, rows, width, inner, kept),
             REST=activation == "relu" and x_rows.dtype is not torch.float32 and keys.dtype is not x_rows.dtype,
             KEEP=keep_scores,
-            DROPS=drops,
             **constants,
         )
     return out, gate, scores
@@ -172,6 +173,7 @@ def apt_backward(
     _check_kept(dout, x, y, gate, scores, {"gate": (rows,), "scores": (rows, kept)})
     dout_rows, x_rows, y_rows = _in_one_dtype(dout, x, dout if y is None else y)
     drop, drops = dropout_arguments("apt", x, dropout, seeds)
+    constants |= {"DROPS": drops, "BN": columns_of(constants["tiles"], inner, drops)}
     dx, dy = new_gradient(x, needs_dx), new_gradient(dout, needs_dy)
     gradients = [new_gradient(prompts, needs_dprompts), new_gradient(keys, needs_dkeys)]
     gradients.append(new_gradient(log_scale, y is not None))
@@ -188,7 +190,6 @@ def apt_backward(
         DY=needs_dy,
         DWEIGHTS=needs_dprompts or needs_dkeys,
         DSCALE=y is not None,
-        DROPS=drops,
         **constants,
     )
     dscores, weighted = lefts

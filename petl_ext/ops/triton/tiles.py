@@ -37,6 +37,8 @@ AMD_ROW_TILES = ROW_TILES | {
     256: (Tiles(32, 32, 32, 4, 1), Tiles(16, 16, 32, 8)),
     512: (Tiles(16, 16, 32, 4, 1), Tiles(16, 16, 32, 4, 1)),
 }
+# Kernels that drop out of more inner columns than the former take fewer of the width's at a time: draws need registers.
+LEAST_CROWDED, CROWDED_COLUMNS = 128, 16
 # Of weights' gradients: `rows` are summed over, at most WEIGHT_ROWS of the weight are taken at a time.
 WEIGHT_ROWS = 64
 WEIGHT_TILES = (Tiles(64, 0, 64, 4), Tiles(32, 0, 64, 8))
@@ -53,6 +55,11 @@ TOKENS_PER_SPLIT = 256
 def padded(inner):
     """The power of two that a kernel takes an inner size for, at least 16, the least that is multiplied."""
     return max(16, 1 << (inner - 1).bit_length())
+
+
+def columns_of(tiles, inner, is_crowded):
+    """Of the width D, that a kernel of rows takes at a time."""
+    return CROWDED_COLUMNS if is_crowded and inner > LEAST_CROWDED else tiles.columns
 
 
 def tiles_for(table, inner, has_no_tensor_cores):
