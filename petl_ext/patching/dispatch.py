@@ -5,7 +5,8 @@ import contextlib
 import torch
 
 from petl_ext.composing import has_device_hook
-from petl_ext.ops.kernels import floors_of, no_kernel_because
+from petl_ext.ops.floors import floors_of
+from petl_ext.ops.kernels import no_kernel_because
 from petl_ext.patching.kind import dropout_of, new_tensor
 
 

@@ -3,7 +3,7 @@
 from torch import nn
 
 from petl_ext.composing import become, composed
-from petl_ext.ops.kernels import adjust_floors
+from petl_ext.ops.floors import adjust_floors
 from petl_ext.patching.kinds import KINDS
 from petl_ext.patching.recognize import find, kind_of
 from petl_ext.patching.report import PatchReport, left_alone_row, patched_row

@@ -1,9 +1,9 @@
 import pytest
 
-from petl_ext.ops import kernels
+from petl_ext.ops import floors
 
 
 @pytest.fixture
 def no_floors(monkeypatch):
     """Otherwise so few rows would go to the modules' own forward."""
-    monkeypatch.setattr(kernels, "FLOORS", {})
+    monkeypatch.setattr(floors, "FLOORS", {})

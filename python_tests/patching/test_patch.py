@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import petl_ext
-from petl_ext.ops import kernels
+from petl_ext.ops import floors
 from petl_ext.patching.patch import kind_of
 
 DRAWS = 4  # Which of two errors is smaller in one draw of few numbers, each rounded several times, is luck.
@@ -170,9 +170,9 @@ def test_every_parameter_gets_a_gradient_in_data_parallel(no_floors, tmp_path):
 
 
 def test_too_few_rows_run_the_modules_own_forward(monkeypatch):
-    floors = {("adapter", torch.float32, torch.float32): kernels.Floors(10, None, 8)}
-    floors["adapter", torch.float32, torch.bfloat16] = kernels.Floors(6, 20, None)
-    monkeypatch.setattr(kernels, "FLOORS", floors)
+    high = {("adapter", torch.float32, torch.float32): floors.Floors(10, None, 8)}
+    high["adapter", torch.float32, torch.bfloat16] = floors.Floors(6, 20, None)
+    monkeypatch.setattr(floors, "FLOORS", high)
     model = made(lambda: Adapter(DIM))
     patch = petl_ext.patch(model)
     with OpsCalled() as called, torch.no_grad():

@@ -12,7 +12,7 @@ from tolerance import assert_as_good_as_torch
 from torch import nn
 
 import petl_ext
-from petl_ext.ops import kernels
+from petl_ext.ops import floors, kernels
 from petl_ext.ops.adapter import adapter
 from petl_ext.patching import kinds
 from petl_ext.patching.dispatch import own_forward_because
@@ -83,7 +83,7 @@ class SqueezeKind(Kind):
 @pytest.fixture
 def squeeze(monkeypatch):
     """The kind is known, and no row is too few."""
-    monkeypatch.setattr(kernels, "FLOORS", {})
+    monkeypatch.setattr(floors, "FLOORS", {})
     kinds.KINDS.append(SqueezeKind)
     yield
     kinds.KINDS.remove(SqueezeKind)

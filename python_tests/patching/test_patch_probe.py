@@ -9,7 +9,7 @@ from original_modules import Adapter, Cross_Attention, ParallelAdapter, approxim
 from torch import nn
 
 import petl_ext
-from petl_ext.ops import kernels
+from petl_ext.ops import floors
 from petl_ext.patching import probe, recognize
 from petl_ext.patching.patch import kind_of
 
@@ -196,7 +196,7 @@ class Refusing(Adapter):
 
 @pytest.mark.parametrize("axes", [1, 2, 4, 5])
 def test_inputs_of_so_many_axes_are_refused_as_before(axes, monkeypatch):
-    monkeypatch.setattr(kernels, "FLOORS", {})
+    monkeypatch.setattr(floors, "FLOORS", {})
     model = nn.Sequential(Refusing(lambda x: x.dim() == axes))
     assert petl_ext.patch(model).report().fused == 1
     assert model[0].petl_settings.axes == tuple(n for n in (3, 2, 4) if n != axes)
@@ -205,7 +205,7 @@ def test_inputs_of_so_many_axes_are_refused_as_before(axes, monkeypatch):
 
 
 def test_inputs_of_so_many_axes_compute_what_they_did(monkeypatch):
-    monkeypatch.setattr(kernels, "FLOORS", {})
+    monkeypatch.setattr(floors, "FLOORS", {})
     module = Branching(lambda m, x: x.dim() == 2)
     petl_ext.patch(nn.Sequential(module))
     x = torch.randn(7, DIM)

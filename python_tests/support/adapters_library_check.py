@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel
 
 import petl_ext
-from petl_ext.ops import kernels
+from petl_ext.ops import floors
 
 FUSED = {
     "sequential": adapters.SeqBnConfig(),
@@ -116,7 +116,7 @@ def check_moved():
 
 def main():
     # Otherwise so few rows would go to the library's own forward.
-    kernels.FLOORS.clear()
+    floors.FLOORS.clear()
     for config in FUSED.values():
         check_fused(bert_with(config))
     check_fused(bert_with(adapters.SeqBnConfig(), adapters.SeqBnConfig(), fuse=True))
