@@ -113,7 +113,7 @@ class SequentialAdapterProjection(ProjectionSite, AdapterSite):
     projections = ATTENTIONS | MLPS
     second_stream = SequentialAdapterSecondStream
 
-    def changed(self, x, y, begun):
+    def changed(self, x, y):
         return self.adapter(y)
 
 
@@ -122,7 +122,7 @@ class ParallelAdapterProjection(SequentialAdapterProjection):
 
     second_stream = ParallelAdapterSecondStream
 
-    def changed(self, x, y, begun):
+    def changed(self, x, y):
         return self.adapter(x, residual=y)
 
 
@@ -133,7 +133,7 @@ class SequentialAdapterMixture(MixtureSite, SequentialAdapterProjection):
 class ParallelAdapterMixture(MixtureSite, ParallelAdapterProjection):
     """The adapter beside a mixture of experts: it reads the same input."""
 
-    def changed(self, x, y, begun):
+    def changed(self, x, y):
         return self.adapter(x.reshape(y.shape), residual=y)
 
 

@@ -66,7 +66,7 @@ class APTAttention(ProjectionSite, APTSite):
     projections = ATTENTIONS
     second_stream = APTSecondStream
 
-    def changed(self, x, y, begun):
+    def finished(self, x, y, begun):
         return self.apt(x, y, begun)
 
 

@@ -95,11 +95,15 @@ class ProjectionSite(Site):
         begun = self.begin(hidden_states)
         output = super().forward(hidden_states, *arguments, **named)
         if isinstance(output, tuple):
-            return self.changed(hidden_states, output[0], begun), *output[1:]
-        return self.changed(hidden_states, output, begun)
+            return self.finished(hidden_states, output[0], begun), *output[1:]
+        return self.finished(hidden_states, output, begun)
 
-    def changed(self, x, y, begun):
-        """The module's new output from its input x and its own output y, all [..., D], and what `begin` returned."""
+    def finished(self, x, y, begun):
+        """As `changed`, where `begin` returned `begun`."""
+        return self.changed(x, y)
+
+    def changed(self, x, y):
+        """The module's new output from its input x and its own output y, all [..., D]."""
         raise NotImplementedError
 
 
