@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,9 @@ def test_nothing_is_too_long():
 )
 def test_what_is_too_long_is_seen(source, found):
     assert list(too_long(source, is_python=True)) == found
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest would collect only the first."""
+    names = Counter(path.name for path in (ROOT / "python_tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
