@@ -17,7 +17,8 @@ class SideStream:
     def queue(self, work):
         """Calls `work`, which queues into this stream what may begin as soon as the current stream is here.
 
-        Tensors that it reads must be kept until `wait`.
+        Tensors that it reads must be kept until `wait`, which must follow, since no capture may end with a stream that
+        has not come back; where `work` returns None, it has followed.
 
         Returns:
             What it returns; None, without a call, where no CUDA graph is being captured: the host would take longer to
@@ -27,7 +28,10 @@ class SideStream:
             return None
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
-            return work()
+            found = work()
+        if found is None:
+            self.wait()
+        return found
 
     def wait(self):
         """What the current stream does next comes behind all that was queued here."""

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 import petl_ext
 from petl_ext import APTConfig, APTLayer, ops
+from petl_ext.nn.side_stream import SideStream
 from petl_ext.ops.apt import begun_apt, packed_apt
 
 ON_CUDA = pytest.mark.parametrize("device", CUDA_DEVICES, ids=str, indirect=True)
@@ -191,6 +193,33 @@ def test_only_a_frozen_layer_begins(events):
     layer.freeze(overlap=True)
     layer.train()
     assert layer.begin(x) is None and events == []
+
+
+@pytest.mark.parametrize("found", [None, "begun"])
+@pytest.mark.parametrize("captures", [True, False])
+def test_a_stream_that_leaves_a_capture_comes_back(monkeypatch, captures, found):
+    """On streams that only say who waits for whom."""
+    waits = []
+
+    class Stream:
+        device = "gpu"
+
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            waits.append((self.name, other.name))
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures)
+    side = SideStream("gpu")
+    assert side.queue(lambda: found) == (found if captures else None)
+    left, back = ("side", "main"), ("main", "side")
+    assert waits == ([left] + [back] * (found is None) if captures else [])
+    side.wait()
+    assert waits[-1] == back
 
 
 def test_what_freeze_refuses():
