@@ -21,6 +21,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     # torch.compile's own compiler causes it when it is loaded.
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+    if config.getoption("--rounds") < 2:
+        raise pytest.UsageError(f"--rounds must be at least 2, got {config.getoption('--rounds')}")
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ VILT = Shape("vilt", batch=8, tokens=240, dim=768)
 VILT_ONE = Shape("vilt", batch=1, tokens=240, dim=768)
 VILT_MANY = Shape("vilt", batch=64, tokens=240, dim=768)
 METER_TEXT_ONE = Shape("meter-text", batch=1, tokens=40, dim=768)
+METER_IMAGE_ONE = Shape("meter-image", batch=1, tokens=577, dim=768)
 METER_IMAGE = Shape("meter-image", batch=4, tokens=577, dim=768)
 # ViT-B/16 at 224 pixels, with its class token.
 CLIP_IMAGE = Shape("clip-image", batch=8, tokens=197, dim=768)

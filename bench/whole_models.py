@@ -5,8 +5,8 @@
 `make bench` leaves it out: a training step of a batch of eight takes seconds on one thread. The same model is compared
 
 - bare;
-- own: with the trained module of an original code base at twelve places, AdaptFormer's adapter with its dropout of 0.1
-  or APT's prompts;
+- own: with the trained modules of an original code base, AdaptFormer's adapter with its dropout of 0.1 (ViT), APT's
+  prompts (ViLT) or APT's and DAS's adapters (METER's fusion layers, of states that its two encoders made);
 - patched: the same after `petl_ext.patch`;
 - attached: with our layer of the same size by `petl_ext.attach`;
 - lora: by peft, of rank 8 in queries and values.
@@ -14,33 +14,56 @@
 In training, the trained layers and a classifier learn.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
 from clock import thread_clock
-from original_modules import ParallelAdapter, approximate_prompt
+from original_modules import Adapter, ParallelAdapter, approximate_prompt
 from peft import LoraConfig, inject_adapter_in_model
-from shapes import CLIP_IMAGE, CLIP_IMAGE_ONE, VILT, VILT_ONE
+from shapes import CLIP_IMAGE, CLIP_IMAGE_ONE, METER_IMAGE, METER_IMAGE_ONE, METER_TEXT_ONE, VILT, VILT_ONE
 from test_skipping import make_inputs
 from torch import nn
 from transformers import ViltConfig, ViltModel, ViTConfig, ViTModel
 
 import petl_ext
+from petl_ext import AdapterConfig, APTConfig
+from petl_ext.models import MeterConfig, MeterModel
 
 LABELS = 10
 DTYPES = {"float32": torch.float32, "bfloat16 autocast": torch.bfloat16}
 
 
-def vit(sizes):
-    return ViTModel(ViTConfig(**sizes), add_pooling_layer=False)
+class Fusion(MeterModel):
+    """METER from its fusion layers on."""
+
+    def forward(self, text_states, image_states):
+        return self.fuse(text_states, image_states)
 
 
-def vilt(sizes):
-    return ViltModel(ViltConfig(**sizes), add_pooling_layer=False)
+def vit():
+    return ViTModel(ViTConfig(), add_pooling_layer=False)
+
+
+def vilt():
+    return ViltModel(ViltConfig(), add_pooling_layer=False)
+
+
+def meter():
+    encoder = {"num_hidden_layers": 1}
+    return Fusion(MeterConfig(text_config=encoder, vision_config=encoder))
 
 
 def pixels(shape):
     return {"pixel_values": torch.randn(shape.batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))}
+
+
+def states(shape):
+    generator = torch.Generator().manual_seed(0)
+    tokens = {"text_states": METER_TEXT_ONE.tokens, "image_states": shape.tokens}
+    return {name: torch.randn(shape.batch, count, shape.dim, generator=generator) for name, count in tokens.items()}
 
 
 def with_adapters(model):
@@ -58,6 +81,18 @@ def with_prompts(model):
         attention.register_forward_hook(_prompted)
 
 
+def with_bottlenecks(model):
+    """An adapter behind every attention and MLP of the fusion layers, where their outputs are not added yet."""
+    for name, module in [*model.named_modules()]:
+        if name.startswith("cross_modal") and name.endswith("output.dropout"):
+            module.trained = Adapter(model.config.hidden_size, 96)
+            module.register_forward_hook(_adapted)
+
+
+def _adapted(dropout, arguments, out):
+    return dropout.trained(out)
+
+
 def _added(mlp, arguments, out):
     return out + mlp.trained(arguments[0], False)
 
@@ -66,38 +101,51 @@ def _prompted(attention, arguments, out):
     return (attention.trained(out[0], arguments[0]), *out[1:])
 
 
-# Of each model: how it is made, its inputs, the original module at its places, and our configuration.
+class WholeModel(NamedTuple):
+    """How a model is made, its inputs, the original modules at their sites, our configuration, and the first output."""
+
+    make: Callable
+    inputs: Callable
+    add_own: Callable
+    config: object
+    output: str = "last_hidden_state"
+
+
 MODELS = {
-    "vit adapters": (
-        vit,
-        pixels,
-        with_adapters,
-        petl_ext.AdapterConfig(kind="parallel", bottleneck=64, scale=0.1, dropout=0.1),
+    "vit adapters": WholeModel(
+        vit, pixels, with_adapters, AdapterConfig(kind="parallel", bottleneck=64, scale=0.1, dropout=0.1)
     ),
-    "vilt prompts": (vilt, make_inputs, with_prompts, petl_ext.APTConfig(num_prompts=200)),
+    "vilt prompts": WholeModel(vilt, make_inputs, with_prompts, APTConfig(num_prompts=200)),
+    "meter adapters": WholeModel(
+        meter, states, with_bottlenecks, AdapterConfig(kind="sequential", bottleneck=96), "text_last_hidden_state"
+    ),
 }
-SHAPES = {"vit adapters": (CLIP_IMAGE_ONE, CLIP_IMAGE), "vilt prompts": (VILT_ONE, VILT)}
+SHAPES = {
+    "vit adapters": (CLIP_IMAGE_ONE, CLIP_IMAGE),
+    "vilt prompts": (VILT_ONE, VILT),
+    "meter adapters": (METER_IMAGE_ONE, METER_IMAGE),
+}
 
 
 class Classifier(nn.Module):
     """A model's first token, classified. Of the model the trained layers alone train."""
 
-    def __init__(self, name, contender, **sizes):
+    def __init__(self, whole, contender):
         super().__init__()
-        make, _, add_own, config = MODELS[name]
-        self.model = make(sizes).requires_grad_(False)
+        self.output = whole.output
+        self.model = whole.make().requires_grad_(False)
         if contender in ("own", "patched"):
-            add_own(self.model)
+            whole.add_own(self.model)
         if contender == "patched":
             petl_ext.patch(self.model)
         if contender == "attached":
-            petl_ext.attach(self.model, config)
+            petl_ext.attach(self.model, whole.config)
         if contender == "lora":
             inject_adapter_in_model(LoraConfig(r=8, target_modules=["query", "value", "q_proj", "v_proj"]), self.model)
         self.classifier = nn.Linear(self.model.config.hidden_size, LABELS)
 
     def forward(self, inputs):
-        return self.classifier(self.model(**inputs).last_hidden_state[:, 0])
+        return self.classifier(self.model(**inputs)[self.output][:, 0])
 
 
 def forward(classifier, inputs, dtype):
@@ -132,9 +180,10 @@ def training_step(classifier, inputs, dtype):
 @pytest.mark.parametrize(("ours", "others"), [("patched", ("bare", "own")), ("attached", ("bare", "lora"))])
 def test_whole_model(ours, others, name, shape, dtype, direction, compare):
     torch.manual_seed(0)
-    inputs = MODELS[name][1](shape)
+    whole = MODELS[name]
+    inputs = whole.inputs(shape)
     contenders = {
-        contender: direction(Classifier(name, contender), inputs, DTYPES[dtype]) for contender in (*others, ours)
+        contender: direction(Classifier(whole, contender), inputs, DTYPES[dtype]) for contender in (*others, ours)
     }
     title = f"whole {name} {ours} {direction.__name__} {dtype} {shape}"
     compare(title, shape, contenders, ours, thread_clock)
