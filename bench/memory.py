@@ -13,7 +13,7 @@ def saved_for_backward(call, given):
 
     def pack(tensor):
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # itself, it would hold the node that keeps it, and neither would ever be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         # The result holds the graph, and the graph what it saved: no address is used twice meanwhile.

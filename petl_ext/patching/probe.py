@@ -73,7 +73,8 @@ def _undisturbed():
         stack.enter_context(autocast_everywhere())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is))
+        # Detached: an output that its own node keeps as it is would hold the node, and neither is ever freed.
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _as_it_is))
         if "torch._dynamo" in sys.modules:  # Before it is imported, which takes long, nothing can have been compiled.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from live_tensors import count_tensors
 from ops_called import OpsCalled
 from original_modules import Adapter
 from torch import nn
@@ -135,6 +136,13 @@ def test_instances_of_a_patched_class_wait_for_a_plain_call(run, adapter_class):
     assert not kind_of(module)
     module(stream())
     assert kind_of(module)
+
+
+def test_looking_at_a_module_leaves_no_tensor_behind():
+    petl_ext.patch(nn.Sequential(Adapter(DIM))).unpatch()
+    before = count_tensors()
+    petl_ext.patch(nn.Sequential(Adapter(DIM))).unpatch()
+    assert count_tensors() == before
 
 
 def test_instances_of_a_patched_class_are_probed_within_a_checkpoint(adapter_class):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from live_tensors import count_tensors
 from small_recipes import small_recipe
 
 from petl_ext.cli import main
@@ -122,6 +123,13 @@ def test_what_is_kept_for_backward_grows_with_the_batch_and_shrinks_by_checkpoin
 
     assert kept("training.micro_batch=8") == 2 * kept() > 0
     assert kept("training.gradient_checkpointing=true") < kept()
+
+
+def test_planning_leaves_no_tensor_behind(digits):
+    plan(small_recipe("digits-vqa-apt"), digits)
+    before = count_tensors()
+    plan(small_recipe("digits-vqa-apt"), digits)
+    assert count_tensors() == before
 
 
 def test_the_commands(digits, tmp_path, capsys):
