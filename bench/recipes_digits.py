@@ -23,7 +23,7 @@ from petl_ext.recipes.searching import search
 from petl_ext.recipes.training import train
 
 RESULTS = Path(__file__).parent / "results" / "recipes"
-TASKS = ("vqa", "gqa", "snli-ve", "nlvr2", "scienceqa", "retrieval")
+TASKS = ("vqa", "gqa", "snli-ve", "nlvr2", "scienceqa", "retrieval", "images")
 METHODS = ("classifier", "lora", "apt", "adapter", "das")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoImageProcessor,
+    AutoModelForImageClassification,
     AutoTokenizer,
     BertModel,
     CLIPVisionModel,
@@ -102,6 +103,17 @@ def _fill_types(types, before):
         types.weight.copy_(before.weight[rows])
 
 
+def _make_image(given, cls, num_labels, method, searching):
+    for name in ("checkpoint", "image_size"):
+        if getattr(given, name) is not None:
+            raise ValueError(f"model.{name} must be null for the family image, got {getattr(given, name)}")
+    return cls.from_pretrained(given.name, num_labels=num_labels, ignore_mismatched_sizes=True)
+
+
+def _image_processor(given):
+    return TextAndImage(None, AutoImageProcessor.from_pretrained(given.image_processor or given.name))
+
+
 def _make_dvp(language_class, given, cls, num_labels, method, searching):
     options = {name: getattr(method, name) for name in ("insert_layer", "use_adapters", "dropout", "original")}
     if method.adapter_bottleneck is not None:
@@ -178,6 +190,7 @@ FAMILIES = {
         _make_meter,
         _meter_processor,
     ),
+    "image": Family({"image_classification": AutoModelForImageClassification}, _make_image, _image_processor),
     "dvp-bert": _dvp(DVPBert, BertModel),
     "dvp-t5": _dvp(DVPT5, T5Model),
     "dvp-llama": _dvp(DVPLlama, LlamaModel),

@@ -1,5 +1,6 @@
 """What a recipe knows of each task: the data set and its files, the loss, what is measured and what is written."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import default_data_collator
 
-from petl_ext.tasks import gqa, nlvr2, retrieval, scienceqa, snli_ve, vqa
-from petl_ext.tasks.labels import IGNORED, LabelVocabulary, label_loss, soft_target_loss
+from petl_ext.tasks import gqa, image_classification, nlvr2, retrieval, scienceqa, snli_ve, vqa
+from petl_ext.tasks.files import write_json
+from petl_ext.tasks.labels import IGNORED, LabelVocabulary, label_accuracy, label_loss, soft_target_loss
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class RecipeTask:
     """One task.
 
     Attributes:
-        dataset, collator: of `petl_ext.tasks`.
+        dataset, collator: of `petl_ext.tasks`, or what makes them.
         files: arguments of the data set that are files or folders below the data folder.
         options: its other arguments that a part of a split may have.
         loss: (outputs, labels, num_items_in_batch) -> the loss, as a Trainer's compute_loss_func.
@@ -31,8 +34,8 @@ class RecipeTask:
         vocabulary_class: reads them again.
     """
 
-    dataset: type[Dataset]
-    collator: type
+    dataset: Callable[..., Dataset]
+    collator: Callable[[Any, int | None], Callable]
     files: tuple[str, ...]
     options: tuple[str, ...]
     loss: Callable
@@ -100,6 +103,34 @@ def _finish_scienceqa(logits, dataset, folder):
     scienceqa.write_results(folder / "scienceqa_results.json", dataset.problems, answers)
     found = scienceqa.accuracy(answers, dataset.problems)
     return {name: one.accuracy for name, one in found.items() if one.count}
+
+
+def _classes(folders, min_count):
+    counts = Counter(image.class_name for folder in folders for image in image_classification.read_image_folder(folder))
+    return LabelVocabulary(sorted(name for name, count in counts.items() if count >= min_count))
+
+
+def _image_folder(images, vocabulary, processor, max_length, cache_images=False, shots=None, seed=0):
+    """Images of a folder, all or so many of each class; `max_length` is that of texts, which they have not."""
+    found = image_classification.read_image_folder(images)
+    if shots is not None:
+        found = image_classification.draw_shots(found, shots, seed).shots
+    return image_classification.ImageClassificationDataset(
+        found, vocabulary.answers, processor.image_processor, cache_images
+    )
+
+
+def _image_collator(processor, text_length):
+    return default_data_collator
+
+
+def _finish_image_classification(logits, dataset, folder):
+    predicted = [dataset.classes[label] for label in logits.argmax(dim=1).tolist()]
+    shown = {str(image.path): name for image, name in zip(dataset.images, predicted, strict=True)}
+    write_json(folder / "image_classification_predictions.json", shown)
+    labels = torch.tensor([dataset.label[image.class_name] for image in dataset.images])
+    by_class = image_classification.accuracy_by_class(logits, labels, dataset.classes)
+    return {"accuracy": label_accuracy(logits, labels), **by_class}
 
 
 def _finish_retrieval(scores, dataset, folder):
@@ -171,6 +202,16 @@ TASKS = {
         finish=_finish_scienceqa,
         columns={"Avg": "ScienceQA"},
         num_labels=len(scienceqa.LETTERS),
+    ),
+    "image_classification": _with_class_loss(
+        dataset=_image_folder,
+        collator=_image_collator,
+        files=("images",),
+        options=("shots", "seed"),
+        compute_metrics=image_classification.compute_metrics,
+        finish=_finish_image_classification,
+        columns={"accuracy": "images"},
+        vocabulary=_classes,
     ),
 }
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from petl_ext.printing import listed
-from petl_ext.tasks.inputs import IMAGE_SUFFIXES, is_image_file, read_image
+from petl_ext.tasks.inputs import IMAGE_SUFFIXES, check_image_files, is_image_file, read_image
 from petl_ext.tasks.labels import compute_metrics, require_one_each
 
 __all__ = [
@@ -47,6 +47,11 @@ class LabeledImage:
 
     path: Path
     class_name: str
+
+    @property
+    def image_id(self) -> str:
+        """One of its own."""
+        return str(self.path)
 
     @property
     def where(self) -> str:
@@ -206,22 +211,32 @@ class ImageClassificationDataset(torch.utils.data.Dataset):
             )
         self._cache = {} if cache_images else None
 
+    @property
+    def entries(self) -> list[LabeledImage]:
+        """The images."""
+        return self.images
+
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"pixel_values": self._pixels(index), "labels": self.label[self.images[index].class_name]}
+        image = self.images[index]
+        return {"pixel_values": self._pixels(image), "labels": self.label[image.class_name]}
 
-    def _pixels(self, index: int) -> Tensor:
+    def check_images(self, num_workers: int = 0, progress: bool = True) -> None:
+        """Decodes every image once; see `inputs.check_image_files`."""
+        check_image_files([(image.path, image.where) for image in self.images], num_workers, progress)
+
+    def _pixels(self, image: LabeledImage) -> Tensor:
         if self._cache is None:
-            return self._read_pixels(index)
-        if index not in self._cache:
-            self._cache[index] = self._read_pixels(index)
-        return self._cache[index]
+            return self._read_pixels(image)
+        if image.path not in self._cache:
+            self._cache[image.path] = self._read_pixels(image)
+        return self._cache[image.path]
 
-    def _read_pixels(self, index: int) -> Tensor:
-        image = read_image(self.images[index].path, self.images[index].where)
-        return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+    def _read_pixels(self, image: LabeledImage) -> Tensor:
+        opened = read_image(image.path, image.where)
+        return self.image_processor(opened, return_tensors="pt")["pixel_values"][0]
 
 
 def accuracy_by_class(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, float]:

@@ -101,17 +101,8 @@ class TextImageDataset(torch.utils.data.Dataset):
 
         Raises ValueError naming the first that cannot be decoded, and how many there are.
         """
-        from tqdm.auto import tqdm
-
-        used = {str(self.images.of(one)): one for entry in self.entries for one in self._pictured(entry)}
-        decoded = _Decoded(self.images, list(used.values()))
-        loader = torch.utils.data.DataLoader(
-            decoded, num_workers=num_workers, collate_fn=list, generator=torch.Generator()
-        )
-        with tqdm(loader, desc="images", unit="image", disable=not progress) as bar:
-            broken = [error for errors in bar for error in errors if error is not None]
-        if broken:
-            raise ValueError(f"{broken[0]} ({len(broken)} of {len(decoded)} images cannot be decoded)")
+        pictured = [one for entry in self.entries for one in self._pictured(entry)]
+        check_image_files([(self.images.of(one), one.where) for one in pictured], num_workers, progress)
 
     def _pictured(self, entry: Entry) -> Sequence[Entry]:
         """What of an entry has an image: itself."""
@@ -131,19 +122,38 @@ class TextImageDataset(torch.utils.data.Dataset):
 
 @dataclass
 class _Decoded(torch.utils.data.Dataset):
-    """Of each entry's image what is wrong with it, None for nothing."""
+    """Of each image what is wrong with it, None for nothing."""
 
-    images: Images
-    entries: Sequence[Entry]
+    files: Sequence[tuple[ImageFile, str]]
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.files)
 
     def __getitem__(self, index: int) -> str | None:
         try:
-            read_image(self.images.of(self.entries[index]), self.entries[index].where)
+            read_image(*self.files[index])
         except ValueError as error:
             return str(error)
+
+
+def check_image_files(files: Sequence[tuple[ImageFile, str]], num_workers: int = 0, progress: bool = True) -> None:
+    """Decodes every image once.
+
+    Args:
+        files: of each image the file and the words that name it in an error; a file that comes twice is read once.
+        num_workers: processes that decode.
+        progress: show a bar.
+
+    Raises ValueError naming the first that cannot be decoded, and how many there are.
+    """
+    from tqdm.auto import tqdm
+
+    decoded = _Decoded(list({str(file): (file, where) for file, where in files}.values()))
+    loader = torch.utils.data.DataLoader(decoded, num_workers=num_workers, collate_fn=list, generator=torch.Generator())
+    with tqdm(loader, desc="images", unit="image", disable=not progress) as bar:
+        broken = [error for errors in bar for error in errors if error is not None]
+    if broken:
+        raise ValueError(f"{broken[0]} ({len(broken)} of {len(decoded)} images cannot be decoded)")
 
 
 def is_image_file(path: Path) -> bool:

@@ -47,7 +47,7 @@ def test_the_papers_methods_models_and_tasks():
 
 
 def test_digits_have_all_tasks():
-    tasks = ("vqa", "gqa", "snli-ve", "nlvr2", "retrieval", "scienceqa")
+    tasks = ("vqa", "gqa", "snli-ve", "nlvr2", "retrieval", "scienceqa", "images")
     methods = ("apt", "adapter", "das", "das-search", "lora", "classifier")
     assert named(("digits",), tasks, methods) == set(shipped()) - set(PAPERS)
 

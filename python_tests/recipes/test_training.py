@@ -51,7 +51,7 @@ def train_killed(digits, output, where, call, name, *settings):
     assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
-@pytest.mark.parametrize("name", ["vqa", "gqa", "snli-ve", "nlvr2", "retrieval", "scienceqa"])
+@pytest.mark.parametrize("name", ["vqa", "gqa", "snli-ve", "nlvr2", "retrieval", "scienceqa", "images"])
 def test_every_task_trains_and_is_measured(name, digits, tmp_path):
     settings = ["training.steps=2", "training.batch_size=4"]
     run = train(small_recipe(f"digits-{name}-apt", *settings), digits, tmp_path / "run", progress=False)

@@ -18,12 +18,12 @@ from petl_ext.demo.digits.scenes import (
     POSITIONS,
     QUESTIONS_PER_IMAGE_ID,
     RELATIONS,
-    SIDES,
     DigitObject,
     SceneSplit,
     images_folder,
-    on_side,
+    one_of_several,
     stands,
+    unique,
 )
 
 YES_NO = ("yes", "no")
@@ -41,7 +41,7 @@ Asked = Iterator[tuple[str, str]]
 
 
 def _color_of(objects: Objects) -> Asked:
-    for it in _unique(objects, "digit"):
+    for it in unique(objects, "digit"):
         yield f"what color is the {it.digit}?", it.color
 
 
@@ -51,19 +51,19 @@ def _color_at(objects: Objects) -> Asked:
 
 
 def _digit_of(objects: Objects) -> Asked:
-    for it in _unique(objects, "color"):
+    for it in unique(objects, "color"):
         yield f"which digit is {it.color}?", str(it.digit)
 
 
 def _one_digit_of_several(objects: Objects) -> Asked:
     for color in COLOR_NAMES:
-        for side, it in _one_of_several([it for it in objects if it.color == color]):
+        for side, it in one_of_several([it for it in objects if it.color == color]):
             yield f"which {color} digit is {side}?", str(it.digit)
 
 
 def _one_color_of_several(objects: Objects) -> Asked:
     for digit in range(10):
-        for side, it in _one_of_several([it for it in objects if it.digit == digit]):
+        for side, it in one_of_several([it for it in objects if it.digit == digit]):
             yield f"what color is the {digit} {side}?", it.color
 
 
@@ -78,7 +78,7 @@ def _digit_by_relation(objects: Objects) -> Asked:
 
 
 def _is_color(objects: Objects) -> Asked:
-    for it in _unique(objects, "digit"):
+    for it in unique(objects, "digit"):
         for color in COLOR_NAMES:
             yield f"is the {it.digit} {color}?", _yes(it.color == color)
 
@@ -98,7 +98,7 @@ def _exists_at(objects: Objects) -> Asked:
 
 
 def _is_related(objects: Objects) -> Asked:
-    for it, other in permutations(_unique(objects, "digit"), 2):
+    for it, other in permutations(unique(objects, "digit"), 2):
         for relation in RELATIONS:
             holds = stands(it.position, relation, other.position)
             if holds or stands(other.position, relation, it.position):
@@ -106,7 +106,7 @@ def _is_related(objects: Objects) -> Asked:
 
 
 def _which_color(objects: Objects) -> Asked:
-    for it in _unique(objects, "digit"):
+    for it in unique(objects, "digit"):
         for first, second in permutations(COLOR_NAMES, 2):
             if it.color in (first, second):
                 yield f"is the {it.digit} {first} or {second}?", it.color
@@ -117,7 +117,7 @@ def _which_relation(objects: Objects) -> Asked:
         "to the left or right of": {"left": "left of", "right": "right of"},
         "above or below": {"above": "above", "below": "below"},
     }
-    for it, other in permutations(_unique(objects, "digit"), 2):
+    for it, other in permutations(unique(objects, "digit"), 2):
         for words, answers in choices.items():
             for answer, relation in answers.items():
                 if stands(it.position, relation, other.position):
@@ -137,7 +137,7 @@ def _either_exists(objects: Objects) -> Asked:
 
 
 def _same_color(objects: Objects) -> Asked:
-    for it, other in permutations(_unique(objects, "digit"), 2):
+    for it, other in permutations(unique(objects, "digit"), 2):
         yield f"are the {it.digit} and the {other.digit} the same color?", _yes(it.color == other.color)
 
 
@@ -145,23 +145,9 @@ def _yes(holds: bool) -> str:
     return YES_NO[not holds]
 
 
-def _unique(objects: Objects, attribute: str) -> list[DigitObject]:
-    """The objects that share their `attribute` with no other."""
-    values = [getattr(it, attribute) for it in objects]
-    return [it for it, value in zip(objects, values, strict=True) if values.count(value) == 1]
-
-
-def _one_of_several(alike: Objects) -> Iterator[tuple[str, DigitObject]]:
-    """Of several objects: those that are the only one on their side, with the side."""
-    for side in SIDES if len(alike) > 1 else ():
-        there = [it for it in alike if on_side(it.position, side)]
-        if len(there) == 1:
-            yield side, there[0]
-
-
 def _related(objects: Objects, attribute: str) -> Iterator[tuple[str, DigitObject, DigitObject]]:
     """(relation, object known by its `attribute`, the only object that stands in the relation to it)."""
-    for other in _unique(objects, attribute):
+    for other in unique(objects, attribute):
         for relation in RELATIONS:
             there = [it for it in objects if stands(it.position, relation, other.position)]
             if len(there) == 1:

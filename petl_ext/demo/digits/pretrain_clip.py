@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from petl_ext.demo.digits.images import CLASSES, DigitImageMaker, DigitImages
+from petl_ext.demo.digits.images import CLASSES, GROUND_BRIGHTNESS, DigitImageMaker, DigitImages
 from petl_ext.demo.digits.pretraining import Optimization, Optimizer
 from petl_ext.demo.digits.scenes import CELL, COLOR_NAMES
 
@@ -106,6 +106,29 @@ def pretrain(folder: str | Path, seed: int = 0, schedule: Schedule = Schedule(),
         part.save_pretrained(folder)
 
 
+@torch.no_grad()
+def zero_shot_accuracy(folder: str | Path, domain: str) -> float:
+    """Of a written model, on one image of every validation picture in a domain."""
+    model, maker = CLIPModel.from_pretrained(folder).eval(), DigitImageMaker("val", domain)
+    drawn = maker.make(np.arange(maker.num_pictures), np.random.default_rng(0))
+    texts = [f"a photo of a {name}." for name in CLASSES]
+    inputs = dict(make_tokenizer()(texts, padding=True, return_tensors="pt", return_token_type_ids=False))
+    inputs["pixel_values"] = make_image_processor()(list(drawn.images), return_tensors="pt")["pixel_values"]
+    logits = model(**inputs).logits_per_image
+    return (logits.argmax(dim=1).numpy() == drawn.digits).mean().item()
+
+
+README = """# A small pre-trained CLIP of single digits
+
+Made by `python -m petl_ext.demo.digits.pretrain_clip --seed {seed}`: {steps} steps of captions such as "a photo of a
+red seven." of scikit-learn's handwritten digits, on black. Of their 1797 pictures it saw the 1197 of the training split.
+
+- {parameters:,} parameters in float32.
+- Zero-shot accuracy on the 300 pictures of the validation split: {plain:.1%} on black, as it was trained, {ground:.1%}
+  on colored grounds, on which the recipes of images train.
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Pre-trains a small CLIP on digits.")
@@ -116,6 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # more are slower on matrices this small, and would change the result
     pretrain(options.output, options.seed, Schedule(steps=options.steps), progress=not options.no_progress)
+    parameters = sum(weight.numel() for weight in CLIPModel.from_pretrained(options.output).parameters())
+    facts = {domain: zero_shot_accuracy(options.output, domain) for domain in GROUND_BRIGHTNESS}
+    facts |= {"seed": options.seed, "steps": options.steps, "parameters": parameters}
+    (options.output / "README.md").write_text(README.format(**facts), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ has a wrong word. It never sees a question. The folder loads with
 import argparse
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,11 +51,11 @@ class Schedule(Optimization):
     caption_batch: int = 64
 
 
-def vilt_config() -> ViltConfig:
+def vilt_config(num_words: int = len(VOCABULARY), num_tokens: int = 24) -> ViltConfig:
     """One patch per cell of a scene, so that a sequence has 4 patches and the image's class token."""
     return ViltConfig(
-        vocab_size=len(VOCABULARY),
-        max_position_embeddings=24,
+        vocab_size=num_words,
+        max_position_embeddings=num_tokens,
         hidden_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -70,9 +70,9 @@ def vilt_config() -> ViltConfig:
 class PretrainingModel(nn.Module):
     """ViLT with a masked-word head, a matching head, and a tag head per attribute."""
 
-    def __init__(self):
+    def __init__(self, config: ViltConfig | None = None):
         super().__init__()
-        self.masked = ViltForMaskedLM(vilt_config())
+        self.masked = ViltForMaskedLM(config or vilt_config())
         self.vilt = self.masked.vilt
         width = self.vilt.config.hidden_size
         self.matches = nn.Linear(width, 2)
@@ -249,15 +249,15 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(dim=-1) == labels).float().mean().item()
 
 
-def save(model: PretrainingModel, folder: Path) -> None:
+def save(model: PretrainingModel, folder: Path, words: Mapping[str, int] = WORD_ID) -> None:
     """Writes the backbone without its pre-training heads: weights in float16, which `config.json` loads as float32."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {f"vilt.{name}": weight.half().contiguous() for name, weight in model.vilt.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = vilt_config()
+    config = vilt_config(len(words), model.vilt.config.max_position_embeddings)
     config.architectures, config.dtype = ["ViltForQuestionAnswering"], "float32"
     config.save_pretrained(folder)
-    tokenizer = BertTokenizer(vocab=WORD_ID, model_max_length=config.max_position_embeddings)
+    tokenizer = BertTokenizer(vocab=dict(words), model_max_length=config.max_position_embeddings)
     pixels = ViltImageProcessorPil(do_resize=False, rescale_factor=PIXEL_SCALE, do_normalize=False, do_pad=False)
     ViltProcessor(pixels, tokenizer).save_pretrained(folder)
 

@@ -4,6 +4,7 @@ A scene is a grid of 2 x 2 cells; a cell is empty or holds one of scikit-learn's
 splits share no digit picture. Captions are for pre-training and never contain one of the questions of vqa.py.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,20 @@ def on_side(position: str, side: str) -> bool:
 
 def _row_and_column(position: str) -> tuple[int, int]:
     return divmod(POSITIONS.index(position), 2)
+
+
+def unique(objects: Sequence[DigitObject], attribute: str) -> list[DigitObject]:
+    """The objects that share their `attribute` with no other."""
+    values = [getattr(it, attribute) for it in objects]
+    return [it for it, value in zip(objects, values, strict=True) if values.count(value) == 1]
+
+
+def one_of_several(alike: Sequence[DigitObject]) -> Iterator[tuple[str, DigitObject]]:
+    """Of several objects: those that are the only one on their side, with the side."""
+    for side in SIDES if len(alike) > 1 else ():
+        there = [it for it in alike if on_side(it.position, side)]
+        if len(there) == 1:
+            yield side, there[0]
 
 
 def split_pictures() -> dict[str, np.ndarray]:
