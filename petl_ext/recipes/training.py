@@ -87,11 +87,22 @@ class Experiment:
 
 
 class RecipeTrainer(Trainer):
-    """A Trainer with the learning rates and weight decays of a recipe's training section."""
+    """A Trainer with the learning rates and weight decays of a recipe's training section.
+
+    Attributes:
+        waits: the seconds for which each optimizer step waited for its data.
+    """
 
     def __init__(self, *arguments: Any, training: Training, **named: Any):
-        self.training = training
+        self.training, self.waits = training, []
         super().__init__(*arguments, **named)
+
+    def get_batch_samples(self, *arguments: Any, **named: Any) -> tuple[list, torch.Tensor | int | None]:
+        """The batches of an optimizer step."""
+        begun = time.perf_counter()
+        batches = super().get_batch_samples(*arguments, **named)
+        self.waits.append(time.perf_counter() - begun)
+        return batches
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with a group for each learning rate and decay."""
@@ -215,7 +226,7 @@ def begun(experiment: Experiment, output: str | Path, overwrite: bool, progress:
     return run, arguments
 
 
-def run_trainer(trainer: Trainer, run: Run) -> dict[str, Any]:
+def run_trainer(trainer: RecipeTrainer, run: Run) -> dict[str, Any]:
     """Trains to the end, and says what was measured meanwhile."""
     clock = StepClock()
     trainer.add_callback(clock)
@@ -228,6 +239,7 @@ def run_trainer(trainer: Trainer, run: Run) -> dict[str, Any]:
         "epochs": trainer.state.epoch,
         "best_step": trainer.state.best_global_step,
         "step_seconds": clock.median,
+        "wait_seconds": _median(trainer.waits),
         "peak_memory": peak_memory(),
         "device": device_name(),
         "processes": trainer.args.world_size,
@@ -252,7 +264,11 @@ class StepClock(TrainerCallback):
     @property
     def median(self) -> float | None:
         """Without the first steps; None where there were no others."""
-        return statistics.median(self.seconds[WARM_STEPS:]) if len(self.seconds) > WARM_STEPS else None
+        return _median(self.seconds)
+
+
+def _median(seconds):
+    return statistics.median(seconds[WARM_STEPS:]) if len(seconds) > WARM_STEPS else None
 
 
 def _synchronize():

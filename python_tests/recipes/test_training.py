@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from petl_ext.recipes import training
 from petl_ext.recipes.evaluating import evaluate
 from petl_ext.recipes.runs import open_run
 from petl_ext.recipes.training import parameter_groups, train
+from petl_ext.tasks import vqa
 
 # In a process of its own, killed where {where} is called for the {call}th time.
 KILLED = """
@@ -153,6 +155,19 @@ def test_what_is_wrong_is_told_before_anything_is_written(settings, message, dig
 def test_half_precision_needs_a_gpu(digits, tmp_path):
     with pytest.raises(ValueError, match=r"training\.precision must be fp32 or bf16 without a GPU, got fp16"):
         train(small_recipe("digits-vqa-apt", "training.precision=fp16"), digits, tmp_path / "run", progress=False)
+
+
+def test_a_step_that_waits_for_its_data_says_so(digits, tmp_path, monkeypatch):
+    quick = train(small_recipe("digits-vqa-apt"), digits, tmp_path / "quick", progress=False).training()
+    read = vqa.VQADataset.__getitem__
+
+    def slowly(dataset, index):
+        time.sleep(0.05)
+        return read(dataset, index)
+
+    monkeypatch.setattr(vqa.VQADataset, "__getitem__", slowly)
+    slow = train(small_recipe("digits-vqa-apt"), digits, tmp_path / "slow", progress=False).training()
+    assert slow["wait_seconds"] >= 0.05 * 8 and quick["wait_seconds"] > 0
 
 
 def test_accumulated_batches_train_as_one(digits, tmp_path):

@@ -121,7 +121,7 @@ def zero_shot_accuracy(folder: str | Path, domain: str) -> float:
 README = """# A small pre-trained CLIP of single digits
 
 Made by `python -m petl_ext.demo.digits.pretrain_clip --seed {seed}`: {steps} steps of captions such as "a photo of a
-red seven." of scikit-learn's handwritten digits, on black. Of their 1797 pictures it saw the 1197 of the training split.
+red seven." of scikit-learn's handwritten digits, on black. Of their 1797 pictures it saw the 1197 for training.
 
 - {parameters:,} parameters in float32.
 - Zero-shot accuracy on the 300 pictures of the validation split: {plain:.1%} on black, as it was trained, {ground:.1%}
