@@ -183,7 +183,7 @@ def test_scienceqa_files_are_what_the_reader_expects(folder, split):
     assert len(data) == SIZES[split]
     words = {"image": 0, "text": 0, "none": 0}
     for problem in data.problems:
-        assert len(set(problem.choices)) == 4
+        assert len(set(problem.choices)) == 4 and sorted(problem.choices) == list(problem.choices)
         right = problem.choices[problem.answer]
         context = "image" if problem.image else "text" if problem.hint else "none"
         words[context] += 1

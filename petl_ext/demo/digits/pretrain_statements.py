@@ -1,8 +1,9 @@
 """Goes on with the demo's ViLT for the recipes: `python -m petl_ext.demo.digits.pretrain_statements --output DIR`.
 
-The model reads true and false statements about scenes of the training digits (`statements.py`) in the words of all
-tasks, restores their masked words, and tells which are true; between them it goes on with captions. It never sees a
-question, an answer or an official file.
+The model reads true and false statements about scenes of the training digits (`statements.py`), restores their masked
+words, and tells which are true; between them it goes on with captions. It never sees a question, an answer or an
+official file. It has a row for every word of every task: those that only NLVR2's sentences, ScienceQA's problems and
+questions have keep the embeddings that they were drawn with.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from petl_ext.demo.digits.pretrain_vilt import (
 )
 from petl_ext.demo.digits.pretraining import Optimization, Optimizer
 from petl_ext.demo.digits.scenes import SceneMaker, Scenes
-from petl_ext.demo.digits.statements import TOLD_WORDS, list_statement, statement
+from petl_ext.demo.digits.statements import TOLD_WORDS, statement
 from petl_ext.tasks.labels import IGNORED
 
 logger = logging.getLogger("petl_ext")
@@ -47,8 +48,7 @@ class Schedule(Optimization):
 
     steps: int = 4000
     captions: int = 16
-    statements: int = 48
-    list_statements: int = 16
+    statements: int = 64
 
 
 def new_model() -> PretrainingModel:
@@ -61,16 +61,9 @@ def new_model() -> PretrainingModel:
     return model
 
 
-def make_statements(scenes: Scenes, of_lists: bool, rng: np.random.Generator) -> Captions:
+def make_statements(scenes: Scenes, rng: np.random.Generator) -> Captions:
     """One statement per scene, whole. Behind them, in the same order, stand those that are true, a word masked."""
-    told = []
-    for index in range(len(scenes)):
-        objects = scenes.objects(index)
-        if of_lists:
-            described = scenes.objects(index - 1) if rng.random() < 0.5 else None
-            told.append(list_statement(objects, described, rng))
-        else:
-            told.append(statement(objects, rng))
+    told = [statement(scenes.objects(index), rng) for index in range(len(scenes))]
     rows = [_ids(text.split()) for text, _ in told]
     labels = [torch.full_like(row, IGNORED) for row in rows]
     for (_, is_true), row in zip(told, list(rows), strict=True):
@@ -90,9 +83,8 @@ def _ids(words: Sequence[str]) -> Tensor:
 
 
 def _masked(row: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """The row with one of the words masked that make it true, the last four times as often; and that word."""
-    places = [at for at, word in enumerate(row.tolist()) if WORDS[word] in TOLD_WORDS]
-    at = int(rng.choice([*places, *places[-1:] * 3]))
+    """The row with one of the words masked that make it true, and that word."""
+    at = int(rng.choice([at for at, word in enumerate(row.tolist()) if WORDS[word] in TOLD_WORDS]))
     masked, label = row.clone(), torch.full_like(row, IGNORED)
     masked[at], label[at] = WORD_ID["[MASK]"], row[at]
     return masked, label
@@ -114,30 +106,27 @@ def statement_results(
 
 
 def train(model: PretrainingModel, schedule: Schedule, seed: int, progress: bool = True) -> None:
-    """Steps of captions, statements and, every other one, statements by the letter of a list."""
+    """Steps of captions and statements."""
     rng, maker, optimizer = np.random.default_rng(seed), SceneMaker("train"), Optimizer(model, schedule)
     model.train()
-    for step in optimizer.steps(schedule.steps, "statements", progress):
+    for _ in optimizer.steps(schedule.steps, "statements", progress):
         loss = CAPTION_WEIGHT * caption_stage_loss(model, maker.make(schedule.captions, rng), rng)
-        for of_lists in (False, True)[: 1 + step % 2]:
-            scenes = maker.make(schedule.list_statements if of_lists else schedule.statements, rng)
-            matching, words = statement_results(model, scenes, make_statements(scenes, of_lists, rng))
-            loss = loss + MATCH_WEIGHT * F.cross_entropy(*matching) + F.cross_entropy(*words)
-        optimizer.minimize(loss)
+        scenes = maker.make(schedule.statements, rng)
+        matching, words = statement_results(model, scenes, make_statements(scenes, rng))
+        optimizer.minimize(loss + MATCH_WEIGHT * F.cross_entropy(*matching) + F.cross_entropy(*words))
 
 
 @torch.no_grad()
 def measure(model: PretrainingModel, num_scenes: int = 1500) -> dict[str, float]:
     """Accuracy on statements about scenes of the validation digits."""
     model.eval()
-    metrics = {}
-    for of_lists, name in ((False, "statements"), (True, "statements by a letter")):
-        rng = np.random.default_rng(0)
-        scenes = SceneMaker("val").make(num_scenes, rng)
-        results = statement_results(model, scenes, make_statements(scenes, of_lists, rng))
-        for what, (logits, labels) in zip(("true or false", "masked word"), results, strict=True):
-            metrics[f"{name}: {what}"] = (logits.argmax(dim=-1) == labels).float().mean().item()
-    return metrics
+    rng = np.random.default_rng(0)
+    scenes = SceneMaker("val").make(num_scenes, rng)
+    results = statement_results(model, scenes, make_statements(scenes, rng))
+    return {
+        name: (logits.argmax(dim=-1) == labels).float().mean().item()
+        for name, (logits, labels) in zip(("true or false", "masked word"), results, strict=True)
+    }
 
 
 README = """# A small pre-trained ViLT for the recipes
@@ -146,18 +135,16 @@ Made from the demo's by `python -m petl_ext.demo.digits.pretrain_statements --se
 one busy CPU thread: {steps} steps of true and false statements about scenes, masked words of the true ones, captions.
 
 - {parameters:,} parameters, stored as float16; `from_pretrained` gives float32.
-- Of the digits it saw those that the demo's saw, so none of validation and test. It knows the words of all tasks and
-  never saw one of their questions. Some statements read like hypotheses of SNLI-VE and sentences of NLVR2, which are
-  statements too.
+- Of the digits it saw those that the demo's saw, so none of validation and test. It never saw a question, but some
+  statements read like hypotheses of SNLI-VE, which are statements too. Words that only questions, NLVR2's sentences
+  and ScienceQA's problems have keep the embeddings that they were drawn with.
 
 Accuracy on 1500 scenes of the validation digits, from the stored float16 weights (float32 in brackets); of the
-statements half are true:
+statements half are true, and several words may fit a mask:
 
 | | |
 |---|---|
 {rows}
-
-Several words may fit a mask.
 """
 
 

@@ -1,8 +1,8 @@
 """Multiple choice in ScienceQA's file formats about scenes of handwritten digits; `write.write_digits` writes them.
 
 A third of the problems is about the image, a third about a text that describes it, and a third gives no context. The
-right choice stands at each place equally often, and what a question asks for is drawn: a question alone tells nothing,
-but where it needs no context.
+choices are sorted, and what a question asks for is drawn: a question alone tells nothing, but where it needs no
+context.
 """
 
 import json
@@ -40,11 +40,10 @@ WORDS = (
 
 
 def _choices(right: str, others: list[str], rng: np.random.Generator) -> tuple[list[str], int]:
-    """`right` at a random place among some of `others`."""
+    """`right` among some of `others`, sorted; the index of `right`."""
     wrong = [other for other in others if other != right]
-    chosen = [wrong[index] for index in rng.permutation(len(wrong))[: CHOICES - 1]]
-    answer = int(rng.integers(CHOICES))
-    return [*chosen[:answer], right, *chosen[answer:]], answer
+    choices = sorted([right, *rng.permutation(wrong)[: CHOICES - 1].tolist()])
+    return choices, choices.index(right)
 
 
 def _about_scene(objects: list[DigitObject], rng: np.random.Generator) -> tuple[str, str, list[str]]:
