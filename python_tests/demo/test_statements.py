@@ -1,5 +1,6 @@
 """Statements about scenes, judged once more by patterns of their own, and the recipes' backbone, which learned them."""
 
+import contextlib
 import re
 
 import numpy as np
@@ -10,7 +11,7 @@ from transformers import ViltModel, ViltProcessor
 from petl_ext.demo.digits import BACKBONE, RECIPES_BACKBONE, pretrain_statements
 from petl_ext.demo.digits.pretrain_vilt import save
 from petl_ext.demo.digits.scenes import SceneMaker
-from petl_ext.demo.digits.statements import TEMPLATES, statement
+from petl_ext.demo.digits.statements import TEMPLATES, TOLD_WORDS, statement
 
 ROW_AND_COLUMN = {"northwest": (0, 0), "northeast": (0, 1), "southwest": (1, 0), "southeast": (1, 1)}
 SIDES = {"on the left": (1, 0), "on the right": (1, 1), "at the top": (0, 0), "at the bottom": (0, 1)}
@@ -68,7 +69,6 @@ JUDGES = {
     r"the (.+?) (on the left|on the right|at the top|at the bottom) is (\w+)": at_side,
     r"the (.+) is (\w+)": lambda objects, words, value: having(objects, words) == having(objects, f"{words} {value}"),
     r"there is a (\w+ digit) and a (\w+ digit)": lambda objects, a, b: all(having(objects, it) for it in (a, b)),
-    r"there is a (\w+ digit) or a (\w+ digit)": lambda objects, a, b: any(having(objects, it) for it in (a, b)),
     r"there is (.+)": lambda objects, words: bool(having(objects, words)),
     r"there are (\d) ((?:\w+ )?digits)": lambda objects, count, words: len(having(objects, words)) == int(count),
 }
@@ -82,42 +82,41 @@ def judge(text, objects):
     raise AssertionError(text)
 
 
-def test_every_statement_of_every_template_is_judged_right(scenes):
+def test_every_statement_of_every_template_is_true(scenes):
     for name, template in TEMPLATES.items():
-        judged = [(index, *one) for index in range(100) for one in template(scenes.objects(index))]
-        assert {is_true for _, _, is_true in judged} == {True, False}, name
-        for index, text, is_true in judged:
-            assert judge(text, scenes.objects(index)) == is_true, (text, scenes.objects(index))
+        told = [(index, text) for index in range(300) for text in template(scenes.objects(index))]
+        assert len(told) > 20, name
+        for index, text in told:
+            assert judge(text, scenes.objects(index)), (text, scenes.objects(index))
 
 
-def test_half_of_the_statements_are_true_and_none_is_a_question(scenes):
+def test_a_judge_of_another_scene_says_no(scenes):
+    """So that it would have said so of a wrong statement."""
+    rng = np.random.default_rng(3)
+    told = [statement(scenes.objects(index), rng) for index in range(300)]
+    wrong = 0
+    for index, text in enumerate(told):
+        with contextlib.suppress(ValueError, IndexError):  # what it speaks of is not there
+            wrong += not judge(text, scenes.objects(index - 1))
+    assert wrong > 100
+
+
+def test_all_templates_are_drawn_and_none_asks(scenes):
     rng = np.random.default_rng(0)
     told = [statement(scenes.objects(index), rng) for index in range(300)]
-    assert 0.42 < np.mean([is_true for _, is_true in told]) < 0.58
-    words = {word for text, _ in told for word in text.split()}
-    assert words <= set(pretrain_statements.WORDS) and not words & {
-        "?",
-        "how",
-        "what",
-        "where",
-        "which",
-        "question",
-        "holds",
-        "options",
-    }
+    words = {word for text in told for word in text.split()}
+    assert words <= set(pretrain_statements.WORDS) and words >= TOLD_WORDS
+    assert not words & {"?", "how", "what", "where", "which", "question", "holds", "options"}
 
 
-def test_masked_words_are_those_of_the_true_statements(scenes):
+def test_a_masked_word_makes_a_statement_true(scenes):
     statements = pretrain_statements.make_statements(scenes, np.random.default_rng(2))
-    true = statements.matches == 1
     masked = statements.labels != pretrain_statements.IGNORED
-    assert len(statements.matches) == 300 and len(statements.input_ids) == 300 + true.sum()
-    assert not masked[:300].any() and (masked[300:].sum(dim=1) == 1).all()
+    assert len(statements.input_ids) == 300 and (masked.sum(dim=1) == 1).all()
     assert (statements.input_ids[masked] == pretrain_statements.WORD_ID["[MASK]"]).all()
-    restored = torch.where(masked, statements.labels, statements.input_ids)
-    assert torch.equal(restored[300:], restored[:300][true])
-    again = pretrain_statements.with_masked(scenes, statements)
-    assert (again.images[300:] == scenes.images[true.numpy()]).all() and len(again) == len(restored)
+    for index, row in enumerate(torch.where(masked, statements.labels, statements.input_ids).tolist()):
+        words = [pretrain_statements.WORDS[word] for word in row]
+        assert judge(" ".join(words[1 : words.index("[SEP]")]), scenes.objects(index))
 
 
 def test_it_begins_as_the_demos_backbone():
