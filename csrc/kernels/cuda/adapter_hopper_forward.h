@@ -6,16 +6,24 @@
 // products with them are under way.
 #pragma once
 #include "kernels/cuda/adapter_forward.h"
-#include "kernels/cuda/hopper_layout.h"
+#include "kernels/cuda/hopper_rows.h"
 
 namespace petl::cuda {
 
 // A lane's share of two rows: of the deviations from the mean of the row's first chunk. That mean is no further from
 // the row's than all the others together can be, so that their squares keep the digits that 16-bit elements have.
+template <class T>
 struct ChunkDeviations {
+  static constexpr bool kReads = true;
+
   float pivots[2], sums[2] = {}, squares[2] = {};
 
-  __device__ __forceinline__ void add(const float (&values)[2][kHopperChunk / 4], int chunk) {
+  template <class Op>
+  __device__ __forceinline__ ChunkDeviations(const Op&, const WarpRows&) {}
+
+  __device__ __forceinline__ void look(unsigned char* tile, int chunk) {
+    float values[2][kHopperChunk / 4];
+    load_as_sums<T>(tile, values);
 #pragma unroll
     for (int line = 0; line < 2; ++line) {
       if (chunk == 0) {
@@ -39,14 +47,12 @@ struct ChunkDeviations {
   }
 };
 
-struct NoStatistics {};
-
 // The activation is a constant: with all of them in it, what lies between the products is half as long again.
 template <class T, AdapterActivation kActivation, bool kHasNorm>
 struct AdapterHopperOp {
   using Element = T;
-  static constexpr bool kReadsRows = kHasNorm;
-  using Statistics = std::conditional_t<kHasNorm, ChunkDeviations, NoStatistics>;
+  using Watch = std::conditional_t<kHasNorm, ChunkDeviations<T>, NoHopperWatch>;
+  static constexpr int kLefts = 1, kTiles = 1;
   struct Terms {
     float scale;
   };
@@ -56,9 +62,11 @@ struct AdapterHopperOp {
   Scale scale;
   float epsilon;
 
+  __device__ __forceinline__ void prefetch(int64_t, int64_t) const {}
+
   template <int kSums>
-  __device__ __forceinline__ void activate(float (&sums)[kSums], int64_t, int64_t, const Statistics& statistics,
-                                           Terms& terms, uint32_t (&hidden)[kSums / 8][4]) const {
+  __device__ __forceinline__ void activate(float (&sums)[kSums], const WarpRows&, const Watch& watch, Terms& terms,
+                                           uint32_t (&hidden)[kSums / 8][4]) const {
     constexpr int kInner = 2 * kSums, kLeast = hopper_least_inner(kInner);
     terms.scale = scale.value();
     RowStatistics rows[2];
@@ -66,15 +74,14 @@ struct AdapterHopperOp {
       const float unscale = *vectors.unscale;
 #pragma unroll
       for (int line = 0; line < 2; ++line) {
-        rows[line] = statistics.of(line, D, epsilon);
+        rows[line] = watch.of(line, D, epsilon);
         rows[line].inverse *= unscale;
       }
     }
 #pragma unroll
     for (int block = 0; block < kInner / 8; ++block) {
       // The lane's two units in a block of 8. Those beyond the last have no weights, and become zero.
-      const int lane = static_cast<int>(threadIdx.x) % 4;
-      const int unit = unit_of(kInner, block * 8) + lane * (kInner - block / 4 * 32 < 32 ? 4 : 8);
+      const int unit = unit_of_lane<kInner>(block);
       const bool is_there = block / 4 * 32 + 32 <= kLeast || unit < B;
       const float2 biases = load_pair(is_there, vectors.biases + unit);
       const float2 unit_sums = load_pair(kHasNorm && is_there, vectors.sums + unit);
@@ -90,7 +97,9 @@ struct AdapterHopperOp {
     }
   }
 
-  __device__ __forceinline__ float2 combine(float2 residual, float2 sum, int, int column, const Terms& terms) const {
+  __device__ __forceinline__ float2 combine(const float2 (&added)[1], float2 sum, int, int column,
+                                            const Terms& terms) const {
+    const float2 residual = added[0];
     const float2 bias = *reinterpret_cast<const float2*>(vectors.up_bias + column);
     return make_float2(residual.x + terms.scale * (sum.x + bias.x), residual.y + terms.scale * (sum.y + bias.y));
   }

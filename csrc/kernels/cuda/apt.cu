@@ -205,10 +205,40 @@ struct AptBackwardPass {
   }
 };
 
+// The same with the rows by the Hopper path.
+template <class T>
+struct AptHopperBackwardPass {
+  const AptBackward& args;
+  Partition partition;
+  void* packed;
+  AptWorkspace<T> workspace;
+
+  AptHopperBackwardPass(const AptBackward& args, void* memory)
+      : args(args),
+        partition(memory),
+        packed(partition.take<char>(apt_hopper_backward_bytes(args))),
+        workspace(args, apt_hopper_shares(args), partition) {}
+
+  int run(Queue queue) const {
+    const AptHopperKept kept{packed, workspace.dscores, workspace.weighted, workspace.shares};
+    int error = apt_hopper_backward_rows(args, kept, queue);
+    if (!error && (args.dkeys || args.dprompts)) error = backward_weights(args, workspace, queue);
+    return error ? error : finish(args, workspace, queue);
+  }
+};
+
+bool runs_on_hopper(const AptBackward& args) {
+  const auto [R, D, P] = args.size;
+  return !args.dropout.seeds && hopper_runs(R, D, P, args.dout, {});
+}
+
 template <class Function>
 auto with_backward(const AptBackward& args, void* memory, const Function& function) {
   return with_element(args.x.dtype, [&](auto element) {
     using T = decltype(element);
+    if constexpr (sizeof(T) == 2) {
+      if (runs_on_hopper(args)) return function(AptHopperBackwardPass<T>(args, memory));
+    }
     return with_shape<T>(args.size.P,
                          [&](auto shape) { return function(AptBackwardPass<T, decltype(shape)>(args, memory)); });
   });
@@ -258,6 +288,7 @@ int64_t apt_backward_workspace(const AptBackward& args) {
 }
 
 int apt_backward(const AptBackward& args, void* workspace, Queue queue) {
+  if (args.size.R > 0 && hopper_choice() == HopperChoice::unknown) return kUnknownHopperChoice;
   return with_backward(args, workspace, [&](const auto& pass) { return pass.run(queue); });
 }
 
