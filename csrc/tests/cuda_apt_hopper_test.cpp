@@ -1,8 +1,7 @@
-// Prompt diffusion by the Hopper path, on the emulator: forward, and of backward the rows, which take what it keeps.
-#include <numeric>
-
+// Prompt diffusion by the Hopper path, on the emulator.
 #include "apt_problem.h"
 #include "emulated.h"
+#include "kernels/cuda/apt.h"
 #include "kernels/cuda/apt_hopper.h"
 #include "kernels/cuda/hopper.h"
 
@@ -13,30 +12,9 @@ void forward(const petl::AptForward& args) {
   emulated::expect_success(petl::cuda::apt_hopper_forward(args, packed.data(), false, emulated::kQueue));
 }
 
-// left^T right, in float64.
-void sum_rows(const stored::Stored& left, const petl::ConstRows& right, const petl::AptSizes& size, float* sums) {
-  const stored::Floats lefts = left.values();
-  stored::Doubles totals(size.P * size.D);
-  for (int64_t row = 0; row < size.R; ++row) {
-    for (int64_t p = 0; p < size.P; ++p) {
-      for (int64_t d = 0; d < size.D; ++d) {
-        totals[p * size.D + d] += lefts[row * size.kept() + p] * stored::element_of(right, row, d);
-      }
-    }
-  }
-  std::copy(totals.begin(), totals.end(), sums);
-}
-
 void backward(const petl::AptBackward& args) {
-  const petl::AptSizes& size = args.size;
-  std::vector<double> packed = emulated::workspace(petl::cuda::apt_hopper_backward_bytes(args));
-  std::vector<double> shares(petl::cuda::apt_hopper_shares(args));
-  stored::Stored dscores(stored::Floats(size.R * size.kept()), args.dout.dtype), weighted = dscores;
-  emulated::expect_success(petl::cuda::apt_hopper_backward_rows(
-      args, {packed.data(), dscores.target().data, weighted.target().data, shares.data()}, emulated::kQueue));
-  sum_rows(dscores, args.x, size, args.dkeys);
-  sum_rows(weighted, args.dout, size, args.dprompts);
-  *args.dlog_scale = static_cast<float>(std::accumulate(shares.begin(), shares.end(), 0.0));
+  std::vector<double> workspace = emulated::workspace(petl::cuda::apt_hopper_workspace(args));
+  emulated::expect_success(petl::cuda::apt_hopper_backward(args, workspace.data(), emulated::kQueue));
 }
 
 }  // namespace

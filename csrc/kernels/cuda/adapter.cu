@@ -13,11 +13,6 @@
 namespace petl::cuda {
 namespace {
 
-Norm norm_of(const AdapterInputs& inputs) {
-  return {weights_of(inputs.norm_weight, 1, inputs.size.D), weights_of(inputs.norm_bias, 1, inputs.size.D),
-          inputs.epsilon};
-}
-
 Scale scale_of(const AdapterInputs& inputs) { return {inputs.scale, inputs.gain.data, inputs.gain.dtype}; }
 
 int64_t kept_width(const AdapterSizes& size) { return round_up(size.B, kVectorWidth); }
@@ -33,8 +28,7 @@ struct AdapterPacking {
       : vectors(AdapterVectors::in(partition, inputs.size)) {
     const auto [R, D, B] = inputs.size;
     task = {};
-    task.rows = {weights_of(inputs.down, B, D), weights_of(inputs.down_bias, 1, B), weights_of(inputs.up_bias, 1, D),
-                 norm_of(inputs), vectors};
+    task.rows = adapter_rows(inputs, vectors);
     task.operands[0] = first_operand<Layout>(task.rows.down, Order::columns, D, B);
     if (kFolds<T>) task.operands[0].gain = task.rows.norm.weight;
     down = place_operand<T>(task.operands[0], partition);
@@ -98,7 +92,7 @@ struct AdapterWorkspace {
   int slabs;
   int64_t blocks;
   RowStatistics* statistics;
-  float* products;
+  float* products = nullptr;
   double* shares = nullptr;
   T* hidden = nullptr;
   T* dhidden = nullptr;
@@ -106,12 +100,14 @@ struct AdapterWorkspace {
   float* dhidden_sums = nullptr;
   float* dout_sums = nullptr;
 
-  AdapterWorkspace(const AdapterBackward& args, int64_t blocks, Partition& partition) : blocks(blocks) {
+  // Of the rows' blocks, or whatever has a share of dgain.
+  AdapterWorkspace(const AdapterBackward& args, int64_t blocks, bool keeps_products, Partition& partition)
+      : blocks(blocks) {
     const auto [R, D, B] = args.inputs.size;
     const int64_t kept = kept_width(args.inputs.size);
     slabs = R > 0 ? slab_count<T>(R, D, B, 2, true) : 0;
     statistics = partition.take<RowStatistics>(R);
-    products = partition.take<float>(R * kept);
+    if (keeps_products) products = partition.take<float>(R * kept);
     if (args.dgain) shares = partition.take<double>(blocks);
     if (args.ddown) {
       hidden = partition.take<T>(R * kept);
@@ -180,7 +176,7 @@ struct AdapterBackwardPass {
       : args(args),
         partition(memory),
         packing(args.inputs, partition),
-        workspace(args, blocks_of_rows<Shape>(args.inputs.size.R), partition) {
+        workspace(args, blocks_of_rows<Shape>(args.inputs.size.R), true, partition) {
     const auto [R, D, B] = args.inputs.size;
     PackedOperand* const operands = packing.task.operands;
     operands[1] = first_operand<Layout>(weights_of(args.inputs.up, D, B), Order::depth, D, B);
@@ -231,6 +227,39 @@ struct AdapterBackwardPass {
     return launch_sandwich<Shape>(queue, op);
   }
 };
+
+// The same with the rows, and the first product again, by the Hopper path.
+template <class T>
+struct AdapterHopperBackwardPass {
+  const AdapterBackward& args;
+  Partition partition;
+  void* room;
+  AdapterWorkspace<T> workspace;
+
+  AdapterHopperBackwardPass(const AdapterBackward& args, void* memory)
+      : args(args),
+        partition(memory),
+        room(partition.take<char>(adapter_hopper_backward_bytes(args))),
+        workspace(args, adapter_hopper_shares(args), false, partition) {}
+
+  int run(Queue queue) const {
+    const AdapterHopperKept kept{room, workspace.statistics, workspace.hidden, workspace.dhidden, workspace.shares};
+    int error = adapter_hopper_backward_rows(args, kept, queue);
+    if (!error && args.ddown) error = backward_weights(args, workspace, queue);
+    return error ? error : finish(args, workspace, queue);
+  }
+};
+
+bool runs_on_hopper(const AdapterBackward& args) {
+  const auto [R, D, B] = args.inputs.size;
+  return !args.inputs.dropout.seeds && hopper_runs(R, D, B, args.inputs.x, args.dout);
+}
+
+template <class Function>
+auto with_hopper_pass(const AdapterBackward& args, void* memory, const Function& function) {
+  return with_half(args.inputs.x.dtype,
+                   [&](auto element) { return function(AdapterHopperBackwardPass<decltype(element)>(args, memory)); });
+}
 
 // Calls function with the pass of a call.
 template <class Function>
@@ -292,11 +321,22 @@ int adapter_forward(const AdapterForward& args, void* packed, bool is_packed, vo
   return with_pass(args, packed, workspace, [&](const auto& pass) { return pass.run(is_packed, queue); });
 }
 
+int64_t adapter_hopper_workspace(const AdapterBackward& args) {
+  return with_hopper_pass(args, nullptr, [](const auto& pass) { return pass.partition.bytes(); });
+}
+
+int adapter_hopper_backward(const AdapterBackward& args, void* workspace, Queue queue) {
+  return with_hopper_pass(args, workspace, [&](const auto& pass) { return pass.run(queue); });
+}
+
 int64_t adapter_backward_workspace(const AdapterBackward& args) {
+  if (runs_on_hopper(args)) return adapter_hopper_workspace(args);
   return with_pass(args, nullptr, [](const auto& pass) { return pass.partition.bytes(); });
 }
 
 int adapter_backward(const AdapterBackward& args, void* workspace, Queue queue) {
+  if (args.inputs.size.R > 0 && hopper_choice() == HopperChoice::unknown) return kUnknownHopperChoice;
+  if (runs_on_hopper(args)) return adapter_hopper_backward(args, workspace, queue);
   return with_pass(args, workspace, [&](const auto& pass) { return pass.run(queue); });
 }
 

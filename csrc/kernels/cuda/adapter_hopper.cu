@@ -31,8 +31,8 @@ int forward(const AdapterForward& args, const AdapterPlace& packed, Queue queue)
     op.vectors = packed.vectors;
     op.scale = {inputs.scale, inputs.gain.data, inputs.gain.dtype};
     op.epsilon = inputs.epsilon;
-    return launch_hopper(
-        queue, op, {size.R, size.D, size.B, {inputs.x}, {args.residual}, args.out, packed.weights, false});
+    return launch_hopper(queue, op,
+                         {size.R, size.D, size.B, {inputs.x}, {args.residual}, args.out, packed.weights, false});
   };
   switch (inputs.activation) {
     case AdapterActivation::relu:
@@ -54,11 +54,7 @@ int adapter_hopper_pack(const AdapterForward& args, void* packed, Queue queue) {
   const auto [R, D, B] = inputs.size;
   const AdapterPlace place = packed_in(args, packed);
   HopperPacking<AdapterRows> packing = {};
-  packing.rows = {weights_of(inputs.down, B, D),
-                  weights_of(inputs.down_bias, 1, B),
-                  weights_of(inputs.up_bias, 1, D),
-                  {weights_of(inputs.norm_weight, 1, D), weights_of(inputs.norm_bias, 1, D), inputs.epsilon},
-                  place.vectors};
+  packing.rows = adapter_rows(inputs, place.vectors);
   packing.first[0] = {packing.rows.down, Order::columns, packing.rows.norm.weight};
   packing.second = {weights_of(inputs.up, D, B), Order::columns};
   packing.firsts = 1;

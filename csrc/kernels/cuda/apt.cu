@@ -233,12 +233,15 @@ bool runs_on_hopper(const AptBackward& args) {
 }
 
 template <class Function>
+auto with_hopper_backward(const AptBackward& args, void* memory, const Function& function) {
+  return with_half(args.x.dtype,
+                   [&](auto element) { return function(AptHopperBackwardPass<decltype(element)>(args, memory)); });
+}
+
+template <class Function>
 auto with_backward(const AptBackward& args, void* memory, const Function& function) {
   return with_element(args.x.dtype, [&](auto element) {
     using T = decltype(element);
-    if constexpr (sizeof(T) == 2) {
-      if (runs_on_hopper(args)) return function(AptHopperBackwardPass<T>(args, memory));
-    }
     return with_shape<T>(args.size.P,
                          [&](auto shape) { return function(AptBackwardPass<T, decltype(shape)>(args, memory)); });
   });
@@ -283,12 +286,22 @@ int apt_forward(const AptForward& args, void* packed, AptDone done, void* worksp
   return with_forward(args, packed, workspace, [&](const auto& pass) { return pass.run(done, queue); });
 }
 
+int64_t apt_hopper_workspace(const AptBackward& args) {
+  return with_hopper_backward(args, nullptr, [](const auto& pass) { return pass.partition.bytes(); });
+}
+
+int apt_hopper_backward(const AptBackward& args, void* workspace, Queue queue) {
+  return with_hopper_backward(args, workspace, [&](const auto& pass) { return pass.run(queue); });
+}
+
 int64_t apt_backward_workspace(const AptBackward& args) {
+  if (runs_on_hopper(args)) return apt_hopper_workspace(args);
   return with_backward(args, nullptr, [](const auto& pass) { return pass.partition.bytes(); });
 }
 
 int apt_backward(const AptBackward& args, void* workspace, Queue queue) {
   if (args.size.R > 0 && hopper_choice() == HopperChoice::unknown) return kUnknownHopperChoice;
+  if (runs_on_hopper(args)) return apt_hopper_backward(args, workspace, queue);
   return with_backward(args, workspace, [&](const auto& pass) { return pass.run(queue); });
 }
 

@@ -102,28 +102,32 @@ struct AptHopperBackwardOp {
   template <int kSums>
   __device__ __forceinline__ void activate(float (&products)[kSums], const WarpRows& rows, const Watch& watch, Terms&,
                                            uint32_t (&hidden)[kSums / 8][4]) const {
-    float factors[2], totals[2] = {};
-    double share = watch.share();
+    constexpr int kInner = 2 * kSums;
+    const NeighborRows<kInner> where(rows, kept);
+    float factors[2], totals[2] = {}, share = 0;
 #pragma unroll
     for (int line = 0; line < 2; ++line) {
       factors[line] = rows.has_line(line) ? watch.scale() * gate[rows.line(line)] : 0;
     }
     if constexpr (kActivation == Activation::softmax) {
-      sum_products(products, rows, totals);
-      if (threadIdx.x % 4 == 0) share += double{factors[0]} * totals[0] + double{factors[1]} * totals[1];
+      sum_products(products, where, totals);
+      if (threadIdx.x % 4 == 0) share = factors[0] * totals[0] + factors[1] * totals[1];
     }
 #pragma unroll
-    for (int block = 0; block < kSums / 4; block += 4) {
-#pragma unroll
-      for (int line = 0; line < 2; ++line) {
-        float gradients[8], values[8];
-        get_neighbors(products, block, line, gradients);
-        load_scores<2 * kSums>(rows, line, block, values);
-        share += differentiate<2 * kSums>(block, factors[line], totals[line], gradients, values);
-        keep<2 * kSums>(rows, line, block, gradients, values, hidden);
-      }
-    }
-    store_share(share, shares, rows);
+    for (int i = 0; i < kSums / 2; ++i) hidden[i / 4][i % 4] = 0;
+    visit_neighbors(where, scores, [&](int block, int line, float (&values)[8]) {
+      float gradients[8];
+      get_neighbors(products, block, line, gradients);
+      share += differentiate<kInner>(block, factors[line], totals[line], gradients, values);
+      uint32_t pairs[4], value_pairs[4];
+      pack_pairs<T>(gradients, pairs);
+      pack_pairs<T>(values, value_pairs);
+      set_neighbors(hidden, block, line, pairs);
+      if (!dscores) return;
+      where.store(dscores, block, line, pairs);
+      where.store(weighted, block, line, value_pairs);
+    });
+    store_share(watch.share() + share, shares, rows);
   }
 
   __device__ __forceinline__ float2 combine(const float2 (&)[1], float2 sum, int, int, const Terms&) const {
@@ -131,69 +135,41 @@ struct AptHopperBackwardOp {
   }
 
  private:
-  template <int kInner>
-  __device__ __forceinline__ bool has_neighbors(const WarpRows& rows, int line, int block) const {
-    return rows.has_line(line) && unit_of_lane<kInner>(block) < kept;
-  }
-
-  template <int kInner>
-  __device__ __forceinline__ void load_scores(const WarpRows& rows, int line, int block, float (&values)[8]) const {
-    load_neighbors(has_neighbors<kInner>(rows, line, block),
-                   scores + rows.line(line) * kept + unit_of_lane<kInner>(block), neighbors_from<kInner>(block),
-                   values);
-  }
-
   // sum over the row of scores * products
   template <int kSums>
-  __device__ __forceinline__ void sum_products(const float (&products)[kSums], const WarpRows& rows,
+  __device__ __forceinline__ void sum_products(const float (&products)[kSums], const NeighborRows<2 * kSums>& where,
                                                float (&totals)[2]) const {
+    visit_neighbors(where, scores, [&](int block, int line, const float (&values)[8]) {
+      float row[8], sums[2] = {};
+      get_neighbors(products, block, line, row);
 #pragma unroll
-    for (int block = 0; block < kSums / 4; block += 4) {
-#pragma unroll
-      for (int line = 0; line < 2; ++line) {
-        float sums[8], values[8];
-        get_neighbors(products, block, line, sums);
-        load_scores<2 * kSums>(rows, line, block, values);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) totals[line] = fmaf(values[i], sums[i], totals[line]);
-      }
-    }
+      for (int i = 0; i < 8; ++i) sums[i % 2] = fmaf(values[i], row[i], sums[i % 2]);
+      totals[line] += sums[0] + sums[1];
+    });
 #pragma unroll
     for (float& total : totals) total = reduce_quad(total, Add());
   }
 
-  // Of eight scores: from products to dscores, from scores to what meets dout. Returns their share of dlog_scale.
-  // Scores beyond the last are kept as zeros, and so are their gradients.
+  // Of eight scores: from products to dscores, from scores to what meets dout. Returns their share of dlog_scale, where
+  // it is not found otherwise. Scores beyond the last are kept as zeros, and so are their gradients.
   template <int kInner>
   __device__ __forceinline__ float differentiate(int block, float factor, float total, float (&products)[8],
                                                  float (&values)[8]) const {
-    float sum = 0;
+    // Two sums, since one would have each addition wait for the one before.
+    float sums[2] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       if constexpr (kActivation == Activation::relu) {
         // A comparison written so that the gradient at a NaN is NaN, not zero.
         products[i] = values[i] <= 0 ? 0 : factor * products[i];
-        sum = fmaf(values[i], products[i], sum);
+        sums[i % 2] = fmaf(values[i], products[i], sums[i % 2]);
       } else {
-        const bool is_there = unit_of_lane<kInner>(block) + i < P;
+        const bool is_there = block * 8 + 32 <= hopper_least_inner(kInner) || unit_of_lane<kInner>(block) + i < P;
         products[i] = masked(is_there, factor * (values[i] * (products[i] - total)));
       }
       values[i] *= factor;
     }
-    return sum;
-  }
-
-  template <int kInner>
-  __device__ __forceinline__ void keep(const WarpRows& rows, int line, int block, const float (&gradients)[8],
-                                       const float (&values)[8], uint32_t (&hidden)[kInner / 16][4]) const {
-    uint32_t pairs[4], value_pairs[4];
-    pack_pairs<T>(gradients, pairs);
-    pack_pairs<T>(values, value_pairs);
-    set_neighbors(hidden, block, line, pairs);
-    const int64_t at = rows.line(line) * kept + unit_of_lane<kInner>(block);
-    const bool is_kept = dscores && has_neighbors<kInner>(rows, line, block);
-    store_neighbors(is_kept, dscores + at, neighbors_from<kInner>(block), pairs);
-    store_neighbors(is_kept, weighted + at, neighbors_from<kInner>(block), value_pairs);
+    return sums[0] + sums[1];
   }
 };
 

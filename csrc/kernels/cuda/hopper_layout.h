@@ -49,8 +49,8 @@ __host__ __device__ constexpr int unit_of(int inner, int column) {
   return first + lane * (inner - first < 32 ? 4 : 8) + block * 2 + column % 2;
 }
 
-// Of a block of 8 inner columns, the unit of the lane's first one. From the first of four blocks on (or the first of the
-// last two) they are neighbors: as many as there are columns of the lane in them.
+// Of a block of 8 inner columns, the unit of the lane's first one. From the first of four blocks on (or the first of
+// the last two) they are neighbors: as many as there are columns of the lane in them.
 template <int kInner>
 __device__ __forceinline__ int unit_of_lane(int block) {
   return unit_of(kInner, block * 8) + static_cast<int>(threadIdx.x) % 4 * (kInner - block / 4 * 32 < 32 ? 4 : 8);

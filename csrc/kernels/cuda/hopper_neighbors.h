@@ -4,35 +4,84 @@
 
 namespace petl::cuda {
 
-// Zeros where `valid` is false, and beyond `count`.
-__device__ __forceinline__ void load_neighbors(bool valid, const float* source, int count, float (&values)[8]) {
+// Where those of the lane's two lines lie in matrices [R, width].
+template <int kInner>
+class NeighborRows {
+ public:
+  __device__ __forceinline__ NeighborRows(const WarpRows& rows, int width) : width_(width) {
 #pragma unroll
-  for (int i = 0; i < 8; i += 4) {
-    const bool is_there = valid && i < count;
-    const float4 four = is_there ? *reinterpret_cast<const float4*>(source + i) : make_float4(0, 0, 0, 0);
-    values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
+    for (int line = 0; line < 2; ++line) {
+      first_[line] = rows.line(line) * width + unit_of_lane<kInner>(0);
+      has_[line] = rows.has_line(line);
+    }
   }
-}
 
-template <class T>
-__device__ __forceinline__ void load_neighbors(bool valid, const T* source, int count, float (&values)[8]) {
-  Packed<T> packed = {};
-  if (count == 8) {
-    packed = load_if(valid, source);
-  } else if (valid) {
-    const uint2 four = *reinterpret_cast<const uint2*>(source);
-    packed.words[0] = make_uint4(four.x, four.y, 0, 0);
+  // From a block's first unit on. The distance to those of block 0 is a constant, but where four end the row.
+  __device__ __forceinline__ int64_t at(int block, int line) const {
+    const int64_t first = first_[line] + block * 8;
+    return neighbors_from<kInner>(block) == 8 ? first : first - static_cast<int>(threadIdx.x) % 4 * 4;
   }
-  unpack(packed, values);
-}
+  __device__ __forceinline__ bool has(int block, int line) const {
+    return has_[line] && (block * 8 + 32 <= hopper_least_inner(kInner) || unit_of_lane<kInner>(block) < width_);
+  }
 
-template <class T>
-__device__ __forceinline__ void store_neighbors(bool valid, T* target, int count, const uint32_t (&pairs)[4]) {
-  if (!valid) return;
-  if (count == 8) {
-    *reinterpret_cast<uint4*>(target) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-  } else {
-    *reinterpret_cast<uint2*>(target) = make_uint2(pairs[0], pairs[1]);
+  __device__ __forceinline__ int width() const { return width_; }
+
+  // As they lie in memory: eight, or four and zeros. Zeros where there are none.
+  template <class T>
+  __device__ __forceinline__ Packed<T> load(const T* matrix, int block, int line) const {
+    if (neighbors_from<kInner>(block) == 8) return load_if(has(block, line), matrix + at(block, line));
+    Packed<T> packed = {};
+    if (!has(block, line)) return packed;
+    if constexpr (sizeof(T) == 4) {
+      packed.words[0] = *reinterpret_cast<const uint4*>(matrix + at(block, line));
+    } else {
+      const uint2 four = *reinterpret_cast<const uint2*>(matrix + at(block, line));
+      packed.words[0] = make_uint4(four.x, four.y, 0, 0);
+    }
+    return packed;
+  }
+
+  template <class T>
+  __device__ __forceinline__ void store(T* matrix, int block, int line, const uint32_t (&pairs)[4]) const {
+    if (!has(block, line)) return;
+    if (neighbors_from<kInner>(block) == 8) {
+      *reinterpret_cast<uint4*>(matrix + at(block, line)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    } else {
+      *reinterpret_cast<uint2*>(matrix + at(block, line)) = make_uint2(pairs[0], pairs[1]);
+    }
+  }
+
+ private:
+  int64_t first_[2];
+  bool has_[2];
+  int width_;
+};
+
+// Calls visit(block, line, values) for the lane's neighbors in a matrix, but for groups of 32 columns that are all
+// beyond its width: a branch that has ptxas take one group after the other, and not run out of registers. It must take
+// it that what visit stores may be what is loaded next; so as many loads are under way as kAhead says.
+template <int kInner, class T, class Visit>
+__device__ __forceinline__ void visit_neighbors(const NeighborRows<kInner>& where, const T* matrix, Visit visit) {
+  constexpr int kGroups = (kInner + 31) / 32, kAhead = sizeof(T) == 4 ? 1 : 2;
+  Packed<T> next[kAhead][2];
+#pragma unroll
+  for (int group = -kAhead; group < kGroups; ++group) {
+    Packed<T> now[2] = {};
+#pragma unroll
+    for (int line = 0; line < 2; ++line) {
+      if (group >= 0) now[line] = next[group % kAhead][line];
+      if (group + kAhead < kGroups) {
+        next[(group + kAhead) % kAhead][line] = where.load(matrix, (group + kAhead) * 4, line);
+      }
+    }
+#pragma unroll
+    for (int line = 0; line < 2; ++line) {
+      if (group < 0 || group * 32 >= where.width()) continue;
+      float values[8];
+      unpack(now[line], values);
+      visit(group * 4, line, values);
+    }
   }
 }
 

@@ -14,7 +14,9 @@ struct WarpRows {
   int64_t first, R;
 
   // Of the lane's two lines of sums.
-  __device__ __forceinline__ int64_t line(int i) const { return first + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * i; }
+  __device__ __forceinline__ int64_t line(int i) const {
+    return first + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * i;
+  }
   __device__ __forceinline__ bool has_line(int i) const { return line(i) < R; }
 };
 

@@ -71,11 +71,9 @@ class HopperSandwich {
   // is outside of the matrix is read as zeros and not written.
   template <class Visit>
   __device__ __forceinline__ void for_each_tile(Visit visit) const {
-    const int64_t tiles = (task_.R + kHopperRows - 1) / kHopperRows;
-    const int rank = kCluster > 1 ? static_cast<int>(blockIdx.x) % kCluster : 0;
-    for (int64_t tile = blockIdx.x - rank; tile < tiles; tile += gridDim.x) {
-      visit(static_cast<int>((tile + rank) * kHopperRows));
-    }
+    const int tiles = static_cast<int>((task_.R + kHopperRows - 1) / kHopperRows), block = static_cast<int>(blockIdx.x);
+    const int rank = kCluster > 1 ? block % kCluster : 0;
+    for (int tile = block - rank; tile < tiles; tile += static_cast<int>(gridDim.x)) visit((tile + rank) * kHopperRows);
   }
 
   __device__ __forceinline__ void produce() const {

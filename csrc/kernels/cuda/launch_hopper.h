@@ -15,6 +15,16 @@ int hopper_error(int device);
 // 0, or that the device cannot hold a cluster of a kernel's blocks, which has been prepared.
 int cluster_error(const void* kernel, const cudaLaunchConfig_t& config, int device);
 
+// No GPU of compute capability 9.0 has more multiprocessors.
+constexpr int kMostHopperBlocks = 144;
+
+// As many blocks as a launch may have.
+inline int64_t hopper_blocks(int64_t R) {
+  constexpr int kMostCluster = 2;
+  const int64_t blocks = round_up(divide_up(R, kHopperRows), kMostCluster);
+  return blocks < kMostHopperBlocks ? blocks : kMostHopperBlocks;
+}
+
 // By persistent blocks, in whole clusters: those without rows of their own help to copy the weights.
 template <class Op, int kInner, int kCluster>
 int launch_hopper_shape(Queue queue, const HopperTask<Op>& task, int64_t most_blocks) {
@@ -43,9 +53,6 @@ int launch_hopper_shape(Queue queue, const HopperTask<Op>& task, int64_t most_bl
   return error;
 }
 
-// No GPU of compute capability 9.0 has more multiprocessors.
-constexpr int kMostHopperBlocks = 144;
-
 template <class Op, size_t... kShapes>
 int launch_hopper_inner(Queue queue, const HopperTask<Op>& task, int inner, std::index_sequence<kShapes...>) {
   int multiprocessors = 0;
@@ -58,12 +65,6 @@ int launch_hopper_inner(Queue queue, const HopperTask<Op>& task, int inner, std:
   };
   (launch_if(std::integral_constant<size_t, kShapes>()), ...);
   return error;
-}
-
-// Calls function with an element of a type that hopper_takes.
-template <class Function>
-int with_half(DType dtype, const Function& function) {
-  return dtype == DType::bfloat16 ? function(Bfloat16{}) : function(Float16{});
 }
 
 struct HopperOperands {

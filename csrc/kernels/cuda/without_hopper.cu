@@ -18,4 +18,8 @@ int64_t adapter_hopper_packed_bytes(const AdapterForward&) { return 0; }
 int adapter_hopper_pack(const AdapterForward&, void*, Queue) { return kHopperIsNotBuilt; }
 int adapter_hopper_forward(const AdapterForward&, void*, bool, Queue) { return kHopperIsNotBuilt; }
 
+int64_t adapter_hopper_backward_bytes(const AdapterBackward&) { return 0; }
+int64_t adapter_hopper_shares(const AdapterBackward&) { return 0; }
+int adapter_hopper_backward_rows(const AdapterBackward&, const AdapterHopperKept&, Queue) { return kHopperIsNotBuilt; }
+
 }  // namespace petl::cuda
