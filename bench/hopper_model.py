@@ -3,9 +3,9 @@
     python bench/hopper_model.py > bench/results/hopper-model.md
 
 NO GPU HAS CALIBRATED IT. What issuing takes is from bench/results/hopper-stalls.md; everything else that it asks of the
-machine follows from the sizes. Device memory, the way from the second-level cache, each multiprocessor's own way and its
-tensor cores serve one after the other; "slow" and "fast" are two sets of speeds, between which the truth is thought to
-lie.
+machine follows from the sizes. Device memory, the way from the second-level cache, each multiprocessor's own way and
+its tensor cores serve one after the other; "slow" and "fast" are two sets of speeds, between which the truth is thought
+to lie.
 """
 
 import heapq
@@ -54,7 +54,7 @@ class Product(NamedTuple):
 
 
 class Between(NamedTuple):
-    """What a tile of rows asks for between its products: bytes, and how often a warp waits for the second-level cache."""
+    """What a tile of rows asks for between its products: bytes, and how often a warp waits for the L2 cache."""
 
     read: int = 0  # from device memory, fetched beforehand
     written: int = 0
@@ -180,7 +180,7 @@ class Simulation:
             act(when, *arguments)
         return max(self.end, self.memory.free) / self.machine.clock * 1e6 + self.machine.launch
 
-    def place(self, step):
+    def position(self, step):
         """Of a step of the ring: the tile, which product, and the step of it."""
         tile, rest = divmod(step, self.steps * len(self.kernel.products))
         return tile, *divmod(rest, self.steps)
@@ -192,7 +192,7 @@ class Simulation:
     def fill(self, when, block):
         """Copies of the next step, once its stage is free."""
         step, stages = block.filled, self.kernel.stages
-        tile, product, column = self.place(step)
+        tile, product, column = self.position(step)
         if tile >= block.tiles:
             return
         if step >= stages:
@@ -244,7 +244,7 @@ class Simulation:
 
     def consume(self, when, block, consumer):
         step = consumer.step
-        tile, product, column = self.place(step)
+        tile, product, _ = self.position(step)
         if tile >= block.tiles or not self.is_full(block, step):
             return
         begin = max(consumer.time, block.arrivals[step][1])
@@ -263,7 +263,7 @@ class Simulation:
 
     def sum(self, when, block, consumer, step, done, has_rows):
         """A step of a first product: the next one may begin when the one before it is done."""
-        _, product, column = self.place(step)
+        _, product, column = self.position(step)
         what = self.kernel.products[product]
         firsts = len(self.kernel.products) - 1
         issued = max(when + self.stalls.first / firsts, consumer.beside if what.read else 0.0)
@@ -285,7 +285,7 @@ class Simulation:
 
     def write(self, block, consumer, step, done, has_rows):
         """A step of the second product: a stage is free when the store after it has been sent."""
-        _, product, column = self.place(step)
+        _, product, column = self.position(step)
         finished = done + self.stalls.second
         if has_rows:
             self.memory.serve(finished, self.kernel.products[product].written / GROUPS)

@@ -49,7 +49,7 @@ def name_of(kernel):
 
 
 def loops_with(code, products, stores):
-    """{index of the first product in it: sum of stall counts} of the loops with so many products and stores of matrices.
+    """{index of its first product: sum of stall counts} of the loops with so many products and stores of matrices.
 
     A branch back from where a warp waits once more spans code that is not the loop's: the shortest counts.
     """
