@@ -36,7 +36,6 @@ class Fault(NamedTuple):
 
 WAIT, COMMIT = "ring_.wait_for(at);", "commit_products();"
 EXPECT = "arrive_and_expect(&full_[at.stage], tiles * Its::kTileBytes + Its::kWeightsBytes);"
-LOOK = "if constexpr (Watch::kReads) watch.look(ring_.rows_of_warp(at.stage, 0), chunk);"
 HIDDEN = "hidden[i / 4][i % 4] ="
 # Of the skeleton, which prompt diffusion's forward shows.
 FAULTS = {
@@ -111,7 +110,9 @@ FAULTS = {
     ),
     "sums touched while under way": Fault(SANDWICH, COMMIT, "sums[3] += 1; commit_products();"),
     "registers that nobody gives up": Fault(SANDWICH, "give_up_registers<kProducerRegisters>();", ""),
-    "gate stored for rows that there are not": Fault(APT, "if (!rows.has_line(line)) continue;", ""),
+    "gate stored for rows that there are not": Fault(
+        APT, "if (!rows.has_line(line)) continue;", "if (rows.line(line) > rows.R) continue;"
+    ),
     "cluster: the other block's warps are not awaited": Fault(RING, "kConsumerWarps * kCluster);", "kConsumerWarps);"),
     "cluster: released at home alone": Fault(
         RING, "arrive_at(&empty_[stage], rank);", "arrive_at(&empty_[stage], rank_in_cluster());"
@@ -125,11 +126,8 @@ FAULTS = {
 }
 # Of prompt diffusion's backward, and of what the skeleton has for it.
 BACKWARD_FAULTS = {
-    "stage released before its rows are read": Fault(
-        SANDWICH,
-        f"{LOOK} wait_for_products<1>(sums); if (chunk > 0) ring_.template release<Watch::kReads>(last); last ="
-        " at.stage; at.advance(); } wait_for_products<0>(sums); ring_.template release<Watch::kReads>(last);",
-        f"wait_for_products<0>(sums); ring_.template release<true>(at.stage); {LOOK} last = at.stage; at.advance(); }}",
+    "rows of the stage before": Fault(
+        SANDWICH, "watch.look(ring_.rows_of_warp(at.stage, 0)", "watch.look(ring_.rows_of_warp(last, 0)"
     ),
     "tiles announced that nobody copies": Fault(SANDWICH, "is_first ? 1 : added", "1"),
     "dout read without a swizzle": Fault(
@@ -140,7 +138,7 @@ BACKWARD_FAULTS = {
     "y of the first chunk alone": Fault(APT_BACKWARD, "y_ += kHopperChunk;", "", 1),
     "y of every other row": Fault(APT_BACKWARD, "y_step_(4 * op.y_stride)", "y_step_(2 * op.y_stride)"),
     "dy in the first chunk alone": Fault(APT_BACKWARD, "dy_ += kHopperChunk;", ""),
-    "dy stored for rows that there are not": Fault(APT_BACKWARD, "RowVectors::row(i) < dy_rows_", "true"),
+    "dy stored for rows that there are not": Fault(APT_BACKWARD, "row(i) < dy_rows_", "row(i) <= dy_rows_"),
     "dy not scaled": Fault(APT_BACKWARD, "dout[j] *= scale_;", ""),
     "gradients where ReLU lets nothing through": Fault(APT_BACKWARD, "values[i] <= 0", "values[i] < 0"),
     "share without what the scores have": Fault(APT_BACKWARD, "watch.share() + share", "watch.share()"),
@@ -153,9 +151,9 @@ BACKWARD_FAULTS = {
         LAYOUT, "kInner / 8 - block < 4 ? 2 * (kInner / 8 - block) : 8", "kInner / 8 - block < 1 ? 0 : 8"
     ),
     "scores stored for rows that there are not": Fault(
-        NEIGHBORS, "has_[line] = rows.has_line(line)", "has_[line] = true"
+        NEIGHBORS, "has_[line] = rows.has_line(line)", "has_[line] = rows.line(line) <= rows.R"
     ),
-    "shares of warps without rows": Fault(NEIGHBORS, "&& rows.first < rows.R", ""),
+    "shares of warps without rows": Fault(NEIGHBORS, "rows.first < rows.R", "rows.first < rows.R + kWarpRows"),
     "last group left out": Fault(NEIGHBORS, "group * 32 >= where.width()", "group * 32 + 32 >= where.width()"),
 }
 # Of the adapter, forward and backward.
@@ -194,7 +192,9 @@ ADAPTER_FAULTS = {
     "slope of the gradients left out": Fault(ADAPTER_BACKWARD, "fmaf(slope, centered,", "fmaf(0 * slope, centered,"),
     "derivative left out": Fault(ADAPTER_BACKWARD, "factor * value.derivative", "factor"),
     "x added in the place of dout": Fault(ADAPTER_BACKWARD, "added[kTiles - 1]", "added[0]"),
-    "statistics stored for rows that there are not": Fault(ADAPTER_BACKWARD, "&& rows.has_line(line))", ")"),
+    "statistics stored for rows that there are not": Fault(
+        ADAPTER_BACKWARD, "&& rows.has_line(line))", "&& rows.line(line) <= rows.R)"
+    ),
     "share without what the bias has": Fault(ADAPTER_BACKWARD, "(share + watch.share())", "share"),
     "share of other columns' bias": Fault(ADAPTER_BACKWARD, "chunk * kHopperChunk + RowVectors", "RowVectors"),
 }

@@ -146,7 +146,8 @@ def test_what_it_does_not_take_is_the_lean_path_s(name, rows, width, inner, dtyp
 @pytest.mark.parametrize("name", ["apt", "adapter"])
 def test_dropout_is_the_lean_path_s(name):
     problem = problem_of(name, ROWS, 64, 50)
-    dropped = problem.change(dropout=0.3, seeds=torch.tensor([3, 4]))
+    drawn = {"dropout": 0.3, "seeds": torch.tensor([3, 4])}
+    dropped = replace(problem, options={**problem.options, **drawn})
     assert_equal(results(dropped), results(dropped, choice="0"))
     assert not torch.equal(outputs(dropped), outputs(problem))
 
@@ -156,6 +157,14 @@ def test_rows_that_overlap_are_the_lean_path_s(name):
     problem = problem_of(name, ROWS, 64, 50)
     problem = problem.change(x=problem["x"][:1].expand(ROWS, 64))
     assert torch.equal(outputs(problem), outputs(problem, choice="0"))
+
+
+def test_gradients_that_overlap_are_the_lean_path_s():
+    """Of the adapter, whose backward takes nothing from forward."""
+    problem = problem_of("adapter", ROWS, 64, 50)
+    problem = replace(problem, dout=problem.dout[:1].expand(ROWS, 64))
+    ours, lean = (results(problem, choice=choice) for choice in "10")
+    assert_equal({name: ours[name] for name in lean if name != "out"}, lean)
 
 
 def apart(tensor):
