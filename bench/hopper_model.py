@@ -12,6 +12,7 @@ import heapq
 import re
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import count
 from typing import NamedTuple
 
@@ -66,7 +67,7 @@ class Kernel(NamedTuple):
 
     Attributes:
         name, inner, cluster: as in the table of stall counts; inner: of the shape.
-        case: what the lean kernels' counts call it, and which of these it replaces.
+        case: what the lean kernels' counts call it.
         products: the last one writes rows.
         tiles: of rows in a stage.
     """
@@ -74,7 +75,7 @@ class Kernel(NamedTuple):
     name: str
     inner: int
     cluster: int
-    case: tuple
+    case: str
     products: tuple
     between: Between
     tiles: int = 1
@@ -97,18 +98,18 @@ def kept_bytes(width, number=1):
 def kernels():
     reads, adds = Product(copied=TILE), Product(copied=TILE, written=TILE)
     for prompts, inner, cluster in ((50, 64, 1), (200, 208, 2)):
-        case = (f"apt forward {prompts} bfloat16", "sandwich<")
+        case = f"apt forward {prompts} bfloat16"
         yield Kernel("apt relu Bfloat16", inner, cluster, case, (reads, adds), Between())
         first = Product(copied=TILE, read=TILE, written=TILE)
         kept = kept_bytes(-(-prompts // 8) * 8)
-        case = (f"apt backward {prompts} bfloat16", "sandwich<")
+        case = f"apt backward {prompts} bfloat16"
         between = Between(read=kept, written=2 * kept, waits=inner // 64)
         yield Kernel("apt backward relu Bfloat16", inner, cluster, case, (first, Product(written=TILE)), between)
     for bottleneck, inner in ((96, 96), (192, 192)):
-        case = (f"adapter forward {bottleneck} bfloat16", "sandwich<")
+        case = f"adapter forward {bottleneck} bfloat16"
         second = Product(again=TILE, written=TILE)
         yield Kernel("adapter gelu norm Bfloat16", inner, 2, case, (reads, second), Between())
-        case = (f"adapter backward {bottleneck} bfloat16", "sandwich<")
+        case = f"adapter backward {bottleneck} bfloat16"
         between = Between(written=kept_bytes(bottleneck, 2), waits=inner // 32)
         second = Product(again=2 * TILE, written=TILE)
         yield Kernel("adapter backward gelu norm Bfloat16", inner, 2, case, (reads, reads, second), between, tiles=2)
@@ -332,11 +333,16 @@ def tensor_cores(kernel, rows):
     return products / 2048 / h200.MULTIPROCESSORS / h200.CLOCK
 
 
+@cache
+def lean_counts():
+    """{name of a case: {rows: [entry]}} of the committed counts."""
+    return {str(case): sizes for case, sizes in record.load()[1].items()}
+
+
 def lean_bound(kernel, rows):
     """Microseconds that the lean kernels in its place take at least, by their counts; None: not counted."""
-    case, prefix = kernel.case
-    entries = {str(name): sizes for name, sizes in record.load()[1].items()}.get(case, {}).get(rows, [])
-    times = [max(entry["bounds"].values()) for entry in entries if entry["kernel"].startswith(prefix)]
+    entries = lean_counts().get(kernel.case, {}).get(rows, [])
+    times = [max(entry["bounds"].values()) for entry in entries if entry["kernel"].startswith("sandwich<")]
     return sum(times) / 1000 if times else None
 
 
@@ -357,7 +363,7 @@ def lines():
             times = modeled(kernel, rows, told[kernel.name, kernel.inner])
             lean = lean_bound(kernel, rows)
             yield (
-                f"| {kernel.case[0]} | {rows} | {kernel.stages} | {floor(kernel, rows):.1f} "
+                f"| {kernel.case} | {rows} | {kernel.stages} | {floor(kernel, rows):.1f} "
                 f"| {tensor_cores(kernel, rows):.1f} | {times['fast']:.1f}-{times['slow']:.1f} "
                 f"| {f'{lean:.1f}' if lean else '-'} |"
             )

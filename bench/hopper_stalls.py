@@ -100,8 +100,8 @@ def main():
     sources = [path for path in cuda_kernels.sources_for(compilation.architectures) if cuda_kernels.is_for_hopper(path)]
     objects = [cuda_kernels.compile_one(source, compilation, 1) for source in sources]
     print(f"By nvcc, {machine_code.version(compilation)}: sums of stall counts, in cycles of a consumer warp, for 64")
-    print("columns of each product (of both first ones, in the adapter's backward) and, between them, for a tile of 128")
-    print("rows. What it waits for is not in them.\n")
+    print("columns of each product (of both first ones in the adapter's backward) and, between them, for a tile of")
+    print("128 rows. What it waits for is not in them.\n")
     print(table(all_stalls(objects, compilation.toolkit)))
 
 

@@ -5,17 +5,17 @@ import pytest
 from hopper_model import CHUNK, MACHINES, ROWS, WIDTH, Simulation, floor, keeps_rows, kernels, stalls_told
 from results import RESULTS
 
-NAMED = {(kernel.case[0], kernel.inner): kernel for kernel in kernels()}
+NAMED = {kernel.case: kernel for kernel in kernels()}
 
 
 def test_bytes_of_a_backward():
     """dout, y, dx and dy, and of the kept scores three matrices, each once."""
-    kernel = NAMED["apt backward 200 bfloat16", 208]
+    kernel = NAMED["apt backward 200 bfloat16"]
     of_rows = 15360 * (4 * WIDTH + 3 * 200) * 2
     assert floor(kernel, 15360) == pytest.approx(of_rows / 4.3e12 * 1e6)
 
 
-@pytest.mark.parametrize("kernel", NAMED.values(), ids=lambda kernel: kernel.case[0])
+@pytest.mark.parametrize("kernel", NAMED.values(), ids=lambda kernel: kernel.case)
 def test_one_tile_takes_its_steps(kernel):
     """A block alone: never faster than its warps issue, and far from a launch's other bounds."""
     stalls = stalls_told()[kernel.name, kernel.inner]
@@ -26,7 +26,7 @@ def test_one_tile_takes_its_steps(kernel):
 
 
 def test_rows_that_the_cache_holds():
-    kernel = NAMED["adapter forward 96 bfloat16", 96]
+    kernel = NAMED["adapter forward 96 bfloat16"]
     assert keeps_rows(kernel, 15360) and not keeps_rows(kernel, 61440)
 
 
