@@ -20,9 +20,9 @@ class Stalls(NamedTuple):
     """Sums of the compiler's stall counts, in cycles, along a consumer warp's way.
 
     Attributes:
-        name: "adapter gelu norm Bfloat16".
+        name: "adapter backward gelu norm Bfloat16".
         inner, cluster: of the shape.
-        first, second: for 64 columns of each product.
+        first, second: for 64 columns of the first product, or of both that come first, and of the second.
         between: for a tile of rows, once.
     """
 
@@ -40,28 +40,40 @@ class Stalls(NamedTuple):
 
 
 def name_of(kernel):
-    """("adapter gelu norm Bfloat16", inner, cluster) of a kernel's readable name."""
-    op = re.search(r"(Apt|Adapter)HopperOp", kernel)[1]
+    """("adapter backward gelu norm Bfloat16", inner, cluster) of a kernel's readable name."""
+    op, backward = re.search(r"(Apt|Adapter)Hopper(Backward)?Op", kernel).groups()
     element, activation, norm, inner, cluster = PARAMETERS.search(kernel).groups()
-    words = (op.lower(), ACTIVATIONS[op][int(activation)], "norm" if norm == "true" else "", element)
+    direction = "backward" if backward else ""
+    words = (op.lower(), direction, ACTIVATIONS[op][int(activation)], "norm" if norm == "true" else "", element)
     return " ".join(filter(None, words)), int(inner), int(cluster)
+
+
+def loops_with(code, products, stores):
+    """{index of its first product: sum of stall counts} of the loops with so many products and stores of matrices.
+
+    A branch back from where a warp waits once more spans code that is not the loop's: the shortest counts.
+    """
+    found = {}
+    for loop in code.loops:
+        where = {"HGMMA": [], "STSM": []}
+        for index in range(loop.first, loop.last + 1):
+            where.get(code.instructions[index].opcode, []).append(index)
+        if (len(where["HGMMA"]), len(where["STSM"])) == (products, stores):
+            stalls = sum(max(1, i.stall) for i in code.instructions[loop.first : loop.last + 1])
+            first = where["HGMMA"][0]
+            found[first] = min(found.get(first, sys.maxsize), stalls)
+    return found
 
 
 def stalls_of(kernel, code):
     """Of a sandwich: its loops are known by their products and by what they do beside them."""
     name, inner, cluster = name_of(kernel)
     of_first, of_second = CHUNK // 16, inner // 16
-    found = {}
-    for loop in code.loops:
-        instructions = code.instructions[loop.first : loop.last + 1]
-        count = {opcode: sum(i.opcode == opcode for i in instructions) for opcode in ("HGMMA", "STSM")}
-        products = (count["HGMMA"], count["STSM"])
-        loops = {(of_first, 0): "first", (of_second, 4): "second", (of_first + of_second, 4): "tile"}
-        if part := loops.get(products):
-            # A branch back from where a warp waits once more spans code that is not the loop's.
-            found[part] = min(found.get(part, sys.maxsize), sum(max(1, i.stall) for i in instructions))
-    between = found["tile"] - found["first"] - found["second"]
-    return Stalls(name, inner, cluster, found["first"], found["second"], between)
+    firsts = loops_with(code, of_first, 0)
+    (second,) = loops_with(code, of_second, 4).values()
+    (tile,) = loops_with(code, len(firsts) * of_first + of_second, 4).values()
+    first = sum(firsts.values())
+    return Stalls(name, inner, cluster, first, second, tile - first - second)
 
 
 def all_stalls(objects, toolkit):
@@ -88,7 +100,8 @@ def main():
     sources = [path for path in cuda_kernels.sources_for(compilation.architectures) if cuda_kernels.is_for_hopper(path)]
     objects = [cuda_kernels.compile_one(source, compilation, 1) for source in sources]
     print(f"By nvcc, {machine_code.version(compilation)}: sums of stall counts, in cycles of a consumer warp, for 64")
-    print("columns of each product and, between them, for a tile of 128 rows. What it waits for is not in them.\n")
+    print("columns of each product (of both first ones in the adapter's backward) and, between them, for a tile of")
+    print("128 rows. What it waits for is not in them.\n")
     print(table(all_stalls(objects, compilation.toolkit)))
 
 

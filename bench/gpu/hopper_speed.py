@@ -1,4 +1,4 @@
-"""Forward by the lean path and by the Hopper path, side by side, after a look at whether their results are right."""
+"""The lean path and the Hopper path, side by side, after a look at whether their results are right."""
 
 import statistics
 import sys
@@ -10,9 +10,16 @@ from problems import ADAPTER, APT
 
 from gpu import speed
 from gpu.step_log import record
-from gpu.traffic import FORWARD
+from gpu.traffic import FORWARD, FORWARD_BACKWARD
 
-ROWS = (15360, 61440, 1920)
+# The most important first.
+RUNS = (
+    (15360, FORWARD),
+    (15360, FORWARD_BACKWARD),
+    (61440, FORWARD),
+    (61440, FORWARD_BACKWARD),
+    (1920, FORWARD),
+)
 SIZES = {APT: (50, 200), ADAPTER: (96, 192)}
 ROUNDS = 15
 PATHS = {"lean": "0", "hopper": "1"}
@@ -29,10 +36,10 @@ def by(path):
 
 
 def cases():
-    for rows in ROWS:
+    for rows, direction in RUNS:
         for op, sizes in SIZES.items():
             for inner in sizes:
-                yield speed.Case(op, FORWARD, rows, 768, inner, torch.bfloat16)
+                yield speed.Case(op, direction, rows, 768, inner, torch.bfloat16)
 
 
 def compare(case, bench):

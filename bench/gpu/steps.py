@@ -87,7 +87,7 @@ def hopper_steps():
     return (
         hopper("hopper questions", [sys.executable, "-m", "gpu.hopper_questions"], limit=40, expected=15),
         hopper("hopper tests", pytest, limit=50, expected=20),
-        hopper("hopper speed", [sys.executable, "-m", "gpu.hopper_speed"], limit=40, expected=20),
+        hopper("hopper speed", [sys.executable, "-m", "gpu.hopper_speed"], limit=60, expected=30),
     )
 
 

@@ -67,6 +67,16 @@ void BulkCopies::copy(void* to, const void* from, unsigned bytes, void* barrier,
   begin(copy, place);
 }
 
+void BulkCopies::prefetch(const void* from, unsigned bytes, const Place& place) {
+  if ((reinterpret_cast<uintptr_t>(from) | bytes) % 16 || bytes == 0) {
+    block_.fail(place, "a prefetch of nothing, or of what is not aligned to 16 bytes");
+  }
+  note_read(from, bytes);
+  // Read, so that the address sanitizer sees whether it is there.
+  const volatile unsigned char* const begin = static_cast<const unsigned char*>(from);
+  for (unsigned i = 0; i < bytes; i += 16) static_cast<void>(begin[i]);
+}
+
 void BulkCopies::copy_tile(void* to, const TensorMap& from, int column, int row, void* barrier, const Place& place) {
   // The pattern repeats after 8 rows, and begins there.
   if (reinterpret_cast<uintptr_t>(to) % (8 * from.swizzled_bytes)) block_.fail(place, "a tile that is not aligned");

@@ -105,6 +105,8 @@ class BulkCopies {
   // `blocks`: bits of those of the cluster that receive it, at the same place of their shared memory; 0: this one.
   void copy(void* to, const void* from, unsigned bytes, void* barrier, unsigned blocks, const Place& place);
   void copy_tile(void* to, const TensorMap& from, int column, int row, void* barrier, const Place& place);
+  // Changes nothing: it only may not ask for what is not there.
+  void prefetch(const void* from, unsigned bytes, const Place& place);
 
   void store_tile(const TensorMap& to, int column, int row, const void* from, const Place& place);
   void commit_stores();

@@ -65,6 +65,9 @@ void wait_for_reads() {
 }
 inline void show_writes() { hopper().writes.show(); }
 inline void prefetch_map(const TileMap&) {}
+inline void prefetch_bulk(const void* global, int bytes, const Place& place = here()) {
+  hopper().copies.prefetch(global, static_cast<unsigned>(bytes), place);
+}
 
 template <int kSums>
 void fence_products(float (&)[kSums], const Place& place = here()) {

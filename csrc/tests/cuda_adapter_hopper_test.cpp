@@ -1,4 +1,4 @@
-// The adapter's forward by the Hopper path, on the emulator.
+// The adapter by the Hopper path, on the emulator.
 #include "adapter_problem.h"
 #include "emulated.h"
 #include "kernels/cuda/adapter.h"
@@ -12,8 +12,8 @@ void forward(const petl::AdapterForward& args) {
 }
 
 void backward(const petl::AdapterBackward& args) {
-  std::vector<double> workspace = emulated::workspace(petl::cuda::adapter_backward_workspace(args));
-  emulated::expect_success(petl::cuda::adapter_backward(args, workspace.data(), emulated::kQueue));
+  std::vector<double> workspace = emulated::workspace(petl::cuda::adapter_hopper_workspace(args));
+  emulated::expect_success(petl::cuda::adapter_hopper_backward(args, workspace.data(), emulated::kQueue));
 }
 
 }  // namespace

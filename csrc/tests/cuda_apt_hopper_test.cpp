@@ -1,4 +1,4 @@
-// Prompt diffusion's forward by the Hopper path, on the emulator; backward takes what it keeps.
+// Prompt diffusion by the Hopper path, on the emulator.
 #include "apt_problem.h"
 #include "emulated.h"
 #include "kernels/cuda/apt.h"
@@ -13,8 +13,8 @@ void forward(const petl::AptForward& args) {
 }
 
 void backward(const petl::AptBackward& args) {
-  std::vector<double> workspace = emulated::workspace(petl::cuda::apt_backward_workspace(args));
-  emulated::expect_success(petl::cuda::apt_backward(args, workspace.data(), emulated::kQueue));
+  std::vector<double> workspace = emulated::workspace(petl::cuda::apt_hopper_workspace(args));
+  emulated::expect_success(petl::cuda::apt_hopper_backward(args, workspace.data(), emulated::kQueue));
 }
 
 }  // namespace

@@ -50,6 +50,8 @@ __global__ void never_ends() { wait(barrier_of(33), 0); }
 
 __global__ void unaligned_tile(TileMap map) { copy_tile(tile_memory() + 128, map, 0, 0, barrier_of(1)); }
 
+__global__ void unaligned_prefetch() { prefetch_bulk(tile_memory() + 8, 16); }
+
 __global__ void outside(TileMap map) { copy_tile(tile_memory() + kBarrierAt, map, 0, 0, barrier_of(1)); }
 
 __global__ void left_alone(TileMap map) {
@@ -148,6 +150,7 @@ void test_complaints() {
   complains("no barrier was initialized", threads(1, &no_barrier));
   complains("32 threads from (0, 0, 0) on wait for a barrier's phase", threads(32, &never_ends));
   complains("not aligned", mapped(&unaligned_tile));
+  complains("a prefetch", threads(1, &unaligned_prefetch));
   complains("outside", mapped(&outside));
   if (lazy) complains("under way", mapped(&left_alone));
   complains("before its stores have read", mapped(&unread_store));

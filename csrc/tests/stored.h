@@ -62,6 +62,17 @@ class Stored {
   std::vector<char> bytes_;
 };
 
+// An element of rows that lie so, in float32 or bfloat16.
+inline double element_of(const petl::ConstRows& rows, int64_t row, int64_t column) {
+  const int64_t size = rows.dtype == DType::float32 ? 4 : 2;
+  uint32_t bits = 0;
+  float value;
+  std::memcpy(reinterpret_cast<char*>(&bits) + 4 - size,
+              static_cast<const char*>(rows.data) + size * (row * rows.stride + column), size);
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 inline Floats rounded(const Floats& values, DType dtype) { return Stored(values, dtype).values(); }
 
 inline bool close(const std::string& name, const Floats& actual, const Doubles& wanted, double tolerance) {

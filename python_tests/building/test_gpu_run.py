@@ -251,10 +251,11 @@ def test_comparison(op, direction):
     json.dumps(result)
 
 
+@pytest.mark.parametrize("direction", [traffic.FORWARD, traffic.FORWARD_BACKWARD])
 @pytest.mark.parametrize("op", hopper_speed.SIZES, ids=str)
-def test_comparison_of_both_paths(op):
+def test_comparison_of_both_paths(op, direction):
     with emulation():
-        result = hopper_speed.compare(small_case(op, traffic.FORWARD), BENCH)
+        result = hopper_speed.compare(small_case(op, direction), BENCH)
     assert result["wrong"] == {"lean": {}, "hopper": {}} and result["microseconds"].keys() == {"lean", "hopper"}
     assert result["hopper over lean"]["median"] > 0
 

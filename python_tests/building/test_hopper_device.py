@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import ADAPTER, APT, draw_rows, forward
+from problems import ADAPTER, APT, draw_rows, forward_backward
 from tolerance import assert_as_good_as_torch
 
 asked = torch.cuda.is_available() and torch.ops.petl_ext.hopper_state("") == "on"
@@ -25,8 +25,9 @@ def problem_on_gpu(op, rows, dim, inner, dtype, activation):
 @OPS_AND_ACTIVATIONS
 def test_values(op, activation, inner, dim, dtype):
     problem = problem_on_gpu(op, 1613, dim, inner, dtype, activation)
-    oracle, theirs = forward(problem.double(), op.reference)["out"], forward(problem, op.reference)["out"]
-    assert_as_good_as_torch("out", forward(problem, op.ours)["out"], theirs, oracle)
+    oracle, theirs = problem.double().run(op.reference), problem.run(op.reference)
+    for name, ours in problem.run(op.ours).items():
+        assert_as_good_as_torch(name, ours, theirs[name], oracle[name])
 
 
 @OPS_AND_ACTIVATIONS
@@ -34,19 +35,21 @@ def test_values(op, activation, inner, dim, dtype):
 def test_two_runs_are_equal(op, activation, inner):
     """With more tiles of rows than blocks."""
     problem = problem_on_gpu(op, 20_000, 768, inner, torch.bfloat16, activation)
-    first = forward(problem, op.ours)["out"]
+    first = forward_backward(problem, op.ours)
     for _ in range(3):
-        assert torch.equal(forward(problem, op.ours)["out"], first)
+        for name, result in forward_backward(problem, op.ours).items():
+            assert torch.equal(result, first[name]), name
 
 
 @OPS_AND_ACTIVATIONS
 def test_it_is_the_hopper_path(op, activation):
     """The lean path adds in another order: somewhere its results differ in their last bit."""
     problem = problem_on_gpu(op, 20_000, 768, 200, torch.bfloat16, activation)
-    ours = forward(problem, op.ours)["out"]
+    ours = forward_backward(problem, op.ours)
     torch.ops.petl_ext.hopper_state("0")
     try:
-        lean = forward(problem, op.ours)["out"]
+        lean = forward_backward(problem, op.ours)
     finally:
         torch.ops.petl_ext.hopper_state("1")
-    assert not torch.equal(lean, ours) and torch.allclose(lean, ours, atol=0.1, rtol=0.1)
+    for name in ("out", "dx"):
+        assert not torch.equal(lean[name], ours[name]) and torch.allclose(lean[name], ours[name], atol=0.1, rtol=0.1)

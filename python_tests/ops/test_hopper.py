@@ -1,12 +1,13 @@
-"""Forward by the Hopper path, which PETL_HOPPER=1 switches on, on the emulator."""
+"""The Hopper path, which PETL_HOPPER=1 switches on, on the emulator."""
 
 import itertools
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from devices import emulated_module, emulation
-from op_problems import TESTED, check
+from op_problems import TESTED, assert_equal, check
 from problems import draw
 
 from petl_ext import ops
@@ -92,17 +93,39 @@ def outputs(problem, **settings):
         return problem.call(problem.op.ours)
 
 
-@pytest.mark.parametrize(
+def results(problem, **settings):
+    """The output and all gradients."""
+    with hopper(**settings):
+        return problem.run(problem.op.ours)
+
+
+FORMS = pytest.mark.parametrize(
     ("name", "options"),
-    [("apt", {"activation": "relu"}), ("apt", {"activation": "softmax"}), ("adapter", {"form": "parallel"})],
+    [
+        ("apt", {"activation": "relu"}),
+        ("apt", {"activation": "softmax"}),
+        ("adapter", {"form": "bypass"}),
+        ("adapter", {"form": "bare"}),
+    ],
 )
+
+
+@FORMS
 def test_results_depend_neither_on_order_nor_on_copies(name, options):
     problem = problem_of(name, ROWS, 128, 200, **options)
-    results = [
-        outputs(problem, order=order, copies=copies)
+    first, *others = [
+        results(problem, order=order, copies=copies)
         for order, copies in itertools.product(("forward", "reverse"), ("lazy", "eager"))
     ]
-    assert all(torch.equal(result, results[0]) for result in results[1:])
+    for other in others:
+        assert_equal(other, first)
+
+
+@FORMS
+def test_backward_is_the_path_s_own(name, options):
+    """It adds in another order than the lean path: somewhere the gradients differ in their last bit."""
+    problem = problem_of(name, ROWS, 128, 200, **options)
+    assert not torch.equal(results(problem)["dx"], results(problem, choice="0")["dx"])
 
 
 @pytest.mark.parametrize(
@@ -117,27 +140,44 @@ def test_results_depend_neither_on_order_nor_on_copies(name, options):
 @pytest.mark.parametrize("name", ["apt", "adapter"])
 def test_what_it_does_not_take_is_the_lean_path_s(name, rows, width, inner, dtype):
     problem = problem_of(name, rows, width, inner, dtype=dtype)
-    assert torch.equal(outputs(problem), outputs(problem, choice="0"))
+    assert_equal(results(problem), results(problem, choice="0"))
 
 
 @pytest.mark.parametrize("name", ["apt", "adapter"])
 def test_dropout_is_the_lean_path_s(name):
     problem = problem_of(name, ROWS, 64, 50)
-    dropped = problem.change(dropout=0.3, seeds=torch.tensor([3, 4]))
-    assert torch.equal(outputs(dropped), outputs(dropped, choice="0"))
+    drawn = {"dropout": 0.3, "seeds": torch.tensor([3, 4])}
+    dropped = replace(problem, options={**problem.options, **drawn})
+    assert_equal(results(dropped), results(dropped, choice="0"))
     assert not torch.equal(outputs(dropped), outputs(problem))
 
 
-def test_rows_that_overlap_are_the_lean_path_s():
-    problem = problem_of("apt", ROWS, 64, 50)
+@pytest.mark.parametrize("name", ["apt", "adapter"])
+def test_rows_that_overlap_are_the_lean_path_s(name):
+    problem = problem_of(name, ROWS, 64, 50)
     problem = problem.change(x=problem["x"][:1].expand(ROWS, 64))
     assert torch.equal(outputs(problem), outputs(problem, choice="0"))
 
 
-def test_strides():
-    problem = problem_of("apt", ROWS, 64, 50)
-    apart = {name: torch.cat([problem[name]] * 2, 1)[:, :64] for name in ("x", "y")}
-    assert torch.equal(outputs(problem.change(**apart)), outputs(problem))
+def test_gradients_that_overlap_are_the_lean_path_s():
+    """Of the adapter, whose backward takes nothing from forward."""
+    problem = problem_of("adapter", ROWS, 64, 50)
+    problem = replace(problem, dout=problem.dout[:1].expand(ROWS, 64))
+    ours, lean = (results(problem, choice=choice) for choice in "10")
+    assert_equal({name: ours[name] for name in lean if name != "out"}, lean)
+
+
+def apart(tensor):
+    """The same with a row's width between its rows."""
+    return torch.cat([tensor] * 2, 1)[:, :64]
+
+
+@FORMS
+def test_strides(name, options):
+    problem = problem_of(name, ROWS, 64, 50, **options)
+    spread = {key: apart(problem[key]) for key in TESTED[name].laid_out if key in problem.tensors}
+    found = results(replace(problem.change(**spread), dout=apart(problem.dout)))
+    assert_equal(found, results(problem))
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -181,6 +221,30 @@ def test_a_nan_stays_in_its_row(dtype):
     assert is_nan[[5, 1599]].all() and is_nan.sum() == 2 * 64
 
 
+@pytest.mark.parametrize("name", ["apt", "adapter"])
+def test_a_nan_gradient_stays_in_its_row(name):
+    problem = problem_of(name, ROWS, 64, 50)
+    dout = problem.dout.clone()
+    dout[[5, 1599], [3, 60]] = float("nan")
+    is_nan = results(replace(problem, dout=dout))["dx"].isnan()
+    assert is_nan[[5, 1599]].all() and is_nan.sum() == 2 * 64
+
+
+@pytest.mark.parametrize("name", ["apt", "adapter"])
+def test_gradients_that_nobody_asks_for_change_nothing(name):
+    """Some tensors at a time are trained, as where a layer is the first, or its weights are frozen."""
+    problem = problem_of(name, ROWS, 64, 50)
+    everything = results(problem)
+    names = list(problem.tensors)
+    for some in (("x",), tuple(names[1:]), names[-1:]):
+        tensors = {key: tensor.detach().requires_grad_(key in some) for key, tensor in problem.tensors.items()}
+        with hopper():
+            out = problem.call(problem.op.ours, tensors)
+            gradients = torch.autograd.grad(out, [tensors[key] for key in some], problem.dout)
+        for key, gradient in zip(some, gradients, strict=True):
+            assert torch.equal(gradient, everything[f"d{key}"]), f"{key} of {some}"
+
+
 def test_scores_are_kept_for_backward_in_full_rows():
     problem = problem_of("apt", ROWS, 64, 50, dtype=torch.float16)
     with hopper():
@@ -192,5 +256,9 @@ def test_scores_are_kept_for_backward_in_full_rows():
 
 @pytest.mark.parametrize("name", ["apt", "adapter"])
 def test_a_variable_that_says_nothing_known_is_refused(name):
-    with pytest.raises(RuntimeError, match="the environment variable PETL_HOPPER must be 0 or 1"):
-        outputs(problem_of(name, 30, 64, 50), choice="yes")
+    problem = problem_of(name, 30, 64, 50).trained()
+    with emulation():
+        out = problem.call(problem.op.ours)
+    for call in (problem.call, lambda _: torch.autograd.grad(out, problem["x"], problem.dout)):
+        with hopper("yes"), pytest.raises(RuntimeError, match="variable PETL_HOPPER must be 0 or 1"):
+            call(problem.op.ours)

@@ -16,4 +16,8 @@ int adapter_forward(const AdapterForward& args, void* packed, bool is_packed, vo
 int64_t adapter_backward_workspace(const AdapterBackward& args);
 int adapter_backward(const AdapterBackward& args, void* workspace, Queue queue);
 
+// Backward with its rows by the Hopper path, on or off, for what hopper_takes; rows may be few.
+int64_t adapter_hopper_workspace(const AdapterBackward& args);
+int adapter_hopper_backward(const AdapterBackward& args, void* workspace, Queue queue);
+
 }  // namespace petl::cuda

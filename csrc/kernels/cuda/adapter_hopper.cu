@@ -16,7 +16,7 @@ struct AdapterPlace {
 AdapterPlace packed_in(const AdapterForward& args, void* memory) {
   const AdapterSizes& size = args.inputs.size;
   Partition partition(memory);
-  void* const weights = partition.take<uint16_t>(hopper_packed_elements(size.D, size.B, false));
+  void* const weights = partition.take<uint16_t>(hopper_packed_elements(size.D, size.B, 1));
   const AdapterVectors vectors = AdapterVectors::in(partition, size);
   return {weights, vectors, partition.bytes()};
 }
@@ -31,7 +31,8 @@ int forward(const AdapterForward& args, const AdapterPlace& packed, Queue queue)
     op.vectors = packed.vectors;
     op.scale = {inputs.scale, inputs.gain.data, inputs.gain.dtype};
     op.epsilon = inputs.epsilon;
-    return launch_hopper(queue, op, {size.R, size.D, size.B, inputs.x, args.residual, args.out, packed.weights, false});
+    return launch_hopper(queue, op,
+                         {size.R, size.D, size.B, {inputs.x}, {args.residual}, args.out, packed.weights, false});
   };
   switch (inputs.activation) {
     case AdapterActivation::relu:
@@ -53,15 +54,10 @@ int adapter_hopper_pack(const AdapterForward& args, void* packed, Queue queue) {
   const auto [R, D, B] = inputs.size;
   const AdapterPlace place = packed_in(args, packed);
   HopperPacking<AdapterRows> packing = {};
-  packing.rows = {weights_of(inputs.down, B, D),
-                  weights_of(inputs.down_bias, 1, B),
-                  weights_of(inputs.up_bias, 1, D),
-                  {weights_of(inputs.norm_weight, 1, D), weights_of(inputs.norm_bias, 1, D), inputs.epsilon},
-                  place.vectors};
-  packing.first = packing.rows.down;
-  packing.gain = packing.rows.norm.weight;
-  packing.second = weights_of(inputs.up, D, B);
-  packing.second_order = Order::columns;
+  packing.rows = adapter_rows(inputs, place.vectors);
+  packing.first[0] = {packing.rows.down, Order::columns, packing.rows.norm.weight};
+  packing.second = {weights_of(inputs.up, D, B), Order::columns};
+  packing.firsts = 1;
   packing.D = static_cast<int>(D);
   packing.inner = hopper_inner(B);
   packing.target = place.weights;

@@ -6,16 +6,24 @@
 // products with them are under way.
 #pragma once
 #include "kernels/cuda/adapter_forward.h"
-#include "kernels/cuda/hopper_layout.h"
+#include "kernels/cuda/hopper_rows.h"
 
 namespace petl::cuda {
 
 // A lane's share of two rows: of the deviations from the mean of the row's first chunk. That mean is no further from
 // the row's than all the others together can be, so that their squares keep the digits that 16-bit elements have.
+template <class T>
 struct ChunkDeviations {
+  static constexpr bool kReads = true;
+
   float pivots[2], sums[2] = {}, squares[2] = {};
 
-  __device__ __forceinline__ void add(const float (&values)[2][kHopperChunk / 4], int chunk) {
+  template <class Op>
+  __device__ __forceinline__ ChunkDeviations(const Op&, const WarpRows&) {}
+
+  __device__ __forceinline__ void look(unsigned char* tile, int chunk) {
+    float values[2][kHopperChunk / 4];
+    load_as_sums<T>(tile, values);
 #pragma unroll
     for (int line = 0; line < 2; ++line) {
       if (chunk == 0) {
@@ -39,14 +47,29 @@ struct ChunkDeviations {
   }
 };
 
-struct NoStatistics {};
+// Of the lane's first two units in a block of 8 columns, whether there are any. Those beyond the last have no weights,
+// and become zero.
+template <int kInner>
+__device__ __forceinline__ bool has_unit(int block, int unit, int B) {
+  return block / 4 * 32 + 32 <= hopper_least_inner(kInner) || unit < B;
+}
+
+__device__ __forceinline__ float2 load_unit_pair(bool is_there, const float* pair) {
+  return is_there ? *reinterpret_cast<const float2*>(pair) : make_float2(0, 0);
+}
+
+// As ProductScale has it.
+__device__ __forceinline__ float normalized_product(float sum, float unit_sum, const RowStatistics& row) {
+  const float centered = fmaf(-row.mean, unit_sum, sum);
+  return row.inverse * fmaf(-row.mean_rest, unit_sum, centered);
+}
 
 // The activation is a constant: with all of them in it, what lies between the products is half as long again.
 template <class T, AdapterActivation kActivation, bool kHasNorm>
 struct AdapterHopperOp {
   using Element = T;
-  static constexpr bool kReadsRows = kHasNorm;
-  using Statistics = std::conditional_t<kHasNorm, ChunkDeviations, NoStatistics>;
+  using Watch = std::conditional_t<kHasNorm, ChunkDeviations<T>, NoHopperWatch>;
+  static constexpr int kLefts = 1, kTiles = 1;
   struct Terms {
     float scale;
   };
@@ -56,54 +79,47 @@ struct AdapterHopperOp {
   Scale scale;
   float epsilon;
 
+  __device__ __forceinline__ void prefetch(int64_t, int64_t) const {}
+
   template <int kSums>
-  __device__ __forceinline__ void activate(float (&sums)[kSums], int64_t, int64_t, const Statistics& statistics,
-                                           Terms& terms, uint32_t (&hidden)[kSums / 8][4]) const {
-    constexpr int kInner = 2 * kSums, kLeast = hopper_least_inner(kInner);
+  __device__ __forceinline__ void activate(float (&sums)[kSums], const WarpRows&, const Watch& watch, Terms& terms,
+                                           uint32_t (&hidden)[kSums / 8][4]) const {
+    constexpr int kInner = 2 * kSums;
     terms.scale = scale.value();
     RowStatistics rows[2];
     if constexpr (kHasNorm) {
       const float unscale = *vectors.unscale;
 #pragma unroll
       for (int line = 0; line < 2; ++line) {
-        rows[line] = statistics.of(line, D, epsilon);
+        rows[line] = watch.of(line, D, epsilon);
         rows[line].inverse *= unscale;
       }
     }
 #pragma unroll
     for (int block = 0; block < kInner / 8; ++block) {
-      // The lane's two units in a block of 8. Those beyond the last have no weights, and become zero.
-      const int lane = static_cast<int>(threadIdx.x) % 4;
-      const int unit = unit_of(kInner, block * 8) + lane * (kInner - block / 4 * 32 < 32 ? 4 : 8);
-      const bool is_there = block / 4 * 32 + 32 <= kLeast || unit < B;
-      const float2 biases = load_pair(is_there, vectors.biases + unit);
-      const float2 unit_sums = load_pair(kHasNorm && is_there, vectors.sums + unit);
+      const int unit = unit_of_lane<kInner>(block);
+      const bool is_there = has_unit<kInner>(block, unit, B);
+      const float2 biases = load_unit_pair(is_there, vectors.biases + unit);
+      const float2 unit_sums = load_unit_pair(kHasNorm && is_there, vectors.sums + unit);
 #pragma unroll
       for (int line = 0; line < 2; ++line) {
         const float* const sum = &sums[block * 4 + line * 2];
         float2 raw = make_float2(sum[0], sum[1]);
-        if constexpr (kHasNorm)
-          raw = make_float2(normalized(raw.x, unit_sums.x, rows[line]), normalized(raw.y, unit_sums.y, rows[line]));
+        if constexpr (kHasNorm) {
+          raw = make_float2(normalized_product(raw.x, unit_sums.x, rows[line]),
+                            normalized_product(raw.y, unit_sums.y, rows[line]));
+        }
         hidden[block / 2][block % 2 * 2 + line] = pack_pair(cuda::activate<kActivation>(raw.x + biases.x).value,
                                                             cuda::activate<kActivation>(raw.y + biases.y).value, T{});
       }
     }
   }
 
-  __device__ __forceinline__ float2 combine(float2 residual, float2 sum, int, int column, const Terms& terms) const {
+  __device__ __forceinline__ float2 combine(const float2 (&added)[1], float2 sum, int, int column,
+                                            const Terms& terms) const {
+    const float2 residual = added[0];
     const float2 bias = *reinterpret_cast<const float2*>(vectors.up_bias + column);
     return make_float2(residual.x + terms.scale * (sum.x + bias.x), residual.y + terms.scale * (sum.y + bias.y));
-  }
-
- private:
-  __device__ __forceinline__ static float2 load_pair(bool valid, const float* pair) {
-    return valid ? *reinterpret_cast<const float2*>(pair) : make_float2(0, 0);
-  }
-
-  // As ProductScale has it.
-  __device__ __forceinline__ static float normalized(float sum, float unit_sum, const RowStatistics& row) {
-    const float centered = fmaf(-row.mean, unit_sum, sum);
-    return row.inverse * fmaf(-row.mean_rest, unit_sum, centered);
   }
 };
 

@@ -116,4 +116,11 @@ struct AdapterRows {
   }
 };
 
+inline AdapterRows adapter_rows(const AdapterInputs& inputs, const AdapterVectors& vectors) {
+  const auto [R, D, B] = inputs.size;
+  const Norm norm{weights_of(inputs.norm_weight, 1, D), weights_of(inputs.norm_bias, 1, D), inputs.epsilon};
+  return {weights_of(inputs.down, B, D), weights_of(inputs.down_bias, 1, B), weights_of(inputs.up_bias, 1, D), norm,
+          vectors};
+}
+
 }  // namespace petl::cuda

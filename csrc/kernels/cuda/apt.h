@@ -22,4 +22,8 @@ int apt_forward(const AptForward& args, void* packed, AptDone done, void* worksp
 int64_t apt_backward_workspace(const AptBackward& args);
 int apt_backward(const AptBackward& args, void* workspace, Queue queue);
 
+// Backward with its rows by the Hopper path, on or off, for what hopper_takes; rows may be few.
+int64_t apt_hopper_workspace(const AptBackward& args);
+int apt_hopper_backward(const AptBackward& args, void* workspace, Queue queue);
+
 }  // namespace petl::cuda

@@ -19,9 +19,8 @@ int forward(const AptForward& args, const void* packed, Queue queue) {
     op.scores = static_cast<typename KeptOf<T>::Type*>(args.scores.data);
     op.P = static_cast<int>(args.size.P);
     op.kept = static_cast<int>(args.size.kept());
-    const HopperOperands operands{args.size.R, args.size.D, args.size.P, args.x,
-                                  args.y,      args.out,    packed,      has_rest(args)};
-    return launch_hopper(queue, op, operands);
+    const auto [R, D, P] = args.size;
+    return launch_hopper(queue, op, {R, D, P, {args.x}, {args.y}, args.out, packed, has_rest(args)});
   };
   if (args.activation == Activation::relu) return run(AptHopperOp<T, Activation::relu>());
   return run(AptHopperOp<T, Activation::softmax>());
@@ -30,16 +29,16 @@ int forward(const AptForward& args, const void* packed, Queue queue) {
 }  // namespace
 
 int64_t apt_hopper_packed_bytes(const AptForward& args) {
-  return 2 * hopper_packed_elements(args.size.D, args.size.P, has_rest(args));
+  return 2 * hopper_packed_elements(args.size.D, args.size.P, has_rest(args) ? 2 : 1);
 }
 
 int apt_hopper_pack(const AptForward& args, void* packed, Queue queue) {
   if (const int error = hopper_error(queue.device)) return error;
   const auto [R, D, P] = args.size;
   HopperPacking<NoRows> packing = {};
-  packing.first = weights_of(args.keys, P, D);
-  packing.second = weights_of(args.prompts, P, D);
-  packing.second_order = Order::depth;
+  packing.first[0] = {weights_of(args.keys, P, D), Order::columns};
+  packing.second = {weights_of(args.prompts, P, D), Order::depth};
+  packing.firsts = 1;
   packing.D = static_cast<int>(D);
   packing.inner = hopper_inner(P);
   packing.rest = has_rest(args);

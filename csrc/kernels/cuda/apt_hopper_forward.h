@@ -3,7 +3,7 @@
 //     out = exp(log_scale) (y + gate (scores prompts)),    scores = act(x keys^T)
 #pragma once
 #include "kernels/cuda/apt_forward.h"
-#include "kernels/cuda/hopper_layout.h"
+#include "kernels/cuda/hopper_rows.h"
 
 namespace petl::cuda {
 
@@ -12,8 +12,9 @@ template <class T, Activation kActivation>
 struct AptHopperOp {
   using Element = T;
   using Kept = typename KeptOf<T>::Type;
-  static constexpr bool kReadsRows = false, kIsRelu = kActivation == Activation::relu;
-  struct Statistics {};
+  using Watch = NoHopperWatch;
+  static constexpr int kLefts = 1, kTiles = 1;
+  static constexpr bool kIsRelu = kActivation == Activation::relu;
   struct Terms {
     float scale, factors[2];
   };
@@ -24,10 +25,12 @@ struct AptHopperOp {
   Kept* scores;  // [R, kept]; null: not kept
   int P, kept;
 
+  __device__ __forceinline__ void prefetch(int64_t, int64_t) const {}
+
   // The sums become the second product's left operand, scores / gate, as in apt_forward.h.
   template <int kSums>
-  __device__ __forceinline__ void activate(float (&sums)[kSums], int64_t first_row, int64_t R, const Statistics&,
-                                           Terms& terms, uint32_t (&hidden)[kSums / 8][4]) const {
+  __device__ __forceinline__ void activate(float (&sums)[kSums], const WarpRows& rows, const Watch&, Terms& terms,
+                                           uint32_t (&hidden)[kSums / 8][4]) const {
     terms.scale = expf(load_scalar(log_scale, log_scale_dtype, 0));
     float inverses[2];
 #pragma unroll
@@ -37,8 +40,8 @@ struct AptHopperOp {
       // through the factor.
       inverses[line] = !kIsRelu ? 1 : row_gate >= 1.2e-38f ? 1 / row_gate : 0;
       terms.factors[line] = terms.scale * row_gate * row_gate;
-      const int64_t row = first_row + line * 8;
-      if (row >= R) continue;
+      if (!rows.has_line(line)) continue;
+      const int64_t row = rows.line(line);
       if (threadIdx.x % 4 == 0) gate[row] = row_gate;
       if (scores) store_scores(sums, line, kIsRelu ? 1 : row_gate, scores + row * kept);
     }
@@ -49,23 +52,19 @@ struct AptHopperOp {
     }
   }
 
-  __device__ __forceinline__ float2 combine(float2 y, float2 sum, int line, int, const Terms& terms) const {
+  __device__ __forceinline__ float2 combine(const float2 (&added)[1], float2 sum, int line, int,
+                                            const Terms& terms) const {
+    const float2 y = added[0];
     return make_float2(terms.scale * y.x + terms.factors[line] * sum.x,
                        terms.scale * y.y + terms.factors[line] * sum.y);
   }
 
  private:
-  // The prompt of the lane's first column in a block of 8.
-  template <int kInner>
-  __device__ __forceinline__ static int prompt_of(int block) {
-    return unit_of(kInner, block * 8) + static_cast<int>(threadIdx.x) % 4 * (kInner - block / 4 * 32 < 32 ? 4 : 8);
-  }
-
   // Whether there is a prompt for column i of the lane's two in a block of 8.
   template <int kInner>
   __device__ __forceinline__ bool has(int block, int i) const {
     constexpr int kLeast = hopper_least_inner(kInner);
-    return block / 4 * 32 + 32 <= kLeast || prompt_of<kInner>(block) + i < P;
+    return block / 4 * 32 + 32 <= kLeast || unit_of_lane<kInner>(block) + i < P;
   }
 
   // Of a row's scores, at least this.
@@ -102,18 +101,17 @@ struct AptHopperOp {
     constexpr int kInner = 2 * kSums;
 #pragma unroll
     for (int block = 0; block < kInner / 8; block += 4) {
-      constexpr int kWhole = 4;
-      const int blocks = kInner / 8 - block < kWhole ? kInner / 8 - block : kWhole;
+      const int count = neighbors_from<kInner>(block);
       float values[8] = {};
 #pragma unroll
-      for (int i = 0; i < 2 * kWhole; ++i) {
-        if (i < 2 * blocks) values[i] = sums[(block + i / 2) * 4 + line * 2 + i % 2] * factor;
+      for (int i = 0; i < 8; ++i) {
+        if (i < count) values[i] = sums[(block + i / 2) * 4 + line * 2 + i % 2] * factor;
       }
-      store_neighbors(row, prompt_of<kInner>(block), blocks, values);
+      store_neighbors(row, unit_of_lane<kInner>(block), count, values);
     }
   }
 
-  __device__ __forceinline__ void store_neighbors(Kept* row, int prompt, int blocks, const float (&values)[8]) const {
+  __device__ __forceinline__ void store_neighbors(Kept* row, int prompt, int count, const float (&values)[8]) const {
     if (prompt >= kept) return;
     if constexpr (std::is_same_v<Kept, float>) {
       const auto four = [&](int i) {
@@ -121,10 +119,10 @@ struct AptHopperOp {
                            max_or_nan(values[i + 3], 0));
       };
       *reinterpret_cast<float4*>(row + prompt) = four(0);
-      if (blocks == 4) *reinterpret_cast<float4*>(row + prompt + 4) = four(4);
+      if (count == 8) *reinterpret_cast<float4*>(row + prompt + 4) = four(4);
     } else {
       const auto two = [&](int i) { return pack_relu_pair(values[i], values[i + 1], T{}); };
-      if (blocks == 4) {
+      if (count == 8) {
         *reinterpret_cast<uint4*>(row + prompt) = make_uint4(two(0), two(2), two(4), two(6));
       } else {
         *reinterpret_cast<uint2*>(row + prompt) = make_uint2(two(0), two(2));

@@ -1,5 +1,5 @@
-// The path of Hopper (compute capability 9.0, code for sm_90a) through forward of `apt` and `adapter`, as the host sees
-// it: whether it is on, and what it takes. No GPU has confirmed it yet, so that it is off unless the environment
+// The path of Hopper (compute capability 9.0, code for sm_90a) through `apt` and `adapter`, as the host sees it: whether
+// it is on, and what it takes. No GPU has confirmed it yet, so that it is off unless the environment
 // variable PETL_HOPPER is 1.
 #pragma once
 #include <string>
@@ -29,7 +29,7 @@ constexpr bool hopper_takes(DType dtype, int64_t D, int64_t inner) {
 }
 
 // Whether a call's weights are packed for the path, and whether the call runs on it: a copy of tiles needs rows that do
-// not overlap. `added`: rows of y or the residual, with null data if there are none.
+// not overlap. `added`: other rows that are copied so, with null data if there are none.
 inline bool hopper_packs(DType dtype, int64_t D, int64_t inner) {
   return hopper_choice() == HopperChoice::on && hopper_takes(dtype, D, inner);
 }

@@ -35,11 +35,11 @@ __host__ __device__ constexpr int hopper_least_inner(int shape_inner) {
 }
 
 // The packed weights are tiles of inner * kHopperChunk elements: the first weights' chunks [inner, kHopperChunk];
-// behind them those of what rounding left out of them, if it is wanted; and the second ones' chunks, transposed:
-// [kHopperChunk, inner], in pieces of 64, 32 and 16 inner columns. All are swizzled (hopper_ptx.h), so that a copy of
-// the bytes is a tile to multiply. Inner columns beyond P or B are zeros.
-constexpr int64_t hopper_packed_elements(int64_t D, int64_t inner, bool rest) {
-  return int64_t{hopper_inner(inner)} * D * (rest ? 3 : 2);
+// behind them those of what rounding left out of them, if it is wanted, or of a second first product; and the second
+// ones' chunks, transposed: [kHopperChunk, inner], in pieces of 64, 32 and 16 inner columns. All are swizzled
+// (hopper_ptx.h), so that a copy of the bytes is a tile to multiply. Inner columns beyond P or B are zeros.
+constexpr int64_t hopper_packed_elements(int64_t D, int64_t inner, int passes) {
+  return int64_t{hopper_inner(inner)} * D * (passes + 1);
 }
 
 // The prompt, or the hidden unit, of an inner column. They are dealt out as both products see them: in 32 inner columns
@@ -47,6 +47,19 @@ constexpr int64_t hopper_packed_elements(int64_t D, int64_t inner, bool rest) {
 __host__ __device__ constexpr int unit_of(int inner, int column) {
   const int first = column / 32 * 32, block = column % 32 / 8, lane = column % 8 / 2;
   return first + lane * (inner - first < 32 ? 4 : 8) + block * 2 + column % 2;
+}
+
+// Of a block of 8 inner columns, the unit of the lane's first one. From the first of four blocks on (or the first of
+// the last two) they are neighbors: as many as there are columns of the lane in them.
+template <int kInner>
+__device__ __forceinline__ int unit_of_lane(int block) {
+  return unit_of(kInner, block * 8) + static_cast<int>(threadIdx.x) % 4 * (kInner - block / 4 * 32 < 32 ? 4 : 8);
+}
+
+// How many neighbors those are.
+template <int kInner>
+__host__ __device__ constexpr int neighbors_from(int block) {
+  return kInner / 8 - block < 4 ? 2 * (kInner / 8 - block) : 8;
 }
 
 struct Piece {

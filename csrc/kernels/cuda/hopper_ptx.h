@@ -117,6 +117,13 @@ __device__ __forceinline__ void copy_tile(void* shared, const TileMap& map, int 
       : "memory");
 }
 
+// Asks the second-level cache for what will be read from device memory: so many bytes, a multiple of 16, from a
+// multiple of 16 on.
+__device__ __forceinline__ void prefetch_bulk(const void* global, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(global)), "r"(bytes)
+               : "memory");
+}
+
 // The way back; nothing is written outside of the matrix.
 __device__ __forceinline__ void store_tile(const TileMap& map, int column, int row, const void* shared) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map),

@@ -61,6 +61,12 @@ inline auto with_element(DType dtype, const Function& function) {
   }
 }
 
+// The same of a dtype of 16 bits.
+template <class Function>
+inline auto with_half(DType dtype, const Function& function) {
+  return dtype == DType::bfloat16 ? function(Bfloat16{}) : function(Float16{});
+}
+
 inline int64_t divide_up(int64_t count, int64_t by) { return (count + by - 1) / by; }
 inline int64_t round_up(int64_t count, int64_t to) { return divide_up(count, to) * to; }
 

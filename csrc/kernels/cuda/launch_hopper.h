@@ -15,10 +15,20 @@ int hopper_error(int device);
 // 0, or that the device cannot hold a cluster of a kernel's blocks, which has been prepared.
 int cluster_error(const void* kernel, const cudaLaunchConfig_t& config, int device);
 
+// No GPU of compute capability 9.0 has more multiprocessors.
+constexpr int kMostHopperBlocks = 144;
+
+// As many blocks as a launch may have.
+inline int64_t hopper_blocks(int64_t R) {
+  constexpr int kMostCluster = 2;
+  const int64_t blocks = round_up(divide_up(R, kHopperRows), kMostCluster);
+  return blocks < kMostHopperBlocks ? blocks : kMostHopperBlocks;
+}
+
 // By persistent blocks, in whole clusters: those without rows of their own help to copy the weights.
 template <class Op, int kInner, int kCluster>
 int launch_hopper_shape(Queue queue, const HopperTask<Op>& task, int64_t most_blocks) {
-  using Its = HopperStage<kInner>;
+  using Its = HopperStage<kInner, Op::kTiles>;
   const auto kernel = &hopper_sandwich<Op, kInner, kCluster>;
   const void* const address = reinterpret_cast<const void*>(kernel);
   const int64_t blocks = round_up(divide_up(task.R, kHopperRows), kCluster);
@@ -50,39 +60,39 @@ int launch_hopper_inner(Queue queue, const HopperTask<Op>& task, int inner, std:
   const auto launch_if = [&](auto index) {
     constexpr HopperShape kShape = kHopperShapes[decltype(index)::value];
     if (error || kShape.inner != inner) return;
-    error = launch_hopper_shape<Op, kShape.inner, kShape.cluster>(queue, task, multiprocessors);
+    error = launch_hopper_shape<Op, kShape.inner, kShape.cluster>(
+        queue, task, multiprocessors < kMostHopperBlocks ? multiprocessors : kMostHopperBlocks);
   };
   (launch_if(std::integral_constant<size_t, kShapes>()), ...);
   return error;
 }
 
-// Calls function with an element of a type that hopper_takes.
-template <class Function>
-int with_half(DType dtype, const Function& function) {
-  return dtype == DType::bfloat16 ? function(Bfloat16{}) : function(Float16{});
-}
-
 struct HopperOperands {
   int64_t R, D, inner;
-  ConstRows x, y;  // y: null where nothing is added
-  Rows out;
-  const void* weights;  // packed
+  ConstRows left[2], added[2];  // as many as the op has; null where nothing is added
+  Rows out;                     // null: there is no second product
+  const void* weights;          // packed
   bool rest;
 };
 
 // False where the driver makes no maps of the operands.
 template <class Op>
 bool set_hopper_task(HopperTask<Op>& task, const Op& op, const HopperOperands& operands) {
-  const auto [R, D, inner, x, y, out, weights, rest] = operands;
-  const bool adds_y = y.data != nullptr;
-  const bool is_mapped = map_tiles(task.x, x.dtype, x, R, D, kGroupRows) &&
-                         map_tiles(task.y, x.dtype, adds_y ? y : x, R, D, kGroupRows) &&
-                         map_tiles(task.out, x.dtype, {out.data, D, out.dtype}, R, D, kWarpRows);
+  const auto& [R, D, inner, left, added, out, weights, rest] = operands;
+  const DType dtype = left[0].dtype;
+  // What is not there is mapped as what is.
+  const ConstRows out_rows = {out.data, D, out.dtype};
+  bool is_mapped = map_tiles(task.out, dtype, out.data ? out_rows : left[0], R, D, kWarpRows);
+  for (int i = 0; i < Op::kLefts; ++i) is_mapped &= map_tiles(task.left[i], dtype, left[i], R, D, kGroupRows);
+  for (int i = 0; i < Op::kTiles; ++i) {
+    task.adds[i] = added[i].data != nullptr;
+    is_mapped &= map_tiles(task.added[i], dtype, task.adds[i] ? added[i] : left[0], R, D, kGroupRows);
+  }
   task.weights = weights;
   task.R = R;
   task.D = static_cast<int>(D);
-  task.passes = rest ? 2 : 1;
-  task.adds_y = adds_y;
+  task.passes = Op::kLefts + (rest ? 1 : 0);
+  task.writes = out.data != nullptr;
   task.op = op;
   return is_mapped;
 }
