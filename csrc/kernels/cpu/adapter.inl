@@ -41,6 +41,7 @@ struct AdapterProjection {
   // norm(x) - norm_bias of one row, with zeros up to padded_width.
   template <class X>
   void widen(X elements, const char* x, RowStatistics& statistics, float* target) const {
+    const Timed timed(Work::normalization);
     const int64_t D = args.size.D;
     if (weights.norm_weight) statistics = statistics_of(elements, x, D, args.epsilon);
     for (int64_t d = 0; d < D; d += kLanes) {
@@ -107,6 +108,7 @@ struct AdapterForwardTile {
 
   // hidden = act(hidden + down_bias)
   void activate(int64_t rows, float* hidden) const {
+    const Timed timed(Work::activations);
     const int64_t B = args.inputs.size.B, stride = padded_width<Arithmetic>(B);
     with_activation(args.inputs.activation, [&](auto activation) {
       for (int64_t row = 0; row < rows; ++row, hidden += stride) {
@@ -120,6 +122,7 @@ struct AdapterForwardTile {
 
   // `factors` is working memory.
   void drop_out(int64_t begin, int64_t rows, float* hidden, float* factors) const {
+    const Timed timed(Work::activations);
     const int64_t B = args.inputs.size.B, stride = padded_width<Arithmetic>(B);
     for (int64_t row = 0; row < rows; ++row) {
       keep_factors(args.inputs.dropout, begin + row, B, factors);
@@ -134,6 +137,7 @@ inline float adapter_factor(const AdapterInputs& args) {
 
 // sums [B] += down row, for a row of D floats in whole vectors.
 inline void add_products_with_down(const AdapterInputs& args, const float* row, float* sums) {
+  const Timed timed(Work::packing);
   const auto [R, D, B] = args.size;
   for (int64_t b = 0; b < B; ++b) {
     Vec products[kChains] = {};
@@ -191,6 +195,7 @@ inline void adapter_forward_by(const AdapterForward& args, ParallelFor parallel_
 }
 
 inline void adapter_forward(const AdapterForward& args, ParallelFor parallel_for) {
+  const Timed timed(Work::rest);
 #ifdef PETL_BFLOAT16_PRODUCTS
   if (args.inputs.x.dtype == DType::bfloat16) return adapter_forward_by<PairArithmetic>(args, parallel_for);
 #endif

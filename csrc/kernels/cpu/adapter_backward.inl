@@ -99,6 +99,7 @@ struct AdapterBackwardTile {
   // `factors` is working memory.
   void hidden_gradients(int64_t begin, int64_t rows, float* hidden, float* dhidden, float* factors,
                         RowGradient* gradients) const {
+    const Timed timed(Work::activations);
     const Dropout& dropout = args.inputs.dropout;
     const int64_t width = args.inputs.size.B, stride = padded_width<Arithmetic>(width);
     double* dgain = slab.dgain + begin - slab.begin;
@@ -141,6 +142,7 @@ struct AdapterBackwardTile {
 
   // dgain += sum(dout * up_bias) for each row
   void add_bias_shares(int64_t begin, int64_t rows) const {
+    const Timed timed(Work::column_sums);
     const int64_t D = args.inputs.size.D;
     with_elements(args.dout.dtype, [&](auto elements) {
       for (int64_t row = 0; row < rows; ++row) {
@@ -156,6 +158,7 @@ struct AdapterBackwardTile {
 
   // sums [columns in whole vectors] over rows [begin, begin + rows)
   static void sum_columns(const ConstRows& source, int64_t begin, int64_t rows, int64_t columns, float* sums) {
+    const Timed timed(Work::column_sums);
     std::fill_n(sums, round_up(columns, kLanes), 0.0f);
     with_elements(source.dtype, [&](auto elements) {
       for (int64_t row = 0; row < rows; ++row) {
@@ -179,6 +182,7 @@ struct AdapterBackwardTile {
 
 // target [columns] += each of `count` rows of `sums`, in order.
 inline void add_rows(const float* sums, int64_t count, int64_t stride, int64_t columns, float* target) {
+  const Timed timed(Work::column_sums);
   for (int64_t i = 0; i < count; ++i, sums += stride) {
     for (int64_t column = 0; column < columns; ++column) target[column] += sums[column];
   }
@@ -186,6 +190,7 @@ inline void add_rows(const float* sums, int64_t count, int64_t stride, int64_t c
 
 // dup [D, B] = factor * transposed [B, D], and dup_bias likewise.
 inline void finish_up_gradient(const AdapterBackward& args, float factor, const float* transposed) {
+  const Timed timed(Work::column_sums);
   const auto [R, D, B] = args.inputs.size;
   for (int64_t d = 0; d < D; d += kLanes) {
     const int64_t lanes = std::min<int64_t>(kLanes, D - d);
@@ -201,6 +206,7 @@ inline void finish_up_gradient(const AdapterBackward& args, float factor, const 
 //   ddown = g * norm_weight + ddown_bias norm_bias^T
 //   dnorm_weight = sum_b(down[b] * g[b])    dnorm_bias = sum_b(down[b] * ddown_bias[b])
 inline void finish_norm_gradients(const AdapterBackward& args, const AdapterRows& weights) {
+  const Timed timed(Work::column_sums);
   const auto [R, D, B] = args.inputs.size;
   std::fill_n(args.dnorm_weight, D, 0.0f);
   std::fill_n(args.dnorm_bias, D, 0.0f);
@@ -303,6 +309,7 @@ inline void adapter_backward_by(const AdapterBackward& args, ParallelFor paralle
 }
 
 inline void adapter_backward(const AdapterBackward& args, ParallelFor parallel_for) {
+  const Timed timed(Work::rest);
 #ifdef PETL_BFLOAT16_PRODUCTS
   const AdapterInputs& inputs = args.inputs;
   if (PairArithmetic::fits(args.dout, inputs.size.D)) {

@@ -84,6 +84,18 @@ struct AptForwardTile {
     float *factors = scratch, *scores = factors + factors_width(P), *wide = scores + kRowsPerTile * stride;
     const Left x = Arithmetic::rows_as_left(args.x, begin, rows, D, wide);
     multiply<Arithmetic>(rows, x, words<Arithmetic>(D), packed_keys, P, StoreFloats{scores, stride});
+    finish_scores(begin, rows, scores, factors);
+    const Left left = Arithmetic::values_as_left(scores, rows, stride);
+    with_elements(args.y.dtype, [&](auto elements) {
+      const AptOutput<decltype(elements)> epilogue(args, begin, scale);
+      multiply<Arithmetic>(rows, left, words<Arithmetic>(args.size.P), packed_prompts, args.size.D, epilogue);
+    });
+  }
+
+  // The products x keys^T become scores. `factors` is working memory.
+  void finish_scores(int64_t begin, int64_t rows, float* scores, float* factors) const {
+    const Timed timed(Work::activations);
+    const int64_t P = args.size.P, stride = scores_stride<Arithmetic>(P);
     for (int64_t row = 0; row < rows; ++row) {
       float* row_scores = scores + row * stride;
       std::fill(row_scores + P, row_scores + stride, 0.0f);
@@ -99,11 +111,6 @@ struct AptForwardTile {
         args.gate[begin + row] = greatest(row_scores, P);
       }
     }
-    const Left left = Arithmetic::values_as_left(scores, rows, stride);
-    with_elements(args.y.dtype, [&](auto elements) {
-      const AptOutput<decltype(elements)> epilogue(args, begin, scale);
-      multiply<Arithmetic>(rows, left, words<Arithmetic>(args.size.P), packed_prompts, args.size.D, epilogue);
-    });
   }
 };
 
@@ -166,6 +173,7 @@ struct AptBackwardTile {
     if (prompts.rest) multiply<Arithmetic>(rows, dout, depth, prompts.rest, P, AddFloats{dscores, stride});
     double* shares = slab.dlog_scale + begin - slab.begin;
     for (int64_t row = 0; row < rows; ++row) {
+      const Timed timed(Work::activations);
       shares[row] = score_gradients(begin + row, dscores + row * stride, weighted + row * stride, factors);
     }
     const int64_t gathered = (begin - slab.begin) / Arithmetic::kPerWord * stride;
@@ -220,6 +228,7 @@ struct AptBackwardTile {
 
   // shares[row] += exp(log_scale) * sum(dout * y)
   void add_y_shares(int64_t begin, int64_t rows, double* shares) const {
+    const Timed timed(Work::column_sums);
     const int64_t D = args.size.D;
     with_elements(args.y.dtype, [&](auto elements) {
       for (int64_t row = 0; row < rows; ++row) {
@@ -236,6 +245,7 @@ struct AptBackwardTile {
 
   // dy = exp(log_scale) * dout
   void scale_gradient(int64_t begin, int64_t rows) const {
+    const Timed timed(Work::results);
     const int64_t D = args.size.D;
     with_elements(args.dy.dtype, [&](auto elements) {
       for (int64_t row = 0; row < rows; ++row) {
@@ -306,6 +316,7 @@ inline void apt_backward_by(const AptBackward& args, ParallelFor parallel_for) {
 }
 
 inline void apt_forward(const AptForward& args, ParallelFor parallel_for) {
+  const Timed timed(Work::rest);
 #ifdef PETL_BFLOAT16_PRODUCTS
   if (PairArithmetic::fits(args.x, args.size.D) && args.y.dtype == DType::bfloat16) {
     return apt_forward_by<PairArithmetic>(args, parallel_for);
@@ -315,6 +326,7 @@ inline void apt_forward(const AptForward& args, ParallelFor parallel_for) {
 }
 
 inline void apt_backward(const AptBackward& args, ParallelFor parallel_for) {
+  const Timed timed(Work::rest);
 #ifdef PETL_BFLOAT16_PRODUCTS
   if (PairArithmetic::fits(args.dout, args.size.D) && args.x.dtype == DType::bfloat16) {
     return apt_backward_by<PairArithmetic>(args, parallel_for);

@@ -105,10 +105,15 @@ inline void multiply_panel(int64_t rows, Left left, int64_t depth, const float* 
     Left tile{left.data + begin * left.row, left.row, left.step};
     int64_t k = 0;
     for (; k + kWordsPerSum < depth; k += kWordsPerSum, tile.data += kWordsPerSum * left.step) {
+      const Timed timed(Work::products);
       add(tile, kWordsPerSum, packed + k * kWidth, sums);
     }
     for (int64_t m = 0; m < tile_rows; ++m) epilogue.prefetch(begin + m, panel.column, kWidth);
-    add(tile, depth - k, packed + k * kWidth, sums);
+    {
+      const Timed timed(Work::products);
+      add(tile, depth - k, packed + k * kWidth, sums);
+    }
+    const Timed timed(Work::results);
     for (int64_t m = 0; m < tile_rows; ++m) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
@@ -224,6 +229,7 @@ struct FloatArithmetic {
 
   // Rows [begin, begin + rows) of a tensor as a left operand: where they lie, or widened into `scratch`.
   static Left rows_as_left(const ConstRows& source, int64_t begin, int64_t rows, int64_t width, float* scratch) {
+    const Timed timed(Work::conversions);
     if (source.dtype == DType::float32) {
       return {reinterpret_cast<const float*>(row_of(source, begin)), source.stride, 1};
     }
@@ -244,6 +250,7 @@ struct FloatArithmetic {
 
   // values [rows, stride] into rows of a transposed left operand: its depth runs over the rows.
   static void gather(const float* values, int64_t rows, int64_t stride, float* target) {
+    const Timed timed(Work::conversions);
     memcpy(target, values, rows * stride * sizeof(float));
   }
 };
@@ -256,6 +263,7 @@ inline int64_t words(int64_t depth) {
 // A whole right operand [depth, columns], panel after panel: words(depth) x padded columns.
 template <class Arithmetic, Part kPart = Part::rounded>
 inline void pack(const ConstRows& source, int64_t depth, int64_t columns, float* packed) {
+  const Timed timed(Work::packing);
   const Panels panels(columns);
   for (int64_t i = 0; i < panels.count(); ++i) {
     Arithmetic::template pack_panel<kPart>(source, 0, depth, columns, panels[i],
@@ -265,6 +273,7 @@ inline void pack(const ConstRows& source, int64_t depth, int64_t columns, float*
 
 template <class Arithmetic, Part kPart = Part::rounded>
 inline void pack_transposed(const ConstRows& source, int64_t depth, int64_t columns, float* packed) {
+  const Timed timed(Work::packing);
   const Panels panels(columns);
   for (int64_t i = 0; i < panels.count(); ++i) {
     Arithmetic::template pack_transposed_panel<kPart>(source, depth, columns, panels[i],

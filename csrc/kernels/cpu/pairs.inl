@@ -69,11 +69,13 @@ struct PairArithmetic {
   }
 
   static Left rows_as_left(const ConstRows& source, int64_t begin, int64_t, int64_t, float*) {
+    const Timed timed(Work::conversions);
     return {reinterpret_cast<const float*>(row_of(source, begin)), source.stride / 2, 1};
   }
 
   // In place: the pairs of a row take the first half of its room. The stride must be a multiple of two vectors.
   static Left values_as_left(float* values, int64_t rows, int64_t stride) {
+    const Timed timed(Work::conversions);
     for (int64_t row = 0; row < rows; ++row) {
       float* from = values + row * stride;
       for (int64_t i = 0; i < stride; i += 2 * kLanes) {
@@ -85,6 +87,7 @@ struct PairArithmetic {
   }
 
   static void gather(const float* values, int64_t rows, int64_t stride, float* target) {
+    const Timed timed(Work::conversions);
     for (int64_t row = 0; row < rows; row += 2, values += 2 * stride, target += stride) {
       for (int64_t i = 0; i < stride; i += kLanes) {
         const Vec second = row + 1 < rows ? load(values + stride + i) : Vec{};
@@ -105,6 +108,7 @@ class ExactScores {
  public:
   // `rounding` [P] is filled with |key - rounded key|.
   ExactScores(const ConstRows& keys, int64_t P, int64_t D, float* rounding) : keys_(keys), D_(D), rounding_(rounding) {
+    const Timed timed(Work::packing);
     with_elements(keys.dtype, [&](auto elements) {
       for (int64_t p = 0; p < P; ++p) {
         Vec sums = {};

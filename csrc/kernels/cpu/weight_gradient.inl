@@ -57,11 +57,14 @@ inline void add_weight_gradient(const WeightGradient& task, int64_t D, int64_t s
   float *packed = scratch, *wide = packed + kWordsPerPack * kPanelVectors * kLanes;
   for (int64_t begin = 0; begin < rows; begin += rows_per_pack) {
     const int64_t depth = std::min(rows_per_pack, rows - begin);
-    if (task.statistics) {
-      pack_normalized_panel<Arithmetic>(task.right, task.statistics + begin, slab_begin + begin, depth, D, panel, wide,
-                                        packed);
-    } else {
-      Arithmetic::template pack_panel<Part::rounded>(task.right, slab_begin + begin, depth, D, panel, packed);
+    {
+      const Timed timed(Work::packing);
+      if (task.statistics) {
+        pack_normalized_panel<Arithmetic>(task.right, task.statistics + begin, slab_begin + begin, depth, D, panel, wide,
+                                          packed);
+      } else {
+        Arithmetic::template pack_panel<Part::rounded>(task.right, slab_begin + begin, depth, D, panel, packed);
+      }
     }
     const Left left{task.left + begin / Arithmetic::kPerWord * task.stride, 1, task.stride};
     multiply_panel<Arithmetic>(task.M, left, words<Arithmetic>(depth), packed, panel,
