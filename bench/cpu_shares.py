@@ -26,7 +26,17 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "timed"
-WORK = "outside, rest, products, packing, conversions, normalization, activations, results, column sums".split(", ")
+WORK = [
+    "outside",
+    "rest",
+    "products",
+    "packing",
+    "conversions",
+    "normalization",
+    "activations",
+    "results",
+    "column sums",
+]
 
 
 def build():

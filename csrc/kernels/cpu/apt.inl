@@ -1,10 +1,20 @@
 // Prompt diffusion on the CPU. Whatever the tensors are, arithmetic is float32; only where the processor multiplies
-// bfloat16 itself, and x and y are bfloat16, the factors of products are bfloat16 and their sums float32.
-// A part of path.inl.
+// bfloat16 itself, and x is bfloat16 or to be rounded to it, the factors of products are bfloat16 and their sums
+// float32. A part of path.inl.
 
 inline float greatest(const float* scores, int64_t P) {
+  const auto greater = [](auto a, auto b) { return a > b || a != a ? a : b; };  // a NaN wins
   float best = scores[0];
-  for (int64_t p = 1; p < P; ++p) best = scores[p] > best || scores[p] != scores[p] ? scores[p] : best;  // a NaN wins
+  int64_t p = 0;
+  if (P >= kLanes) {
+    Vec bests = load(scores);
+    for (p = kLanes; p + kLanes <= P; p += kLanes) {
+      const Vec score = load(scores + p);
+      bests = (score > bests) | (score != score) ? score : bests;
+    }
+    for (int lane = 0; lane < kLanes; ++lane) best = greater(bests[lane], best);
+  }
+  for (; p < P; ++p) best = greater(scores[p], best);
   return best;
 }
 
@@ -76,7 +86,7 @@ struct AptForwardTile {
   const AptForward& args;
   const float* packed_keys;     // keys^T
   const float* packed_prompts;  // prompts
-  const ExactScores* exact;     // null where the keys are not rounded, or no mask hangs on them
+  const ExactSums* exact;       // null where the keys are not rounded, or no mask hangs on them
   float scale;                  // exp(log_scale)
 
   void operator()(int64_t begin, int64_t rows, float* scratch) const {
@@ -84,7 +94,7 @@ struct AptForwardTile {
     float *factors = scratch, *scores = factors + factors_width(P), *wide = scores + kRowsPerTile * stride;
     const Left x = Arithmetic::rows_as_left(args.x, begin, rows, D, wide);
     multiply<Arithmetic>(rows, x, words<Arithmetic>(D), packed_keys, P, StoreFloats{scores, stride});
-    finish_scores(begin, rows, scores, factors);
+    finish_scores(begin, rows, Arithmetic::rows_of(x), scores, factors);
     const Left left = Arithmetic::values_as_left(scores, rows, stride);
     with_elements(args.y.dtype, [&](auto elements) {
       const AptOutput<decltype(elements)> epilogue(args, begin, scale);
@@ -92,14 +102,14 @@ struct AptForwardTile {
     });
   }
 
-  // The products x keys^T become scores. `factors` is working memory.
-  void finish_scores(int64_t begin, int64_t rows, float* scores, float* factors) const {
+  // The products x keys^T become scores. `x` are the tile's rows; `factors` is working memory.
+  void finish_scores(int64_t begin, int64_t rows, const ConstRows& x, float* scores, float* factors) const {
     const Timed timed(Work::activations);
     const int64_t P = args.size.P, stride = scores_stride<Arithmetic>(P);
     for (int64_t row = 0; row < rows; ++row) {
       float* row_scores = scores + row * stride;
       std::fill(row_scores + P, row_scores + stride, 0.0f);
-      if (exact) exact->correct(row_of(args.x, begin + row), P, row_scores);
+      if (exact) make_exact(row_of(x, row), row_scores);
       args.gate[begin + row] = activate(args.activation, row_scores, P);
       if (args.scores.data) {
         const int64_t kept = args.size.kept();
@@ -112,17 +122,24 @@ struct AptForwardTile {
       }
     }
   }
+
+  // Those near zero, and the largest: as the gate, it scales all the others.
+  void make_exact(const char* x, float* scores) const {
+    exact->correct(x, nullptr, nullptr, scores);
+    const int64_t best = std::max_element(scores, scores + args.size.P) - scores;
+    scores[best] = exact->exact(x, nullptr, best);
+  }
 };
 
 template <class Arithmetic>
 struct AptForwardMemory {
   float *keys, *prompts;  // packed, the keys transposed
-  float* of_exact;        // [P], of ExactScores
+  float* of_exact;        // [P in whole vectors], of ExactSums
 
   AptForwardMemory(const AptSizes& size, Partition& partition)
       : keys(partition.take(words<Arithmetic>(size.D) * scores_stride<Arithmetic>(size.P))),
         prompts(partition.take(words<Arithmetic>(size.P) * round_up(size.D, kLanes))),
-        of_exact(partition.take(size.P)) {}
+        of_exact(partition.take(round_up(size.P, kLanes))) {}
 };
 
 template <class Arithmetic>
@@ -132,9 +149,10 @@ inline void apt_forward_by(const AptForward& args, ParallelFor parallel_for) {
   const auto memory = parts_of<AptForwardMemory<Arithmetic>>(call_scratch(), args.size);
   pack_transposed<Arithmetic>(args.keys, D, P, memory.keys);
   pack<Arithmetic>(args.prompts, P, D, memory.prompts);
-  std::optional<ExactScores> exact;
-  if (Arithmetic::rounds(args.keys.dtype) && args.activation == Activation::relu)
-    exact.emplace(args.keys, P, D, memory.of_exact);
+  std::optional<ExactSums> exact;
+  if (Arithmetic::rounds(args.keys.dtype) && args.activation == Activation::relu) {
+    exact.emplace(args.keys, nullptr, P, D, memory.of_exact);
+  }
   const AptForwardTile<Arithmetic> tile{args, memory.keys, memory.prompts, exact ? &*exact : nullptr,
                                         std::exp(read_scalar(args.log_scale))};
   for_each_tile(0, R, factors_width(P) + kRowsPerTile * (stride + width), parallel_for, tile);
@@ -318,9 +336,7 @@ inline void apt_backward_by(const AptBackward& args, ParallelFor parallel_for) {
 inline void apt_forward(const AptForward& args, ParallelFor parallel_for) {
   const Timed timed(Work::rest);
 #ifdef PETL_BFLOAT16_PRODUCTS
-  if (PairArithmetic::fits(args.x, args.size.D) && args.y.dtype == DType::bfloat16) {
-    return apt_forward_by<PairArithmetic>(args, parallel_for);
-  }
+  if (args.x.dtype == DType::bfloat16 || args.rounds_x) return apt_forward_by<PairArithmetic>(args, parallel_for);
 #endif
   apt_forward_by<FloatArithmetic>(args, parallel_for);
 }
@@ -328,9 +344,7 @@ inline void apt_forward(const AptForward& args, ParallelFor parallel_for) {
 inline void apt_backward(const AptBackward& args, ParallelFor parallel_for) {
   const Timed timed(Work::rest);
 #ifdef PETL_BFLOAT16_PRODUCTS
-  if (PairArithmetic::fits(args.dout, args.size.D) && args.x.dtype == DType::bfloat16) {
-    return apt_backward_by<PairArithmetic>(args, parallel_for);
-  }
+  if (args.x.dtype == DType::bfloat16 || args.rounds_x) return apt_backward_by<PairArithmetic>(args, parallel_for);
 #endif
   apt_backward_by<FloatArithmetic>(args, parallel_for);
 }

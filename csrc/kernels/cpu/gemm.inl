@@ -190,6 +190,8 @@ struct FloatArithmetic {
   // Whether rows of this tensor can be a left operand (rows_as_left).
   static bool fits(const ConstRows&, int64_t) { return true; }
   static Vec multiply_add(Vec a, Vec b, Vec sum) { return a * b + sum; }
+  // Of the elements of each word.
+  static Vec sum_of_words(Vec words) { return words; }
 
   // The right operand whose row k is row first_row + k of `source`, one panel of it.
   template <Part>
@@ -208,23 +210,10 @@ struct FloatArithmetic {
     });
   }
 
-  // The right operand whose column j is row j of `source`, one panel of it. Rows of the source are read a vector at a
-  // time: a stride of a whole row would miss the cache at every element.
-  template <Part>
-  static void pack_transposed_panel(const ConstRows& source, int64_t depth, int64_t columns, Panel panel,
-                                    float* packed) {
-    const int64_t width = panel.vectors * kLanes;
-    with_elements(source.dtype, [&](auto elements) {
-      for (int64_t k = 0; k < depth; k += kLanes) {
-        const int64_t lanes = std::min<int64_t>(kLanes, depth - k);
-        for (int64_t j = 0; j < width; ++j) {
-          const bool inside = panel.column + j < columns;
-          const Vec value =
-              inside ? elements.load_part(row_of(source, panel.column + j) + k * elements.kBytes, lanes) : Vec{};
-          for (int64_t lane = 0; lane < lanes; ++lane) packed[(k + lane) * width + j] = value[lane];
-        }
-      }
-    });
+  // The words that begin at an element, of which `count` are left in its row.
+  template <Part, class Source>
+  static Vec words_at(Source elements, const char* source, int64_t count, const float*) {
+    return elements.load_part(source, count);
   }
 
   // Rows [begin, begin + rows) of a tensor as a left operand: where they lie, or widened into `scratch`.
@@ -244,6 +233,9 @@ struct FloatArithmetic {
     });
     return {scratch, stride, 1};
   }
+
+  // The rows of a left operand, as a tensor.
+  static ConstRows rows_of(const Left& left) { return {left.data, left.row, DType::float32}; }
 
   // values [rows, stride] as a left operand; the values may be overwritten.
   static Left values_as_left(float* values, int64_t, int64_t stride) { return {values, stride, 1}; }
@@ -271,12 +263,56 @@ inline void pack(const ConstRows& source, int64_t depth, int64_t columns, float*
   }
 }
 
-template <class Arithmetic, Part kPart = Part::rounded>
-inline void pack_transposed(const ConstRows& source, int64_t depth, int64_t columns, float* packed) {
+// sums [columns in whole vectors], over the depth of a packed right operand.
+template <class Arithmetic>
+inline void sum_packed(const float* packed, int64_t depth, int64_t columns, float* sums) {
   const Timed timed(Work::packing);
   const Panels panels(columns);
   for (int64_t i = 0; i < panels.count(); ++i) {
-    Arithmetic::template pack_transposed_panel<kPart>(source, depth, columns, panels[i],
-                                                      packed + panels[i].column * words<Arithmetic>(depth));
+    const int64_t width = panels[i].vectors * kLanes, first = panels[i].column;
+    std::fill_n(sums + first, width, 0.0f);
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t j = 0; j < width; j += kLanes) {
+        store(sums + first + j,
+              load(sums + first + j) + Arithmetic::sum_of_words(load(packed + first * depth + k * width + j)));
+      }
+    }
+  }
+}
+
+// The right operand whose column j is row j of `source`, one panel of it, by squares: a stride of a whole row would
+// miss the cache at every element. `factors` [depth in whole vectors] multiply the columns of the source; null: 1.
+template <class Arithmetic, Part kPart>
+inline void pack_transposed_panel(const ConstRows& source, int64_t depth, int64_t columns, Panel panel,
+                                  const float* factors, float* packed) {
+  constexpr int64_t kElements = Arithmetic::kPerWord * kLanes;
+  const int64_t width = panel.vectors * kLanes;
+  with_elements(source.dtype, [&](auto elements) {
+    for (int64_t k = 0; k < depth; k += kElements) {
+      const int64_t count = depth - k, rows = std::min<int64_t>(kLanes, words<Arithmetic>(count));
+      float* target = packed + k / Arithmetic::kPerWord * width;
+      for (int64_t j = 0; j < width; j += kLanes, target += kLanes) {
+        Vec square[kLanes] = {};
+        const int64_t inside = std::min<int64_t>(kLanes, columns - panel.column - j);
+        for (int64_t i = 0; i < inside; ++i) {
+          square[i] =
+              Arithmetic::template words_at<kPart>(elements, row_of(source, panel.column + j + i) + k * elements.kBytes,
+                                                   count, factors ? factors + k : nullptr);
+        }
+        transpose(square);
+        for (int64_t i = 0; i < rows; ++i) store(target + i * width, square[i]);
+      }
+    }
+  });
+}
+
+template <class Arithmetic, Part kPart = Part::rounded>
+inline void pack_transposed(const ConstRows& source, int64_t depth, int64_t columns, float* packed,
+                            const float* factors = nullptr) {
+  const Timed timed(Work::packing);
+  const Panels panels(columns);
+  for (int64_t i = 0; i < panels.count(); ++i) {
+    pack_transposed_panel<Arithmetic, kPart>(source, depth, columns, panels[i], factors,
+                                             packed + panels[i].column * words<Arithmetic>(depth));
   }
 }

@@ -50,6 +50,7 @@ namespace {
 #include "kernels/cpu/activation.inl"
 #include "kernels/cpu/dropout.inl"
 #include "kernels/cpu/layer_norm.inl"
+#include "kernels/cpu/exact_sums.inl"
 #include "kernels/cpu/row_products.inl"
 #include "kernels/cpu/weight_gradient.inl"
 #include "kernels/cpu/adapter.inl"

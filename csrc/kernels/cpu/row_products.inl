@@ -198,7 +198,7 @@ class RowOperand {
     float* target = scratch_ + i * spread_width(D_);
     for (int64_t d = 0; d < D_; d += kLanes) {
       const HalfBitsVec upper = second ? read_part(second, d) : HalfBitsVec{};
-      store(target + d, interleave(read_part(first, d), upper));
+      store(target + d, Arithmetic::interleave(read_part(first, d), upper));
     }
     return target;
   }

@@ -60,8 +60,8 @@ inline void add_weight_gradient(const WeightGradient& task, int64_t D, int64_t s
     {
       const Timed timed(Work::packing);
       if (task.statistics) {
-        pack_normalized_panel<Arithmetic>(task.right, task.statistics + begin, slab_begin + begin, depth, D, panel, wide,
-                                          packed);
+        pack_normalized_panel<Arithmetic>(task.right, task.statistics + begin, slab_begin + begin, depth, D, panel,
+                                          wide, packed);
       } else {
         Arithmetic::template pack_panel<Part::rounded>(task.right, slab_begin + begin, depth, D, panel, packed);
       }
