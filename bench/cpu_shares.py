@@ -26,17 +26,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "timed"
-WORK = [
-    "outside",
-    "rest",
-    "products",
-    "packing",
-    "conversions",
-    "normalization",
-    "activations",
-    "results",
-    "column sums",
-]
+WORK = ["outside", "rest", "products", "packing", "conversions", "normalization", "activations", "results"]
+WORK += ["column sums"]
 
 
 def build():
@@ -167,7 +158,7 @@ def main():
         path = RESULTS / f"{machine_name(_processor())}-shares.md"
         floats, pairs = (peak() * speed / 1e6 for peak in (LIBRARY.petl_peak_of_floats, LIBRARY.petl_peak_of_pairs))
         head = (
-            f"Made by `python bench/cpu_shares.py --keep`, which says what is counted, at {commit()}, on {_processor()}."
+            f"Made by `python bench/cpu_shares.py --keep`, which says what it counts, at {commit()}, on {_processor()}."
             f" Peak: {floats:.0f} GFLOP/s in float32, {pairs:.0f} in bfloat16. Times are milliseconds.\n\n"
         )
         path.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")

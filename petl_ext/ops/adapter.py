@@ -27,9 +27,9 @@ _INPUTS = (
     " float scale, float eps, str activation"
 )
 _DROPOUT = "float dropout=0.0, Tensor? seeds=None"
-# What is added is multiplied by scale, and by gain where there is one. out has the dtype of the residual, or without one
-# that of the products. raw, if it is asked for, is (norm(x) - norm_bias) down^T, [R, B]. rounds_x: products are in bfloat16
-# though x is wider. Not all kernels know of the last two (`MIXING`).
+# What is added is multiplied by scale, and by gain where there is one. out has the dtype of the residual, or without
+# one that of the products. raw, if it is asked for, is (norm(x) - norm_bias) down^T, [R, B]. rounds_x: products are in
+# bfloat16 though x is wider. Not all kernels know of the last two (`MIXING`).
 torch.library.define(
     "petl_ext::adapter_forward",
     f"(Tensor x, Tensor? residual, {_INPUTS}, Tensor? packed=None, {_DROPOUT}, bool keep_raw=False,"
@@ -296,8 +296,10 @@ def adapter(
     packed: Packed | None = None,
     seeds: Tensor | None = None,
 ) -> Tensor:
-    """A bottleneck adapter in one pass over its input, keeping nothing for backward but its arguments; on a CPU and with
-    products in bfloat16 its hidden units too, which is faster.
+    """A bottleneck adapter in one pass over its input.
+
+    It keeps nothing for backward but its arguments and, on a CPU whose products are in bfloat16, its hidden units:
+    computing them again would take longer.
 
     Args:
         x: [..., D]. Any strides; rows that are not contiguous are copied.

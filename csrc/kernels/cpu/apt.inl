@@ -126,8 +126,8 @@ struct AptForwardTile {
   // Those near zero, and the largest: as the gate, it scales all the others.
   void make_exact(const char* x, float* scores) const {
     exact->correct(x, nullptr, nullptr, scores);
-    const int64_t best = std::max_element(scores, scores + args.size.P) - scores;
-    scores[best] = exact->exact(x, nullptr, best);
+    float* const best = std::find(scores, scores + args.size.P, greatest(scores, args.size.P));
+    if (best != scores + args.size.P) *best = exact->exact(x, nullptr, best - scores);  // a NaN is found nowhere
   }
 };
 

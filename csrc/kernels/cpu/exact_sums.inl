@@ -54,15 +54,20 @@ class ExactSums {
         sums[chain] += (statistics ? statistics->normalized(value) : value) * factor;
       });
     });
-    return static_cast<float>(sum_chains(sums));
+    return sum_of(sums);
   }
 
  private:
+  static float sum_of(const Vec (&chains)[kChains]) {
+    const Vec sums = (chains[0] + chains[1]) + (chains[2] + chains[3]);
+    return sum_by_halves<PETL_VECTOR_BYTES>(&sums);
+  }
+
   float norm_of(const char* x) const {
     Vec squares[kChains] = {};
     for_each_vector(Elements<DType::bfloat16>{}, x, D_,
                     [&](int chain, int64_t, Vec value) { squares[chain] += value * value; });
-    return std::sqrt(static_cast<float>(sum_chains(squares)));
+    return std::sqrt(sum_of(squares));
   }
 
   ConstRows weights_;

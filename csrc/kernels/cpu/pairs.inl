@@ -46,29 +46,16 @@ struct PairArithmetic {
 
   // As in FloatArithmetic.
   template <Part kPart, class Source>
-  static Vec words_at(Source elements, const char* source, int64_t count, const float* factors) {
+  static Vec words_along(Source elements, const char* source, int64_t count, const float* factors) {
     return neighbors(narrow<kPart>(elements, source, count, factors),
                      narrow<kPart>(elements, source + kLanes * elements.kBytes, count - kLanes,
                                    factors ? factors + kLanes : nullptr));
   }
 
-  template <Part kPart>
-  static void pack_panel(const ConstRows& source, int64_t first_row, int64_t depth, int64_t columns, Panel panel,
-                         float* packed) {
-    with_elements(source.dtype, [&](auto elements) {
-      for (int64_t k = 0; k < depth; k += 2) {
-        const char* row = row_of(source, first_row + k);
-        prefetch_panel(source, first_row + k + kRowsAhead, panel);
-        prefetch_panel(source, first_row + k + kRowsAhead + 1, panel);
-        for (int v = 0; v < panel.vectors; ++v, packed += kLanes) {
-          const int64_t column = panel.column + v * kLanes, count = columns - column;
-          const char* at = row + column * elements.kBytes;
-          const HalfBitsVec second =
-              k + 1 < depth ? narrow<kPart>(elements, at + source.stride * elements.kBytes, count) : HalfBitsVec{};
-          store(packed, interleave(narrow<kPart>(elements, at, count), second));
-        }
-      }
-    });
+  template <Part kPart, class Source>
+  static Vec words_across(Source elements, const char* source, const char* next, int64_t count) {
+    return interleave(narrow<kPart>(elements, source, count),
+                      next ? narrow<kPart>(elements, next, count) : HalfBitsVec{});
   }
 
   static Left rows_as_left(const ConstRows& source, int64_t begin, int64_t rows, int64_t width, float* scratch) {
@@ -80,7 +67,7 @@ struct PairArithmetic {
         const char* from = row_of(source, begin + row);
         for (int64_t i = 0; i < width; i += 2 * kLanes) {
           store(scratch + row * stride + i / 2,
-                words_at<Part::rounded>(elements, from + i * elements.kBytes, width - i, nullptr));
+                words_along<Part::rounded>(elements, from + i * elements.kBytes, width - i, nullptr));
         }
       }
     });
