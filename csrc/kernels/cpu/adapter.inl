@@ -147,8 +147,8 @@ template <class Arithmetic>
 struct AdapterForwardTile {
   const AdapterForward& args;
   AdapterProjection<Arithmetic> project;
-  const float* packed_up;  // up^T
-  const ExactSums* exact;  // null where nothing is rounded, or nobody asks for the sums' signs
+  const float* packed_up;              // up^T
+  const ExactSums<Arithmetic>* exact;  // null where nothing is rounded, or nobody asks for the sums' signs
   float factor;
 
   void operator()(int64_t begin, int64_t rows, float* scratch) const {
@@ -158,7 +158,7 @@ struct AdapterForwardTile {
     RowStatistics statistics[kRowsPerTile];
     const Left x = project.rows(begin, rows, statistics, wide);
     project.multiply_rows(rows, x, statistics, StoreFloats{hidden, stride});
-    activate(begin, rows, Arithmetic::rows_of(x), statistics, hidden, factors);
+    activate(begin, rows, x, statistics, hidden, factors);
     if (args.inputs.dropout.seeds) drop_out(begin, rows, hidden, factors);
     const Left left = Arithmetic::values_as_left(hidden, rows, stride);
     with_elements(args.out.dtype, [&](auto elements) {
@@ -168,14 +168,15 @@ struct AdapterForwardTile {
   }
 
   // hidden = act(hidden + down_bias). `sums` is working memory.
-  void activate(int64_t begin, int64_t rows, const ConstRows& x, const RowStatistics* statistics, float* hidden,
+  void activate(int64_t begin, int64_t rows, const Left& x, const RowStatistics* statistics, float* hidden,
                 float* sums) const {
     const Timed timed(Work::activations);
     const int64_t B = args.inputs.size.B, stride = padded_width<Arithmetic>(B);
     with_activation(args.inputs.activation, [&](auto activation) {
       for (int64_t row = 0; row < rows; ++row, hidden += stride) {
         if (args.raw.data) {
-          keep(row_of(x, row), project.weights.norm_weight ? statistics + row : nullptr, begin + row, hidden, sums);
+          keep(x.data + row * x.row, project.weights.norm_weight ? statistics + row : nullptr, begin + row, hidden,
+               sums);
         }
         for (int64_t b = 0; b < B; b += kLanes) {
           store(hidden + b, activation.value(load(hidden + b) + load(project.weights.down_bias + b)));
@@ -187,11 +188,11 @@ struct AdapterForwardTile {
 
   // What backward takes for the products of one row. Its masks are those of the sums as they would be had nothing been
   // rounded; where forward's are others, the sums are so near to zero that it does not matter.
-  void keep(const char* x, const RowStatistics* statistics, int64_t row, const float* products, float* sums) const {
+  void keep(const float* x, const RowStatistics* statistics, int64_t row, const float* products, float* sums) const {
     const int64_t B = args.inputs.size.B;
     const float* bias = project.weights.down_bias;
     for (int64_t b = 0; b < B; b += kLanes) store(sums + b, load(products + b) + load(bias + b));
-    if (exact) exact->correct(x, statistics, bias, sums);
+    if (exact) exact->correct(x, statistics, ExactSums<Arithmetic>::kNone, sums);
     with_elements(args.raw.dtype, [&](auto elements) {
       char* target = row_of(args.raw, row, B);
       for (int64_t b = 0; b < B; b += kLanes) {
@@ -257,15 +258,15 @@ template <class Arithmetic>
 struct AdapterForwardMemory {
   float *down, *up;  // packed, transposed
   float* down_sums;  // of AdapterProjection
-  float* rounding;   // of ExactSums
   float* rows;       // of adapter_rows
+  typename ExactSums<Arithmetic>::Memory exact;
 
-  AdapterForwardMemory(const AdapterSizes& size, Partition& partition)
+  AdapterForwardMemory(const AdapterSizes& size, bool is_exact, Partition& partition)
       : down(partition.take(words<Arithmetic>(size.D) * padded_width<Arithmetic>(size.B))),
         up(partition.take(words<Arithmetic>(size.B) * round_up(size.D, kLanes))),
         down_sums(partition.take(padded_width<Arithmetic>(size.B))),
-        rounding(partition.take(round_up(size.B, kLanes))),
-        rows(partition.take(adapter_rows_floats(size))) {}
+        rows(partition.take(adapter_rows_floats(size))),
+        exact(is_exact, size.B, size.D, partition) {}
 };
 
 template <class Arithmetic>
@@ -273,15 +274,15 @@ inline void adapter_forward_by(const AdapterForward& args, ParallelFor parallel_
   const AdapterInputs& inputs = args.inputs;
   const auto [R, D, B] = inputs.size;
   const int64_t stride = padded_width<Arithmetic>(B);
-  const auto memory = parts_of<AdapterForwardMemory<Arithmetic>>(call_scratch(), inputs.size);
+  const bool is_rounded =
+      Arithmetic::rounds(inputs.down.dtype) || (Arithmetic::kPerWord > 1 && inputs.norm_weight.data);
+  const bool is_exact = args.raw.data && is_rounded && inputs.activation == AdapterActivation::relu;
+  const auto memory = parts_of<AdapterForwardMemory<Arithmetic>>(call_scratch(), inputs.size, is_exact);
   const AdapterProjection<Arithmetic> project{inputs, memory.down, memory.down_sums, adapter_rows(inputs, memory.rows)};
   project.pack();
   pack_transposed<Arithmetic>(inputs.up, B, D, memory.up);
-  std::optional<ExactSums> exact;
-  const bool is_rounded = Arithmetic::rounds(inputs.down.dtype) || project.normalizes_sums();
-  if (args.raw.data && is_rounded && inputs.activation == AdapterActivation::relu) {
-    exact.emplace(inputs.down, project.weights.norm_weight, B, D, memory.rounding);
-  }
+  std::optional<ExactSums<Arithmetic>> exact;
+  if (is_exact) exact.emplace(inputs.down, project.weights.norm_weight, B, D, memory.exact);
   const AdapterForwardTile<Arithmetic> tile{args, project, memory.up, exact ? &*exact : nullptr,
                                             adapter_factor(inputs)};
   const int64_t scratch = factors_width(B) + kRowsPerTile * (stride + padded_width<Arithmetic>(D));
