@@ -3,7 +3,7 @@
 
 // Words of rows of a right operand, and panels of it, that are packed at a time: of 64 kB each, they stay in the
 // second-level cache.
-constexpr int64_t kWordsPerPack = 256, kPanelsPerPack = 4;
+constexpr int64_t kWordsPerPack = 256, kPanelsPerPack = 2;
 
 // gradient [M, D] += left^T right, over the rows of one slab.
 struct WeightGradient {
