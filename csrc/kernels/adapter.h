@@ -34,7 +34,8 @@ struct AdapterForward {
   AdapterInputs inputs;
   ConstRows residual;  // [R, D]; null: none
   Rows out;            // [R, D], in the dtype of the residual if there is one
-  Rows raw = {};       // [R, B], (norm(x) - norm_bias) down^T, what backward can take; null: not kept
+  Rows raw = {};       // [R, B], what backward can take: (norm(x) - norm_bias) down^T, or without a norm x down^T +
+                       // down_bias; null: not kept
 };
 
 struct AdapterBackward {

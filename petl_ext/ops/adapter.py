@@ -28,8 +28,8 @@ _INPUTS = (
 )
 _DROPOUT = "float dropout=0.0, Tensor? seeds=None"
 # What is added is multiplied by scale, and by gain where there is one. out has the dtype of the residual, or without
-# one that of the products. raw, if it is asked for, is (norm(x) - norm_bias) down^T, [R, B]. rounds_x: products are in
-# bfloat16 though x is wider. Not all kernels know of the last two (`MIXING`).
+# one that of the products. raw, if it is asked for, is what backward takes of the hidden units, [R, B]. rounds_x:
+# products are in bfloat16 though x is wider. Not all kernels know of the last two (`MIXING`).
 torch.library.define(
     "petl_ext::adapter_forward",
     f"(Tensor x, Tensor? residual, {_INPUTS}, Tensor? packed=None, {_DROPOUT}, bool keep_raw=False,"

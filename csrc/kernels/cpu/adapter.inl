@@ -186,8 +186,10 @@ struct AdapterForwardTile {
     });
   }
 
-  // What backward takes for the products of one row. Its masks are those of the sums as they would be had nothing been
-  // rounded; where forward's are others, the sums are so near to zero that it does not matter.
+  // What backward takes for the products of one row. Without a norm it is their sums with the bias, which are rounded
+  // once; with one it is the products, since the norm's gradients hang on what they say beside the bias. Backward's
+  // masks are those of the sums as they would be had nothing been rounded; where forward's are others, the sums are so
+  // near to zero that it does not matter.
   void keep(const float* x, const RowStatistics* statistics, int64_t row, const float* products, float* sums) const {
     const int64_t B = args.inputs.size.B;
     const float* bias = project.weights.down_bias;
@@ -196,7 +198,8 @@ struct AdapterForwardTile {
     with_elements(args.raw.dtype, [&](auto elements) {
       char* target = row_of(args.raw, row, B);
       for (int64_t b = 0; b < B; b += kLanes) {
-        const Vec kept = with_sign_of_sum<decltype(elements)>(load(sums + b), load(bias + b));
+        Vec kept = load(sums + b);
+        if (project.weights.norm_weight) kept = with_sign_of_sum<decltype(elements)>(kept, load(bias + b));
         elements.store_part(target + b * elements.kBytes, kept, B - b);
       }
     });

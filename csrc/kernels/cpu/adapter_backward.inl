@@ -109,11 +109,13 @@ struct AdapterBackwardTile {
   void read_products(int64_t begin, int64_t rows, float* products) const {
     const Timed timed(Work::activations);
     const int64_t B = args.inputs.size.B, stride = padded_width<Arithmetic>(B);
+    const bool has_bias = !project.weights.norm_weight;
     with_elements(args.raw.dtype, [&](auto elements) {
       for (int64_t row = 0; row < rows; ++row, products += stride) {
         const char* raw = row_of(args.raw, begin + row);
         for (int64_t b = 0; b < B; b += kLanes) {
-          store(products + b, elements.load_part(raw + b * elements.kBytes, B - b));
+          const Vec kept = elements.load_part(raw + b * elements.kBytes, B - b);
+          store(products + b, has_bias ? kept - load(project.weights.down_bias + b) : kept);
         }
       }
     });

@@ -5,11 +5,11 @@
 // accurate than its own rounding. So sums that rounding may have carried across zero are made exact, by their products
 // with what rounding took away. What a sum lacks has as many terms as the row, of either sign: it may be |x| |weight -
 // rounded weight|, and is hardly ever more than kDeviations times its deviation, which is that through the root of D.
-// At 768 columns that leaves one sum in a hundred.
+// At 768 columns that leaves one sum in two hundred.
 template <class Arithmetic>
 class ExactSums {
  public:
-  static constexpr float kDeviations = 8;
+  static constexpr float kDeviations = 5;
   static constexpr int64_t kNone = -1;
 
   // What it keeps of the weights, in memory of others.
