@@ -27,17 +27,20 @@ struct AdapterInputs {
   float scale;            // scale * gain multiplies what is added
   float epsilon;          // of the normalization
   Dropout dropout = {};
+  bool rounds_x = false;  // products are in bfloat16 though x is wider, where the processor has them
 };
 
 struct AdapterForward {
   AdapterInputs inputs;
   ConstRows residual;  // [R, D]; null: none
-  Rows out;            // [R, D], in the dtype of x
+  Rows out;            // [R, D], in the dtype of the residual if there is one
+  Rows raw = {};       // [R, B], what backward can take: (norm(x) - norm_bias) down^T, or without a norm x down^T +
+                       // down_bias; null: not kept
 };
 
 struct AdapterBackward {
   AdapterInputs inputs;
-  ConstRows dout;          // [R, D]
+  ConstRows dout;          // [R, D], in the dtype of out
   bool residual_is_input;  // dx gains dout
   // A gradient whose data is null is not computed. Those of the weights are computed all or none.
   Rows dx;              // [R, D]
@@ -48,6 +51,7 @@ struct AdapterBackward {
   float* dup;           // [D, B]
   float* dup_bias;      // [D]
   float* dgain;         // [1]
+  ConstRows raw = {};   // [R, B], what forward has kept; null: it is computed again
 };
 
 }  // namespace petl

@@ -27,6 +27,7 @@ struct AptForward {
   float* gate;          // [R]
   Rows scores;          // [R, kept], bfloat16 or float32, before dropout, zeros beyond P; null: not kept
   Dropout dropout = {};
+  bool rounds_x = false;  // products are in bfloat16 though x is wider, where the processor has them
 };
 
 struct AptBackward {
@@ -47,6 +48,7 @@ struct AptBackward {
   float* dkeys;       // [P, D]
   float* dlog_scale;  // [1]
   Dropout dropout = {};
+  bool rounds_x = false;  // products are in bfloat16 though x is wider, where the processor has them
 };
 
 }  // namespace petl

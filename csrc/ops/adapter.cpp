@@ -91,13 +91,15 @@ class WeightRows {
   std::optional<RowsOf> rows_;
 };
 
-// An activation shaped as x and in its dtype.
+// An activation shaped as x; in its dtype too where the device, or the caller, must have it so.
 template <class Device>
-ActivationRows<Device> rows_like_x(const Device& device, const char* name, const Tensor& tensor, const Tensor& x) {
+ActivationRows<Device> rows_like_x(const Device& device, const char* name, const Tensor& tensor, const Tensor& x,
+                                   bool in_its_dtype = true) {
   const Argument argument{"adapter", name, tensor};
   argument.has_shape(x.sizes());
   device.holds(argument);
-  PETL_REQUIRE(tensor.scalar_type() == x.scalar_type(), "adapter: ", name, " must have the dtype of x, ",
+  const bool may_differ = Device::kMixesDtypes && !in_its_dtype;
+  PETL_REQUIRE(may_differ || tensor.scalar_type() == x.scalar_type(), "adapter: ", name, " must have the dtype of x, ",
                torch::headeronly::toString(x.scalar_type()), ", got ",
                torch::headeronly::toString(tensor.scalar_type()));
   return {argument, false};
@@ -124,7 +126,9 @@ class AdapterInputRows {
     device.supports("adapter", cuda::kAdapterLimits, size_.D, size_.B);
   }
 
-  AdapterInputs view(const Dropout& dropout) const {
+  const AdapterSizes& size() const { return size_; }
+
+  AdapterInputs view(const Dropout& dropout, bool rounds_x) const {
     return {
         .size = size_,
         .activation = activation_,
@@ -139,6 +143,7 @@ class AdapterInputRows {
         .scale = scale_,
         .epsilon = epsilon_,
         .dropout = dropout,
+        .rounds_x = rounds_x,
     };
   }
 
@@ -150,21 +155,37 @@ class AdapterInputRows {
   float scale_, epsilon_;
 };
 
+// What backward is given of the hidden units, [R, B], has no more digits than the factors of products.
+ScalarType raw_dtype(const Tensor& x, bool rounds_x) {
+  return rounds_x || x.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+}
+
 template <class Device>
-Tensor adapter_forward(const Tensor& x, OptionalTensor residual, OptionalTensor norm_weight, OptionalTensor norm_bias,
-                       const Tensor& down, const Tensor& down_bias, const Tensor& up, const Tensor& up_bias,
-                       OptionalTensor gain, double scale, double eps, std::string activation, OptionalTensor packed,
-                       double dropout, OptionalTensor seeds) {
+std::tuple<Tensor, Tensor> adapter_forward(const Tensor& x, OptionalTensor residual, OptionalTensor norm_weight,
+                                           OptionalTensor norm_bias, const Tensor& down, const Tensor& down_bias,
+                                           const Tensor& up, const Tensor& up_bias, OptionalTensor gain, double scale,
+                                           double eps, std::string activation, OptionalTensor packed, double dropout,
+                                           OptionalTensor seeds, bool keep_raw, bool rounds_x) {
   const AdapterTensors tensors{x, norm_weight, norm_bias, down, down_bias, up, up_bias, gain};
   const Device device(x);
   const AdapterInputRows<Device> rows(device, tensors, activation, scale, eps);
+  may_round_x<Device>("adapter", rounds_x);
+  PETL_REQUIRE(!keep_raw || Device::kMixesDtypes, "adapter: keep_raw must be False on a GPU, got True");
   std::optional<ActivationRows<Device>> residual_rows;
-  if (residual) residual_rows.emplace(rows_like_x(device, "residual", *residual, x));
-  const Result out(x, false);
-  const ConstRows none{nullptr, 0, DType::float32};
-  const AdapterInputs inputs = rows.view(dropout_of(device, "adapter", dropout, seeds));
-  run(device, AdapterForward{inputs, residual_rows ? residual_rows->view() : none, out.rows()}, x, packed);
-  return out.tensor();
+  if (residual) residual_rows.emplace(rows_like_x(device, "residual", *residual, x, false));
+  const ScalarType dtype = residual ? residual->scalar_type() : rounds_x ? ScalarType::BFloat16 : x.scalar_type();
+  const Result out(x, dtype, false, true);
+  const int64_t kept[] = {rows.size().R, rows.size().B};
+  const Tensor raw = new_tensor(x, keep_raw ? IntHeaderOnlyArrayRef(kept) : kNotNeeded, raw_dtype(x, rounds_x));
+  run(device,
+      AdapterForward{
+          .inputs = rows.view(dropout_of(device, "adapter", dropout, seeds), rounds_x),
+          .residual = residual_rows ? residual_rows->view() : ConstRows{nullptr, 0, DType::float32},
+          .out = out.rows(),
+          .raw = {keep_raw ? raw.mutable_data_ptr() : nullptr, Argument{"adapter", "raw", raw}.dtype()},
+      },
+      x, packed);
+  return {out.tensor(), raw};
 }
 
 template <class Device>
@@ -172,11 +193,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapt
     const Tensor& dout, const Tensor& x, OptionalTensor norm_weight, OptionalTensor norm_bias, const Tensor& down,
     const Tensor& down_bias, const Tensor& up, const Tensor& up_bias, OptionalTensor gain, double scale, double eps,
     std::string activation, bool residual_is_input, bool needs_dx, bool needs_dweights, bool needs_dgain,
-    double dropout, OptionalTensor seeds) {
+    double dropout, OptionalTensor seeds, OptionalTensor raw, bool rounds_x) {
   const AdapterTensors tensors{x, norm_weight, norm_bias, down, down_bias, up, up_bias, gain};
   const Device device(x);
   const AdapterInputRows<Device> rows(device, tensors, activation, scale, eps);
-  const ActivationRows<Device> dout_rows = rows_like_x(device, "dout", dout, x);
+  may_round_x<Device>("adapter", rounds_x);
+  const ActivationRows<Device> dout_rows = rows_like_x(device, "dout", dout, x, residual_is_input);
+  PETL_REQUIRE(!raw || Device::kMixesDtypes, "adapter: raw must be None on a GPU, got a tensor");
+  if (raw) {
+    const Argument argument{"adapter", "raw", *raw};
+    argument.has_shape({rows.size().R, rows.size().B});
+    argument.is_as_forward_returned(raw_dtype(x, rounds_x));
+    device.holds(argument);
+  }
   const Result dx(x, false, needs_dx);
   // Empty ones need a tensor to be like.
   const bool needs_dnorm = needs_dweights && norm_weight;
@@ -186,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapt
       dgain(gain.value_or(down_bias), needs_dgain && gain);
   run(device,
       AdapterBackward{
-          .inputs = rows.view(dropout_of(device, "adapter", dropout, seeds)),
+          .inputs = rows.view(dropout_of(device, "adapter", dropout, seeds), rounds_x),
           .dout = dout_rows.view(),
           .residual_is_input = residual_is_input,
           .dx = dx.rows(),
@@ -197,6 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapt
           .dup = dup.data(),
           .dup_bias = dup_bias.data(),
           .dgain = dgain.data(),
+          .raw = raw ? RowsOf({"adapter", "raw", *raw}).view() : ConstRows{nullptr, 0, DType::float32},
       },
       x);
   return {dx.tensor(),         dnorm_weight.tensor(), dnorm_bias.tensor(), ddown.tensor(),
@@ -211,7 +241,7 @@ Tensor adapter_pack(const Tensor& like, OptionalTensor norm_weight, OptionalTens
   const AdapterTensors tensors{like, norm_weight, norm_bias, down, down_bias, up, up_bias, no_gain};
   const Cuda device(like);
   const AdapterInputRows<Cuda> rows(device, tensors, "relu", 1, 0);
-  const AdapterForward args{rows.view({}), {nullptr, 0, DType::float32}, {}};
+  const AdapterForward args{rows.view({}, false), {nullptr, 0, DType::float32}, {}};
   const Tensor packed = new_bytes(like, cuda::adapter_packed_bytes(args));
   device.check("adapter", cuda::adapter_pack(args, packed.mutable_data_ptr(), device.queue()));
   return packed;

@@ -78,16 +78,16 @@ AptSizes check_sizes(const Tensor& x, const Tensor& y, const Tensor& prompts, co
 
 // Scores are kept for backward in half the bytes where x and y (or dout) have no more digits themselves. float16 has
 // too small a range.
-ScalarType kept_dtype(const Tensor& x, const Tensor& y) {
-  const bool narrow = x.scalar_type() == ScalarType::BFloat16 && y.scalar_type() == ScalarType::BFloat16;
-  return narrow ? ScalarType::BFloat16 : ScalarType::Float;
+ScalarType kept_dtype(const Tensor& x, const Tensor& y, bool rounds_x) {
+  const bool x_is_narrow = rounds_x || x.scalar_type() == ScalarType::BFloat16;
+  return x_is_narrow && y.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> apt_forward(const Tensor& x, const Tensor& y, const Tensor& prompts,
                                                const Tensor& keys, const Tensor& log_scale, std::string activation,
                                                bool keep_scores, OptionalTensor packed, double dropout,
-                                               OptionalTensor seeds, OptionalTensor begun) {
+                                               OptionalTensor seeds, OptionalTensor begun, bool rounds_x) {
   const AptSizes size = check_sizes(x, y, prompts, keys, log_scale);
   const Argument arguments[] = {{"apt", "x", x},
                                 {"apt", "y", y},
@@ -97,13 +97,15 @@ std::tuple<Tensor, Tensor, Tensor> apt_forward(const Tensor& x, const Tensor& y,
   const Device device(x);
   for (const Argument& argument : arguments) device.holds(argument);
   device.supports("apt", cuda::kAptLimits, size.D, size.P);
+  may_round_x<Device>("apt", rounds_x);
   const bool widen = !Device::kMixesDtypes && arguments[0].dtype() != arguments[1].dtype();
   const ActivationRows<Device> x_rows(arguments[0], widen), y_rows(arguments[1], widen);
   const RowsOf prompts_rows(arguments[2]), keys_rows(arguments[3]), log_scale_rows(arguments[4]);
   const Result out(y, widen);
   const Tensor gate = new_floats(y, {size.R});
   const int64_t kept[] = {size.R, size.kept()};
-  const Tensor scores = new_tensor(y, keep_scores ? IntHeaderOnlyArrayRef(kept) : kNotNeeded, kept_dtype(x, y));
+  const Tensor scores =
+      new_tensor(y, keep_scores ? IntHeaderOnlyArrayRef(kept) : kNotNeeded, kept_dtype(x, y, rounds_x));
   run(device,
       AptForward{
           .size = size,
@@ -117,6 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> apt_forward(const Tensor& x, const Tensor& y,
           .gate = static_cast<float*>(gate.mutable_data_ptr()),
           .scores = {keep_scores ? scores.mutable_data_ptr() : nullptr, Argument{"apt", "scores", scores}.dtype()},
           .dropout = dropout_of(device, "apt", dropout, seeds),
+          .rounds_x = rounds_x,
       },
       x, packed, begun);
   return {out.tensor(), gate, scores};
@@ -126,19 +129,20 @@ template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward(
     const Tensor& dout, const Tensor& x, OptionalTensor y, const Tensor& prompts, const Tensor& keys,
     const Tensor& log_scale, const Tensor& gate, const Tensor& scores, std::string activation, bool needs_dx,
-    bool needs_dy, bool needs_dprompts, bool needs_dkeys, double dropout, OptionalTensor seeds) {
+    bool needs_dy, bool needs_dprompts, bool needs_dkeys, double dropout, OptionalTensor seeds, bool rounds_x) {
   const AptSizes size = check_sizes(x, dout, prompts, keys, log_scale);
   const Argument kept[] = {{"apt", "gate", gate}, {"apt", "scores", scores}};
   kept[0].has_shape({size.R});
   kept[0].is_as_forward_returned(ScalarType::Float);
   kept[1].has_shape({size.R, size.kept()});
-  kept[1].is_as_forward_returned(kept_dtype(x, dout));
+  kept[1].is_as_forward_returned(kept_dtype(x, dout, rounds_x));
   const Argument arguments[] = {{"apt", "dout", dout},       {"apt", "x", x},       {"apt", "y", y ? *y : dout},
                                 {"apt", "prompts", prompts}, {"apt", "keys", keys}, {"apt", "log_scale", log_scale}};
   const Device device(x);
   for (const Argument& argument : arguments) device.holds(argument);
   for (const Argument& argument : kept) device.holds(argument);
   device.supports("apt", cuda::kAptLimits, size.D, size.P);
+  may_round_x<Device>("apt", rounds_x);
   arguments[2].has_shape(dout.sizes());
   PETL_REQUIRE(arguments[2].dtype() == arguments[0].dtype(), "apt: dout must have the dtype of y");
   const bool widen = !Device::kMixesDtypes && arguments[0].dtype() != arguments[1].dtype();
@@ -164,6 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> apt_backward(
           .dkeys = dkeys.data(),
           .dlog_scale = dlog_scale.data(),
           .dropout = dropout_of(device, "apt", dropout, seeds),
+          .rounds_x = rounds_x,
       },
       x);
   return {dx.tensor(), dy.tensor(), dprompts.tensor(), dkeys.tensor(), dlog_scale.tensor()};

@@ -122,6 +122,11 @@ inline Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
 }
 
+template <class Device>
+void may_round_x(const char* op, bool rounds_x) {
+  PETL_REQUIRE(!rounds_x || Device::kMixesDtypes, op, ": rounds_x must be False on a GPU, got True");
+}
+
 // The rows of an activation as a device's kernels want them; `widen` asks for a copy in float32.
 template <class Device>
 class ActivationRows {
@@ -140,8 +145,11 @@ class ActivationRows {
 // A result shaped as an argument and in its dtype, computed in float32 where `widen` says so; empty if not needed.
 class Result {
  public:
-  Result(const Tensor& like, bool widen, bool needed = true)
-      : dtype_(like.scalar_type()),
+  Result(const Tensor& like, bool widen, bool needed = true) : Result(like, like.scalar_type(), widen, needed) {}
+
+  // In another dtype.
+  Result(const Tensor& like, ScalarType dtype, bool widen, bool needed)
+      : dtype_(dtype),
         needed_(needed),
         tensor_(new_tensor(like, needed ? like.sizes() : IntHeaderOnlyArrayRef(kNotNeeded),
                            widen ? ScalarType::Float : dtype_)) {}

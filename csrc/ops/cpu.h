@@ -27,7 +27,7 @@ inline void parallel_for(int64_t count, const std::function<void(int64_t, int64_
 class Cpu {
  public:
   static constexpr int64_t kRowAlignment = 1;
-  static constexpr bool kMixesDtypes = true;
+  static constexpr bool kMixesDtypes = true;  // x, y, residual and dout each in a dtype of its own
 
   explicit Cpu(const Tensor&) {}
 

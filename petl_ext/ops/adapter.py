@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from petl_ext.ops.arrays import takes_arrays
-from petl_ext.ops.autocast import as_autocast_wants
+from petl_ext.ops.autocast import as_autocast_wants, dtype_of_products, rounds_inside
 from petl_ext.ops.derivatives import differentiable_gradients
 from petl_ext.ops.dropout import check_seeds, dropped_out, new_seeds
-from petl_ext.ops.kernels import raw_ops_for, register, takes_packed
+from petl_ext.ops.kernels import MIXING, raw_ops_for, register, takes_packed
 from petl_ext.ops.packed import Packed, data_for
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -27,9 +27,13 @@ _INPUTS = (
     " float scale, float eps, str activation"
 )
 _DROPOUT = "float dropout=0.0, Tensor? seeds=None"
-# What is added is multiplied by scale, and by gain where there is one.
+# What is added is multiplied by scale, and by gain where there is one. out has the dtype of the residual, or without
+# one that of the products. raw, if it is asked for, is what backward takes of the hidden units, [R, B]. rounds_x:
+# products are in bfloat16 though x is wider. Not all kernels know of the last two (`MIXING`).
 torch.library.define(
-    "petl_ext::adapter_forward", f"(Tensor x, Tensor? residual, {_INPUTS}, Tensor? packed=None, {_DROPOUT}) -> Tensor"
+    "petl_ext::adapter_forward",
+    f"(Tensor x, Tensor? residual, {_INPUTS}, Tensor? packed=None, {_DROPOUT}, bool keep_raw=False,"
+    " bool rounds_x=False) -> (Tensor out, Tensor raw)",
 )
 # What adapter_forward takes as `packed` where x has the dtype of `like`, [1, D].
 torch.library.define(
@@ -37,11 +41,11 @@ torch.library.define(
     "(Tensor like, Tensor? norm_weight, Tensor? norm_bias, Tensor down, Tensor down_bias, Tensor up, Tensor up_bias)"
     " -> Tensor",
 )
-# Nothing is kept from forward. needs_* say which gradients to compute, the others come back empty.
+# raw is what forward has kept, or None. needs_* say which gradients to compute, the others come back empty.
 torch.library.define(
     "petl_ext::adapter_backward",
     f"(Tensor dout, Tensor x, {_INPUTS}, bool residual_is_input, bool needs_dx, bool needs_dweights, bool needs_dgain,"
-    f" {_DROPOUT})"
+    f" {_DROPOUT}, Tensor? raw=None, bool rounds_x=False)"
     " -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor ddown, Tensor ddown_bias, Tensor dup,"
     " Tensor dup_bias, Tensor dgain)",
 )
@@ -141,16 +145,19 @@ def _(
     packed=None,
     dropout=0.0,
     seeds=None,
+    keep_raw=False,
+    rounds_x=False,
 ):
     weights = (norm_weight, norm_bias, down, down_bias, up, up_bias, gain)
     check_arguments(x, residual, *weights, activation)
     check_seeds("adapter", seeds)
-    if residual is not None and residual.dtype != x.dtype:
-        raise RuntimeError(f"adapter: residual must have the dtype of x, {x.dtype}, got {residual.dtype}")
     devices = {str(tensor.device) for tensor in (x, residual, *weights, seeds) if tensor is not None}
     if len(devices) > 1:
         raise RuntimeError(f"adapter: all arguments must be on one device, got {', '.join(sorted(devices))}")
-    return x.new_empty(x.shape)
+    narrow = torch.bfloat16 if rounds_x else x.dtype
+    out = x.new_empty(x.shape, dtype=narrow if residual is None else residual.dtype)
+    kept = (x.numel() // x.size(-1), down.size(0)) if keep_raw else (0,)
+    return out, x.new_empty(kept, dtype=torch.bfloat16 if narrow is torch.bfloat16 else torch.float32)
 
 
 @torch.library.register_fake("petl_ext::adapter_backward")
@@ -173,6 +180,8 @@ def _(
     needs_dgain,
     dropout=0.0,
     seeds=None,
+    raw=None,
+    rounds_x=False,
 ):
     def gradient(tensor, needed):
         if tensor is None:
@@ -205,36 +214,40 @@ register("adapter", _forward_flops, _backward_flops, _sizes, has_dropout=True)
 
 class _Adapter(torch.autograd.Function):
     """Of a residual that is x itself, `residual_is_input` tells; `residual` is another tensor or None. weights are
-    those of the raw op; rest is scale, eps and activation."""
+    those of the raw op; rest is scale, eps and activation; keep_raw and rounds_x are the raw op's."""
 
     @staticmethod
-    def forward(ctx, raw_ops, residual_is_input, rest, dropout, seeds, x, residual, *weights):
-        ctx.save_for_backward(seeds, x, *weights)
-        ctx.raw_ops, ctx.residual_is_input, ctx.rest, ctx.dropout = raw_ops, residual_is_input, rest, dropout
+    def forward(ctx, raw_ops, residual_is_input, rest, dropout, seeds, keep_raw, rounds_x, x, residual, *weights):
         residual = x if residual_is_input else residual
-        return getattr(torch.ops, raw_ops).adapter_forward(x, residual, *weights, *rest, None, dropout, seeds)
+        out, raw = getattr(torch.ops, raw_ops).adapter_forward(
+            x, residual, *weights, *rest, None, dropout, seeds, keep_raw, rounds_x
+        )
+        ctx.save_for_backward(seeds, raw if keep_raw else None, x, *weights)
+        ctx.raw_ops, ctx.residual_is_input, ctx.rest = raw_ops, residual_is_input, rest
+        ctx.dropout, ctx.rounds_x = dropout, rounds_x
+        return out
 
     @staticmethod
     def backward(ctx, dout):
-        nothing = (None,) * 5
+        nothing = (None,) * 7
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return *nothing, *_Adapter.differentiable_backward(ctx, dout)
-        needs_dx, needs_dresidual, *needs_dweights = ctx.needs_input_grad[5:]
+        needs_dx, needs_dresidual, *needs_dweights = ctx.needs_input_grad[7:]
         needs = (needs_dx, any(needs_dweights[:-1]), needs_dweights[-1])
         dx, dresidual, dweights = None, dout if needs_dresidual else None, [None] * 7
         if any(needs):
-            seeds, *saved = ctx.saved_tensors
+            seeds, raw, *saved = ctx.saved_tensors
             dx, *dweights = getattr(torch.ops, ctx.raw_ops).adapter_backward(
-                dout, *saved, *ctx.rest, ctx.residual_is_input, *needs, ctx.dropout, seeds
+                dout, *saved, *ctx.rest, ctx.residual_is_input, *needs, ctx.dropout, seeds, raw, ctx.rounds_x
             )
         dweights = [d if needed else None for d, needed in zip(dweights, needs_dweights, strict=True)]
         return *nothing, dx if needs_dx else None, dresidual, *dweights
 
     @staticmethod
     def differentiable_backward(ctx, dout):
-        needs_dx, needs_dresidual, *needs_dweights = ctx.needs_input_grad[5:]
+        needs_dx, needs_dresidual, *needs_dweights = ctx.needs_input_grad[7:]
         number, eps, activation = ctx.rest
-        seeds, *saved = ctx.saved_tensors
+        seeds, _, *saved = ctx.saved_tensors
 
         def reference(x, norm_weight, norm_bias, down, down_bias, up, up_bias, gain):
             scale = number if gain is None else gain
@@ -283,7 +296,10 @@ def adapter(
     packed: Packed | None = None,
     seeds: Tensor | None = None,
 ) -> Tensor:
-    """A bottleneck adapter in one pass over its input, keeping nothing for backward but its arguments.
+    """A bottleneck adapter in one pass over its input.
+
+    It keeps nothing for backward but its arguments and, on a CPU whose products are in bfloat16, its hidden units:
+    computing them again would take longer.
 
     Args:
         x: [..., D]. Any strides; rows that are not contiguous are copied.
@@ -323,17 +339,17 @@ def adapter(
         ValueError: dropout is no number in [0, 1).
         NotImplementedError: there is no kernel for the tensors' device.
     """
-    is_input, x = residual is x, as_autocast_wants(x)
-    if residual is not None and residual.dtype != x.dtype and residual.is_floating_point():
-        weights = (down, down_bias, up, up_bias, scale, activation, norm_weight, norm_bias)
-        added = adapter(x, *weights, eps, None, dropout, packed, seeds)
+    (gain, number), is_input = _split(scale), residual is x
+    weights, rest = (norm_weight, norm_bias, down, down_bias, up, up_bias, gain), (number, eps, activation)
+    raw_ops = raw_ops_for("adapter", (x, residual, *weights), dropout)
+    narrow, rounds_x = dtype_of_products(x), rounds_inside(raw_ops, x)
+    x = x if rounds_x else as_autocast_wants(x)
+    if _is_added_outside(residual, x, narrow, raw_ops):
+        reference_weights = (down, down_bias, up, up_bias, scale, activation, norm_weight, norm_bias)
+        added = adapter(x, *reference_weights, eps, None, dropout, packed, seeds)
         if residual.shape != x.shape:
             raise RuntimeError(f"adapter: residual must have shape {list(x.shape)}, got {list(residual.shape)}")
         return residual + added
-    gain, number = _split(scale)
-    weights = (norm_weight, norm_bias, down, down_bias, up, up_bias, gain)
-    tensors, rest = (x, residual, *weights), (number, eps, activation)
-    raw_ops = raw_ops_for("adapter", tensors, dropout)
     if raw_ops is None:
         rest = (scale, activation, norm_weight, norm_bias, eps, residual, dropout)
         return adapter_reference(x, down, down_bias, up, up_bias, *rest, seeds=seeds)
@@ -341,7 +357,26 @@ def adapter(
         seeds = None
     elif seeds is None:
         seeds = new_seeds(x.device)
+    tensors = (x, residual, *weights)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return _Adapter.apply(raw_ops, is_input, rest, dropout, seeds, x, None if is_input else residual, *weights)
+        # Of half the bytes, they cost less to keep than to compute again.
+        keep_raw = narrow is torch.bfloat16 and (raw_ops, x.device.type) in MIXING
+        options = (raw_ops, is_input, rest, dropout, seeds, keep_raw, rounds_x)
+        return _Adapter.apply(*options, x, None if is_input else residual, *weights)
     data = data_for(packed, raw_ops, x.dtype)
-    return getattr(torch.ops, raw_ops).adapter_forward(*tensors, *rest, data, dropout, seeds)
+    options = (data, dropout, seeds, False, rounds_x)
+    return getattr(torch.ops, raw_ops).adapter_forward(*tensors, *rest, *options)[0]
+
+
+def _is_added_outside(residual, x, narrow, raw_ops):
+    """Whether the residual is in a dtype that the kernels do not add: some take none but that of x, and none takes one
+    that is not the sum's.
+
+    Args:
+        narrow: the dtype of the products.
+    """
+    if residual is None or not residual.is_floating_point():
+        return False
+    if (raw_ops, x.device.type) in MIXING:
+        return torch.promote_types(narrow, residual.dtype) is not residual.dtype
+    return residual.dtype is not x.dtype

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from petl_ext.ops.arrays import takes_arrays
-from petl_ext.ops.autocast import as_autocast_wants
+from petl_ext.ops.autocast import as_autocast_wants, rounds_inside
 from petl_ext.ops.derivatives import differentiable_gradients
 from petl_ext.ops.dropout import check_seeds, dropped_out, new_seeds
 from petl_ext.ops.kernels import raw_ops_for, register, takes_packed
@@ -26,7 +26,8 @@ _DROPOUT = "float dropout=0.0, Tensor? seeds=None"
 torch.library.define(
     "petl_ext::apt_forward",
     "(Tensor x, Tensor y, Tensor prompts, Tensor keys, Tensor log_scale, str activation, bool keep_scores,"
-    f" Tensor? packed=None, {_DROPOUT}, Tensor? begun=None) -> (Tensor out, Tensor gate, Tensor scores)",
+    f" Tensor? packed=None, {_DROPOUT}, Tensor? begun=None, bool rounds_x=False)"
+    " -> (Tensor out, Tensor gate, Tensor scores)",
 )
 # What apt_forward takes as `packed` where x and y, or what they are computed in, have the dtype of `like`.
 torch.library.define("petl_ext::apt_pack", "(Tensor like, Tensor prompts, Tensor keys, str activation) -> Tensor")
@@ -35,12 +36,13 @@ torch.library.define(
     "petl_ext::apt_begin", "(Tensor x, Tensor prompts, Tensor keys, str activation, Tensor packed) -> Tensor"
 )
 # The scores are those before dropout. An absent y means that nobody asks for dlog_scale; needs_* say which gradients to
-# compute, the others come back empty.
+# compute, the others come back empty. rounds_x: products are in bfloat16 though x is wider; not all kernels know
+# it (`MIXING`).
 torch.library.define(
     "petl_ext::apt_backward",
     "(Tensor dout, Tensor x, Tensor? y, Tensor prompts, Tensor keys, Tensor log_scale, Tensor gate, Tensor scores,"
     " str activation, bool needs_dx, bool needs_dy, bool needs_dprompts, bool needs_dkeys, "
-    f"{_DROPOUT})"
+    f"{_DROPOUT}, bool rounds_x=False)"
     " -> (Tensor dx, Tensor dy, Tensor dprompts, Tensor dkeys, Tensor dlog_scale)",
 )
 
@@ -95,7 +97,20 @@ def apt_reference(
 
 
 @torch.library.register_fake("petl_ext::apt_forward")
-def _(x, y, prompts, keys, log_scale, activation, keep_scores, packed=None, dropout=0.0, seeds=None, begun=None):
+def _(
+    x,
+    y,
+    prompts,
+    keys,
+    log_scale,
+    activation,
+    keep_scores,
+    packed=None,
+    dropout=0.0,
+    seeds=None,
+    begun=None,
+    rounds_x=False,
+):
     check_arguments(x, y, prompts, keys, log_scale, activation)
     check_seeds("apt", seeds)
     devices = {str(tensor.device) for tensor in (x, y, prompts, keys, log_scale, seeds) if tensor is not None}
@@ -105,7 +120,8 @@ def _(x, y, prompts, keys, log_scale, activation, keep_scores, packed=None, drop
     gate = y.new_empty(rows, dtype=torch.float32)
     # Rows of kept scores are whole 16-byte words; in bfloat16 where x and y are, which have no more digits.
     width = (prompts.size(0) + 7) // 8 * 8
-    kept = torch.bfloat16 if x.dtype is y.dtype is torch.bfloat16 else torch.float32
+    x_is_narrow = rounds_x or x.dtype is torch.bfloat16
+    kept = torch.bfloat16 if x_is_narrow and y.dtype is torch.bfloat16 else torch.float32
     scores = y.new_empty((rows, width) if keep_scores else (0,), dtype=kept)
     return y.new_empty(y.shape), gate, scores
 
@@ -127,6 +143,7 @@ def _(
     needs_dkeys,
     dropout=0.0,
     seeds=None,
+    rounds_x=False,
 ):
     def gradient(tensor, needed):
         return tensor.new_empty(tensor.shape if needed else (0,))
@@ -161,24 +178,24 @@ register("apt", _forward_flops, _backward_flops, _sizes, has_dropout=True)
 
 class _APT(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, prompts, keys, log_scale, activation, raw_ops, dropout, seeds):
+    def forward(ctx, x, y, prompts, keys, log_scale, activation, raw_ops, dropout, seeds, rounds_x):
         out, gate, scores = getattr(torch.ops, raw_ops).apt_forward(
-            x, y, prompts, keys, log_scale, activation, True, None, dropout, seeds
+            x, y, prompts, keys, log_scale, activation, True, None, dropout, seeds, None, rounds_x
         )
         # y serves dlog_scale alone.
         y = y if ctx.needs_input_grad[4] else None
         ctx.save_for_backward(seeds, x, y, prompts, keys, log_scale, gate, scores)
-        ctx.activation, ctx.raw_ops, ctx.dropout = activation, raw_ops, dropout
+        ctx.activation, ctx.raw_ops, ctx.dropout, ctx.rounds_x = activation, raw_ops, dropout, rounds_x
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        needs, nothing = ctx.needs_input_grad[:5], (None,) * 4
+        needs, nothing = ctx.needs_input_grad[:5], (None,) * 5
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return *_APT.differentiable_backward(ctx, dout), *nothing
         seeds, *saved = ctx.saved_tensors
         gradients = getattr(torch.ops, ctx.raw_ops).apt_backward(
-            dout, *saved, ctx.activation, *needs[:4], ctx.dropout, seeds
+            dout, *saved, ctx.activation, *needs[:4], ctx.dropout, seeds, ctx.rounds_x
         )
         return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *nothing
 
@@ -282,9 +299,10 @@ def apt(
         ValueError: dropout is no number in [0, 1).
         NotImplementedError: there is no kernel for the tensors' device.
     """
-    given, x = x, as_autocast_wants(x)
+    given, raw_ops = x, raw_ops_for("apt", (x, y, prompts, keys, log_scale), dropout)
+    rounds_x = rounds_inside(raw_ops, x)
+    x = x if rounds_x else as_autocast_wants(x)
     tensors = (x, y, prompts, keys, log_scale)
-    raw_ops = raw_ops_for("apt", tensors, dropout)
     if raw_ops is None:
         return apt_reference(*tensors, activation, dropout, seeds=seeds)
     if dropout == 0:
@@ -292,7 +310,9 @@ def apt(
     elif seeds is None:
         seeds = new_seeds(x.device)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _APT.apply(*tensors, activation, raw_ops, dropout, seeds)
+        return _APT.apply(*tensors, activation, raw_ops, dropout, seeds, rounds_x)
     data = data_for(packed, raw_ops, x.dtype if x.dtype is y.dtype else torch.float32)
     rest_of = begun.data if begun is not None and begun.x is given and data is not None else None
-    return getattr(torch.ops, raw_ops).apt_forward(*tensors, activation, False, data, dropout, seeds, rest_of)[0]
+    return getattr(torch.ops, raw_ops).apt_forward(
+        *tensors, activation, False, data, dropout, seeds, rest_of, rounds_x
+    )[0]

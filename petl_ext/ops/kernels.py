@@ -80,6 +80,9 @@ class Kernel(NamedTuple):
 
 OPS = {}  # {name: Op}. Each op's file enters its own.
 OLDEST_CUDA = (8, 0)  # the least compute capability that the CUDA kernels are compiled for
+# (namespace of torch.ops, device) whose raw ops take activations each in a dtype of its own, round x to bfloat16
+# themselves where their products shall be so (`rounds_x`), and keep hidden units for backward (`keep_raw`).
+MIXING = {("petl_ext", "cpu")}
 # (backend, op, device) of every kernel that there is. Looked up once, since torch.compile cannot look into the
 # dispatcher.
 _HELD = set()

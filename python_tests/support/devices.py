@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 import emulated_build
 
 from petl_ext import ops
-from petl_ext.ops.kernels import OPS
+from petl_ext.ops.kernels import MIXING, OPS
 
 # More rows than a slab of the Triton kernels has, and a width of more than one of their tiles and no multiple of one.
 TRITON_SLAB, INTERPRETED_WIDTH = 530, 136
@@ -34,6 +34,10 @@ class Device:
     @property
     def rounds_for_tensor_cores(self):
         return self.name in ("emulated", "cuda", "triton")
+
+    @property
+    def mixes_dtypes(self):
+        return self.name in CPU_PATHS
 
     @property
     def is_interpreted(self):
@@ -127,6 +131,8 @@ def emulation(**settings):
     module = emulated_module()
     before = module.settings()
     library = torch.library.Library("petl_ext", "IMPL")
+    mixing = set(MIXING)
+    MIXING.clear()
     try:
         module.configure(**{**before, **settings})
         with warnings.catch_warnings():
@@ -137,3 +143,4 @@ def emulation(**settings):
     finally:
         library._destroy()
         module.configure(**before)
+        MIXING.update(mixing)

@@ -261,7 +261,7 @@ ADAPTER = Tested(
         "bottleneck B must be at most 512, got 513": (2, 64, 513),
     },
     int_message={
-        "residual": "residual must have the dtype of x",
+        "residual": r"residual must (have the dtype of x|be float32, bfloat16 or float16, got Int)",
         "scale": "gain must be float32, bfloat16 or float16, got (Int|torch.int32)",
     },
     wrong_for_kernels={},

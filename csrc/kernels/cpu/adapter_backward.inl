@@ -6,9 +6,10 @@
 struct AdapterSlab {
   int64_t begin;
   RowStatistics* statistics;  // [rows]
-  float* dhidden;             // the left operand of ddown: [words of rows, padded_width]
+  float* dhidden;             // the left operand of ddown: [words of rows, padded_width]; see gather_normalized
   float* hidden;              // the left operand of dup: the same
   float* dhidden_sums;        // [tiles, padded_width], over each tile's rows
+  float* mean_sums;           // the same of what gather_normalized gathers, each row times its mean
   float* dout_sums;           // [tiles, D in whole vectors]
   double* dgain;              // [rows], each row's share
 };
@@ -28,6 +29,7 @@ struct AdapterInputGradient {
   const char* dout;  // null: dx gains nothing
   char* dx;
   int64_t x_stride, dout_stride, D;
+  bool rounds_x;
   const float* norm_weight;         // null: x is not normalized
   const RowStatistics* statistics;  // [rows]
   const RowGradient* gradients;     // [rows]
@@ -40,6 +42,7 @@ struct AdapterInputGradient {
         x_stride(args.inputs.x.stride),
         dout_stride(args.dout.stride),
         D(args.inputs.size.D),
+        rounds_x(args.inputs.rounds_x),
         norm_weight(norm_weight),
         statistics(statistics),
         gradients(gradients) {}
@@ -54,7 +57,9 @@ struct AdapterInputGradient {
     const int64_t count = D - column;
     if (norm_weight) {
       const RowStatistics& of = statistics[row];
-      const Vec normalized = of.normalized(X::load_part(x + (row * x_stride + column) * X::kBytes, count));
+      Vec input = X::load_part(x + (row * x_stride + column) * X::kBytes, count);
+      if (rounds_x) input = from_bfloat16(to_bfloat16(input));
+      const Vec normalized = of.normalized(input);
       value = value * load(norm_weight + column) - gradients[row].mean - normalized * gradients[row].slope;
       value *= of.inverse;
     }
@@ -80,7 +85,12 @@ struct AdapterBackwardTile {
     float *factors = scratch, *hidden = factors + factors_width(B), *dhidden = hidden + kRowsPerTile * stride;
     float* wide = dhidden + kRowsPerTile * stride;
     RowGradient gradients[kRowsPerTile];
-    project(begin, rows, slab.statistics + offset, wide, StoreFloats{hidden, stride});
+    RowStatistics* const statistics = slab.statistics + offset;
+    if (project.weights.norm_weight || !args.raw.data) {
+      const Left x = project.rows(begin, rows, statistics, wide);
+      if (!args.raw.data) project.multiply_rows(rows, x, statistics, StoreFloats{hidden, stride});
+    }
+    if (args.raw.data) read_products(begin, rows, hidden);
     const Left dout = Arithmetic::rows_as_left(args.dout, begin, rows, D, wide);
     multiply<Arithmetic>(rows, dout, words<Arithmetic>(D), packed_up, B, StoreFloats{dhidden, stride});
     hidden_gradients(begin, rows, hidden, dhidden, factors, gradients);
@@ -88,17 +98,65 @@ struct AdapterBackwardTile {
     if (args.ddown) {
       const int64_t tile = offset / kRowsPerTile, gathered = offset / Arithmetic::kPerWord * stride;
       Arithmetic::gather(hidden, rows, stride, slab.hidden + gathered);
-      Arithmetic::gather(dhidden, rows, stride, slab.dhidden + gathered);
+      gather_dhidden(dhidden, rows, statistics, slab.dhidden + gathered, slab.mean_sums + tile * stride);
       sum_columns({dhidden, stride, DType::float32}, 0, rows, B, slab.dhidden_sums + tile * stride);
       sum_columns(args.dout, begin, rows, D, slab.dout_sums + tile * round_up(D, kLanes));
     }
     if (args.dx.data) input_gradient(begin, rows, Arithmetic::values_as_left(dhidden, rows, stride), gradients);
   }
 
+  // The products norm(x) down^T from what forward kept.
+  void read_products(int64_t begin, int64_t rows, float* products) const {
+    const Timed timed(Work::activations);
+    const int64_t B = args.inputs.size.B, stride = padded_width<Arithmetic>(B);
+    const bool has_bias = !project.weights.norm_weight;
+    with_elements(args.raw.dtype, [&](auto elements) {
+      for (int64_t row = 0; row < rows; ++row, products += stride) {
+        const char* raw = row_of(args.raw, begin + row);
+        for (int64_t b = 0; b < B; b += kLanes) {
+          const Vec kept = elements.load_part(raw + b * elements.kBytes, B - b);
+          store(products + b, has_bias ? kept - load(project.weights.down_bias + b) : kept);
+        }
+      }
+    });
+  }
+
+  void gather_dhidden(const float* dhidden, int64_t rows, const RowStatistics* statistics, float* target,
+                      float* sums) const {
+    if constexpr (Arithmetic::kPerWord > 1) {
+      if (project.weights.norm_weight) return gather_normalized(dhidden, rows, statistics, target, sums);
+    }
+    Arithmetic::gather(dhidden, rows, padded_width<Arithmetic>(args.inputs.size.B), target);
+  }
+
+  // In pairs ddown is a product with x itself, and not with what LayerNorm makes of it, which rounding would change:
+  // with m the mean of a row,
+  //   dhidden^T normalized = (inverse dhidden)^T x - (inverse dhidden)^T m.
+  // `sums` [padded_width] becomes the last term, of the rounded values.
+  void gather_normalized(const float* dhidden, int64_t rows, const RowStatistics* statistics, float* target,
+                         float* sums) const {
+    const Timed timed(Work::conversions);
+    const int64_t stride = padded_width<Arithmetic>(args.inputs.size.B);
+    std::fill_n(sums, stride, 0.0f);
+    for (int64_t row = 0; row < rows; row += 2, dhidden += 2 * stride, target += stride) {
+      const bool is_alone = row + 1 == rows;
+      const RowStatistics first = statistics[row], second = is_alone ? RowStatistics{} : statistics[row + 1];
+      for (int64_t b = 0; b < stride; b += kLanes) {
+        const HalfBitsVec upper = to_bfloat16(first.inverse * load(dhidden + b));
+        const HalfBitsVec lower = is_alone ? HalfBitsVec{} : to_bfloat16(second.inverse * load(dhidden + stride + b));
+        store(target + b, Arithmetic::interleave(upper, lower));
+        const Vec a = from_bfloat16(upper), c = from_bfloat16(lower);
+        store(sums + b,
+              load(sums + b) + (a * first.mean + c * second.mean) + (a * first.mean_rest + c * second.mean_rest));
+      }
+    }
+  }
+
   // The products norm(x) down^T become the hidden units, and the products dout up become dhidden, both in place.
   // `factors` is working memory.
   void hidden_gradients(int64_t begin, int64_t rows, float* hidden, float* dhidden, float* factors,
                         RowGradient* gradients) const {
+    const Timed timed(Work::activations);
     const Dropout& dropout = args.inputs.dropout;
     const int64_t width = args.inputs.size.B, stride = padded_width<Arithmetic>(width);
     double* dgain = slab.dgain + begin - slab.begin;
@@ -141,6 +199,7 @@ struct AdapterBackwardTile {
 
   // dgain += sum(dout * up_bias) for each row
   void add_bias_shares(int64_t begin, int64_t rows) const {
+    const Timed timed(Work::column_sums);
     const int64_t D = args.inputs.size.D;
     with_elements(args.dout.dtype, [&](auto elements) {
       for (int64_t row = 0; row < rows; ++row) {
@@ -156,6 +215,7 @@ struct AdapterBackwardTile {
 
   // sums [columns in whole vectors] over rows [begin, begin + rows)
   static void sum_columns(const ConstRows& source, int64_t begin, int64_t rows, int64_t columns, float* sums) {
+    const Timed timed(Work::column_sums);
     std::fill_n(sums, round_up(columns, kLanes), 0.0f);
     with_elements(source.dtype, [&](auto elements) {
       for (int64_t row = 0; row < rows; ++row) {
@@ -179,6 +239,7 @@ struct AdapterBackwardTile {
 
 // target [columns] += each of `count` rows of `sums`, in order.
 inline void add_rows(const float* sums, int64_t count, int64_t stride, int64_t columns, float* target) {
+  const Timed timed(Work::column_sums);
   for (int64_t i = 0; i < count; ++i, sums += stride) {
     for (int64_t column = 0; column < columns; ++column) target[column] += sums[column];
   }
@@ -186,12 +247,15 @@ inline void add_rows(const float* sums, int64_t count, int64_t stride, int64_t c
 
 // dup [D, B] = factor * transposed [B, D], and dup_bias likewise.
 inline void finish_up_gradient(const AdapterBackward& args, float factor, const float* transposed) {
+  const Timed timed(Work::column_sums);
   const auto [R, D, B] = args.inputs.size;
   for (int64_t d = 0; d < D; d += kLanes) {
-    const int64_t lanes = std::min<int64_t>(kLanes, D - d);
-    for (int64_t b = 0; b < B; ++b) {
-      const Vec values = factor * Floats::load_part(transposed + b * D + d, lanes);
-      for (int64_t lane = 0; lane < lanes; ++lane) args.dup[(d + lane) * B + b] = values[lane];
+    for (int64_t b = 0; b < B; b += kLanes) {
+      const int64_t rows = std::min<int64_t>(kLanes, B - b), columns = std::min<int64_t>(kLanes, D - d);
+      Vec square[kLanes] = {};
+      for (int64_t i = 0; i < rows; ++i) square[i] = factor * Floats::load_part(transposed + (b + i) * D + d, columns);
+      transpose(square);
+      for (int64_t i = 0; i < columns; ++i) Floats::store_part(args.dup + (d + i) * B + b, square[i], rows);
     }
   }
   for (int64_t d = 0; d < D; ++d) args.dup_bias[d] *= factor;
@@ -200,7 +264,9 @@ inline void finish_up_gradient(const AdapterBackward& args, float factor, const 
 // ddown comes as g = dhidden^T normalized, from which all three gradients follow:
 //   ddown = g * norm_weight + ddown_bias norm_bias^T
 //   dnorm_weight = sum_b(down[b] * g[b])    dnorm_bias = sum_b(down[b] * ddown_bias[b])
-inline void finish_norm_gradients(const AdapterBackward& args, const AdapterRows& weights) {
+// `means` [B] is to be taken from each column of g; null: nothing.
+inline void finish_norm_gradients(const AdapterBackward& args, const AdapterRows& weights, const float* means) {
+  const Timed timed(Work::column_sums);
   const auto [R, D, B] = args.inputs.size;
   std::fill_n(args.dnorm_weight, D, 0.0f);
   std::fill_n(args.dnorm_bias, D, 0.0f);
@@ -208,14 +274,14 @@ inline void finish_norm_gradients(const AdapterBackward& args, const AdapterRows
     float* gradient = args.ddown + b * D;
     with_elements(args.inputs.down.dtype, [&](auto elements) {
       const char* down = row_of(args.inputs.down, b);
-      const float dbias = args.ddown_bias[b];
+      const float dbias = args.ddown_bias[b], mean = means ? means[b] : 0.0f;
       const int64_t width = args.inputs.size.D;
       const auto add = [&](float* sums, int64_t d, Vec value) {
         Floats::store_part(sums + d, Floats::load_part(sums + d, width - d) + value, width - d);
       };
       for (int64_t d = 0; d < width; d += kLanes) {
         const Vec weight = elements.load_part(down + d * elements.kBytes, width - d);
-        const Vec g = Floats::load_part(gradient + d, width - d);
+        const Vec g = Floats::load_part(gradient + d, width - d) - mean;
         add(args.dnorm_weight, d, weight * g);
         add(args.dnorm_bias, d, weight * dbias);
         Floats::store_part(gradient + d, g * load(weights.norm_weight + d) + dbias * load(weights.norm_bias + d),
@@ -228,6 +294,8 @@ inline void finish_norm_gradients(const AdapterBackward& args, const AdapterRows
 template <class Arithmetic, class Projection>
 struct AdapterBackwardMemory {
   float *project_down, *up, *down;  // packed, the first transposed
+  float* down_sums;                 // of AdapterProjection
+  float* means;                     // [B, padded], of finish_norm_gradients
   float* rows;                      // of adapter_rows
   float* weight_sums;               // [B, padded]
   float* dup;                       // [B, D]
@@ -239,7 +307,9 @@ struct AdapterBackwardMemory {
     const int64_t slab_rows = round_up(std::min(R, kRowsPerSlab), Arithmetic::kPerWord);
     const int64_t slab_tiles = round_up(slab_rows, kRowsPerTile) / kRowsPerTile;
     const int64_t gathered = args.ddown ? words<Arithmetic>(slab_rows) * stride : 0;
-    project_down = partition.take(words<Projection>(D) * stride);
+    project_down = partition.take(args.raw.data ? 0 : words<Projection>(D) * stride);
+    down_sums = partition.take(stride);
+    means = partition.take(stride);
     up = partition.take(words<Arithmetic>(D) * stride);
     down = partition.take(words<Arithmetic>(B) * width);
     rows = partition.take(adapter_rows_floats(args.inputs.size));
@@ -250,6 +320,7 @@ struct AdapterBackwardMemory {
     slab.dhidden = partition.take(gathered);
     slab.hidden = partition.take(gathered);
     slab.dhidden_sums = partition.take(slab_tiles * stride);
+    slab.mean_sums = partition.take(slab_tiles * stride);
     slab.dout_sums = partition.take(slab_tiles * width);
     slab.dgain = partition.take<double>(slab_rows);
   }
@@ -260,12 +331,14 @@ inline void adapter_backward_by(const AdapterBackward& args, ParallelFor paralle
   const AdapterInputs& inputs = args.inputs;
   const auto [R, D, B] = inputs.size;
   const bool has_norm = inputs.norm_weight.data, has_weights = args.ddown;
+  const bool has_means = has_norm && Arithmetic::kPerWord > 1;
   const int64_t stride = padded_width<Arithmetic>(B), width = round_up(D, kLanes);
   const auto memory = parts_of<AdapterBackwardMemory<Arithmetic, Projection>>(call_scratch(), args);
-  pack_transposed<Projection>(inputs.down, D, B, memory.project_down);
   pack<Arithmetic>(inputs.up, D, B, memory.up);
   pack<Arithmetic>(inputs.down, B, D, memory.down);
   const AdapterRows weights = adapter_rows(inputs, memory.rows);
+  const AdapterProjection<Projection> project{inputs, memory.project_down, memory.down_sums, weights};
+  if (!args.raw.data) project.pack();
   if (has_norm) {
     std::fill_n(memory.weight_sums, stride, 0.0f);
     add_products_with_down(inputs, weights.norm_weight, memory.weight_sums);
@@ -274,6 +347,7 @@ inline void adapter_backward_by(const AdapterBackward& args, ParallelFor paralle
   if (has_weights) {
     std::fill_n(args.ddown_bias, B, 0.0f);
     std::fill_n(args.dup_bias, D, 0.0f);
+    std::fill_n(memory.means, B, 0.0f);
     if (R == 0) std::fill_n(args.ddown, B * D, 0.0f);
     if (R == 0) std::fill_n(memory.dup, B * D, 0.0f);
   }
@@ -282,8 +356,7 @@ inline void adapter_backward_by(const AdapterBackward& args, ParallelFor paralle
   for (; slab.begin < R; slab.begin += kRowsPerSlab) {
     const int64_t slab_end = std::min(R, slab.begin + kRowsPerSlab), count = slab_end - slab.begin;
     const AdapterBackwardTile<Arithmetic, Projection> tile{
-        args,   {inputs, memory.project_down, weights},  memory.up, memory.down,
-        factor, has_norm ? memory.weight_sums : nullptr, slab};
+        args, project, memory.up, memory.down, factor, has_norm ? memory.weight_sums : nullptr, slab};
     const int64_t scratch = factors_width(B) + kRowsPerTile * (2 * stride + padded_width<Arithmetic>(D));
     for_each_tile(slab.begin, slab_end, scratch, parallel_for, tile);
     dgain = std::accumulate(slab.dgain, slab.dgain + count, dgain);
@@ -291,24 +364,25 @@ inline void adapter_backward_by(const AdapterBackward& args, ParallelFor paralle
     const int64_t tiles = round_up(count, kRowsPerTile) / kRowsPerTile;
     add_rows(slab.dhidden_sums, tiles, stride, B, args.ddown_bias);
     add_rows(slab.dout_sums, tiles, width, D, args.dup_bias);
+    if (has_means) add_rows(slab.mean_sums, tiles, stride, B, memory.means);
     const std::vector<WeightGradient> tasks{
-        {args.ddown, B, slab.dhidden, stride, inputs.x, has_norm ? slab.statistics : nullptr},
+        {args.ddown, B, slab.dhidden, stride, inputs.x, has_norm && !has_means ? slab.statistics : nullptr},
         {memory.dup, B, slab.hidden, stride, args.dout, nullptr}};
     add_weight_gradients<Arithmetic>(tasks, D, slab.begin, count, parallel_for);
   }
   if (has_weights) finish_up_gradient(args, factor, memory.dup);
-  if (has_weights && has_norm) finish_norm_gradients(args, weights);
+  if (has_weights && has_norm) finish_norm_gradients(args, weights, has_means ? memory.means : nullptr);
   if (args.dgain) *args.dgain = static_cast<float>(inputs.scale * dgain);
   call_scratch().release_excess();
 }
 
 inline void adapter_backward(const AdapterBackward& args, ParallelFor parallel_for) {
+  const Timed timed(Work::rest);
 #ifdef PETL_BFLOAT16_PRODUCTS
-  const AdapterInputs& inputs = args.inputs;
-  if (PairArithmetic::fits(args.dout, inputs.size.D)) {
-    const bool rounds = inputs.norm_weight.data || PairArithmetic::rounds(inputs.down.dtype);
-    if (rounds) return adapter_backward_by<PairArithmetic, FloatArithmetic>(args, parallel_for);
-    return adapter_backward_by<PairArithmetic, PairArithmetic>(args, parallel_for);
+  if (multiplies_pairs(args.inputs)) {
+    const bool is_rounded = args.inputs.norm_weight.data || PairArithmetic::rounds(args.inputs.down.dtype);
+    if (args.raw.data || !is_rounded) return adapter_backward_by<PairArithmetic, PairArithmetic>(args, parallel_for);
+    return adapter_backward_by<PairArithmetic, FloatArithmetic>(args, parallel_for);
   }
 #endif
   adapter_backward_by<FloatArithmetic, FloatArithmetic>(args, parallel_for);

@@ -162,6 +162,7 @@ struct AttentionPoolForwardSplit {
   // The products of `count` tokens with the queries become weights relative to the greatest score so far; by `rescale`
   // the sums over the tokens before are to be multiplied.
   void weigh(int64_t count, float* scores, const AttentionPoolSums& sums, float* rescale) const {
+    const Timed timed(Work::activations);
     const int64_t stride = padded_width<Arithmetic>(work.size.H);
     for (int64_t h = 0; h < stride; h += kLanes) {
       const Vec before = load(sums.best + h);
@@ -231,6 +232,7 @@ inline bool takes_pairs(const AttentionPoolInputs& args) {
 #endif
 
 inline void attention_pool_forward(const AttentionPoolForward& args, ParallelFor parallel_for) {
+  const Timed timed(Work::rest);
 #ifdef PETL_BFLOAT16_PRODUCTS
   if (takes_pairs(args.inputs)) return attention_pool_forward_by<PairArithmetic>(args, parallel_for);
 #endif

@@ -74,6 +74,7 @@ struct AttentionPoolScores {
     const int64_t count = tokens.count(), depth = words<Arithmetic>(size().D);
     multiply_along_rows<Arithmetic>(tokens.along(), count, query.along(), size().H, depth, dscores, stride);
     multiply_along_rows<Arithmetic>(tokens.along(), count, dpooled.along(), size().H, depth, weights, stride);
+    const Timed timed(Work::activations);
     for (int64_t i = 0; i < count * stride; i += kLanes) {
       const int64_t h = i % stride;
       const Vec score = args.inputs.scale * load(dscores + i), dweight = load(weights + i);
@@ -216,6 +217,7 @@ inline void attention_pool_backward_by(const AttentionPoolBackward& args, Parall
 }
 
 inline void attention_pool_backward(const AttentionPoolBackward& args, ParallelFor parallel_for) {
+  const Timed timed(Work::rest);
 #ifdef PETL_BFLOAT16_PRODUCTS
   if (takes_pairs(args.inputs)) return attention_pool_backward_by<PairArithmetic>(args, parallel_for);
 #endif

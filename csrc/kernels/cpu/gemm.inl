@@ -11,6 +11,9 @@ inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1)
 struct Panel {
   int64_t column;  // the first
   int vectors;
+
+  int64_t width() const { return vectors * kLanes; }
+  int64_t end() const { return column + width(); }
 };
 
 // The panels of a right operand with so many columns; as even as they can be, since a narrow one wastes the
@@ -51,10 +54,10 @@ constexpr int64_t kWordsPerSum = 128;
 // The results of one tile: [rows][vectors].
 using Sums = Vec[kTileRows * kPanelVectors];
 
-// sums += left * packed over `depth` words. Not inlined: it keeps all accumulators in registers whatever surrounds the
-// call, and every epilogue shares it.
+// sums, or nothing where they begin, += left * packed over `depth` words. Not inlined: it keeps all accumulators in
+// registers whatever surrounds the call, and every epilogue shares it.
 template <class Arithmetic, int kRows, int kVectors>
-__attribute__((noinline)) void accumulate(Left left, int64_t depth, const float* packed, Sums& sums) {
+__attribute__((noinline)) void accumulate(Left left, int64_t depth, const float* packed, bool begins, Sums& sums) {
   Vec sum[kRows][kVectors] = {};
   const float* a = left.data;
   for (int64_t k = 0; k < depth; ++k, a += left.step, packed += kVectors * kLanes) {
@@ -68,14 +71,21 @@ __attribute__((noinline)) void accumulate(Left left, int64_t depth, const float*
       for (int v = 0; v < kVectors; ++v) sum[m][v] = Arithmetic::multiply_add(factor, b[v], sum[m][v]);
     }
   }
+  if (!begins) {
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[m][v] += sums[m * kVectors + v];
+    }
+  }
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sums[m * kVectors + v] += sum[m][v];
+    for (int v = 0; v < kVectors; ++v) sums[m * kVectors + v] = sum[m][v];
   }
 }
 
-using Accumulate = void (*)(Left left, int64_t depth, const float* packed, Sums& sums);
+using Accumulate = void (*)(Left left, int64_t depth, const float* packed, bool begins, Sums& sums);
 
 // accumulate for tiles of 1 to kTileRows rows.
 template <class Arithmetic, int kVectors, int... kRow>
@@ -101,14 +111,19 @@ inline void multiply_panel(int64_t rows, Left left, int64_t depth, const float* 
   for (int64_t begin = 0; begin < rows; begin += kTileRows) {
     const int64_t tile_rows = std::min<int64_t>(kTileRows, rows - begin);
     const Accumulate add = kAccumulate[tile_rows - 1];
-    Sums sums = {};
+    Sums sums;
     Left tile{left.data + begin * left.row, left.row, left.step};
     int64_t k = 0;
     for (; k + kWordsPerSum < depth; k += kWordsPerSum, tile.data += kWordsPerSum * left.step) {
-      add(tile, kWordsPerSum, packed + k * kWidth, sums);
+      const Timed timed(Work::products);
+      add(tile, kWordsPerSum, packed + k * kWidth, k == 0, sums);
     }
     for (int64_t m = 0; m < tile_rows; ++m) epilogue.prefetch(begin + m, panel.column, kWidth);
-    add(tile, depth - k, packed + k * kWidth, sums);
+    {
+      const Timed timed(Work::products);
+      add(tile, depth - k, packed + k * kWidth, k == 0, sums);
+    }
+    const Timed timed(Work::results);
     for (int64_t m = 0; m < tile_rows; ++m) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
@@ -169,15 +184,6 @@ struct StoreRows {
 // away from it, rounded in turn.
 enum class Part { rounded, rest };
 
-// Packing a panel of a wide tensor reads a little of each row, which the processor does not foresee: so it asks for
-// what it will read so many rows later.
-constexpr int64_t kRowsAhead = 16;
-
-inline void prefetch_panel(const ConstRows& source, int64_t row, Panel panel) {
-  const int64_t bytes = size_of(source.dtype);
-  prefetch_lines<false>(row_of(source, row) + panel.column * bytes, panel.vectors * kLanes * bytes);
-}
-
 // An Arithmetic says what a word is and brings operands into that form. This one: a word is a float32.
 struct FloatArithmetic {
   static constexpr int kPerWord = 1;
@@ -185,45 +191,24 @@ struct FloatArithmetic {
   // Whether rows of this tensor can be a left operand (rows_as_left).
   static bool fits(const ConstRows&, int64_t) { return true; }
   static Vec multiply_add(Vec a, Vec b, Vec sum) { return a * b + sum; }
+  // Of the elements of each word.
+  static Vec sum_of_words(Vec words) { return words; }
 
-  // The right operand whose row k is row first_row + k of `source`, one panel of it.
-  template <Part>
-  static void pack_panel(const ConstRows& source, int64_t first_row, int64_t depth, int64_t columns, Panel panel,
-                         float* packed) {
-    with_elements(source.dtype, [&](auto elements) {
-      for (int64_t k = 0; k < depth; ++k) {
-        const char* row = row_of(source, first_row + k);
-        prefetch_panel(source, first_row + k + kRowsAhead, panel);
-        for (int v = 0; v < panel.vectors; ++v) {
-          const int64_t column = panel.column + v * kLanes;
-          store(packed + (k * panel.vectors + v) * kLanes,
-                elements.load_part(row + column * elements.kBytes, columns - column));
-        }
-      }
-    });
+  // A vector of words from an element on, of which `count` are left in its row: what is packed transposed.
+  template <Part, class Source>
+  static Vec words_along(Source elements, const char* source, int64_t count, const float*) {
+    return elements.load_part(source, count);
   }
 
-  // The right operand whose column j is row j of `source`, one panel of it. Rows of the source are read a vector at a
-  // time: a stride of a whole row would miss the cache at every element.
-  template <Part>
-  static void pack_transposed_panel(const ConstRows& source, int64_t depth, int64_t columns, Panel panel,
-                                    float* packed) {
-    const int64_t width = panel.vectors * kLanes;
-    with_elements(source.dtype, [&](auto elements) {
-      for (int64_t k = 0; k < depth; k += kLanes) {
-        const int64_t lanes = std::min<int64_t>(kLanes, depth - k);
-        for (int64_t j = 0; j < width; ++j) {
-          const bool inside = panel.column + j < columns;
-          const Vec value =
-              inside ? elements.load_part(row_of(source, panel.column + j) + k * elements.kBytes, lanes) : Vec{};
-          for (int64_t lane = 0; lane < lanes; ++lane) packed[(k + lane) * width + j] = value[lane];
-        }
-      }
-    });
+  // The same across kPerWord rows; in pairs the second may be null.
+  template <Part, class Source>
+  static Vec words_across(Source elements, const char* source, const char*, int64_t count) {
+    return elements.load_part(source, count);
   }
 
   // Rows [begin, begin + rows) of a tensor as a left operand: where they lie, or widened into `scratch`.
   static Left rows_as_left(const ConstRows& source, int64_t begin, int64_t rows, int64_t width, float* scratch) {
+    const Timed timed(Work::conversions);
     if (source.dtype == DType::float32) {
       return {reinterpret_cast<const float*>(row_of(source, begin)), source.stride, 1};
     }
@@ -239,11 +224,15 @@ struct FloatArithmetic {
     return {scratch, stride, 1};
   }
 
+  // The rows of a left operand, as a tensor.
+  static ConstRows rows_of(const Left& left) { return {left.data, left.row, DType::float32}; }
+
   // values [rows, stride] as a left operand; the values may be overwritten.
   static Left values_as_left(float* values, int64_t, int64_t stride) { return {values, stride, 1}; }
 
   // values [rows, stride] into rows of a transposed left operand: its depth runs over the rows.
   static void gather(const float* values, int64_t rows, int64_t stride, float* target) {
+    const Timed timed(Work::conversions);
     memcpy(target, values, rows * stride * sizeof(float));
   }
 };
@@ -253,21 +242,95 @@ inline int64_t words(int64_t depth) {
   return round_up(depth, Arithmetic::kPerWord) / Arithmetic::kPerWord;
 }
 
-// A whole right operand [depth, columns], panel after panel: words(depth) x padded columns.
+// Packing reads a part of each row, which the processor does not foresee: so it asks for what it will read so many rows
+// later.
+constexpr int64_t kRowsAhead = 16;
+
+// The right operand whose row k is row first_row + k of `source`: panels [first, last) of it, one after the other.
+template <class Arithmetic, Part kPart = Part::rounded>
+inline void pack_panels(const ConstRows& source, int64_t first_row, int64_t depth, int64_t columns, int64_t first,
+                        int64_t last, float* packed) {
+  constexpr int kPerWord = Arithmetic::kPerWord;
+  const Timed timed(Work::packing);
+  const Panels panels(columns);
+  const int64_t begin = panels[first].column, end = std::min(columns, panels[last - 1].end());
+  with_elements(source.dtype, [&](auto elements) {
+    for (int64_t k = 0; k < depth; k += kPerWord) {
+      const char* row = row_of(source, first_row + k);
+      const char* next = k + 1 < depth ? row_of(source, first_row + k + 1) : nullptr;
+      for (int ahead = 0; ahead < kPerWord; ++ahead) {
+        const char* later = row_of(source, first_row + k + kRowsAhead + ahead);
+        prefetch_lines<false>(later + begin * elements.kBytes, (end - begin) * elements.kBytes);
+      }
+      for (int64_t i = first; i < last; ++i) {
+        const Panel panel = panels[i];
+        float* target = packed + (panel.column - begin) * words<Arithmetic>(depth) + k / kPerWord * panel.width();
+        for (int64_t column = panel.column; column < panel.end(); column += kLanes, target += kLanes) {
+          const int64_t at = column * elements.kBytes;
+          store(target, Arithmetic::template words_across<kPart>(elements, row + at, next ? next + at : nullptr,
+                                                                 columns - column));
+        }
+      }
+    }
+  });
+}
+
+// A whole right operand [depth, columns]: words(depth) x padded columns.
 template <class Arithmetic, Part kPart = Part::rounded>
 inline void pack(const ConstRows& source, int64_t depth, int64_t columns, float* packed) {
+  pack_panels<Arithmetic, kPart>(source, 0, depth, columns, 0, Panels(columns).count(), packed);
+}
+
+// sums [columns in whole vectors], over the depth of a packed right operand.
+template <class Arithmetic>
+inline void sum_packed(const float* packed, int64_t depth, int64_t columns, float* sums) {
+  const Timed timed(Work::packing);
   const Panels panels(columns);
   for (int64_t i = 0; i < panels.count(); ++i) {
-    Arithmetic::template pack_panel<kPart>(source, 0, depth, columns, panels[i],
-                                           packed + panels[i].column * words<Arithmetic>(depth));
+    const int64_t width = panels[i].vectors * kLanes, first = panels[i].column;
+    std::fill_n(sums + first, width, 0.0f);
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t j = 0; j < width; j += kLanes) {
+        store(sums + first + j,
+              load(sums + first + j) + Arithmetic::sum_of_words(load(packed + first * depth + k * width + j)));
+      }
+    }
   }
 }
 
+// The right operand whose column j is row j of `source`, one panel of it, by squares: a stride of a whole row would
+// miss the cache at every element. `factors` [depth in whole vectors] multiply the columns of the source; null: 1.
+template <class Arithmetic, Part kPart>
+inline void pack_transposed_panel(const ConstRows& source, int64_t depth, int64_t columns, Panel panel,
+                                  const float* factors, float* packed) {
+  constexpr int64_t kElements = Arithmetic::kPerWord * kLanes;
+  const int64_t width = panel.vectors * kLanes;
+  with_elements(source.dtype, [&](auto elements) {
+    for (int64_t k = 0; k < depth; k += kElements) {
+      const int64_t count = depth - k, rows = std::min<int64_t>(kLanes, words<Arithmetic>(count));
+      float* target = packed + k / Arithmetic::kPerWord * width;
+      for (int64_t j = 0; j < width; j += kLanes, target += kLanes) {
+        Vec square[kLanes] = {};
+        const int64_t inside = std::min<int64_t>(kLanes, columns - panel.column - j);
+        for (int64_t i = 0; i < inside; ++i) {
+          square[i] = Arithmetic::template words_along<kPart>(
+              elements, row_of(source, panel.column + j + i) + k * elements.kBytes, count,
+              factors ? factors + k : nullptr);
+        }
+        transpose(square);
+        for (int64_t i = 0; i < rows; ++i) store(target + i * width, square[i]);
+      }
+    }
+  });
+}
+
 template <class Arithmetic, Part kPart = Part::rounded>
-inline void pack_transposed(const ConstRows& source, int64_t depth, int64_t columns, float* packed) {
+inline void pack_transposed(const ConstRows& source, int64_t depth, int64_t columns, float* packed,
+                            const float* factors = nullptr) {
+  const Timed timed(Work::packing);
   const Panels panels(columns);
   for (int64_t i = 0; i < panels.count(); ++i) {
-    Arithmetic::template pack_transposed_panel<kPart>(source, depth, columns, panels[i],
-                                                      packed + panels[i].column * words<Arithmetic>(depth));
+    pack_transposed_panel<Arithmetic, kPart>(source, depth, columns, panels[i], factors,
+                                             packed + panels[i].column * words<Arithmetic>(depth));
   }
 }

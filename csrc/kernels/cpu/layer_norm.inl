@@ -29,18 +29,25 @@ inline void for_each_vector(Elements elements, const char* row, int64_t D, const
 
 inline double sum_chains(const Vec (&sums)[kChains]) { return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])); }
 
+// The same in float32, which is several times as fast and as good for a row of bfloat16.
+inline double sum_chains_by_halves(const Vec (&sums)[kChains]) {
+  const Vec total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  return sum_by_halves<PETL_VECTOR_BYTES>(&total);
+}
+
 // In two passes: the squares are those of deviations, never of the values.
 template <class Elements>
 inline RowStatistics statistics_of(Elements elements, const char* row, int64_t D, float epsilon) {
+  const auto total = Elements::kType == DType::bfloat16 ? sum_chains_by_halves : sum_chains;
   Vec sums[kChains] = {}, rests[kChains] = {}, squares[kChains] = {};
   for_each_vector(elements, row, D, [&](int chain, int64_t, Vec value) { sums[chain] += value; });
-  const float mean = static_cast<float>(sum_chains(sums) / D);
+  const float mean = static_cast<float>(total(sums) / D);
   for_each_vector(elements, row, D, [&](int chain, int64_t d, Vec value) {
     Vec deviation = value - mean;
     for (int64_t lane = D - d; lane < kLanes; ++lane) deviation[lane] = 0;
     rests[chain] += deviation;
     squares[chain] += deviation * deviation;
   });
-  const double rest = sum_chains(rests) / D, variance = sum_chains(squares) / D - rest * rest;
+  const double rest = total(rests) / D, variance = total(squares) / D - rest * rest;
   return {mean, static_cast<float>(rest), static_cast<float>(1 / std::sqrt(variance + epsilon))};
 }

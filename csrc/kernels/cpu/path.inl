@@ -21,6 +21,7 @@
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/partition.h"
 #include "kernels/cpu/scratch.h"
+#include "kernels/cpu/work.h"
 
 #define PETL_PRAGMA(text) _Pragma(#text)
 #define PETL_NAME(text) PETL_NAME_OF(text)
@@ -48,20 +49,33 @@ namespace {
 #include "kernels/cpu/tiles.inl"
 #include "kernels/cpu/activation.inl"
 #include "kernels/cpu/dropout.inl"
-#include "kernels/cpu/layer_norm.inl"
 #include "kernels/cpu/row_products.inl"
+#include "kernels/cpu/layer_norm.inl"
+#include "kernels/cpu/exact_sums.inl"
 #include "kernels/cpu/weight_gradient.inl"
 #include "kernels/cpu/adapter.inl"
 #include "kernels/cpu/adapter_backward.inl"
 #include "kernels/cpu/apt.inl"
 #include "kernels/cpu/attention_pool.inl"
 #include "kernels/cpu/attention_pool_backward.inl"
+#if defined(PETL_TIME_WORK) && defined(PETL_BFLOAT16_PRODUCTS)
+#include "kernels/cpu/peak.inl"
+#endif
 // clang-format on
 }  // namespace
 
 extern const Kernels kernels;
 const Kernels kernels{PETL_NAME(PETL_PATH), adapter_forward,        adapter_backward,       apt_forward,
                       apt_backward,         attention_pool_forward, attention_pool_backward};
+
+#if defined(PETL_TIME_WORK) && defined(PETL_BFLOAT16_PRODUCTS)
+extern "C" __attribute__((visibility("default"))) double petl_peak_of_floats() {
+  return peak_of_products<FloatArithmetic>();
+}
+extern "C" __attribute__((visibility("default"))) double petl_peak_of_pairs() {
+  return peak_of_products<PairArithmetic>();
+}
+#endif
 }  // namespace petl::cpu::PETL_PATH
 
 #ifdef PETL_TARGET

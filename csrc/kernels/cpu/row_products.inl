@@ -73,6 +73,7 @@ constexpr std::array<DotRows, sizeof...(kRight)> dot_rows_by_right(std::integer_
 template <class Arithmetic>
 inline void multiply_along_rows(const float* const* left, int64_t left_rows, const float* const* right,
                                 int64_t right_rows, int64_t words, float* products, int64_t stride) {
+  const Timed timed(Work::products);
   constexpr std::make_integer_sequence<int, kTileRows> kRight;
   constexpr auto kSeveral = dot_rows_by_right<Arithmetic, kPanelVectors>(kRight);
   constexpr auto kOne = dot_rows_by_right<Arithmetic, 1>(kRight);
@@ -145,9 +146,11 @@ inline void multiply_across_rows(int64_t rows, int64_t columns, const RowProduct
       const int64_t count = std::min<int64_t>(kTileRows, rows - begin);
       Sums sums = {};
       for (const RowProduct& product : products) {
+        const Timed timed(Work::products);
         const Left left{product.left.data + begin * product.left.row, product.left.row, product.left.step};
         (whole ? kPanel : kVector)[count - 1](left, product.depth, product.rows, column, columns - column, sums);
       }
+      const Timed timed(Work::results);
       for (int64_t m = 0; m < count; ++m) {
         for (int v = 0; v < vectors; ++v) epilogue(begin + m, column + v * kLanes, sums[m * vectors + v]);
       }
@@ -165,6 +168,7 @@ class RowOperand {
   // row_at(i) is the address of row i.
   template <class RowAt>
   void take(int64_t count, DType dtype, const RowAt& row_at) {
+    const Timed timed(Work::conversions);
     count_ = count;
     for (int64_t i = 0; i < count; ++i) along_[i] = words_of(row_at(i), dtype, i);
     if constexpr (Arithmetic::kPerWord == 1) {
@@ -194,7 +198,7 @@ class RowOperand {
     float* target = scratch_ + i * spread_width(D_);
     for (int64_t d = 0; d < D_; d += kLanes) {
       const HalfBitsVec upper = second ? read_part(second, d) : HalfBitsVec{};
-      store(target + d, interleave(read_part(first, d), upper));
+      store(target + d, Arithmetic::interleave(read_part(first, d), upper));
     }
     return target;
   }

@@ -24,12 +24,17 @@ inline Vec broadcast(const float* source) { return as_float(BitsVec{} + read<uin
 
 inline Vec from_bfloat16(HalfBitsVec bits) { return as_float(__builtin_convertvector(bits, BitsVec) << 16); }
 
-// Round to nearest even; a NaN stays one.
+// Round to nearest even; a NaN stays one. The processor's own instruction takes float32 numbers below the normal ones,
+// 1.2e-38, for zero, as its products do with such factors: what is lost is less than any result can show.
 inline HalfBitsVec to_bfloat16(Vec value) {
+#ifdef PETL_BFLOAT16_PRODUCTS
+  return (HalfBitsVec)_mm512_cvtneps_pbh((__m512)value);
+#else
   const BitsVec bits = as_bits(value);
   const BitsVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const BitsVec quiet_nan = (bits >> 16) | 0x40;
   return __builtin_convertvector(value == value ? rounded : quiet_nan, HalfBitsVec);
+#endif
 }
 
 inline Vec from_float16(HalfBitsVec half) {
@@ -112,12 +117,59 @@ inline void with_elements(DType dtype, const Function& function) {
   }
 }
 
+// A bit for each lane of a comparison.
+inline uint32_t lanes_where(IntVec is_true) {
+#ifdef PETL_BFLOAT16_PRODUCTS
+  return _mm512_movepi32_mask((__m512i)is_true);
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= (is_true[lane] & 1u) << lane;
+  return bits;
+#endif
+}
+
 // Lanes are combined in one fixed order, in float64 for a sum.
 inline double sum_lanes(Vec value) {
   double total = 0;
   for (int lane = 0; lane < kLanes; ++lane) total += value[lane];
   return total;
 }
+
+// A square of as many vectors as lanes: row i becomes column i.
+#ifdef PETL_BFLOAT16_PRODUCTS
+template <int kStep>
+inline void exchange_lanes(Vec (&rows)[kLanes]) {
+  IntVec of_first, of_second;  // which lanes the two rows take; from kLanes on, those of the second
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kLanes; ++lane) {
+    of_first[lane] = lane & kStep ? kLanes + (lane ^ kStep) : lane;
+    of_second[lane] = lane & kStep ? kLanes + lane : lane ^ kStep;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kStep) continue;
+    const Vec first = rows[i], second = rows[i + kStep];
+    rows[i] = (Vec)_mm512_permutex2var_ps((__m512)first, (__m512i)of_first, (__m512)second);
+    rows[i + kStep] = (Vec)_mm512_permutex2var_ps((__m512)first, (__m512i)of_second, (__m512)second);
+  }
+}
+
+inline void transpose(Vec (&rows)[kLanes]) {
+  exchange_lanes<1>(rows);
+  exchange_lanes<2>(rows);
+  exchange_lanes<4>(rows);
+  exchange_lanes<8>(rows);
+}
+#else
+inline void transpose(Vec (&rows)[kLanes]) {
+  float values[kLanes][kLanes], transposed[kLanes][kLanes];
+  memcpy(values, rows, sizeof values);
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < kLanes; ++j) transposed[j][i] = values[i][j];
+  }
+  memcpy(rows, transposed, sizeof transposed);
+}
+#endif
 
 // exp(value) for value <= 0, to about one unit in the last place; below -87 zero.
 inline Vec exp_nonpositive(Vec value) {

@@ -1,9 +1,9 @@
 // Gradients of weights: sums over rows, by slabs of rows (see tiles.inl) in a fixed order.
 // A part of path.inl.
 
-// Words of rows of a right operand that are packed at a time: a panel of 64 kB at most, which stays in the second-level
-// cache.
-constexpr int64_t kWordsPerPack = 256;
+// Words of rows of a right operand, and panels of it, that are packed at a time: of 64 kB each, they stay in the
+// second-level cache.
+constexpr int64_t kWordsPerPack = 256, kPanelsPerPack = 2;
 
 // gradient [M, D] += left^T right, over the rows of one slab.
 struct WeightGradient {
@@ -31,41 +31,39 @@ struct AddToWeight {
   }
 };
 
-// One panel of `depth` rows, from first_row on, normalized. `statistics` are those of these rows.
-template <class Arithmetic>
-inline void pack_normalized_panel(const ConstRows& source, const RowStatistics* statistics, int64_t first_row,
-                                  int64_t depth, int64_t columns, Panel panel, float* wide, float* packed) {
-  const int64_t width = panel.vectors * kLanes;
-  with_elements(source.dtype, [&](auto elements) {
+// As pack_panels, of floats that are normalized. `statistics` are those of these rows.
+inline void pack_normalized_panels(const ConstRows& source, const RowStatistics* statistics, int64_t first_row,
+                                   int64_t depth, int64_t columns, int64_t first, int64_t last, float* packed) {
+  pack_panels<FloatArithmetic>(source, first_row, depth, columns, first, last, packed);
+  const Timed timed(Work::packing);
+  const Panels panels(columns);
+  for (int64_t i = first; i < last; ++i) {
     for (int64_t k = 0; k < depth; ++k) {
-      const char* row = row_of(source, first_row + k);
-      prefetch_panel(source, first_row + k + kRowsAhead, panel);
-      for (int64_t i = 0; i < width; i += kLanes) {
-        const int64_t column = panel.column + i;
-        const Vec value = elements.load_part(row + column * elements.kBytes, columns - column);
-        store(wide + k * width + i, statistics[k].normalized(value));
-      }
+      for (int v = 0; v < panels[i].vectors; ++v, packed += kLanes)
+        store(packed, statistics[k].normalized(load(packed)));
     }
-  });
-  Arithmetic::gather(wide, depth, width, packed);
+  }
 }
 
+// Panels [first, last) of one gradient.
 template <class Arithmetic>
-inline void add_weight_gradient(const WeightGradient& task, int64_t D, int64_t slab_begin, int64_t rows, Panel panel,
-                                float* scratch) {
+inline void add_weight_gradient(const WeightGradient& task, int64_t D, int64_t slab_begin, int64_t rows, int64_t first,
+                                int64_t last, float* packed) {
   const int64_t rows_per_pack = kWordsPerPack * Arithmetic::kPerWord;
-  float *packed = scratch, *wide = packed + kWordsPerPack * kPanelVectors * kLanes;
+  const Panels panels(D);
   for (int64_t begin = 0; begin < rows; begin += rows_per_pack) {
-    const int64_t depth = std::min(rows_per_pack, rows - begin);
+    const int64_t depth = std::min(rows_per_pack, rows - begin), first_row = slab_begin + begin;
     if (task.statistics) {
-      pack_normalized_panel<Arithmetic>(task.right, task.statistics + begin, slab_begin + begin, depth, D, panel, wide,
-                                        packed);
+      pack_normalized_panels(task.right, task.statistics + begin, first_row, depth, D, first, last, packed);
     } else {
-      Arithmetic::template pack_panel<Part::rounded>(task.right, slab_begin + begin, depth, D, panel, packed);
+      pack_panels<Arithmetic>(task.right, first_row, depth, D, first, last, packed);
     }
     const Left left{task.left + begin / Arithmetic::kPerWord * task.stride, 1, task.stride};
-    multiply_panel<Arithmetic>(task.M, left, words<Arithmetic>(depth), packed, panel,
-                               AddToWeight{task.gradient, D, slab_begin + begin == 0});
+    for (int64_t i = first; i < last; ++i) {
+      const float* panel = packed + (panels[i].column - panels[first].column) * words<Arithmetic>(depth);
+      multiply_panel<Arithmetic>(task.M, left, words<Arithmetic>(depth), panel, panels[i],
+                                 AddToWeight{task.gradient, D, first_row == 0});
+    }
   }
 }
 
@@ -73,12 +71,13 @@ inline void add_weight_gradient(const WeightGradient& task, int64_t D, int64_t s
 template <class Arithmetic>
 inline void add_weight_gradients(const std::vector<WeightGradient>& tasks, int64_t D, int64_t slab_begin, int64_t rows,
                                  ParallelFor parallel_for) {
-  const Panels panels(D);
-  parallel_for(panels.count() * tasks.size(), [&](int64_t first, int64_t last) {
-    float* scratch = tile_scratch().reserve((1 + Arithmetic::kPerWord) * kWordsPerPack * kPanelVectors * kLanes);
-    for (int64_t i = first; i < last; ++i) {
-      add_weight_gradient<Arithmetic>(tasks[i / panels.count()], D, slab_begin, rows, panels[i % panels.count()],
-                                      scratch);
+  const int64_t count = Panels(D).count();
+  parallel_for(count * tasks.size(), [&](int64_t first, int64_t last) {
+    float* packed = tile_scratch().reserve(kPanelsPerPack * kWordsPerPack * kPanelVectors * kLanes);
+    while (first < last) {
+      const int64_t panel = first % count, panels = std::min({kPanelsPerPack, count - panel, last - first});
+      add_weight_gradient<Arithmetic>(tasks[first / count], D, slab_begin, rows, panel, panel + panels, packed);
+      first += panels;
     }
   });
 }
