@@ -48,7 +48,7 @@ def _require_language_model():
 
     try:
         language_model_folder()
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, ValueError) as error:
         raise SystemExit(f"petl-ext: {error}") from error
 
 
@@ -98,6 +98,8 @@ def _run_info(_):
 
 def _run_demo(options):
     common = {"seed": options.seed, "progress": not options.no_progress}
+    if options.method != "dvp" and (options.digits or options.language_model):
+        _exit(2, "--digits and --language-model are of demo dvp")
     if options.method is not None:
         {"dvp": _run_dvp_demo, "digits": _write_digits}[options.method](options, common)
         return
@@ -107,8 +109,23 @@ def _run_demo(options):
 
 
 def _run_dvp_demo(options, common):
-    if options.tune:
-        _exit(2, "demo dvp has no --tune")
+    if options.digits:
+        _run_dvp_on_digits(options, common)
+        return
+    from petl_ext.demo.easy_vqa.run import run_easy_vqa_demo, tune
+
+    named = {**common, "language_model": options.language_model or "minilm"}
+    try:
+        print(
+            tune(options.output, **named) if options.tune else run_easy_vqa_demo(options.output, options.quick, **named)
+        )
+    except (ImportError, ValueError, OSError) as error:
+        _exit(2, error)
+
+
+def _run_dvp_on_digits(options, common):
+    if options.tune or options.language_model:
+        _exit(2, "demo dvp --digits has neither --tune nor --language-model")
     _require_language_model()
     from petl_ext.demo.dvp.run import run_dvp_demo
 
@@ -181,9 +198,12 @@ def _add_demo(commands):
         "method",
         nargs="?",
         choices=["dvp", "digits"],
-        help="instead, dynamic visual prompting of MiniLM, a pre-trained BERT; or only write the data of the digits "
-        "recipes, in the official format of every task, and a small ViLT that knows their words",
+        help="instead, dynamic visual prompting on weights that others trained: MiniLM answers questions about what "
+        "EfficientNet sees; or only write the data of the digits recipes, in the official format of every task, and a "
+        "small ViLT that knows their words",
     )
+    demo.add_argument("--digits", action="store_true", help="of dvp: about the digits, which the small ViLT sees")
+    demo.add_argument("--language-model", choices=["minilm", "smollm2"], help="of dvp (default: minilm)")
     demo.add_argument("--tune", action="store_true", help="instead, compare learning rates on the validation split")
     _add_digits_options(demo, "folder for data, report and charts")
     demo.set_defaults(run=_run_demo, packages=DEMO_PACKAGES)
