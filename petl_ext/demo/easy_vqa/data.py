@@ -1,4 +1,4 @@
-"""easy-VQA (github.com/vzhou842/easy-VQA): questions about pictures of one colored shape, and the tokens of the pictures.
+"""easy-VQA (github.com/vzhou842/easy-VQA), questions about pictures of one colored shape, and the pictures' tokens.
 
 The package's own split: of what it calls train, the last pictures are held out for validation.
 """
@@ -147,7 +147,6 @@ def _tokens(output, part, pictures, progress):
         files = [folder / f"{index}.png" for index in pictures]
         starts = tqdm(range(0, len(files), ENCODED_AT_ONCE), desc=f"pictures of {part}", disable=not progress)
         tokens = torch.cat([encoder(files[start : start + ENCODED_AT_ONCE]).half() for start in starts])
-        output.mkdir(parents=True, exist_ok=True)
         with written_whole(file) as unfinished:
             save_file({"tokens": tokens}, unfinished)
     return load_file(file)["tokens"].float()

@@ -138,7 +138,7 @@ class ReadTexts:
         else:
             part.embed_tokens = table
             part.layers = part.layers[layer:]
-        part.config.num_hidden_layers = len(layers) - layer
+        part.config.num_hidden_layers, part.config.use_cache = len(layers) - layer, False
         return part
 
     def rows_of(self, texts):

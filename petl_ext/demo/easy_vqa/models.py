@@ -32,8 +32,8 @@ def make_dvp(texts, layer, num_labels, visual_dim, **options):
 
 @torch.no_grad()
 def _begin_apart(query, states):
-    """Sets the linear layer so that over `states` [texts, D] its outputs have mean 0 and standard deviation 1, number by
-    number (arXiv 1511.06856); it stays as it is where they are all the same."""
+    """Sets the linear layer so that over `states` [texts, D] each number of its outputs has mean 0 and standard
+    deviation 1 (arXiv 1511.06856); it stays as it is where they are all the same."""
     outputs = query(states)
     spread = outputs.std(0)
     if (spread > CONSTANT * outputs.abs().mean()).all():
@@ -62,8 +62,10 @@ def give_lora(model):
 
 
 class AllTokens(nn.Module):
-    """A DVP model's language model and head, which reads all visual tokens, projected, in front of its text, or, without
-    visual_dim, text alone."""
+    """A DVP model's language model and head, which reads all visual tokens, projected, in front of its text.
+
+    Without visual_dim it reads text alone.
+    """
 
     def __init__(self, dvp, reads_first, visual_dim=None):
         super().__init__()

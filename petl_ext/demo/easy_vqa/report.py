@@ -21,6 +21,7 @@ COLUMNS = ("method", "trained parameters", "MACs", "accuracy", "training")
 CHOICE, OTHER = "the search's choice", "control: DVP with another picture"
 # How far DVP at the best layer was asked to be above these rows.
 ASKED = (("text only", "nothing", 15), ("the control", "mean", 10))
+BESIDE_LAYERS = {"DVP_adp": "#5a9e4b", "LoRA with the same prompt": "#b0862a"}
 LINES = (("nothing", "text only", ":"), ("all tokens", "all visual tokens", "-."), ("mean", "control: mean", "--"))
 
 
@@ -53,26 +54,27 @@ def _introduction(run):
     pictures = {name: f"{number:,}" for name, number in size.pictures.items()}
     return f"""# Dynamic visual prompting on weights that others trained
 
-The language model is {model.description}; the image encoder is EfficientNet-lite0, trained on ImageNet, which sees a
-picture as {tokens.size(1)} tokens of width {tokens.size(2):,}, frozen. The task is easy-VQA: pictures of one colored shape,
-questions after its color, its shape, and whether some color or shape is there; 13 answers. Its own split:
-{counts["train"]} questions about the first {pictures["train"]} pictures of what it calls train are trained on, the last
-{pictures["val"]} are held out for the search and for learning rates, and accuracies are of all {counts["test"]} questions
-about the first {pictures["test"]} pictures of what it calls test, ± one standard error of that sample. Every row:
-{size.steps} steps of {size.batch} questions (seed {run.seed}), dropout 0, {trains} trained, those below frozen.
+The language model is {model.description}; the image encoder is EfficientNet-lite0, trained on ImageNet,
+which sees a picture as {tokens.size(1)} tokens of width {tokens.size(2):,}, frozen. The task is easy-VQA: pictures of
+one colored shape, questions after its color, its shape, and whether some color or shape is there; 13 answers. Its own
+split: {counts["train"]} questions about the first {pictures["train"]} pictures of what it calls train are trained on,
+the last {pictures["val"]} are held out for the search and for learning rates, and accuracies are of all
+{counts["test"]} questions about the first {pictures["test"]} pictures of what it calls test, ± one standard error of
+that sample. Every row: {size.steps} steps of {size.batch} questions (seed {run.seed}), dropout 0, {trains}
+trained, those below frozen.
 
 - **text only**: the language model and the head without a picture.
 - **all visual tokens**: projected, in front of the words at the same layer.
 - **control: mean**: one prompt, the mean of the tokens, which no question guides.
 - **DVP, layer K**: the question's state below layer K pools the tokens into one prompt, which enters before layer K.
 - **{OTHER}**: DVP at the search's choice, trained as ever, asked with the picture of another question.
-- **DVP_adp** trains adapters and norms in the language model, **LoRA** (PEFT's, of rank {LORA_RANK} on all linear layers)
-  nothing else of it.
+- **DVP_adp** trains adapters and norms in the language model, **LoRA** (PEFT's, of rank {LORA_RANK} on all linear
+  layers) nothing else of it.
 
-As in the demo of digits, each query projection begins so that over all questions every number of the query has mean 0 and
-standard deviation 1. Trained parameters include the head; MACs are the language model's side for one question, counted;
-times are of this run with one thread (torch {torch.__version__}, {platform.machine()}), without what is computed once:
-tokens of the pictures and states of the {len(run.data.texts)} different questions below layer K."""
+As in the demo of digits, each query projection begins so that over all questions every number of the query has mean 0
+and standard deviation 1. Trained parameters include the head; MACs are the language model's side for one question,
+counted; times are of this run with one thread (torch {torch.__version__}, {platform.machine()}), without what is
+computed once: tokens of the pictures and states of the {len(run.data.texts)} different questions below layer K."""
 
 
 def _scores(results):
@@ -124,9 +126,9 @@ def _search(run, results):
     preferences = ", ".join(f"{preference:+.2f}" for preference in search.bandit.preferences)
     layers = run.language_model.layers
     share = results.search_seconds / chosen.seconds
-    return f"""`PlacementSearch` chose layer {results.layer} in {search.step} steps with {len(search.history)} updates; the
-preferences of layers {layers[0]} to {layers[-1]} are {preferences}. Its regret, how far that layer is below the best of
-these, is {max(0.0, _points(best, chosen)):.1f} points. It took {results.search_seconds:.0f} s, {share:.0%} of the
+    return f"""`PlacementSearch` chose layer {results.layer} in {search.step} steps with {len(search.history)} updates;
+the preferences of layers {layers[0]} to {layers[-1]} are {preferences}. Its regret, how far that layer is below the
+best of these, is {_points(best, chosen):.1f} points. It took {results.search_seconds:.0f} s, {share:.0%} of the
 fine-tuning at that layer. In it the language model is frozen but for its last layer, and the layers' prompts differ in
 queries and types only."""
 
@@ -141,11 +143,10 @@ def _draw_layers(run, results, path):
     axes.errorbar(layers, heights, errors, fmt="o-", color="#1f3b63", capsize=3, label="DVP at layer K")
     look = {"color": "#d4502a", "markersize": 14, "fillstyle": "none", "mew": 2.5}
     axes.plot(results.layer, 100 * results.chosen.score.accuracy, "o", **look, label=CHOICE)
-    for one, color in zip(
-        [one for one in results.rows if one.row.trains != rows[0].row.trains], ("#5a9e4b", "#b0862a")
-    ):
-        accuracy = 100 * one.score.accuracy
-        axes.plot(one.row.layer, accuracy, "s", color=color, label=one.row.name)
+    for one in results.rows:
+        if one.row.name in BESIDE_LAYERS:
+            color = BESIDE_LAYERS[one.row.name]
+            axes.plot(one.row.layer, 100 * one.score.accuracy, "s", color=color, label=one.row.name)
     for (sees, label, dashes), color in zip(LINES, ("0.5", "#7a5ea8", "#d4502a"), strict=True):
         axes.axhline(100 * _first(results, sees).score.accuracy, linestyle=dashes, color=color, label=label)
     axes.set_xticks(layers)

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,7 @@ class Run:
     @classmethod
     def prepare(cls, output, size, language_model, seed, progress):
         """Reads packages and, once, what does not train: the tokens of the pictures and the states of the texts."""
+        Path(output).mkdir(parents=True, exist_ok=True)
         data = read(output, size.pictures, progress)
         return cls(size, seed, progress, data, ReadTexts.of(LANGUAGE_MODELS[language_model], data.texts))
 
