@@ -101,7 +101,7 @@ def _run_demo(options):
     if options.method != "dvp" and (options.digits or options.language_model):
         _exit(2, "--digits and --language-model are of demo dvp")
     if options.method is not None:
-        {"dvp": _run_dvp_demo, "digits": _write_digits}[options.method](options, common)
+        {"dvp": _run_dvp_demo, "llama": _run_llama_demo, "digits": _write_digits}[options.method](options, common)
         return
     from petl_ext.demo.vilt.run import run_demo, tune
 
@@ -132,6 +132,17 @@ def _run_dvp_on_digits(options, common):
     try:
         print(run_dvp_demo(options.output, options.quick, **common))
     except OSError as error:
+        _exit(2, error)
+
+
+def _run_llama_demo(options, common):
+    if options.tune:
+        _exit(2, "demo llama has no --tune")
+    from petl_ext.demo.llama.run import run_llama_demo
+
+    try:
+        print(run_llama_demo(options.output, options.quick, **common))
+    except (ImportError, ValueError, OSError) as error:
         _exit(2, error)
 
 
@@ -197,10 +208,10 @@ def _add_demo(commands):
     demo.add_argument(
         "method",
         nargs="?",
-        choices=["dvp", "digits"],
-        help="instead, dynamic visual prompting on weights that others trained: MiniLM answers questions about what "
-        "EfficientNet sees; or only write the data of the digits recipes, in the official format of every task, and a "
-        "small ViLT that knows their words",
+        choices=["dvp", "llama", "digits"],
+        help="instead, on weights that others trained: MiniLM answers questions about what EfficientNet sees, through "
+        "dynamic visual prompts; or APT, adapters and DAS in SmolLM2, a LLaMA; or only write the data of the digits "
+        "recipes, in the official format of every task, and a small ViLT that knows their words",
     )
     demo.add_argument("--digits", action="store_true", help="of dvp: about the digits, which the small ViLT sees")
     demo.add_argument("--language-model", choices=["minilm", "smollm2"], help="of dvp (default: minilm)")

@@ -16,6 +16,7 @@ from petl_ext.demo.charts import (
     types_table,
 )
 from petl_ext.demo.easy_vqa.models import LORA_RANK
+from petl_ext.demo.easy_vqa.training import NEW_RATE, RATES
 
 COLUMNS = ("method", "trained parameters", "MACs", "accuracy", "training")
 CHOICE, OTHER = "the search's choice", "control: DVP with another picture"
@@ -72,9 +73,16 @@ trained, those below frozen.
   layers) nothing else of it.
 
 As in the demo of digits, each query projection begins so that over all questions every number of the query has mean 0
-and standard deviation 1. Trained parameters include the head; MACs are the language model's side for one question,
+and standard deviation 1. Learning rates are the same for all rows that train the same part of the language model:
+{_rates()}, and {NEW_RATE:g} for prompts and head. Trained parameters include the head; MACs are the language model's side for one question,
 counted; times are of this run with one thread (torch {torch.__version__}, {platform.machine()}), without what is
 computed once: tokens of the pictures and states of the {len(run.data.texts)} different questions below layer K."""
+
+
+def _rates():
+    return ", ".join(
+        f"{rate:g} for its {part}" if part != "LoRA" else f"{rate:g} for LoRA" for part, rate in RATES.items()
+    )
 
 
 def _scores(results):

@@ -16,8 +16,8 @@ from petl_ext.demo.easy_vqa.models import AllTokens, give_lora, give_mean_prompt
 from petl_ext.demo.training import groups_by_rate
 
 ANSWERED_AT_ONCE = 200
-# Of the language model's layers, of adapters and norms in it, and of LoRA in it: those that did best on the validation
-# split (`petl-ext demo dvp --tune`).
+# Of the language model's layers, of adapters and norms in it, and of LoRA in it: `petl-ext demo dvp --tune` compares
+# others.
 RATES = {"layers": 3e-4, "adapters": 1e-3, "LoRA": 1e-3}
 NEW_RATE = 2e-3  # of prompts and head
 
