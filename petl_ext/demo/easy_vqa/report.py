@@ -73,16 +73,14 @@ trained, those below frozen.
   layers) nothing else of it.
 
 As in the demo of digits, each query projection begins so that over all questions every number of the query has mean 0
-and standard deviation 1. Learning rates are the same for all rows that train the same part of the language model:
-{_rates()}, and {NEW_RATE:g} for prompts and head. Trained parameters include the head; MACs are the language model's side for one question,
-counted; times are of this run with one thread (torch {torch.__version__}, {platform.machine()}), without what is
-computed once: tokens of the pictures and states of the {len(run.data.texts)} different questions below layer K."""
+and standard deviation 1. Learning rates: {_rates()} of the language model, {NEW_RATE:g} for prompts and head.
+Trained parameters include the head; MACs are the language model's side for one question, counted; times are of this
+run with one thread (torch {torch.__version__}, {platform.machine()}), without what is computed once: tokens of the
+pictures and states of the {len(run.data.texts)} different questions below layer K."""
 
 
 def _rates():
-    return ", ".join(
-        f"{rate:g} for its {part}" if part != "LoRA" else f"{rate:g} for LoRA" for part, rate in RATES.items()
-    )
+    return ", ".join(f"{rate:g} for {part}" for part, rate in RATES.items())
 
 
 def _scores(results):
