@@ -112,14 +112,25 @@ def _run_dvp_demo(options, common):
     if options.digits:
         _run_dvp_on_digits(options, common)
         return
-    from petl_ext.demo.easy_vqa.run import run_easy_vqa_demo, tune
+    from petl_ext.demo.easy_vqa import run
 
     named = {**common, "language_model": options.language_model or "minilm"}
+    _checked(run.check_packages, named["language_model"])
     try:
         print(
-            tune(options.output, **named) if options.tune else run_easy_vqa_demo(options.output, options.quick, **named)
+            run.tune(options.output, **named)
+            if options.tune
+            else run.run_easy_vqa_demo(options.output, options.quick, **named)
         )
-    except (ImportError, ValueError, OSError) as error:
+    except OSError as error:
+        _exit(2, error)
+
+
+def _checked(check, *arguments):
+    """Ends where packages are missing or hold other files than known."""
+    try:
+        check(*arguments)
+    except (ModuleNotFoundError, ValueError) as error:
         _exit(2, error)
 
 
@@ -138,11 +149,12 @@ def _run_dvp_on_digits(options, common):
 def _run_llama_demo(options, common):
     if options.tune:
         _exit(2, "demo llama has no --tune")
-    from petl_ext.demo.llama.run import run_llama_demo
+    from petl_ext.demo.llama import run
 
+    _checked(run.check_packages)
     try:
-        print(run_llama_demo(options.output, options.quick, **common))
-    except (ImportError, ValueError, OSError) as error:
+        print(run.run_llama_demo(options.output, options.quick, **common))
+    except OSError as error:
         _exit(2, error)
 
 

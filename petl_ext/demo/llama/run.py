@@ -41,6 +41,13 @@ class Measured:
     seconds: float
 
 
+def check_packages():
+    """Raises ModuleNotFoundError, with the line that installs them, where SmolLM2 or gguf is missing, and ValueError
+    where the weights are not the known ones."""
+    require([SMOLLM2, GGUF])
+    SMOLLM2.check()
+
+
 def run_llama_demo(output="demo_out", quick=False, seed=0, progress=True):
     """Finds what SmolLM2 can do without, trains every row and writes a report and charts.
 
@@ -54,11 +61,9 @@ def run_llama_demo(output="demo_out", quick=False, seed=0, progress=True):
         The report's text.
 
     Raises:
-        ModuleNotFoundError: SmolLM2 or gguf is not installed.
-        ValueError: the weights are not the known ones.
+        ModuleNotFoundError, ValueError: as `check_packages`.
     """
-    require([SMOLLM2, GGUF])
-    SMOLLM2.check()
+    check_packages()
     Path(output).mkdir(parents=True, exist_ok=True)
     with _quiet():
         run = LlamaRun.prepare(QUICK if quick else FULL, seed, progress)

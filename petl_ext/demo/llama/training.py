@@ -127,16 +127,17 @@ class LlamaRun:
     @torch.no_grad()
     def continued(self, model, count=None):
         """The prompt's likeliest continuation by as many tokens, with the cache."""
-        inputs = self.tokenizer(self.manual.prompt, return_tensors="pt")
+        prompt = self.tokenizer(self.manual.prompt, return_tensors="pt")["input_ids"]
         count = self.size.generated if count is None else count
         tokens = model.generate(
-            **inputs,
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
             max_new_tokens=count,
             min_new_tokens=count,
             do_sample=False,
             pad_token_id=self.tokenizer.eos_token_id,
         )
-        return self.tokenizer.decode(tokens[0, inputs["input_ids"].size(1) :])
+        return self.tokenizer.decode(tokens[0, prompt.size(1) :])
 
 
 def new_optimizer(parameters, rate, steps):
