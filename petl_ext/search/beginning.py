@@ -1,20 +1,17 @@
 """What can be measured of a search's arms before it: a search may begin with it (`Search.warm_start`)."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 
 from petl_ext.search.choice import OneArm
 from petl_ext.search.comparing import check_callable, measured, rewards_of
-
-if TYPE_CHECKING:
-    from petl_ext.search.depth import DepthSearch
-    from petl_ext.search.search import Search
+from petl_ext.search.depth import DepthSearch
+from petl_ext.search.search import Search
 
 
-def one_by_one(search: "Search", compute: Callable[[], Any], /) -> list[float]:
+def one_by_one(search: Search, compute: Callable[[], Any], /) -> list[float]:
     """The reward of each arm alone: of a `DepthSearch`, with one layer skipped; of a `PlacementSearch`, at one layer.
 
     Costs one call of `compute` for each arm, without gradients. The search, the model's option, torch's generators and
@@ -36,7 +33,7 @@ def one_by_one(search: "Search", compute: Callable[[], Any], /) -> list[float]:
     return rewards_of(search, measured(search, options, compute))
 
 
-def block_influence(search: "DepthSearch", compute: Callable[[], Any], /) -> list[float]:
+def block_influence(search: DepthSearch, compute: Callable[[], Any], /) -> list[float]:
     """How little each layer of a `DepthSearch` changes its input: the mean cosine of the angle between the states that
     go in and come out (block influence of ShortGPT, arXiv 2403.03853, is 1 less it).
 
@@ -79,10 +76,3 @@ def block_influence(search: "DepthSearch", compute: Callable[[], Any], /) -> lis
     if len(cosines) < len(search.layers):
         raise RuntimeError(f"block_influence: compute must run all {len(search.layers)} layers, got {len(cosines)}")
     return [cosines[arm] for arm in range(len(search.layers))]
-
-
-def standardized(values: list[float]) -> list[float]:
-    """With mean 0 and standard deviation 1; all 0 where they are equal."""
-    numbers = torch.tensor(values, dtype=torch.float64)
-    spread = numbers.std(correction=0)
-    return ((numbers - numbers.mean()) / spread if spread > 0 else torch.zeros_like(numbers)).tolist()

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from torch.distributed import ProcessGroup
 
 from petl_ext.search.bandit import are_numbers
-from petl_ext.search.beginning import standardized
 from petl_ext.search.choice import Choice
 from petl_ext.search.comparing import check_callable, measured, rewards_of
 from petl_ext.search.constants import Constants
@@ -119,7 +118,7 @@ class Search(StoredSearch):
             raise ValueError(f"{self.name}: values must be {self.choice.num_arms} finite numbers, got {values!r}")
         if not (math.isfinite(spread) and spread >= 0):
             raise ValueError(f"{self.name}: spread must be a finite number of 0 or more, got {spread!r}")
-        self.bandit.preferences = [spread * value for value in standardized(list(values))]
+        self.bandit.preferences = [spread * value for value in _standardized(list(values))]
 
     def sample(self) -> Any:
         """Begins a training step: draws an option and gives it to the model, or the selection when that is fixed.
@@ -235,3 +234,12 @@ class Search(StoredSearch):
 
     def __repr__(self):
         return f"{self.name}({self.choice}, step={self.step}, finished={self.finished})"
+
+
+def _standardized(values):
+    """With mean 0 and standard deviation 1; all 0 where they are equal."""
+    if max(values) == min(values):
+        return [0.0] * len(values)
+    mean = math.fsum(values) / len(values)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+    return [(value - mean) / deviation for value in values]

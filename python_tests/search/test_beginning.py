@@ -79,7 +79,7 @@ def test_a_search_begins_with_what_is_known():
 
 def test_equal_values_say_nothing():
     search = placement_searches.make_search()
-    search.warm_start([0.3] * search.num_layers)
+    search.warm_start([0.1] * search.num_layers)
     assert search.bandit.preferences == [0.0] * search.num_layers
 
 
