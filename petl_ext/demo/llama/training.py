@@ -30,7 +30,7 @@ class Size:
     rounds: int
 
 
-FULL = Size(steps=32, batch=4, length=64, held_out=32, compared=4, search_steps=16, generated=32, rounds=4)
+FULL = Size(steps=24, batch=4, length=64, held_out=24, compared=4, search_steps=12, generated=32, rounds=4)
 QUICK = Size(steps=1, batch=1, length=16, held_out=2, compared=1, search_steps=4, generated=4, rounds=1)
 
 
