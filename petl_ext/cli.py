@@ -26,6 +26,7 @@ DEMO_PACKAGES = {
     "matplotlib": "matplotlib",
     "tqdm": "tqdm",
 }
+LORA_PACKAGES = {"peft": "peft"}  # of the demos that have LoRA beside them
 SEARCHES = ("das", "placement", "recipe")
 DAS_OUTPUT = (
     "Prints one line of JSON: what DASConfig(skip=...) takes, and the share of the bare backbone's "
@@ -112,6 +113,7 @@ def _run_dvp_demo(options, common):
     if options.digits:
         _run_dvp_on_digits(options, common)
         return
+    _require(LORA_PACKAGES)
     from petl_ext.demo.easy_vqa import run
 
     named = {**common, "language_model": options.language_model or "minilm"}
@@ -127,10 +129,10 @@ def _run_dvp_demo(options, common):
 
 
 def _checked(check, *arguments):
-    """Ends where packages are missing or hold other files than known."""
+    """Ends where packages are missing or hold other files than known, or memory is too small."""
     try:
         check(*arguments)
-    except (ModuleNotFoundError, ValueError) as error:
+    except (ModuleNotFoundError, ValueError, MemoryError) as error:
         _exit(2, error)
 
 
@@ -149,9 +151,10 @@ def _run_dvp_on_digits(options, common):
 def _run_llama_demo(options, common):
     if options.tune:
         _exit(2, "demo llama has no --tune")
+    _require(LORA_PACKAGES)
     from petl_ext.demo.llama import run
 
-    _checked(run.check_packages)
+    _checked(run.check)
     try:
         print(run.run_llama_demo(options.output, options.quick, **common))
     except OSError as error:

@@ -55,6 +55,13 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
         main(["search", "das"])
 
 
+@pytest.mark.parametrize("method", ["dvp", "llama"])
+def test_a_demo_that_has_lora_names_peft(monkeypatch, method):
+    monkeypatch.setattr("petl_ext.cli.LORA_PACKAGES", {"no_such_module": "such-package"})
+    with pytest.raises(SystemExit, match="such-package must be installed: pip install such-package"):
+        main(["demo", method])
+
+
 @pytest.mark.parametrize("command", [["demo", "dvp", "--digits"], ["search", "placement"]])
 def test_a_missing_language_model_is_one_line(monkeypatch, command):
     monkeypatch.setattr("petl_ext.demo.dvp.models.MINILM", replace(MINILM, module="no_such_module"))

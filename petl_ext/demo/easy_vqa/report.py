@@ -20,8 +20,8 @@ from petl_ext.demo.easy_vqa.training import NEW_RATE, RATES
 
 COLUMNS = ("method", "trained parameters", "MACs", "accuracy", "training")
 CHOICE, OTHER = "the search's choice", "control: DVP with another picture"
-# How far DVP at the best layer was asked to be above these rows.
-ASKED = (("text only", "nothing", 15), ("the control", "mean", 10))
+# How far DVP at the best layer was to be above these rows.
+GOALS = (("text only", "nothing", 15), ("the control", "mean", 10))
 BESIDE_LAYERS = {"DVP_adp": "#5a9e4b", "LoRA with the same prompt": "#b0862a"}
 LINES = (("nothing", "text only", ":"), ("all tokens", "all visual tokens", "-."), ("mean", "control: mean", "--"))
 
@@ -111,10 +111,10 @@ def _name(one, results):
 def _claims(results):
     best = results.best
     lines = [f"At the best layer, {best.row.layer}, DVP has {best.score.accuracy:.1%}:", ""]
-    for name, sees, asked in ASKED:
+    for name, sees, goal in GOALS:
         points = _points(best, _first(results, sees))
-        reached = "reached" if points >= asked else "not reached"
-        lines.append(f"- {points:+.1f} points against {name}; {asked} were asked for: {reached}.")
+        reached = "reached" if points >= goal else "not reached"
+        lines.append(f"- {points:+.1f} points against {name}; the goal of {goal} is {reached}.")
     lines.append(f"- {_points(best, _first(results, 'all tokens')):+.1f} points against all visual tokens.")
     return "\n".join(lines)
 

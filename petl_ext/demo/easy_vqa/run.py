@@ -64,10 +64,6 @@ class Results:
         """DVP's row at the best layer."""
         return max(self.every_layer, key=lambda one: one.score.accuracy)
 
-    def named(self, row):
-        """The first with a row's name, or None."""
-        return next((one for one in self.rows if one.row.name == row.name), None)
-
 
 def check_packages(language_model):
     """Raises ModuleNotFoundError, with the line that installs them, where packages are missing, and ValueError where

@@ -1,5 +1,6 @@
 """The demo of SmolLM2: everything in the report is measured in the run that writes it."""
 
+import os
 import statistics
 import time
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from petl_ext.demo.llama.layers import find_layers
 from petl_ext.demo.llama.report import write_report
 from petl_ext.demo.llama.training import FULL, QUICK, ROWS, LlamaRun, Row
 from petl_ext.demo.packages import GGUF, SMOLLM2, require
+
+MEMORY = 6 * 2**30  # bytes: SmolLM2 eight times in float32, and what a training keeps
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,15 @@ class Measured:
     seconds: float
 
 
-def check_packages():
-    """Raises ModuleNotFoundError, with the line that installs them, where SmolLM2 or gguf is missing, and ValueError
-    where the weights are not the known ones."""
+def check():
+    """Raises ModuleNotFoundError, with the line that installs them, where SmolLM2 or gguf is missing, ValueError where
+    the weights are not the known ones, and MemoryError on a machine that cannot hold the models."""
     require([SMOLLM2, GGUF])
     SMOLLM2.check()
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if memory < MEMORY:
+            raise MemoryError(f"memory must be {MEMORY / 2**30:.0f} GiB or more, got {memory / 2**30:.1f} GiB")
 
 
 def run_llama_demo(output="demo_out", quick=False, seed=0, progress=True):
@@ -61,9 +68,9 @@ def run_llama_demo(output="demo_out", quick=False, seed=0, progress=True):
         The report's text.
 
     Raises:
-        ModuleNotFoundError, ValueError: as `check_packages`.
+        ModuleNotFoundError, ValueError, MemoryError: as `check`.
     """
-    check_packages()
+    check()
     Path(output).mkdir(parents=True, exist_ok=True)
     with _quiet():
         run = LlamaRun.prepare(QUICK if quick else FULL, seed, progress)
