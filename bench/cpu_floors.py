@@ -3,9 +3,9 @@
     python bench/cpu_floors.py [--keep]
 
 measures the modules of test_patch.py, patched against unpatched, at growing numbers of rows, with no floors: in
-bfloat16 and under autocast, on one thread. --keep writes bench/results/<machine>-floors.md. A floor is the least number of rows
-from which on every module gains, with those under autocast whose activations are float32 and those whose are bfloat16.
-With --only, the rows of other modules stay as they are.
+bfloat16 and under autocast, on one thread. --keep writes bench/results/<machine>-floors.md; with --only, the rows of
+other modules stay as they are. A floor is the least number of rows from which on every module gains, of those under
+autocast with activations in float32 and with ones in bfloat16.
 """
 
 import argparse

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from problems import OPS, draw, forward, forward_backward
+from problems import ADAPTER, APT, OPS, draw, forward, forward_backward
+from shapes import VILT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Of x, and of y or the residual, under autocast beside weights in float32.
+MIXTURES = [(x, stream) for x in DTYPES for stream in DTYPES]
 CASES = [
     pytest.param(op, shape, inner, form, id=f"{op}-{shape}-{inner}-{form}")
     for op in OPS.values()
@@ -36,3 +39,34 @@ def test_op(op, shape, inner, form, dtype, direction, compare):
         name: lambda function=function: direction(problem, function) for name, function in functions_of(op).items()
     }
     compare(name_of(op, shape, inner, form, direction.__name__, dtype), shape, contenders)
+
+
+@pytest.mark.parametrize("direction", [forward, forward_backward], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("x", "stream"), MIXTURES)
+@pytest.mark.parametrize(
+    ("op", "inner", "form"),
+    [(APT, 50, "relu"), (APT, 200, "relu"), *((ADAPTER, inner, "other residual") for inner in (96, 192, 288))]
+    + [(ADAPTER, inner, form) for inner in (96, 192, 288) for form in ADAPTER.cpu_forms],
+    ids=str,
+)
+def test_under_autocast(op, inner, form, x, stream, direction, compare):
+    """As torch.autocast makes of a model: the parallel and the sequential adapter know one stream alone."""
+    if form in ADAPTER.cpu_forms and x != stream:
+        pytest.skip("one stream")
+    problem = draw(op, VILT.rows, VILT.dim, inner, dtype=DTYPES[x], weight_dtype=torch.float32, **op.forms[form])
+    dtypes = {"y": stream, "residual": stream}
+    streams = {name: problem[name].to(DTYPES[dtypes[name]]) for name in dtypes if name in problem.tensors}
+    problem = problem.change(**streams)
+    if direction is forward_backward:
+        problem = problem.trained()
+
+    def under_autocast(function):
+        with torch.autocast("cpu", torch.bfloat16):
+            direction(problem, function)
+
+    contenders = {
+        name: lambda function=function: under_autocast(function) for name, function in functions_of(op).items()
+    }
+    form = form if op is ADAPTER else ""
+    title = f"{op.name} {direction.__name__} autocast {x}/{stream} {VILT} {op.inner}={inner} {form}".rstrip()
+    compare(title, VILT, contenders)

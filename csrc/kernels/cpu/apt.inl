@@ -2,20 +2,40 @@
 // bfloat16 itself, and x is bfloat16 or to be rounded to it, the factors of products are bfloat16 and their sums
 // float32. A part of path.inl.
 
-inline float greatest(const float* scores, int64_t P) {
-  const auto greater = [](auto a, auto b) { return a > b || a != a ? a : b; };  // a NaN wins
-  float best = scores[0];
-  int64_t p = 0;
-  if (P >= kLanes) {
-    Vec bests = load(scores);
-    for (p = kLanes; p + kLanes <= P; p += kLanes) {
-      const Vec score = load(scores + p);
-      bests = (score > bests) | (score != score) ? score : bests;
-    }
-    for (int lane = 0; lane < kLanes; ++lane) best = greater(bests[lane], best);
+// Of so many bytes of floats, none of them a NaN.
+template <int kBytes>
+inline float greatest_by_halves(const void* values) {
+  if constexpr (kBytes == sizeof(float)) {
+    return read<float>(values);
+  } else {
+    using Half = typename FloatsOf<kBytes / 2>::Type;
+    const Half first = read<Half>(values), second = read<Half>(static_cast<const char*>(values) + kBytes / 2);
+    const Half greater = first > second ? first : second;
+    return greatest_by_halves<kBytes / 2>(&greater);
   }
-  for (; p < P; ++p) best = greater(scores[p], best);
-  return best;
+}
+
+// A NaN is greater than all others.
+inline float greatest(const float* scores, int64_t P) {
+  Vec best = Vec{} - INFINITY;
+  float last = -INFINITY;
+  int64_t p = 0;
+  for (; p + kLanes <= P; p += kLanes) {
+    const Vec score = load(scores + p);
+    best = (score > best) | (score != score) ? score : best;
+  }
+  for (; p < P; ++p) last = scores[p] > last || scores[p] != scores[p] ? scores[p] : last;
+  if (last != last || lanes_where(best != best)) return NAN;
+  return std::max(greatest_by_halves<PETL_VECTOR_BYTES>(&best), last);
+}
+
+// Which of them it is; P where it is a NaN.
+inline int64_t index_of(float greatest, const float* scores, int64_t P) {
+  int64_t p = 0;
+  for (; p + kLanes <= P; p += kLanes) {
+    if (const uint32_t found = lanes_where(load(scores + p) == greatest)) return p + __builtin_ctz(found);
+  }
+  return std::find(scores + p, scores + P, greatest) - scores;
 }
 
 // The raw scores of one row become relu(scores) or softmax(scores), in place; returns their maximum.
@@ -126,8 +146,8 @@ struct AptForwardTile {
   // Those near zero, and the largest: as the gate, it scales all the others.
   void make_exact(const float* x, float* scores) const {
     const int64_t P = args.size.P;
-    const int64_t best = std::find(scores, scores + P, greatest(scores, P)) - scores;
-    exact->correct(x, nullptr, best < P ? best : ExactSums<Arithmetic>::kNone, scores);  // a NaN is found nowhere
+    const int64_t best = index_of(greatest(scores, P), scores, P);
+    exact->correct(x, nullptr, best < P ? best : ExactSums<Arithmetic>::kNone, scores);
   }
 };
 
