@@ -3,12 +3,11 @@
 import datetime
 import os
 import platform
-from pathlib import Path
 
 import pytest
 import torch
 from clock import host_clock, race, speed_up
-from results import RESULTS, commit, keep
+from results import RESULTS, commit, keep, processor
 
 import petl_ext
 
@@ -66,16 +65,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def _processor():
-    model = [line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")]
-    return model[0] if model else platform.processor() or platform.machine()
-
-
-def _cpu_lines():
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def pytest_terminal_summary(terminalreporter):
     reports = terminalreporter.getreports("passed")
     rows = [dict(report.user_properties)["comparison"] for report in reports if report.user_properties]
@@ -102,4 +91,4 @@ def _write(rows):
         "python": platform.python_version(),
         "threads": 1,
     }
-    return keep(_processor(), [{"name": row["name"]} | run | row for row in rows]).relative_to(RESULTS.parent.parent)
+    return keep(processor(), [{"name": row["name"]} | run | row for row in rows]).relative_to(RESULTS.parent.parent)

@@ -14,8 +14,7 @@ import copy
 import test_patch
 import torch
 from clock import race, speed_up, thread_clock
-from conftest import _processor
-from results import RESULTS, machine_name
+from results import RESULTS, machine_name, processor
 from shapes import Shape
 
 import petl_ext
@@ -64,12 +63,12 @@ def main():
                 lines.append(f"| {name} | {which} | {direction_name} | {' | '.join(f'{r:.2f}' for r in ratios)} |")
                 print(lines[-1], flush=True)
     if arguments.keep:
-        path = RESULTS / f"{machine_name(_processor())}-floors.md"
+        path = RESULTS / f"{machine_name(processor())}-floors.md"
         kept = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         table = {module_of(line): line for line in [*lines[:2], *kept, *lines] if line.startswith("|")}
         head = (
             "How many times faster patched modules are than their own code, by their number of rows, without floors.\n"
-            f"Made by `python bench/cpu_floors.py --keep` on {_processor()}, on one thread.\n\n"
+            f"Made by `python bench/cpu_floors.py --keep` on {processor()}, on one thread.\n\n"
         )
         path.write_text(head + "\n".join(table.values()) + "\n", encoding="utf-8")
 

@@ -48,9 +48,8 @@ def build():
 LIBRARY = build()
 
 # They import petl_ext, which must find the timed kernels.
-from conftest import _processor  # noqa: E402
 from problems import ADAPTER, APT, ATTENTION_POOL, draw, forward, forward_backward  # noqa: E402
-from results import RESULTS, commit, machine_name  # noqa: E402
+from results import RESULTS, commit, machine_name, processor  # noqa: E402
 from shapes import VILT  # noqa: E402
 
 
@@ -85,7 +84,7 @@ def cases():
     full, half = torch.float32, torch.bfloat16
     plain = [(full, full, full, False), (half, half, half, False)]
     mixed = [(half, half, full, True), (half, full, full, True), (full, half, full, True), (full, full, full, True)]
-    for op, inners, forms, kinds in (
+    for op, inners, forms, mixtures in (
         (APT, (50, 200), ("relu",), plain + mixed),
         (ADAPTER, (96, 192, 288), ("parallel", "sequential"), plain),
         (ADAPTER, (96,), ("parallel", "sequential"), mixed[::3]),
@@ -94,7 +93,7 @@ def cases():
     ):
         for inner in inners:
             for form in forms:
-                for dtypes in kinds:
+                for dtypes in mixtures:
                     yield Case(op, inner, form, *dtypes)
 
 
@@ -155,10 +154,10 @@ def main():
                 lines.append(f"| {' | '.join(row_of(case, direction, ticks, speed))} |")
                 print(lines[-1], flush=True)
     if arguments.keep:
-        path = RESULTS / f"{machine_name(_processor())}-shares.md"
+        path = RESULTS / f"{machine_name(processor())}-shares.md"
         floats, pairs = (peak() * speed / 1e6 for peak in (LIBRARY.petl_peak_of_floats, LIBRARY.petl_peak_of_pairs))
         head = (
-            f"Made by `python bench/cpu_shares.py --keep`, which says what it counts, at {commit()}, on {_processor()}."
+            f"Made by `python bench/cpu_shares.py --keep`, which says what it counts, at {commit()}, on {processor()}."
             f" Peak: {floats:.0f} GFLOP/s in float32, {pairs:.0f} in bfloat16. Times are milliseconds.\n\n"
         )
         path.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ comparisons, has a folder of files: bench/results/<GPU>/<date>-<commit>.*.
 import datetime
 import json
 import os
+import platform
 import re
 import subprocess
 from pathlib import Path
@@ -29,6 +30,14 @@ def commit():
 
 def file_stem():
     return f"{datetime.date.today().isoformat()}-{commit()}"
+
+
+def processor():
+    """This machine's, as its vendor writes it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    model = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return model[0] if model else platform.processor() or platform.machine()
 
 
 def machine_name(processor):

@@ -12,6 +12,24 @@ void two_threads(int64_t count, const std::function<void(int64_t, int64_t)>& bod
   other.join();
 }
 
+// A path, of which backward takes what forward keeps.
+adapter_problem::Device keeping(const std::string& path, const petl::cpu::Kernels& kernels, std::vector<char>& memory) {
+  const auto dtype_of = [](const petl::AdapterInputs& inputs) {
+    return inputs.x.dtype == petl::DType::bfloat16 ? petl::DType::bfloat16 : petl::DType::float32;
+  };
+  const auto forward = [&, dtype_of](petl::AdapterForward args) {
+    const petl::DType dtype = dtype_of(args.inputs);
+    memory = std::vector<char>(args.inputs.size.R * args.inputs.size.B * (dtype == petl::DType::float32 ? 4 : 2));
+    args.raw = {memory.data(), dtype};
+    kernels.adapter_forward(args, two_threads);
+  };
+  const auto backward = [&, dtype_of](petl::AdapterBackward args) {
+    args.raw = {memory.data(), args.inputs.size.B, dtype_of(args.inputs)};
+    kernels.adapter_backward(args, two_threads);
+  };
+  return {path + " keeping", forward, backward};
+}
+
 }  // namespace
 
 int main() {
@@ -19,6 +37,7 @@ int main() {
   using petl::AdapterActivation;
   using petl::DType;
   int checked = 0, failed = 0;
+  std::vector<char> kept;
   for (const std::string path : {"avx512_bf16", "avx512", "avx2", "portable"}) {
     if (!petl::cpu::choose_path(path.c_str())) continue;
     const petl::cpu::Kernels& kernels = *petl::cpu::kernels();
@@ -35,8 +54,10 @@ int main() {
               {200, 100, 50, AdapterActivation::relu, Residual::none},
               {200, 66, 35, AdapterActivation::silu, Residual::input},
               {2051, 40, 9, AdapterActivation::relu, Residual::input}}) {
-          ++checked;
-          failed += !check(device, adapter_problem::Problem(R, D, B, activation, dtype, norm, residual));
+          const adapter_problem::Problem problem(R, D, B, activation, dtype, norm, residual);
+          checked += 2;
+          failed += !check(device, problem);
+          failed += !check(keeping(path, kernels, kept), problem);
         }
       }
     }

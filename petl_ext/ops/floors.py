@@ -28,8 +28,8 @@ class Floors(NamedTuple):
 _F32, _BF16 = torch.float32, torch.bfloat16
 # By (op, dtype of the weights, of the products). Measured with 50 and 200 prompts, bottlenecks of 48 to 192, a dropout
 # of 0.1 and a width of 768; two dtypes are those of modules under autocast. With bfloat16 products the measurement is
-# kept, bench/results/amd-epyc-floors.md (bench/cpu_floors.py): some module loses up to 7 % above its floor, most gain. In
-# float16 and on CUDA nothing has been measured, and no number of rows is too small.
+# kept, bench/results/amd-epyc-floors.md (bench/cpu_floors.py): above its floor a module loses 6 % at most; most gain.
+# In float16 and on CUDA nothing has been measured, and no number of rows is too small.
 FLOORS = {
     ("apt", _F32, _F32): Floors(128, 200, 200),
     ("apt", _BF16, _BF16): Floors(0, 512, 512),

@@ -194,7 +194,7 @@ struct AdapterForwardTile {
     const int64_t B = args.inputs.size.B;
     const float* bias = project.weights.down_bias;
     for (int64_t b = 0; b < B; b += kLanes) store(sums + b, load(products + b) + load(bias + b));
-    if (exact) exact->correct(x, statistics, ExactSums<Arithmetic>::kNone, sums);
+    if (exact) exact->correct(x, statistics, bias, ExactSums<Arithmetic>::kNone, sums);
     with_elements(args.raw.dtype, [&](auto elements) {
       char* target = row_of(args.raw, row, B);
       for (int64_t b = 0; b < B; b += kLanes) {
@@ -262,14 +262,14 @@ struct AdapterForwardMemory {
   float *down, *up;  // packed, transposed
   float* down_sums;  // of AdapterProjection
   float* rows;       // of adapter_rows
-  typename ExactSums<Arithmetic>::Memory exact;
+  float* rounding;   // of ExactSums
 
-  AdapterForwardMemory(const AdapterSizes& size, bool is_exact, Partition& partition)
+  AdapterForwardMemory(const AdapterSizes& size, Partition& partition)
       : down(partition.take(words<Arithmetic>(size.D) * padded_width<Arithmetic>(size.B))),
         up(partition.take(words<Arithmetic>(size.B) * round_up(size.D, kLanes))),
         down_sums(partition.take(padded_width<Arithmetic>(size.B))),
         rows(partition.take(adapter_rows_floats(size))),
-        exact(is_exact, size.B, size.D, partition) {}
+        rounding(partition.take(round_up(size.B, kLanes))) {}
 };
 
 template <class Arithmetic>
@@ -280,12 +280,12 @@ inline void adapter_forward_by(const AdapterForward& args, ParallelFor parallel_
   const bool is_rounded =
       Arithmetic::rounds(inputs.down.dtype) || (Arithmetic::kPerWord > 1 && inputs.norm_weight.data);
   const bool is_exact = args.raw.data && is_rounded && inputs.activation == AdapterActivation::relu;
-  const auto memory = parts_of<AdapterForwardMemory<Arithmetic>>(call_scratch(), inputs.size, is_exact);
+  const auto memory = parts_of<AdapterForwardMemory<Arithmetic>>(call_scratch(), inputs.size);
   const AdapterProjection<Arithmetic> project{inputs, memory.down, memory.down_sums, adapter_rows(inputs, memory.rows)};
   project.pack();
   pack_transposed<Arithmetic>(inputs.up, B, D, memory.up);
   std::optional<ExactSums<Arithmetic>> exact;
-  if (is_exact) exact.emplace(inputs.down, project.weights.norm_weight, B, D, memory.exact);
+  if (is_exact) exact.emplace(inputs.down, project.weights.norm_weight, B, D, memory.rounding);
   const AdapterForwardTile<Arithmetic> tile{args, project, memory.up, exact ? &*exact : nullptr,
                                             adapter_factor(inputs)};
   const int64_t scratch = factors_width(B) + kRowsPerTile * (stride + padded_width<Arithmetic>(D));

@@ -147,19 +147,19 @@ struct AptForwardTile {
   void make_exact(const float* x, float* scores) const {
     const int64_t P = args.size.P;
     const int64_t best = index_of(greatest(scores, P), scores, P);
-    exact->correct(x, nullptr, best < P ? best : ExactSums<Arithmetic>::kNone, scores);
+    exact->correct(x, nullptr, nullptr, best < P ? best : ExactSums<Arithmetic>::kNone, scores);
   }
 };
 
 template <class Arithmetic>
 struct AptForwardMemory {
   float *keys, *prompts;  // packed, the keys transposed
-  typename ExactSums<Arithmetic>::Memory exact;
+  float* rounding;        // of ExactSums
 
-  AptForwardMemory(const AptSizes& size, bool is_exact, Partition& partition)
+  AptForwardMemory(const AptSizes& size, Partition& partition)
       : keys(partition.take(words<Arithmetic>(size.D) * scores_stride<Arithmetic>(size.P))),
         prompts(partition.take(words<Arithmetic>(size.P) * round_up(size.D, kLanes))),
-        exact(is_exact, size.P, size.D, partition) {}
+        rounding(partition.take(round_up(size.P, kLanes))) {}
 };
 
 template <class Arithmetic>
@@ -167,11 +167,11 @@ inline void apt_forward_by(const AptForward& args, ParallelFor parallel_for) {
   const auto [R, D, P] = args.size;
   const int64_t stride = scores_stride<Arithmetic>(P), width = round_up(D, kLanes);
   const bool is_exact = Arithmetic::rounds(args.keys.dtype) && args.activation == Activation::relu;
-  const auto memory = parts_of<AptForwardMemory<Arithmetic>>(call_scratch(), args.size, is_exact);
+  const auto memory = parts_of<AptForwardMemory<Arithmetic>>(call_scratch(), args.size);
   pack_transposed<Arithmetic>(args.keys, D, P, memory.keys);
   pack<Arithmetic>(args.prompts, P, D, memory.prompts);
   std::optional<ExactSums<Arithmetic>> exact;
-  if (is_exact) exact.emplace(args.keys, nullptr, P, D, memory.exact);
+  if (is_exact) exact.emplace(args.keys, nullptr, P, D, memory.rounding);
   const AptForwardTile<Arithmetic> tile{args, memory.keys, memory.prompts, exact ? &*exact : nullptr,
                                         std::exp(read_scalar(args.log_scale))};
   for_each_tile(0, R, factors_width(P) + kRowsPerTile * (stride + width), parallel_for, tile);
@@ -298,9 +298,9 @@ struct AptBackwardTile {
 };
 
 // Where weights in float32 meet activations in bfloat16, the error of dx is at least 10 times smaller than eager's,
-// whose masks are those of rounded keys. With few prompts that takes products that see the weights whole, in two parts:
-// of the prompts, and where dx is rounded too of the keys. With 50 prompts it is then 12 times smaller, without parts 8
-// to 9; with 200 it is 10 to 12 times smaller without.
+// whose masks are those of rounded keys. For that some products see the weights whole, in two parts: those of the
+// prompts where there are few of them or dx is rounded too, and those of the keys where both are so. It is then 11 to
+// 15 times smaller.
 constexpr int64_t kManyPrompts = 128;
 
 template <class Arithmetic>
@@ -314,8 +314,10 @@ struct AptBackwardMemory {
     const int64_t prompts_floats = words<Arithmetic>(D) * stride;
     const int64_t keys_floats = words<Arithmetic>(P) * round_up(D, kLanes);
     const int64_t slab_rows = round_up(std::min(R, kRowsPerSlab), Arithmetic::kPerWord);
-    const bool prompts_in_parts = Arithmetic::rounds(args.prompts.dtype) && P < kManyPrompts;
-    const bool keys_in_parts = prompts_in_parts && args.dx.dtype == DType::bfloat16;
+    const bool is_rounded = Arithmetic::rounds(args.prompts.dtype);
+    const bool are_few = P < kManyPrompts, dx_is_rounded = args.dx.dtype == DType::bfloat16;
+    const bool prompts_in_parts = is_rounded && (are_few || dx_is_rounded);
+    const bool keys_in_parts = is_rounded && are_few && dx_is_rounded;
     prompts.rounded = partition.take(prompts_floats);
     prompts.rest = prompts_in_parts ? partition.take(prompts_floats) : nullptr;
     keys.rounded = partition.take(keys_floats);

@@ -84,3 +84,16 @@ def test_what_is_kept_of_hidden_units_has_the_sign_of_their_sum_with_the_bias(de
     is_clear = (products + bias).abs() > 1e-6 * products.abs().max()
     assert torch.equal((raw.float() + bias > 0)[is_clear], (products + bias > 0)[is_clear])
     assert (raw - products).abs().max() < 0.01 * products.abs().max()
+
+
+@on_cpu
+@pytest.mark.parametrize("num_prompts", [50, 200])
+@pytest.mark.parametrize("seed", range(3))
+def test_gradient_of_a_wide_input_is_ten_times_better_than_eager(device, seed, num_prompts):
+    """The masks are those of unrounded keys, though fewer products see the weights whole where dx is not rounded."""
+    problem = draw(APT.op, 1920, 768, num_prompts, dtype=NARROW, weight_dtype=WIDE, std=0.02, seed=seed)
+    problem = problem.change(x=problem["x"].float())
+    oracle = problem.double().run(ops.apt_reference)["dx"]
+    with torch.autocast("cpu", NARROW):
+        ours, eager = (problem.run(function)["dx"].double() for function in (ops.apt, ops.apt_reference))
+    assert 10 * (ours - oracle).norm() <= (eager - oracle).norm()
