@@ -99,8 +99,8 @@ struct AdapterHopperOp {
     for (int i = 0; i < kSums / 2; ++i) hidden[i / 4][i % 4] = 0;
 #pragma unroll
     for (int block = 0; block < kInner / 8; ++block) {
-      // A branch that keeps groups of 32 columns apart, as in visit_neighbors.
-      if (block / 4 * 32 >= B) continue;
+      // A branch that keeps groups of 32 columns apart, as in visit_neighbors, where registers are short.
+      if (!kHasNorm && kInner > 208 && block / 4 * 32 >= B) continue;
       const int unit = unit_of_lane<kInner>(block);
       const bool is_there = has_unit<kInner>(block, unit, B);
       const float2 biases = load_unit_pair(is_there, vectors.biases + unit);
