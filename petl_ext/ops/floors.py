@@ -33,7 +33,7 @@ _F32, _BF16 = torch.float32, torch.bfloat16
 FLOORS = {
     ("apt", _F32, _F32): Floors(128, 200, 200),
     ("apt", _BF16, _BF16): Floors(0, 512, 512),
-    ("apt", _F32, _BF16): Floors(2048, 2048, 2048),
+    ("apt", _F32, _BF16): Floors(2048, 4096, 2048),
     ("adapter", _F32, _F32): Floors(128, 4096, 512),
     ("adapter", _BF16, _BF16): Floors(0, 240, 0),
     ("adapter", _F32, _BF16): Floors(0, 0, 0),

@@ -1,6 +1,6 @@
-// The path of Hopper (compute capability 9.0, code for sm_90a) through `apt` and `adapter`, as the host sees it: whether
-// it is on, and what it takes. No GPU has confirmed it yet, so that it is off unless the environment
-// variable PETL_HOPPER is 1.
+// The path of Hopper (compute capability 9.0, code for sm_90a) through `apt` and `adapter`, as the host sees it:
+// whether it is on, and what it takes. No GPU has confirmed it yet, so that it is off unless the environment variable
+// PETL_HOPPER is 1.
 #pragma once
 #include <string>
 
