@@ -79,17 +79,14 @@ def test_nan_is_not_hidden(device):
     assert not out[:3].isnan().any() and not out[4:].isnan().any()
 
 
-@pytest.mark.parametrize("num_prompts", [50, 200])
 @pytest.mark.parametrize("seed", range(3))
-def test_input_gradient_is_many_times_better_than_eager_in_bfloat16(device, seed, num_prompts):
+def test_input_gradient_is_many_times_better_than_eager_in_bfloat16(device, seed):
     """Rounded keys flip ReLU's mask; float32 scores of unrounded keys do not (Frobenius norm against float64).
 
     On the CPU products of backward see the float32 weights whole as well; on CUDA, where they would cost two more
     products, they see them rounded.
     """
-    problem = make_problem(
-        1920, 768, num_prompts, dtype=torch.bfloat16, weight_dtype=torch.float32, std=0.02, seed=seed
-    )
+    problem = make_problem(1920, 768, 50, dtype=torch.bfloat16, weight_dtype=torch.float32, std=0.02, seed=seed)
     problem = problem.to(device.torch_device)
     exact = problem.double().run(ops.apt_reference)["dx"]
     eager, ours = problem.run(ops.apt_reference)["dx"], problem.run(ops.apt)["dx"]

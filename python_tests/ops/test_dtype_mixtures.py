@@ -88,11 +88,12 @@ def test_what_is_kept_of_hidden_units_has_the_sign_of_their_sum_with_the_bias(de
 
 @on_cpu
 @pytest.mark.parametrize("num_prompts", [50, 200])
+@pytest.mark.parametrize("x", [WIDE, NARROW], ids=str)
 @pytest.mark.parametrize("seed", range(3))
-def test_gradient_of_a_wide_input_is_ten_times_better_than_eager(device, seed, num_prompts):
+def test_input_gradient_is_ten_times_better_than_eager(device, seed, x, num_prompts):
     """The masks are those of unrounded keys, though fewer products see the weights whole where dx is not rounded."""
     problem = draw(APT.op, 1920, 768, num_prompts, dtype=NARROW, weight_dtype=WIDE, std=0.02, seed=seed)
-    problem = problem.change(x=problem["x"].float())
+    problem = problem.change(x=problem["x"].to(x))
     oracle = problem.double().run(ops.apt_reference)["dx"]
     with torch.autocast("cpu", NARROW):
         ours, eager = (problem.run(function)["dx"].double() for function in (ops.apt, ops.apt_reference))
