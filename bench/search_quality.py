@@ -6,7 +6,7 @@
 
 The problem is the demo's: which of the four layers of its ViLT can be left out (`petl-ext demo`), each choice followed
 by the same training. The regret is the accuracy with the best layer left out less that with the chosen one, on the test
-split. Writes search-quality.json and search-quality.md to bench/results; what is there of a seed and size is not
+split. Writes search-quality.json and search-quality.md to bench/results/search; what is there of a seed and size is not
 measured again.
 """
 
@@ -26,7 +26,7 @@ from petl_ext.demo.vilt.training import ViltRun
 from petl_ext.saving import written_whole
 from petl_ext.search import block_influence, one_by_one
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "search"
 WAYS = (
     "a random one",
     "the last",
@@ -35,6 +35,9 @@ WAYS = (
     "each alone, after DAS's search",
     "DAS's search, begun with block influence",
 )
+INTRODUCTION = """What `python bench/search_quality.py` measured: which of the four layers of the demo's ViLT can be
+left out, each choice followed by the same training. The regret is the accuracy with the best layer left out less that
+with the chosen one, on the test split. Times are of the runs, beside whatever else the machine did."""
 COMPARED = 4  # validation batches by which each is tried alone
 
 
@@ -92,11 +95,11 @@ def table(kept):
     rows = [header]
     for way in WAYS:
         regrets = [regrets_of(kept[seed], way) for seed in seeds]
-        error = statistics.stdev(regrets) / math.sqrt(len(regrets)) if len(regrets) > 1 else math.nan
+        error = f" ± {statistics.stdev(regrets) / math.sqrt(len(regrets)):.1f}" if len(regrets) > 1 else ""
         shares = [kept[s]["choices"][way][1] / kept[s]["seconds"] for s in seeds if way in kept[s]["choices"]]
         share = statistics.mean(shares) if shares else 0.0
         cells = [f"{regret:.1f}" for regret in regrets]
-        rows.append((way, *cells, f"{statistics.mean(regrets):.1f} ± {error:.1f}", f"{share:.0%}"))
+        rows.append((way, *cells, f"{statistics.mean(regrets):.1f}{error}", f"{share:.0%}"))
     return markdown(rows)
 
 
@@ -109,7 +112,7 @@ def layers_table(kept):
 
 def written(all_kept):
     """The text of search-quality.md."""
-    parts = ["# How good is the layer that a search chooses?", __doc__.split("\n\n")[2].replace("\n", " ")]
+    parts = ["# How good is the layer that a search chooses?", INTRODUCTION]
     for name, steps, batch in (("quick", ViltRun.quick.steps, ViltRun.quick.batch), ("full", *full_size())):
         if name in all_kept:
             parts.append(f"## {steps} steps of {batch} questions\n\nRegret in points, ± one standard error over seeds:")
@@ -132,6 +135,7 @@ def main(arguments=None):
     parser.add_argument("--output", default="search_quality", help="folder of the data (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the tables are (default: %(default)s)")
     options = parser.parse_args(arguments)
+    options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / "search-quality.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     of_size = kept.setdefault("quick" if options.quick else "full", {})
