@@ -143,7 +143,7 @@ BACKWARD_FAULTS = {
     "gradients where ReLU lets nothing through": Fault(APT_BACKWARD, "values[i] <= 0", "values[i] < 0"),
     "share without what the scores have": Fault(APT_BACKWARD, "watch.share() + share", "watch.share()"),
     "share without what y has": Fault(APT_BACKWARD, "watch.share() + share", "share"),
-    "scores of the other line": Fault(NEIGHBORS, "first_[line] + block * 8", "first_[1 - line] + block * 8"),
+    "scores of the first line alone": Fault(NEIGHBORS, "first_[line] + block * 8", "first_[0] + block * 8"),
     "gradients of the other line": Fault(NEIGHBORS, "% 2 * 2 + line]", "% 2 * 2 + (1 - line)]"),
     "scores a group late": Fault(NEIGHBORS, "next[group % kAhead]", "next[(group + 1) % kAhead]"),
     "four neighbors where eight would be": Fault(NEIGHBORS, "first - static_cast<int>(threadIdx.x) % 4 * 4", "first"),
@@ -168,7 +168,7 @@ ADAPTER_FAULTS = {
     "sums of other units": Fault(ADAPTER, "vectors.sums + unit", "vectors.sums + block * 8"),
     "bias of other columns": Fault(ADAPTER, "vectors.up_bias + column", "vectors.up_bias + column % 64"),
     "lines exchanged": Fault(ADAPTER, "[block % 2 * 2 + line] = pack_pair", "[block % 2 * 2 + (1 - line)] = pack_pair"),
-    "norm's weights not folded": Fault(PACKING, "values[i] *= gains[i] * scale;", ""),
+    "norm's weights not folded": Fault(PACKING, "values[i] *= gains[i] * scale;", ";"),
     "one matrix multiplied twice": Fault(
         SANDWICH, "task_.left[product < Op::kLefts ? product : Op::kLefts - 1]", "task_.left[0]"
     ),
