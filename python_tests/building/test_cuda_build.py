@@ -106,10 +106,10 @@ def instructions(disassembler, object_file):
             yield kernel, architecture, {name for name in expected if f" {name}." in body or f" {name} " in body}
 
 
-# By what they do: the products' later names are Hopper's and Blackwell's.
+# By what they do: the products' later names are Hopper's and Blackwell's. Hopper's load their matrices themselves.
 EXPECTED_INSTRUCTIONS = {
     "a product on the tensor cores": {"HMMA", "HGMMA", "UTCHMMA"},
-    "a load of matrices for it": {"LDSM"},
+    "a load of matrices for it": {"LDSM", "HGMMA"},
     "copies to shared memory past the registers": {"LDGSTS", "UTMALDG"},
 }
 

@@ -192,7 +192,7 @@ def test_search_placement_goes_on_after_an_interruption(search, folder, prepared
         (["search", "placement", "--steps", "2"], "2 steps are too few"),
         (["search", "placement", "--output", __file__], "File exists"),
         (["demo", "dvp", "--digits", "--output", __file__], "File exists"),
-        (["demo", "dvp", "--digits", "--tune"], "demo dvp --digits has no --tune"),
+        (["demo", "dvp", "--digits", "--tune"], "demo dvp --digits has neither --tune nor --language-model"),
         (["demo", "t5"], "invalid choice: 't5'"),
     ],
 )
