@@ -8,7 +8,6 @@ that they were drawn with.
 
 import argparse
 import logging
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,8 +102,8 @@ def masked_word_accuracy(model: PretrainingModel, num_scenes: int = 1500) -> flo
 
 README = """# A small pre-trained ViLT for the recipes
 
-Made from the demo's by `python -m petl_ext.demo.digits.pretrain_statements --seed {seed}` in {minutes:.1f} minutes on
-one CPU thread: {steps} steps of masked words of true statements about scenes, and of captions.
+Made from the demo's by `python -m petl_ext.demo.digits.pretrain_statements --seed {seed}` on one
+CPU thread: {steps} steps of masked words of true statements about scenes, and of captions.
 
 - {parameters:,} parameters, stored as float16; `from_pretrained` gives float32.
 - Of the digits it saw those that the demo's saw, so none of validation and test. It never saw a question, but some
@@ -126,14 +125,13 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)  # more are slower on matrices this small, and would change the result
     torch.manual_seed(options.seed)
     schedule = Schedule(steps=options.steps)
-    model, start = new_model(), time.monotonic()
+    model = new_model()
     train(model, schedule, options.seed, progress=not options.no_progress)
-    minutes = (time.monotonic() - start) / 60
     full = masked_word_accuracy(model)
     half = masked_word_accuracy(model.half().float())
     save(model, options.output, WORD_ID)
     parameters = sum(weight.numel() for weight in model.vilt.parameters())
-    facts = {"seed": options.seed, "minutes": minutes, "steps": schedule.steps, "parameters": parameters}
+    facts = {"seed": options.seed, "steps": schedule.steps, "parameters": parameters}
     facts |= {"full": full, "half": half}
     (options.output / "README.md").write_text(README.format(**facts), encoding="utf-8")
     logger.info("wrote %s: %.3f of masked words", options.output, half)
