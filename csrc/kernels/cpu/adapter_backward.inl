@@ -3,15 +3,16 @@
 
 // What backward keeps of one slab of rows until all its tiles are done. dhidden is the gradient of the hidden units
 // before their activation.
+template <class Arithmetic>
 struct AdapterSlab {
   int64_t begin;
-  RowStatistics* statistics;  // [rows]
-  float* dhidden;             // the left operand of ddown: [words of rows, padded_width]; see gather_normalized
-  float* hidden;              // the left operand of dup: the same
-  float* dhidden_sums;        // [tiles, padded_width], over each tile's rows
-  float* mean_sums;           // the same of what gather_normalized gathers, each row times its mean
-  float* dout_sums;           // [tiles, D in whole vectors]
-  double* dgain;              // [rows], each row's share
+  RowStatistics* statistics;     // [rows]
+  Gathered<Arithmetic> dhidden;  // the left operand of ddown; see gather_normalized
+  Gathered<Arithmetic> hidden;   // the left operand of dup
+  float* dhidden_sums;           // [tiles, padded_width], over each tile's rows
+  float* mean_sums;              // the same of what gather_normalized gathers, each row times its mean
+  float* dout_sums;              // [tiles, D in whole vectors]
+  double* dgain;                 // [rows], each row's share
 };
 
 // The sums over a row that LayerNorm's backward needs are known before the product dhidden down: with n = norm(x),
@@ -77,7 +78,7 @@ struct AdapterBackwardTile {
   const float* packed_down;  // down
   float factor;
   const float* weight_sums;  // [B]; null: x is not normalized
-  AdapterSlab slab;
+  AdapterSlab<Arithmetic> slab;
 
   void operator()(int64_t begin, int64_t rows, float* scratch) const {
     const auto [R, D, B] = args.inputs.size;
@@ -96,9 +97,9 @@ struct AdapterBackwardTile {
     hidden_gradients(begin, rows, hidden, dhidden, factors, gradients);
     if (args.dgain) add_bias_shares(begin, rows);
     if (args.ddown) {
-      const int64_t tile = offset / kRowsPerTile, gathered = offset / Arithmetic::kPerWord * stride;
-      Arithmetic::gather(hidden, rows, stride, slab.hidden + gathered);
-      gather_dhidden(dhidden, rows, statistics, slab.dhidden + gathered, slab.mean_sums + tile * stride);
+      const int64_t tile = offset / kRowsPerTile;
+      slab.hidden.fill(offset, rows, hidden);
+      gather_dhidden(offset, rows, dhidden, slab.mean_sums + tile * stride);
       sum_columns({dhidden, stride, DType::float32}, 0, rows, B, slab.dhidden_sums + tile * stride);
       sum_columns(args.dout, begin, rows, D, slab.dout_sums + tile * round_up(D, kLanes));
     }
@@ -121,35 +122,33 @@ struct AdapterBackwardTile {
     });
   }
 
-  void gather_dhidden(const float* dhidden, int64_t rows, const RowStatistics* statistics, float* target,
-                      float* sums) const {
+  // Of rows [first, first + rows) of the slab.
+  void gather_dhidden(int64_t first, int64_t rows, const float* dhidden, float* sums) const {
     if constexpr (Arithmetic::kPerWord > 1) {
-      if (project.weights.norm_weight) return gather_normalized(dhidden, rows, statistics, target, sums);
+      if (project.weights.norm_weight) return gather_normalized(first, rows, dhidden, sums);
     }
-    Arithmetic::gather(dhidden, rows, padded_width<Arithmetic>(args.inputs.size.B), target);
+    slab.dhidden.fill(first, rows, dhidden);
   }
 
   // In pairs ddown is a product with x itself, and not with what LayerNorm makes of it, which rounding would change:
   // with m the mean of a row,
   //   dhidden^T normalized = (inverse dhidden)^T x - (inverse dhidden)^T m.
   // `sums` [padded_width] becomes the last term, of the rounded values.
-  void gather_normalized(const float* dhidden, int64_t rows, const RowStatistics* statistics, float* target,
-                         float* sums) const {
-    const Timed timed(Work::conversions);
+  void gather_normalized(int64_t first_row, int64_t rows, const float* dhidden, float* sums) const {
     const int64_t stride = padded_width<Arithmetic>(args.inputs.size.B);
     std::fill_n(sums, stride, 0.0f);
-    for (int64_t row = 0; row < rows; row += 2, dhidden += 2 * stride, target += stride) {
+    slab.dhidden.fill_with(first_row, rows, [&](int64_t row, int64_t b) {
       const bool is_alone = row + 1 == rows;
-      const RowStatistics first = statistics[row], second = is_alone ? RowStatistics{} : statistics[row + 1];
-      for (int64_t b = 0; b < stride; b += kLanes) {
-        const HalfBitsVec upper = to_bfloat16(first.inverse * load(dhidden + b));
-        const HalfBitsVec lower = is_alone ? HalfBitsVec{} : to_bfloat16(second.inverse * load(dhidden + stride + b));
-        store(target + b, Arithmetic::interleave(upper, lower));
-        const Vec a = from_bfloat16(upper), c = from_bfloat16(lower);
-        store(sums + b,
-              load(sums + b) + (a * first.mean + c * second.mean) + (a * first.mean_rest + c * second.mean_rest));
-      }
-    }
+      const RowStatistics* of = slab.statistics + first_row + row;
+      const RowStatistics first = of[0], second = is_alone ? RowStatistics{} : of[1];
+      const float* values = dhidden + row * stride + b;
+      const HalfBitsVec upper = to_bfloat16(first.inverse * load(values));
+      const HalfBitsVec lower = is_alone ? HalfBitsVec{} : to_bfloat16(second.inverse * load(values + stride));
+      const Vec a = from_bfloat16(upper), c = from_bfloat16(lower);
+      store(sums + b,
+            load(sums + b) + (a * first.mean + c * second.mean) + (a * first.mean_rest + c * second.mean_rest));
+      return Arithmetic::interleave(upper, lower);
+    });
   }
 
   // The products norm(x) down^T become the hidden units, and the products dout up become dhidden, both in place.
@@ -299,14 +298,16 @@ struct AdapterBackwardMemory {
   float* rows;                      // of adapter_rows
   float* weight_sums;               // [B, padded]
   float* dup;                       // [B, D]
-  AdapterSlab slab;
+  RowStatistics* statistics;        // this and what follows: of AdapterSlab
+  float *dhidden, *hidden, *dhidden_sums, *mean_sums, *dout_sums;
+  double* dgain;
 
   AdapterBackwardMemory(const AdapterBackward& args, Partition& partition) {
     const auto [R, D, B] = args.inputs.size;
     const int64_t stride = padded_width<Arithmetic>(B), width = round_up(D, kLanes);
-    const int64_t slab_rows = round_up(std::min(R, kRowsPerSlab), Arithmetic::kPerWord);
+    const int64_t slab_rows = std::min(R, kRowsPerSlab);
     const int64_t slab_tiles = round_up(slab_rows, kRowsPerTile) / kRowsPerTile;
-    const int64_t gathered = args.ddown ? words<Arithmetic>(slab_rows) * stride : 0;
+    const int64_t gathered = args.ddown ? Gathered<Arithmetic>::floats(stride, slab_rows) : 0;
     project_down = partition.take(args.raw.data ? 0 : words<Projection>(D) * stride);
     down_sums = partition.take(stride);
     means = partition.take(stride);
@@ -315,14 +316,18 @@ struct AdapterBackwardMemory {
     rows = partition.take(adapter_rows_floats(args.inputs.size));
     weight_sums = partition.take(stride);
     dup = partition.take(args.ddown ? B * D : 0);
-    slab.begin = 0;
-    slab.statistics = partition.take<RowStatistics>(slab_rows);
-    slab.dhidden = partition.take(gathered);
-    slab.hidden = partition.take(gathered);
-    slab.dhidden_sums = partition.take(slab_tiles * stride);
-    slab.mean_sums = partition.take(slab_tiles * stride);
-    slab.dout_sums = partition.take(slab_tiles * width);
-    slab.dgain = partition.take<double>(slab_rows);
+    statistics = partition.take<RowStatistics>(slab_rows);
+    dhidden = partition.take(gathered);
+    hidden = partition.take(gathered);
+    dhidden_sums = partition.take(slab_tiles * stride);
+    mean_sums = partition.take(slab_tiles * stride);
+    dout_sums = partition.take(slab_tiles * width);
+    dgain = partition.take<double>(slab_rows);
+  }
+
+  AdapterSlab<Arithmetic> slab(const AdapterSizes& size) const {
+    const int64_t stride = padded_width<Arithmetic>(size.B), rows = std::min(size.R, kRowsPerSlab);
+    return {0, statistics, {dhidden, stride, rows}, {hidden, stride, rows}, dhidden_sums, mean_sums, dout_sums, dgain};
   }
 };
 
@@ -351,7 +356,7 @@ inline void adapter_backward_by(const AdapterBackward& args, ParallelFor paralle
     if (R == 0) std::fill_n(args.ddown, B * D, 0.0f);
     if (R == 0) std::fill_n(memory.dup, B * D, 0.0f);
   }
-  AdapterSlab slab = memory.slab;
+  AdapterSlab<Arithmetic> slab = memory.slab(inputs.size);
   double dgain = 0;
   for (; slab.begin < R; slab.begin += kRowsPerSlab) {
     const int64_t slab_end = std::min(R, slab.begin + kRowsPerSlab), count = slab_end - slab.begin;
@@ -366,8 +371,8 @@ inline void adapter_backward_by(const AdapterBackward& args, ParallelFor paralle
     add_rows(slab.dout_sums, tiles, width, D, args.dup_bias);
     if (has_means) add_rows(slab.mean_sums, tiles, stride, B, memory.means);
     const std::vector<WeightGradient> tasks{
-        {args.ddown, B, slab.dhidden, stride, inputs.x, has_norm && !has_means ? slab.statistics : nullptr},
-        {memory.dup, B, slab.hidden, stride, args.dout, nullptr}};
+        {args.ddown, B, slab.dhidden.left(), inputs.x, has_norm && !has_means ? slab.statistics : nullptr},
+        {memory.dup, B, slab.hidden.left(), args.dout, nullptr}};
     add_weight_gradients<Arithmetic>(tasks, D, slab.begin, count, parallel_for);
   }
   if (has_weights) finish_up_gradient(args, factor, memory.dup);

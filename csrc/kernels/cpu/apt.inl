@@ -179,11 +179,12 @@ inline void apt_forward_by(const AptForward& args, ParallelFor parallel_for) {
 }
 
 // What backward keeps of one slab of rows until all its tiles are done.
+template <class Arithmetic>
 struct AptSlab {
   int64_t begin;
-  float* dscores;      // the left operand of dkeys: [words of rows, scores_stride]
-  float* weighted;     // the left operand of dprompts: the same of exp(log_scale) * gate * scores
-  double* dlog_scale;  // [rows], each row's share
+  Gathered<Arithmetic> dscores;   // the left operand of dkeys
+  Gathered<Arithmetic> weighted;  // the left operand of dprompts: exp(log_scale) * gate * scores
+  double* dlog_scale;             // [rows], each row's share
 };
 
 // A packed right operand, and what its rounding left out; null where that is nothing or is not worth a product.
@@ -199,7 +200,7 @@ struct AptBackwardTile {
   PackedParts prompts;  // prompts^T
   PackedParts keys;     // keys
   float scale;          // exp(log_scale)
-  AptSlab slab;
+  AptSlab<Arithmetic> slab;
 
   void operator()(int64_t begin, int64_t rows, float* scratch) const {
     const int64_t D = args.size.D, P = args.size.P, stride = scores_stride<Arithmetic>(P), depth = words<Arithmetic>(D);
@@ -213,9 +214,8 @@ struct AptBackwardTile {
       const Timed timed(Work::activations);
       shares[row] = score_gradients(begin + row, dscores + row * stride, weighted + row * stride, factors);
     }
-    const int64_t gathered = (begin - slab.begin) / Arithmetic::kPerWord * stride;
-    Arithmetic::gather(dscores, rows, stride, slab.dscores + gathered);
-    Arithmetic::gather(weighted, rows, stride, slab.weighted + gathered);
+    slab.dscores.fill(begin - slab.begin, rows, dscores);
+    slab.weighted.fill(begin - slab.begin, rows, weighted);
     if (args.dlog_scale) add_y_shares(begin, rows, shares);
     if (args.dy.data) scale_gradient(begin, rows);
     if (args.dx.data) input_gradient(begin, rows, Arithmetic::values_as_left(dscores, rows, stride), wide);
@@ -306,14 +306,15 @@ constexpr int64_t kManyPrompts = 128;
 template <class Arithmetic>
 struct AptBackwardMemory {
   PackedParts prompts, keys;
-  AptSlab slab;
+  float *dscores, *weighted;  // of AptSlab
+  double* dlog_scale;
 
   AptBackwardMemory(const AptBackward& args, Partition& partition) {
     const auto [R, D, P] = args.size;
     const int64_t stride = scores_stride<Arithmetic>(P);
     const int64_t prompts_floats = words<Arithmetic>(D) * stride;
     const int64_t keys_floats = words<Arithmetic>(P) * round_up(D, kLanes);
-    const int64_t slab_rows = round_up(std::min(R, kRowsPerSlab), Arithmetic::kPerWord);
+    const int64_t slab_rows = std::min(R, kRowsPerSlab), gathered = Gathered<Arithmetic>::floats(stride, slab_rows);
     const bool is_rounded = Arithmetic::rounds(args.prompts.dtype);
     const bool are_few = P < kManyPrompts, dx_is_rounded = args.dx.dtype == DType::bfloat16;
     const bool prompts_in_parts = is_rounded && (are_few || dx_is_rounded);
@@ -322,10 +323,14 @@ struct AptBackwardMemory {
     prompts.rest = prompts_in_parts ? partition.take(prompts_floats) : nullptr;
     keys.rounded = partition.take(keys_floats);
     keys.rest = keys_in_parts ? partition.take(keys_floats) : nullptr;
-    slab.begin = 0;
-    slab.dscores = partition.take(words<Arithmetic>(slab_rows) * stride);
-    slab.weighted = partition.take(words<Arithmetic>(slab_rows) * stride);
-    slab.dlog_scale = partition.take<double>(slab_rows);
+    dscores = partition.take(gathered);
+    weighted = partition.take(gathered);
+    dlog_scale = partition.take<double>(slab_rows);
+  }
+
+  AptSlab<Arithmetic> slab(const AptSizes& size) const {
+    const int64_t stride = scores_stride<Arithmetic>(size.P), rows = std::min(size.R, kRowsPerSlab);
+    return {0, {dscores, stride, rows}, {weighted, stride, rows}, dlog_scale};
   }
 };
 
@@ -343,7 +348,7 @@ inline void apt_backward_by(const AptBackward& args, ParallelFor parallel_for) {
   if (R == 0 && args.dkeys) std::fill_n(args.dkeys, P * D, 0.0f);
   if (R == 0 && args.dprompts) std::fill_n(args.dprompts, P * D, 0.0f);
   double dlog_scale = 0;
-  AptSlab slab = memory.slab;
+  AptSlab<Arithmetic> slab = memory.slab(args.size);
   for (; slab.begin < R; slab.begin += kRowsPerSlab) {
     const int64_t rows = std::min(kRowsPerSlab, R - slab.begin);
     const AptBackwardTile<Arithmetic> tile{args, prompts, keys, scale, slab};
@@ -351,8 +356,8 @@ inline void apt_backward_by(const AptBackward& args, ParallelFor parallel_for) {
     for_each_tile(slab.begin, slab.begin + rows, scratch, parallel_for, tile);
     dlog_scale = std::accumulate(slab.dlog_scale, slab.dlog_scale + rows, dlog_scale);
     std::vector<WeightGradient> tasks;
-    if (args.dkeys) tasks.push_back({args.dkeys, P, slab.dscores, stride, args.x, nullptr});
-    if (args.dprompts) tasks.push_back({args.dprompts, P, slab.weighted, stride, args.dout, nullptr});
+    if (args.dkeys) tasks.push_back({args.dkeys, P, slab.dscores.left(), args.x, nullptr});
+    if (args.dprompts) tasks.push_back({args.dprompts, P, slab.weighted.left(), args.dout, nullptr});
     add_weight_gradients<Arithmetic>(tasks, D, slab.begin, rows, parallel_for);
   }
   if (args.dlog_scale) *args.dlog_scale = static_cast<float>(dlog_scale);

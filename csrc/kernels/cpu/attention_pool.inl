@@ -124,7 +124,7 @@ inline RowOperand<Arithmetic> heads_of(const ConstRows& source, int64_t sample, 
 template <class Arithmetic>
 inline Left transposed_left(const float* values, int64_t rows, int64_t stride, float* scratch) {
   if (Arithmetic::kPerWord == 1) return {values, 1, stride};
-  Arithmetic::gather(values, rows, stride, scratch);
+  gather<Arithmetic>(values, rows, stride, scratch);
   return {scratch, 1, stride};
 }
 

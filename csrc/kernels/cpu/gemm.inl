@@ -133,14 +133,27 @@ inline void multiply_panel(int64_t rows, Left left, int64_t depth, const float* 
   }
 }
 
-// The product of `left` [rows, depth words] and a right operand with so many columns, packed panel after panel.
+// The product of `left` [rows, depth words] and panels [first, last) of a right operand with so many columns, which are
+// packed one after the other.
+template <class Arithmetic, class Epilogue>
+inline void multiply_panels(int64_t rows, Left left, int64_t depth, const float* packed, int64_t columns, int64_t first,
+                            int64_t last, const Epilogue& epilogue) {
+  if constexpr (Arithmetic::kInMatrices) {
+    multiply_panels_in_matrices(rows, left, depth, packed, columns, first, last, epilogue);
+  } else {
+    const Panels panels(columns);
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t offset = panels[i].column - panels[first].column;
+      multiply_panel<Arithmetic>(rows, left, depth, packed + offset * depth, panels[i], epilogue);
+    }
+  }
+}
+
+// The same with all panels.
 template <class Arithmetic, class Epilogue>
 inline void multiply(int64_t rows, Left left, int64_t depth, const float* packed, int64_t columns,
                      const Epilogue& epilogue) {
-  const Panels panels(columns);
-  for (int64_t i = 0; i < panels.count(); ++i) {
-    multiply_panel<Arithmetic>(rows, left, depth, packed + panels[i].column * depth, panels[i], epilogue);
-  }
+  multiply_panels<Arithmetic>(rows, left, depth, packed, columns, 0, Panels(columns).count(), epilogue);
 }
 
 // Epilogue: target [rows, stride] in float32, whole vectors.
@@ -187,6 +200,8 @@ enum class Part { rounded, rest };
 // An Arithmetic says what a word is and brings operands into that form. This one: a word is a float32.
 struct FloatArithmetic {
   static constexpr int kPerWord = 1;
+  // Whether products are those of matrix registers: their left operand has step 1.
+  static constexpr bool kInMatrices = false;
   static bool rounds(DType) { return false; }
   // Whether rows of this tensor can be a left operand (rows_as_left).
   static bool fits(const ConstRows&, int64_t) { return true; }
@@ -230,16 +245,26 @@ struct FloatArithmetic {
   // values [rows, stride] as a left operand; the values may be overwritten.
   static Left values_as_left(float* values, int64_t, int64_t stride) { return {values, stride, 1}; }
 
-  // values [rows, stride] into rows of a transposed left operand: its depth runs over the rows.
-  static void gather(const float* values, int64_t rows, int64_t stride, float* target) {
-    const Timed timed(Work::conversions);
-    memcpy(target, values, rows * stride * sizeof(float));
+  // A vector of words along the rows of values [rows, stride]: those of row `row` and on, from this column on.
+  static Vec words_of_rows(const float* values, int64_t row, int64_t, int64_t stride, int64_t column) {
+    return load(values + row * stride + column);
   }
 };
 
 template <class Arithmetic>
 inline int64_t words(int64_t depth) {
   return round_up(depth, Arithmetic::kPerWord) / Arithmetic::kPerWord;
+}
+
+// values [rows, stride] as words along the rows: [words of rows, stride].
+template <class Arithmetic>
+inline void gather(const float* values, int64_t rows, int64_t stride, float* target) {
+  const Timed timed(Work::conversions);
+  for (int64_t row = 0; row < rows; row += Arithmetic::kPerWord, target += stride) {
+    for (int64_t i = 0; i < stride; i += kLanes) {
+      store(target + i, Arithmetic::words_of_rows(values, row, rows, stride, i));
+    }
+  }
 }
 
 // Packing reads a part of each row, which the processor does not foresee: so it asks for what it will read so many rows

@@ -9,6 +9,12 @@
 #if defined(__x86_64__) && !defined(PETL_PORTABLE_ONLY)
 #define PETL_X86_PATHS
 #endif
+#include "kernels/cpu/matrix_support.h"
+#ifdef PETL_MATRIX_REGISTERS
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace petl::cpu {
 
@@ -26,8 +32,28 @@ namespace avx512_bf16 {
 extern const Kernels kernels;
 }
 #endif
+#ifdef PETL_MATRIX_REGISTERS
+namespace amx {
+extern const Kernels kernels;
+}
+#endif
 
 namespace {
+
+#ifdef PETL_MATRIX_REGISTERS
+// Linux lends the matrix registers to a process that asks for them.
+bool may_use_matrix_registers() {
+#ifdef PETL_EMULATE_MATRIX_REGISTERS
+  return true;
+#else
+  constexpr uint32_t kBfloat16 = 1u << 22, kRegisters = 1u << 24;
+  constexpr long kRequest = 0x1023, kRegisterData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  uint32_t a, b, c, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBfloat16) || !(d & kRegisters)) return false;
+  return syscall(SYS_arch_prctl, kRequest, kRegisterData) == 0;
+#endif
+}
+#endif
 
 std::vector<const Kernels*> detect() {
   std::vector<const Kernels*> found;
@@ -35,7 +61,11 @@ std::vector<const Kernels*> detect() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::kernels);
+  const bool has_bfloat16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+#ifdef PETL_MATRIX_REGISTERS
+  if (has_bfloat16 && may_use_matrix_registers()) found.push_back(&amx::kernels);
+#endif
+  if (has_bfloat16) found.push_back(&avx512_bf16::kernels);
   if (has_avx512) found.push_back(&avx512::kernels);
   if (has_avx2) found.push_back(&avx2::kernels);
 #endif

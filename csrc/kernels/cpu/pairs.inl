@@ -13,6 +13,11 @@ inline Vec neighbors(HalfBitsVec first, HalfBitsVec second) {
 // An Arithmetic whose words are pairs of bfloat16. Operands that are not bfloat16 are rounded to it.
 struct PairArithmetic {
   static constexpr int kPerWord = 2;
+#ifdef PETL_MATRIX_PRODUCTS
+  static constexpr bool kInMatrices = true;
+#else
+  static constexpr bool kInMatrices = false;
+#endif
   static bool rounds(DType dtype) { return dtype != DType::bfloat16; }
   static Vec multiply_add(Vec a, Vec b, Vec sum) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
@@ -89,14 +94,10 @@ struct PairArithmetic {
     return {values, stride, 1};
   }
 
-  static void gather(const float* values, int64_t rows, int64_t stride, float* target) {
-    const Timed timed(Work::conversions);
-    for (int64_t row = 0; row < rows; row += 2, values += 2 * stride, target += stride) {
-      for (int64_t i = 0; i < stride; i += kLanes) {
-        const Vec second = row + 1 < rows ? load(values + stride + i) : Vec{};
-        store(target + i, interleave(to_bfloat16(load(values + i)), to_bfloat16(second)));
-      }
-    }
+  static Vec words_of_rows(const float* values, int64_t row, int64_t rows, int64_t stride, int64_t column) {
+    const float* first = values + row * stride + column;
+    const Vec second = row + 1 < rows ? load(first + stride) : Vec{};
+    return interleave(to_bfloat16(load(first)), to_bfloat16(second));
   }
 };
 #endif

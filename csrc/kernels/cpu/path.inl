@@ -5,6 +5,7 @@
 //   PETL_VECTOR_BYTES    the width of a vector register
 //   PETL_TILE_ROWS, PETL_PANEL_VECTORS    the accumulators of the microkernel: rows x vectors
 //   PETL_BFLOAT16_PRODUCTS    where the processor multiplies pairs of bfloat16 itself
+//   PETL_MATRIX_PRODUCTS      where it also does so in matrix registers
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -46,6 +47,9 @@ namespace {
 #include "kernels/cpu/vector.inl"
 #include "kernels/cpu/gemm.inl"
 #include "kernels/cpu/pairs.inl"
+#ifdef PETL_MATRIX_PRODUCTS
+#include "kernels/cpu/matrix_registers.inl"
+#endif
 #include "kernels/cpu/tiles.inl"
 #include "kernels/cpu/activation.inl"
 #include "kernels/cpu/dropout.inl"
