@@ -41,7 +41,8 @@ def build():
     sys.modules["petl_ext._C"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["petl_ext._C"])
     library = ctypes.CDLL(str(path))
-    library.petl_peak_of_floats.restype = library.petl_peak_of_pairs.restype = ctypes.c_double
+    for name in ("floats", "pairs", "matrices"):
+        getattr(library, f"petl_peak_of_{name}").restype = ctypes.c_double
     return library
 
 
@@ -51,6 +52,8 @@ LIBRARY = build()
 from problems import ADAPTER, APT, ATTENTION_POOL, draw, forward, forward_backward  # noqa: E402
 from results import RESULTS, commit, machine_name, processor  # noqa: E402
 from shapes import VILT  # noqa: E402
+
+from petl_ext.ops.kernels import cpu_path  # noqa: E402
 
 
 class Case(NamedTuple):
@@ -116,9 +119,14 @@ def products_of(case, direction):
     return 2 * VILT.rows * VILT.dim * case.inner * (2 if direction is forward else 6)
 
 
+def peak_of_halves():
+    """Of the products that the path in use makes in bfloat16."""
+    return LIBRARY.petl_peak_of_matrices() if cpu_path() == "amx" else LIBRARY.petl_peak_of_pairs()
+
+
 def row_of(case, direction, ticks, ticks_per_ms):
     is_half = case.is_autocast or case.x is torch.bfloat16
-    peak = LIBRARY.petl_peak_of_pairs() if is_half else LIBRARY.petl_peak_of_floats()
+    peak = peak_of_halves() if is_half else LIBRARY.petl_peak_of_floats()
     share = products_of(case, direction) / (peak * ticks["products"]) if ticks["products"] else 0
     kernel = sum(ticks.values()) - ticks["outside"]
     parts = [sum(ticks.values()), kernel, *(ticks[work] for work in WORK if work not in ("outside", "rest"))]
@@ -155,7 +163,7 @@ def main():
                 print(lines[-1], flush=True)
     if arguments.keep:
         path = RESULTS / f"{machine_name(processor())}-shares.md"
-        floats, pairs = (peak() * speed / 1e6 for peak in (LIBRARY.petl_peak_of_floats, LIBRARY.petl_peak_of_pairs))
+        floats, pairs = (peak() * speed / 1e6 for peak in (LIBRARY.petl_peak_of_floats, peak_of_halves))
         head = (
             f"Made by `python bench/cpu_shares.py --keep`, which says what it counts, at {commit()}, on {processor()}."
             f" Peak: {floats:.0f} GFLOP/s in float32, {pairs:.0f} in bfloat16. Times are milliseconds.\n\n"

@@ -72,7 +72,9 @@ extern const Kernels kernels;
 const Kernels kernels{PETL_NAME(PETL_PATH), adapter_forward,        adapter_backward,       apt_forward,
                       apt_backward,         attention_pool_forward, attention_pool_backward};
 
-#if defined(PETL_TIME_WORK) && defined(PETL_BFLOAT16_PRODUCTS)
+#if defined(PETL_TIME_WORK) && defined(PETL_MATRIX_PRODUCTS)
+extern "C" __attribute__((visibility("default"))) double petl_peak_of_matrices() { return peak_of_matrices(); }
+#elif defined(PETL_TIME_WORK) && defined(PETL_BFLOAT16_PRODUCTS)
 extern "C" __attribute__((visibility("default"))) double petl_peak_of_floats() {
   return peak_of_products<FloatArithmetic>();
 }

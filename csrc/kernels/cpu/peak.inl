@@ -1,6 +1,26 @@
 // What a processor's products reach at best: as many sums as the microkernel has, and nothing that is loaded or stored.
 // A part of path.inl, in builds with PETL_TIME_WORK.
 
+#ifdef PETL_MATRIX_PRODUCTS
+// Floating-point operations per tick, in as many registers as a panel's sums have.
+inline double peak_of_matrices() {
+  constexpr int kRounds = 200, kTries = 2000;
+  configure(MatrixShapes(kMatrixRows));
+  uint64_t least = UINT64_MAX;
+  for (int i = 0; i < kTries; ++i) {
+    const uint64_t begin = __rdtsc();
+    for (int round = 0; round < kRounds; ++round) {
+      multiply_matrices<0, kLeft, kRight>();
+      multiply_matrices<1, kLeft, kRight>();
+      multiply_matrices<2, kLeft, kRight>();
+      multiply_matrices<3, kLeft, kRight>();
+    }
+    least = std::min<uint64_t>(least, __rdtsc() - begin);
+  }
+  release();
+  return 2.0 * 4 * kRounds * kMatrixRows * kLanes * 2 * kLanes / static_cast<double>(least);
+}
+#else
 // Floating-point operations per tick.
 template <class Arithmetic>
 inline double peak_of_products() {
@@ -23,3 +43,4 @@ inline double peak_of_products() {
   }
   return 2.0 * kSums * kRounds * kLanes * Arithmetic::kPerWord / static_cast<double>(least);
 }
+#endif
