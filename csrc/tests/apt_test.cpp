@@ -18,7 +18,7 @@ int main() {
   using petl::Activation;
   using petl::DType;
   int checked = 0, failed = 0;
-  for (const std::string path : {"avx512_bf16", "avx512", "avx2", "portable"}) {
+  for (const std::string path : {"amx", "avx512_bf16", "avx512", "avx2", "portable"}) {
     if (!petl::cpu::choose_path(path.c_str())) continue;
     const petl::cpu::Kernels& kernels = *petl::cpu::kernels();
     const apt_problem::Device device{path,
@@ -28,6 +28,7 @@ int main() {
       for (const DType dtype : {DType::float32, DType::bfloat16}) {
         for (const auto& [R, D, P] : {std::tuple<int64_t, int64_t, int64_t>{1, 1, 1},
                                       {5, 33, 3},
+                                      {22, 70, 18},
                                       {97, 64, 16},
                                       {200, 100, 50},
                                       {2051, 40, 9}}) {

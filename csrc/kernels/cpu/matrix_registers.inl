@@ -21,6 +21,9 @@ struct alignas(64) MatrixShapes {
   }
 };
 
+#ifdef PETL_EMULATE_MATRIX_REGISTERS
+#include "tests/matrix_registers.inl"
+#else
 // Instructions in assembler, since GCC's intrinsics take no register number that a template knows.
 inline void configure(const MatrixShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes)); }
 inline void release() { asm volatile("tilerelease"); }
@@ -45,6 +48,7 @@ template <int kSum, int kFirst, int kSecond>
 inline void multiply_matrices() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kFirst), "i"(kSecond));
 }
+#endif
 
 // What one step of a tile multiplies: one or two registers of each operand, which hold a vector of words of the depth.
 struct MatrixOperands {
