@@ -14,17 +14,20 @@ struct RowStatistics {
 // row is zero. Sums are made in kChains chains, since an addition waits for the one before.
 constexpr int kChains = 4;
 
-template <class Elements, class Use>
-inline void for_each_vector(Elements elements, const char* row, int64_t D, const Use& use) {
+template <class Elements, class Use, int... kChain>
+inline void for_each_vector(Elements elements, const char* row, int64_t D, const Use& use,
+                            std::integer_sequence<int, kChain...>) {
   int64_t d = 0;
   for (; d + kChains * kLanes <= D; d += kChains * kLanes) {
-#pragma GCC unroll 4
-    for (int chain = 0; chain < kChains; ++chain) {
-      const int64_t at = d + chain * kLanes;
-      use(chain, at, elements.load(row + at * elements.kBytes));
-    }
+    // Not a loop: GCC would keep the sums in memory.
+    (use(kChain, d + kChain * kLanes, elements.load(row + (d + kChain * kLanes) * elements.kBytes)), ...);
   }
   for (; d < D; d += kLanes) use(0, d, elements.load_part(row + d * elements.kBytes, D - d));
+}
+
+template <class Elements, class Use>
+inline void for_each_vector(Elements elements, const char* row, int64_t D, const Use& use) {
+  for_each_vector(elements, row, D, use, std::make_integer_sequence<int, kChains>());
 }
 
 inline double sum_chains(const Vec (&sums)[kChains]) { return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])); }

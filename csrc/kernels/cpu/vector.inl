@@ -22,7 +22,14 @@ inline Wanted read(const void* source) {
 // the compiler would have to compute it.
 inline Vec broadcast(const float* source) { return as_float(BitsVec{} + read<uint32_t>(source)); }
 
-inline Vec from_bfloat16(HalfBitsVec bits) { return as_float(__builtin_convertvector(bits, BitsVec) << 16); }
+inline Vec from_bfloat16(HalfBitsVec bits) {
+#ifdef PETL_BFLOAT16_PRODUCTS
+  // GCC would widen the halves apart, and put them together.
+  return as_float((BitsVec)_mm512_cvtepu16_epi32((__m256i)bits) << 16);
+#else
+  return as_float(__builtin_convertvector(bits, BitsVec) << 16);
+#endif
+}
 
 // Round to nearest even; a NaN stays one. The processor's own instruction takes float32 numbers below the normal ones,
 // 1.2e-38, for zero, as its products do with such factors: what is lost is less than any result can show.
