@@ -10,8 +10,9 @@ autocast with activations in float32 and with ones in bfloat16.
 
 import argparse
 import copy
+import sys
+from pathlib import Path
 
-import test_patch
 import torch
 from clock import race, speed_up, thread_clock
 from results import RESULTS, machine_name, processor
@@ -19,6 +20,10 @@ from shapes import Shape
 
 import petl_ext
 from petl_ext.ops.floors import FLOORS, Floors
+
+# The modules of test_patch.py are there.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python_tests/support"))
+import test_patch
 
 ROWS = (40, 240, 512, 1024, 2048, 4096)
 # {name: (dtype of the module, of its inputs, whether under autocast)}

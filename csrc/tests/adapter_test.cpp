@@ -38,7 +38,7 @@ int main() {
   using petl::DType;
   int checked = 0, failed = 0;
   std::vector<char> kept;
-  for (const std::string path : {"amx", "avx512_bf16", "avx512", "avx2", "portable"}) {
+  for (const std::string path : {"amx", "avx512_bf16", "avx512", "avx2", "neon_bf16", "portable"}) {
     if (!petl::cpu::choose_path(path.c_str())) continue;
     const petl::cpu::Kernels& kernels = *petl::cpu::kernels();
     const adapter_problem::Device device{

@@ -18,7 +18,7 @@ void two_threads(int64_t count, const std::function<void(int64_t, int64_t)>& bod
 int main() {
   using petl::DType;
   int checked = 0, failed = 0;
-  for (const std::string path : {"amx", "avx512_bf16", "avx512", "avx2", "portable"}) {
+  for (const std::string path : {"amx", "avx512_bf16", "avx512", "avx2", "neon_bf16", "portable"}) {
     if (!petl::cpu::choose_path(path.c_str())) continue;
     const petl::cpu::Kernels& kernels = *petl::cpu::kernels();
     const attention_pool_problem::Device device{

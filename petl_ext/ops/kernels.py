@@ -340,7 +340,8 @@ _runs_cuda_kernels._dynamo_marked_constant = _name_of._dynamo_marked_constant = 
 
 
 def cpu_path(choice: str | None = None) -> str:
-    """The instruction set that the CPU kernels use: "avx512_bf16", "avx512", "avx2" or "portable".
+    """The instruction set that the CPU kernels use: "amx", "avx512_bf16", "avx512" or "avx2", on
+    64-bit ARM "neon_bf16", and everywhere "portable".
 
     Args:
         choice: selects one for the whole process; "auto" is the best that this CPU runs (the default, or what the

@@ -1,7 +1,7 @@
 #ifdef __x86_64__
 #define PETL_PATH avx512_bf16
 #define PETL_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"
-#define PETL_BFLOAT16_PRODUCTS
+#define PETL_AVX512_BF16
 #define PETL_VECTOR_BYTES 64
 // As for avx512.
 #define PETL_TILE_ROWS 6

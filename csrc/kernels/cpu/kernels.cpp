@@ -9,6 +9,10 @@
 #if defined(__x86_64__) && !defined(PETL_PORTABLE_ONLY)
 #define PETL_X86_PATHS
 #endif
+#if defined(__aarch64__) && defined(__linux__) && !defined(PETL_PORTABLE_ONLY)
+#define PETL_ARM_PATHS
+#include <sys/auxv.h>
+#endif
 #include "kernels/cpu/matrix_support.h"
 #ifdef PETL_MATRIX_REGISTERS
 #include <cpuid.h>
@@ -29,6 +33,11 @@ namespace avx512 {
 extern const Kernels kernels;
 }
 namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+#endif
+#ifdef PETL_ARM_PATHS
+namespace neon_bf16 {
 extern const Kernels kernels;
 }
 #endif
@@ -68,6 +77,10 @@ std::vector<const Kernels*> detect() {
   if (has_bfloat16) found.push_back(&avx512_bf16::kernels);
   if (has_avx512) found.push_back(&avx512::kernels);
   if (has_avx2) found.push_back(&avx2::kernels);
+#endif
+#ifdef PETL_ARM_PATHS
+  constexpr unsigned long kBfloat16 = 1ul << 14;  // HWCAP2_BF16
+  if (getauxval(AT_HWCAP2) & kBfloat16) found.push_back(&neon_bf16::kernels);
 #endif
   found.push_back(&portable::kernels);
   return found;

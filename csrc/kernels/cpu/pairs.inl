@@ -2,6 +2,7 @@
 // A part of path.inl.
 
 #ifdef PETL_BFLOAT16_PRODUCTS
+#ifdef PETL_AVX512_BF16
 constexpr uint16_t kFromTwoRows[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 
@@ -9,6 +10,29 @@ constexpr uint16_t kFromTwoRows[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  2
 inline Vec neighbors(HalfBitsVec first, HalfBitsVec second) {
   return (Vec)_mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512((__m256i)first), (__m256i)second, 1);
 }
+
+inline Vec interleave_rows(HalfBitsVec first, HalfBitsVec second) {
+  return (Vec)_mm512_permutexvar_epi16(read<__m512i>(kFromTwoRows), (__m512i)neighbors(first, second));
+}
+
+// sum + the products of both elements of each pair
+inline Vec multiply_add_pairs(Vec a, Vec b, Vec sum) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#else
+inline Vec neighbors(HalfBitsVec first, HalfBitsVec second) {
+  return (Vec)vcombine_u16((uint16x4_t)first, (uint16x4_t)second);
+}
+
+inline Vec interleave_rows(HalfBitsVec first, HalfBitsVec second) {
+  const uint16x4x2_t halves = vzip_u16((uint16x4_t)first, (uint16x4_t)second);
+  return (Vec)vcombine_u16(halves.val[0], halves.val[1]);
+}
+
+inline Vec multiply_add_pairs(Vec a, Vec b, Vec sum) {
+  return (Vec)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
+}
+#endif
 
 // An Arithmetic whose words are pairs of bfloat16. Operands that are not bfloat16 are rounded to it.
 struct PairArithmetic {
@@ -19,17 +43,12 @@ struct PairArithmetic {
   static constexpr bool kInMatrices = false;
 #endif
   static bool rounds(DType dtype) { return dtype != DType::bfloat16; }
-  static Vec multiply_add(Vec a, Vec b, Vec sum) {
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-  }
-
-  static Vec sum_of_words(Vec words) { return as_float(as_bits(words) << 16) + as_float(as_bits(words) & 0xffff0000u); }
+  static Vec multiply_add(Vec a, Vec b, Vec sum) { return multiply_add_pairs(a, b, sum); }
 
   // Two rows of bfloat16 as pairs: the lower half of each word from `first`, the upper from `second`.
-  static Vec interleave(HalfBitsVec first, HalfBitsVec second) {
-    const __m512i rows = _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512((__m256i)first), (__m256i)second, 1);
-    return (Vec)_mm512_permutexvar_epi16(read<__m512i>(kFromTwoRows), rows);
-  }
+  static Vec interleave(HalfBitsVec first, HalfBitsVec second) { return interleave_rows(first, second); }
+
+  static Vec sum_of_words(Vec words) { return as_float(as_bits(words) << 16) + as_float(as_bits(words) & 0xffff0000u); }
 
   // Whether rows of this tensor are made of whole words, where they lie.
   static bool fits(const ConstRows& rows, int64_t width) {

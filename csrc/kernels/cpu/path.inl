@@ -4,7 +4,8 @@
 //   PETL_TARGET          the target attribute's text, or nothing for what the compiler is set to
 //   PETL_VECTOR_BYTES    the width of a vector register
 //   PETL_TILE_ROWS, PETL_PANEL_VECTORS    the accumulators of the microkernel: rows x vectors
-//   PETL_BFLOAT16_PRODUCTS    where the processor multiplies pairs of bfloat16 itself
+//   PETL_AVX512_BF16 or PETL_NEON_BF16    where the processor multiplies pairs of bfloat16 itself, and by which
+//                        instructions
 //   PETL_MATRIX_PRODUCTS      where it also does so in matrix registers
 #include <algorithm>
 #include <array>
@@ -15,8 +16,13 @@
 #include <utility>
 #include <vector>
 
-#ifdef PETL_BFLOAT16_PRODUCTS
+#if defined(PETL_AVX512_BF16)
 #include <immintrin.h>
+#elif defined(PETL_NEON_BF16)
+#include <arm_neon.h>
+#endif
+#if defined(PETL_AVX512_BF16) || defined(PETL_NEON_BF16)
+#define PETL_BFLOAT16_PRODUCTS
 #endif
 
 #include "kernels/cpu/kernels.h"
@@ -62,7 +68,7 @@ namespace {
 #include "kernels/cpu/apt.inl"
 #include "kernels/cpu/attention_pool.inl"
 #include "kernels/cpu/attention_pool_backward.inl"
-#if defined(PETL_TIME_WORK) && defined(PETL_BFLOAT16_PRODUCTS)
+#if defined(PETL_TIME_WORK) && defined(PETL_AVX512_BF16)
 #include "kernels/cpu/peak.inl"
 #endif
 // clang-format on
@@ -74,7 +80,7 @@ const Kernels kernels{PETL_NAME(PETL_PATH), adapter_forward,        adapter_back
 
 #if defined(PETL_TIME_WORK) && defined(PETL_MATRIX_PRODUCTS)
 extern "C" __attribute__((visibility("default"))) double petl_peak_of_matrices() { return peak_of_matrices(); }
-#elif defined(PETL_TIME_WORK) && defined(PETL_BFLOAT16_PRODUCTS)
+#elif defined(PETL_TIME_WORK) && defined(PETL_AVX512_BF16)
 extern "C" __attribute__((visibility("default"))) double petl_peak_of_floats() {
   return peak_of_products<FloatArithmetic>();
 }

@@ -23,7 +23,7 @@ inline Wanted read(const void* source) {
 inline Vec broadcast(const float* source) { return as_float(BitsVec{} + read<uint32_t>(source)); }
 
 inline Vec from_bfloat16(HalfBitsVec bits) {
-#ifdef PETL_BFLOAT16_PRODUCTS
+#ifdef PETL_AVX512_BF16
   // GCC would widen the halves apart, and put them together.
   return as_float((BitsVec)_mm512_cvtepu16_epi32((__m256i)bits) << 16);
 #else
@@ -31,11 +31,13 @@ inline Vec from_bfloat16(HalfBitsVec bits) {
 #endif
 }
 
-// Round to nearest even; a NaN stays one. The processor's own instruction takes float32 numbers below the normal ones,
+// Round to nearest even; a NaN stays one. AVX-512's own instruction takes float32 numbers below the normal ones,
 // 1.2e-38, for zero, as its products do with such factors: what is lost is less than any result can show.
 inline HalfBitsVec to_bfloat16(Vec value) {
-#ifdef PETL_BFLOAT16_PRODUCTS
+#if defined(PETL_AVX512_BF16)
   return (HalfBitsVec)_mm512_cvtneps_pbh((__m512)value);
+#elif defined(PETL_NEON_BF16)
+  return (HalfBitsVec)vcvt_bf16_f32((float32x4_t)value);
 #else
   const BitsVec bits = as_bits(value);
   const BitsVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -126,7 +128,7 @@ inline void with_elements(DType dtype, const Function& function) {
 
 // A bit for each lane of a comparison.
 inline uint32_t lanes_where(IntVec is_true) {
-#ifdef PETL_BFLOAT16_PRODUCTS
+#ifdef PETL_AVX512_BF16
   return _mm512_movepi32_mask((__m512i)is_true);
 #else
   uint32_t bits = 0;
@@ -143,7 +145,7 @@ inline double sum_lanes(Vec value) {
 }
 
 // A square of as many vectors as lanes: row i becomes column i.
-#ifdef PETL_BFLOAT16_PRODUCTS
+#ifdef PETL_AVX512_BF16
 template <int kStep>
 inline void exchange_lanes(Vec (&rows)[kLanes]) {
   IntVec of_first, of_second;  // which lanes the two rows take; from kLanes on, those of the second
