@@ -38,6 +38,6 @@ int main() {
       }
     }
   }
-  std::printf("%d checked, %d failed\n", checked, failed);
+  std::printf("%s: %d checked, %d failed\n", petl::cpu::available_paths(), checked, failed);
   return failed || !checked ? EXIT_FAILURE : EXIT_SUCCESS;
 }

@@ -7,6 +7,8 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 CUDA_TESTS = (
     "emulator",
@@ -17,6 +19,8 @@ CUDA_TESTS = (
     "cuda_adapter_hopper",
     "cuda_attention_pool",
 )
+CPU_TESTS = ("apt", "adapter", "attention_pool")
+ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 # Addresses are the same in each mode; the tests of the ops compare the results of all four.
 MODE, OTHER_MODES = "reverse_lazy", ("forward_lazy", "forward_eager", "reverse_eager")
 
@@ -52,9 +56,7 @@ def passed(folder, option, targets=("all",)):
 def test_no_address_and_no_undefined_behavior_is_reported(tmp_path):
     planted = ("shared_overrun", "shared_underrun", "global_overrun", "copy_overrun")
     assert passed(tmp_path, "-DPETL_SANITIZE=ON") >= {
-        "apt",
-        "adapter",
-        "attention_pool",
+        *CPU_TESTS,
         *(f"{name}_{MODE}" for name in CUDA_TESTS),
         *(f"emulator_{fault}" for fault in planted),
     }
@@ -67,3 +69,17 @@ def test_no_race_between_cuda_threads_is_reported(tmp_path):
         *(f"{name}_races" for name in CUDA_TESTS),
         *(f"emulator_{fault}" for fault in planted),
     }
+
+
+@pytest.mark.skipif(
+    not (shutil.which(ARM_COMPILER) and shutil.which(ARM_EMULATOR)),
+    reason=f"needs {ARM_COMPILER} and {ARM_EMULATOR}: apt-get install g++-aarch64-linux-gnu qemu-user",
+)
+def test_the_cpu_kernels_of_64_bit_arm(tmp_path):
+    target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={ARM_COMPILER}"]
+    level = ["-DCMAKE_CXX_FLAGS_RELEASE=-O1", "-DCMAKE_EXE_LINKER_FLAGS=-static"]
+    run("cmake", "-S", ROOT, "-B", tmp_path, *target, *level)
+    run("cmake", "--build", tmp_path, "-j2", "--target", *(f"{name}_test" for name in CPU_TESTS))
+    for name in CPU_TESTS:
+        report = run(ARM_EMULATOR, "-cpu", "max", tmp_path / f"{name}_test")
+        assert re.fullmatch(r"neon_bf16 portable: \d+ checked, 0 failed\n", report)
