@@ -47,6 +47,15 @@ struct AdapterProjection {
     return left;
   }
 
+  // What `rows` fills in, where the rows themselves are not needed.
+  void only_statistics(int64_t begin, int64_t count, RowStatistics* statistics, float* wide) const {
+    if (Projection::kPerWord > 1) {
+      rows(begin, count, statistics, wide);
+    } else {
+      find_statistics(args.x, begin, count, statistics);
+    }
+  }
+
   // The product, for the rows of one tile.
   void multiply_rows(int64_t count, Left rows, const RowStatistics* statistics, const StoreFloats& target) const {
     const int64_t B = args.size.B, depth = words<Projection>(args.size.D);
@@ -124,12 +133,10 @@ struct AdapterOutput {
   }
 };
 
-// sum - bias as an element: rounded, but so that with the bias it is above zero where the sum is, and nowhere else.
-template <class Element>
+// sum - bias in bfloat16: rounded, but so that with the bias it is above zero where the sum is, and nowhere else.
 inline Vec with_sign_of_sum(Vec sum, Vec bias) {
-  constexpr uint32_t kUnit = Element::kType == DType::bfloat16 ? 1u << 16 : 1;  // in the last place
-  const Vec product = sum - bias;
-  Vec rounded = Element::kType == DType::bfloat16 ? from_bfloat16(to_bfloat16(product)) : product;
+  constexpr uint32_t kUnit = 1u << 16;  // in the last place
+  Vec rounded = from_bfloat16(to_bfloat16(sum - bias));
   for (uint32_t wrong = lanes_where((rounded + bias > 0.0f) != (sum > 0.0f)); wrong; wrong &= wrong - 1) {
     const int lane = __builtin_ctz(wrong);
     // The neighbor on the other side of the product; the bits of a negative number grow as it falls.
@@ -199,7 +206,9 @@ struct AdapterForwardTile {
       char* target = row_of(args.raw, row, B);
       for (int64_t b = 0; b < B; b += kLanes) {
         Vec kept = load(sums + b);
-        if (project.weights.norm_weight) kept = with_sign_of_sum<decltype(elements)>(kept, load(bias + b));
+        if (project.weights.norm_weight) {
+          kept = elements.kType == DType::bfloat16 ? with_sign_of_sum(kept, load(bias + b)) : load(products + b);
+        }
         elements.store_part(target + b * elements.kBytes, kept, B - b);
       }
     });

@@ -87,11 +87,13 @@ struct AdapterBackwardTile {
     float* wide = dhidden + kRowsPerTile * stride;
     RowGradient gradients[kRowsPerTile];
     RowStatistics* const statistics = slab.statistics + offset;
-    if (project.weights.norm_weight || !args.raw.data) {
+    if (args.raw.data) {
+      if (project.weights.norm_weight) project.only_statistics(begin, rows, statistics, wide);
+      read_products(begin, rows, hidden);
+    } else {
       const Left x = project.rows(begin, rows, statistics, wide);
-      if (!args.raw.data) project.multiply_rows(rows, x, statistics, StoreFloats{hidden, stride});
+      project.multiply_rows(rows, x, statistics, StoreFloats{hidden, stride});
     }
-    if (args.raw.data) read_products(begin, rows, hidden);
     const Left dout = Arithmetic::rows_as_left(args.dout, begin, rows, D, wide);
     multiply<Arithmetic>(rows, dout, words<Arithmetic>(D), packed_up, B, StoreFloats{dhidden, stride});
     hidden_gradients(begin, rows, hidden, dhidden, factors, gradients);
