@@ -18,14 +18,16 @@ inline float greatest_by_halves(const void* values) {
 // A NaN is greater than all others.
 inline float greatest(const float* scores, int64_t P) {
   Vec best = Vec{} - INFINITY;
+  IntVec is_nan = {};
   float last = -INFINITY;
   int64_t p = 0;
   for (; p + kLanes <= P; p += kLanes) {
     const Vec score = load(scores + p);
-    best = (score > best) | (score != score) ? score : best;
+    best = score > best ? score : best;
+    is_nan |= score != score;
   }
   for (; p < P; ++p) last = scores[p] > last || scores[p] != scores[p] ? scores[p] : last;
-  if (last != last || lanes_where(best != best)) return NAN;
+  if (last != last || lanes_where(is_nan)) return NAN;
   return std::max(greatest_by_halves<PETL_VECTOR_BYTES>(&best), last);
 }
 

@@ -50,16 +50,21 @@ class ExactSums {
  private:
   using Factor = Elements<Arithmetic::kPerWord == 1 ? DType::float32 : DType::bfloat16>;
 
-  // x . weight p
+  // x . weight p, of what `statistics` and the factors make of x where there are statistics.
   float exact(const float* x, const RowStatistics* statistics, int64_t p) const {
+    const char* row = reinterpret_cast<const char*>(x);
     float result = 0;
     with_elements(weights_.dtype, [&](auto elements) {
-      const char* weight = row_of(weights_, p);
-      result = over_row(Factor{}, reinterpret_cast<const char*>(x), D_, [&](Vec value, int64_t d, Vec sum) {
-        Vec factor = elements.load_part(weight + d * elements.kBytes, D_ - d);
-        if (factors_) factor *= load(factors_ + d);
-        return sum + (statistics ? statistics->normalized(value) : value) * factor;
-      });
+      const char* weights = row_of(weights_, p);
+      const auto weight = [&](int64_t d) { return elements.load_part(weights + d * elements.kBytes, D_ - d); };
+      if (statistics) {
+        const RowStatistics of = *statistics;
+        result = over_row(Factor{}, row, D_, [&](Vec value, int64_t d, Vec sum) {
+          return sum + of.normalized(value) * (weight(d) * load(factors_ + d));
+        });
+      } else {
+        result = over_row(Factor{}, row, D_, [&](Vec value, int64_t d, Vec sum) { return sum + value * weight(d); });
+      }
     });
     return result;
   }
