@@ -3,7 +3,7 @@
 from counting import h200
 
 OF_PRODUCT = 16 * 8 * 16  # multiply-adds
-# What only adds to a call's rows, and the rooms of its blocks: no matrix of as many rows as x.
+# No matrices of rows: packed weights, rooms of blocks, and at most three numbers of a row.
 BESIDE_ROWS = ("gate", "log_scale", "packed", "room", "shares", "statistics", "vectors")
 
 

@@ -1,6 +1,9 @@
 """The Hopper path's counts as Markdown."""
 
+from collections import Counter
+
 from counting import hopper
+from counting.tables import table
 
 HEAD = """# What the Hopper path's kernels ask of the machine
 
@@ -27,12 +30,6 @@ TENSOR_COLUMNS = ("case", "tensor", "asked for", "of device memory")
 TENSOR_ROWS = 15360
 
 
-def _table(head, words, rows):
-    alignment = ["---"] * words + ["---:"] * (len(head) - words)
-    lines = [head, alignment, *rows]
-    return [f"| {' | '.join(map(str, line))} |" for line in lines]
-
-
 def _millions(number):
     return f"{number / 1e6:.2f}"
 
@@ -48,9 +45,8 @@ def _launches(cases):
 
 def _asked(cases):
     for case, rows, entry in _launches(cases):
-        counts = entry["counts"]
-        of = counts.get
-        elsewhere = of("arrivals at another block", 0)
+        counts = Counter(entry["counts"])  # what was never counted is zero
+        elsewhere = counts["arrivals at another block"]
         yield [
             case,
             f"`{entry['kernel']}`",
@@ -59,12 +55,12 @@ def _asked(cases):
             _millions(hopper.device_bytes(entry, "read")),
             _millions(hopper.device_bytes(entry, "write")),
             _millions(hopper.second_level_bytes(entry)),
-            *(_thousands(of(name, 0)) for name in ("group products", "group products wanted")),
-            *(_millions(of(f"shared {what} bytes", 0)) for what in ("bulk copy", "product", "bulk store")),
+            *(_thousands(counts[name]) for name in ("group products", "group products wanted")),
+            *(_millions(counts[f"shared {what} bytes"]) for what in ("bulk copy", "product", "bulk store")),
             _thousands(hopper.wavefronts(entry)),
-            f"{_thousands(of('arrivals', 0) + elsewhere)} ({_thousands(elsewhere)})",
-            *(_thousands(of(name, 0)) for name in ("waits", "phases")),
-            of("barriers", 0) + of("cluster barriers", 0),
+            f"{_thousands(counts['arrivals'] + elsewhere)} ({_thousands(elsewhere)})",
+            *(_thousands(counts[name]) for name in ("waits", "phases")),
+            counts["barriers"] + counts["cluster barriers"],
         ]
 
 
@@ -77,6 +73,6 @@ def _tensors(cases):
 
 def counts(compilers, cases):
     """Of {case: {rows: [entry]}}."""
-    parts = [HEAD, f"By {compilers['host']}.\n", *_table(COLUMNS, 2, _asked(cases))]
-    parts += [TENSORS_HEAD, *_table(TENSOR_COLUMNS, 2, _tensors(cases))]
+    parts = [HEAD, f"By {compilers['host']}.\n", *table(COLUMNS, _asked(cases))]
+    parts += [TENSORS_HEAD, *table(TENSOR_COLUMNS, _tensors(cases))]
     return "\n".join(parts) + "\n"

@@ -225,12 +225,20 @@ std::map<std::string, uint64_t> named_totals() {
   return all;
 }
 
+uintptr_t first_sector_of(const Memory& memory) { return memory.begin / kSectorBytes; }
+uintptr_t end_sector_of(const Memory& memory) { return (memory.end - 1) / kSectorBytes + 1; }
+
+// The lanes of a request may lie in several tensors: it is named after the first lane's.
 void mark_touched(const std::tuple<int, bool>& place, const TensorTotals& totals) {
-  const Memory& memory = all_memory[std::get<int>(place)];
-  const uintptr_t first = memory.begin / kSectorBytes;
-  std::vector<bool>& touched = touched_by_any[place];
-  touched.resize((memory.end - 1) / kSectorBytes - first + 1);
-  for (const uintptr_t sector : totals.distinct) touched[sector - first] = true;
+  for (const uintptr_t sector : totals.distinct) {
+    int memory = std::get<int>(place);
+    const bool is_inside = sector >= first_sector_of(all_memory[memory]) && sector < end_sector_of(all_memory[memory]);
+    if (!is_inside) memory = memory_of(sector * kSectorBytes);
+    if (memory < 0) continue;
+    std::vector<bool>& touched = touched_by_any[{memory, std::get<bool>(place)}];
+    touched.resize(end_sector_of(all_memory[memory]) - first_sector_of(all_memory[memory]));
+    touched[sector - first_sector_of(all_memory[memory])] = true;
+  }
 }
 
 }  // namespace

@@ -165,6 +165,19 @@ void test_sectors_of_neighbors() {
   expect(counts::take_launches().at(0).first_sectors == wanted, "sectors that neighbors touch too");
 }
 
+__global__ void read_from_both(const float* in, const float* other, float* out) {
+  const float* from = threadIdx.x < 16 ? in : other;
+  if (from[threadIdx.x] > 0) out[threadIdx.x] = 1;
+}
+
+void test_sectors_of_all() {
+  Tensors t;
+  counts::take_launches();
+  launch(2, 32, 0, &read_from_both, static_cast<const float*>(t.in), static_cast<const float*>(t.out), t.out);
+  expect(counts::take_launches().at(0).sectors == Counts{{"in read", 2}, {"out read", 2}},
+         "sectors of two tensors that one request touches, in two blocks");
+}
+
 void test_samples() {
   emulator::Settings settings = emulator::settings();
   settings.samples_blocks = true;
@@ -220,6 +233,7 @@ int main() {
   test_device_memory();
   test_lanes_and_blocks();
   test_sectors_of_neighbors();
+  test_sectors_of_all();
   test_samples();
   test_products();
   std::printf("%d checked, %d failed\n", emulator_test::checked, emulator_test::failed);
