@@ -11,6 +11,7 @@ to lie.
 import heapq
 import re
 import sys
+from collections import namedtuple
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
@@ -319,17 +320,9 @@ def keeps_rows(kernel, rows):
     return again * rows * WIDTH * ELEMENT <= 25e6
 
 
-class Asked(NamedTuple):
-    """What a launch asks for: bytes as a `Product` names them, what lies between the products included; bytes of
-    weights from the second-level cache; multiply-adds.
-    """
-
-    copied: int
-    again: int
-    read: int
-    written: int
-    weights: int
-    products: int
+# What a launch asks for: bytes as a `Product` names them, what lies between the products included; bytes of weights
+# from the second-level cache; multiply-adds.
+Asked = namedtuple("Asked", (*Product._fields, "weights", "products"))
 
 
 def asked(kernel, rows):
