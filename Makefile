@@ -33,6 +33,7 @@ bench: $(INSTALLED)
 # What the CUDA kernels ask of the machine, counted without a GPU. It needs nvcc.
 counts: $(INSTALLED)
 	$(RUN)python bench/counts.py --write
+	$(RUN)python bench/hopper_counts.py --write
 
 # On a machine with a GPU: $(PYTHON) as it is, without an environment of its own and without a network.
 #   make gpu OUT=folder    default: bench/results/<GPU>

@@ -11,6 +11,7 @@ to lie.
 import heapq
 import re
 import sys
+from collections import namedtuple
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
@@ -319,18 +320,37 @@ def keeps_rows(kernel, rows):
     return again * rows * WIDTH * ELEMENT <= 25e6
 
 
+# What a launch asks for: bytes as a `Product` names them, what lies between the products included; bytes of weights
+# from the second-level cache; multiply-adds.
+Asked = namedtuple("Asked", (*Product._fields, "weights", "products"))
+
+
+def asked(kernel, rows):
+    """Of whole tiles. The blocks of a cluster take as many turns, even with nothing left for some."""
+    tiles, steps = -(-rows // ROWS), WIDTH // CHUNK
+    turns = -(-tiles // kernel.cluster) * kernel.cluster
+    copied, again, read, written = (tiles * steps * sum(bytes_) for bytes_ in zip(*kernel.products, strict=True))
+    steps_of_all = turns * steps * len(kernel.products)
+    return Asked(
+        copied,
+        again,
+        read + tiles * kernel.between.read,
+        written + tiles * kernel.between.written,
+        steps_of_all * kernel.weights // kernel.cluster,
+        steps_of_all * ROWS * CHUNK * kernel.inner,
+    )
+
+
 def floor(kernel, rows):
     """Microseconds for device memory, at least."""
-    steps, again = WIDTH // CHUNK, 0 if keeps_rows(kernel, rows) else 1
-    of_tile = kernel.between.read + kernel.between.written
-    of_tile += steps * sum(p.copied + again * p.again + p.read + p.written for p in kernel.products)
-    return of_tile * rows / ROWS / h200.MEMORY_SPEED / 1e3
+    its = asked(kernel, rows)
+    again = 0 if keeps_rows(kernel, rows) else its.again
+    return (its.copied + again + its.read + its.written) / h200.MEMORY_SPEED / 1e3
 
 
 def tensor_cores(kernel, rows):
     """Microseconds for the tensor cores, at their peak."""
-    products = rows * WIDTH * kernel.inner * len(kernel.products)
-    return products / 2048 / h200.MULTIPROCESSORS / h200.CLOCK
+    return asked(kernel, rows).products / 2048 / h200.MULTIPROCESSORS / h200.CLOCK
 
 
 @cache

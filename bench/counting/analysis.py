@@ -43,7 +43,7 @@ def _total(launch, pattern):
 def _device_bytes(launch):
     """Each tensor once, or as much of it as all blocks touch."""
     return sum(
-        min(size, h200.SECTOR * launch.sectors(name, way))
+        min(size, h200.SECTOR * launch.sectors_of_all(name, way))
         for name, size in launch.sizes.items()
         for way in ("read", "write")
     )

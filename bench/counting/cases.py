@@ -27,10 +27,15 @@ class Case(NamedTuple):
 
     @property
     def sizes(self):
-        """For each number of rows: that, and how count_kernels is told."""
+        """For each number of rows: that or of samples, the width, the inner size and tokens."""
         if self.op == "attention_pool":
             return {n * TOKENS: (n, WIDTH, self.inner, TOKENS) for n in SAMPLES}
         return {rows: (rows, WIDTH, self.inner, 0) for rows in ROWS}
+
+    def words(self, rows):
+        """What count_kernels is told."""
+        sampled = ["sampled"] if rows > WHOLE else []
+        return [self.op, self.direction, self.weights, *map(str, self.sizes[rows]), *sampled]
 
     @property
     def detailed(self):
@@ -52,4 +57,28 @@ CASES = (
     Case("adapter", "backward", 192),
     Case("attention_pool", "forward", 12),
     Case("attention_pool", "backward", 12),
+)
+
+
+class HopperCase(NamedTuple):
+    """One op in one direction at one inner size by the Hopper path, of backward the rows alone; all in bfloat16."""
+
+    op: str
+    direction: str
+    inner: int
+
+    def __str__(self):
+        return f"{self.op} {self.direction} {self.inner} bfloat16"
+
+    def words(self, rows):
+        """What count_kernels is told."""
+        return [self.op, self.direction, "bfloat16", *map(str, (rows, WIDTH, self.inner, 0)), "hopper"]
+
+
+HOPPER_ROWS = (1920, 15360, 61440)  # it takes no fewer than 1537
+HOPPER_CASES = tuple(
+    HopperCase(op, direction, inner)
+    for op, sizes in (("apt", (50, 200)), ("adapter", (96, 192)))
+    for direction in ("forward", "backward")
+    for inner in sizes
 )

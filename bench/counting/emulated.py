@@ -12,8 +12,6 @@ from pathlib import Path
 
 from register_report import readable
 
-from counting.cases import WHOLE
-
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "count"
 
@@ -25,22 +23,26 @@ class Launch:
     Attributes:
         kernel: its name, without namespaces and parameters.
         grid, threads: blocks, and threads of a block, by dimensions.
+        cluster: blocks that run together.
         shared_bytes: dynamic shared memory of a block.
         parameters: the kernel's parameters as they lie in constant memory.
         memory: (name, begin, end) of each tensor.
         first_sectors: of each tensor, read or written, the number of sectors that the first block touches, by which of
             its neighbors touch them too: a bit for each axis of the grid.
+        sectors: of each tensor, read or written, the number of sectors that any block which ran touches.
         counts: {index of a block: what it asked for}, of all blocks or of the first and its neighbors, the middle one
-            and the last.
+            and the last. The blocks of a cluster count together, under the first one's index.
     """
 
     kernel: str
     grid: tuple
     threads: tuple
+    cluster: int
     shared_bytes: int
     parameters: bytes
     memory: list
     first_sectors: dict
+    sectors: dict
     counts: dict = field(repr=False)
 
     @property
@@ -71,7 +73,7 @@ class Launch:
         """The index of the block that asks for most."""
         return max(self.counts, key=lambda index: _weight(self.counts[index]))
 
-    def sectors(self, name, way):
+    def sectors_of_all(self, name, way):
         """How many sectors of a tensor all blocks touch, if the others lie to their neighbors as the first does."""
         total = 0
         for axes, number in enumerate(self.first_sectors.get(f"{name} {way}", [])):
@@ -124,9 +126,7 @@ class Counter:
         self.program, self.symbols = program, _symbols(program)
 
     def launches(self, case, rows):
-        sampled = ["sampled"] if rows > WHOLE else []
-        words = [case.op, case.direction, case.weights, *map(str, case.sizes[rows]), *sampled]
-        result = subprocess.run([self.program, *words], capture_output=True, text=True)
+        result = subprocess.run([self.program, *case.words(rows)], capture_output=True, text=True)
         if result.returncode != 0:
             raise SystemExit(f"{case}, {rows} rows: {result.stderr}")
         found = [json.loads(line) for line in result.stdout.splitlines()]
@@ -139,9 +139,11 @@ def _launch(name, launch):
         name,
         tuple(launch["grid"]),
         tuple(launch["block"]),
+        launch["cluster"],
         launch["shared_bytes"],
         bytes.fromhex(launch["parameters"]),
         launch["memory"],
         launch["first_sectors"],
+        launch["sectors"],
         {tuple(block.pop("index")): block for block in launch["blocks"]},
     )

@@ -5,7 +5,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
 
-from counting import analysis, emulated, machine_code, model
+from counting import analysis, emulated, hopper, machine_code, model
 
 
 class Task(NamedTuple):
@@ -34,6 +34,10 @@ def _count(task, compilation):
     return entries
 
 
+def _count_hopper(task, _):
+    return [hopper.of_launch(launch) for launch in _counter().launches(*task)]
+
+
 def _model(task, compilation):
     """{machine: the nanoseconds of a call's launches}."""
     launches = _counter().launches(*task)
@@ -56,6 +60,11 @@ def _of_all(function, tasks, compilation):
 def count(tasks, compilation):
     """{case: {rows: [entry]}}. Without a compilation only what the emulator counts."""
     return _of_all(_count, tasks, compilation)
+
+
+def count_hopper(tasks):
+    """The same of the Hopper path, whose entries are others (hopper.py)."""
+    return _of_all(_count_hopper, tasks, None)
 
 
 def run_model(tasks, compilation):

@@ -7,6 +7,7 @@ from results import RESULTS
 from counting.cases import CASES
 
 JSON_FILE, MARKDOWN_FILE = RESULTS / "cuda-counts.json", RESULTS / "cuda-counts.md"
+HOPPER_JSON_FILE, HOPPER_MARKDOWN_FILE = RESULTS / "hopper-counts.json", RESULTS / "hopper-counts.md"
 
 
 def as_text(compilers, cases):
@@ -27,10 +28,10 @@ def as_text(compilers, cases):
     return "\n".join([*lines, " }", "}", ""])
 
 
-def load():
+def load(file=JSON_FILE, all_cases=CASES):
     """The compilers and the cases of the committed table, as `as_text` takes them."""
-    document = json.loads(JSON_FILE.read_text())
-    named = {str(case): case for case in CASES}
+    document = json.loads(file.read_text())
+    named = {str(case): case for case in all_cases}
     cases = {
         named[name]: {int(rows): entries for rows, entries in sizes.items()}
         for name, sizes in document["cases"].items()

@@ -35,7 +35,8 @@ from the second-level cache.
 """
 
 
-def _table(head, rows):
+def table(head, rows):
+    """Lines; the first two columns hold words, the others numbers."""
     alignment = ["---"] * 2 + ["---:"] * (len(head) - 2)
     return [
         f"| {' | '.join(head)} |",
@@ -146,7 +147,7 @@ def counts(compilers, cases):
         (LOOPS_HEAD, LOOP_COLUMNS, _loops),
         (TENSORS_HEAD, TENSOR_COLUMNS, _tensors),
     ):
-        parts += [head, *_table(columns, list(rows(cases)))]
+        parts += [head, *table(columns, list(rows(cases)))]
     return "\n".join(parts) + "\n"
 
 
@@ -161,4 +162,4 @@ def modeled(cases):
             total = f"{sum(times['fast']) / 1000:.1f}-{sum(times['slow']) / 1000:.1f}"
             rows.append([case, number, total, " + ".join(spans)])
     words = "Modeled microseconds of a call, fast to slow, and of its launches. NO GPU HAS CALIBRATED THIS MODEL."
-    return "\n".join([words, *_table(["case", "rows", "call", "launches"], rows)]) + "\n"
+    return "\n".join([words, *table(["case", "rows", "call", "launches"], rows)]) + "\n"

@@ -1,3 +1,4 @@
+#include "emulator/counts.h"
 #include "emulator/hopper.h"
 
 namespace emulator {
@@ -46,6 +47,7 @@ Barriers::Barrier& Barriers::at(void* address, const Place& place) {
 
 void Barriers::settle(Barrier& barrier) {
   if (barrier.arrivals_left || barrier.bytes_left) return;
+  counts::add("phases");
   barrier.parity ^= 1;
   barrier.arrivals_left = barrier.expected;
   // Those that wait for the phase that has ended; others stay.
@@ -63,6 +65,7 @@ void Barriers::arrive(void* address, int64_t bytes, const Place& place) {
   Barrier& barrier = at(address, place);
   publish(address);
   if (barrier.arrivals_left == 0) block_.fail(place, "more arrivals at a barrier than it expects in a phase");
+  counts::add(block_.shared().holds(address, 8, block_.rank()) ? "arrivals" : "arrivals at another block");
   barrier.bytes_left += bytes;
   if (barrier.bytes_left > kMostBytes) block_.fail(place, "a barrier cannot count as many bytes");
   --barrier.arrivals_left;
@@ -71,6 +74,7 @@ void Barriers::arrive(void* address, int64_t bytes, const Place& place) {
 
 void Barriers::wait(void* address, unsigned parity, const Place& place) {
   Barrier& barrier = at(address, place);
+  counts::add("waits");
   if (barrier.parity == parity) {
     barrier.waiting.push_back({&block_.thread(), parity});
     block_.sleep("a barrier's phase", place);
@@ -90,6 +94,7 @@ void Barriers::meet_cluster(const Place& place) {
     at_cluster_.push_back(&block_.thread());
     block_.sleep("the cluster's barrier", place);
   } else {
+    counts::add("cluster barriers");
     for (Thread* thread : at_cluster_) block_.wake(*thread);
     at_cluster_.clear();
   }

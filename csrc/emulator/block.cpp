@@ -120,7 +120,8 @@ Block::~Block() {
 std::string Block::run(const Launch& launch, uint3 index) {
   launch_ = &launch;
   prepare(index);
-  counts::begin_block(index, thread_count_, shared_.begin(), shared_.bytes(), stacks_, kMaxThreads * kStackBytes);
+  const size_t shared_bytes = shared_.begin(launch_->cluster - 1) + shared_.bytes() - shared_.begin();
+  counts::begin_block(index, warp_count_ * kLanes, shared_.begin(), shared_bytes, stacks_, kMaxThreads * kStackBytes);
   running = this;
   make_current(next());
   publish(&launch_);

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "emulator/counts.h"
 #include "emulator/hopper.h"
 #include "emulator/unseen.h"
 
@@ -47,8 +48,10 @@ void BulkCopies::begin(Copy& copy, const Place& place) {
   for_each_target(copy, [&](unsigned char* to, unsigned char* barrier) {
     barriers_.require(barrier, place);
     note_write(to, copy.bytes);  // from now on; the barrier tells when it is done
+    counts::add("shared bulk copy bytes", copy.bytes);
     publish(barrier);
   });
+  counts::add("bulk copies");
   copies_.push_back(copy);
   if (block_.is_eager()) land_next();
 }
@@ -64,6 +67,7 @@ void BulkCopies::copy(void* to, const void* from, unsigned bytes, void* barrier,
   copy.bytes = bytes;
   copy.barrier = static_cast<unsigned char*>(barrier);
   copy.blocks = blocks;
+  counts::note_part(false, {const_cast<unsigned char*>(copy.from), 1, bytes, bytes});
   begin(copy, place);
 }
 
@@ -72,10 +76,26 @@ void BulkCopies::prefetch(const void* from, unsigned bytes, const Place& place) 
     block_.fail(place, "a prefetch of nothing, or of what is not aligned to 16 bytes");
   }
   note_read(from, bytes);
+  counts::add("prefetched bytes", bytes);
   // Read, so that the address sanitizer sees whether it is there.
   const volatile unsigned char* const begin = static_cast<const unsigned char*>(from);
   for (unsigned i = 0; i < bytes; i += 16) static_cast<void>(begin[i]);
 }
+
+namespace {
+
+// Of a tile, what lies in the matrix.
+counts::Part part_inside(const TensorMap& map, int column, int row) {
+  const auto inside = [](int64_t first, int64_t count, uint64_t size) {
+    const int64_t begin = std::max<int64_t>(first, 0), end = std::min(first + count, static_cast<int64_t>(size));
+    return std::pair<size_t, size_t>(begin, std::max<int64_t>(end - begin, 0));
+  };
+  const auto [first_row, rows] = inside(row, map.tile_rows, map.rows);
+  const auto [first_column, columns] = inside(column, map.tile_columns, map.columns);
+  return {map.data + first_row * map.row_bytes + first_column * 2, columns ? rows : 0, columns * 2, map.row_bytes};
+}
+
+}  // namespace
 
 void BulkCopies::copy_tile(void* to, const TensorMap& from, int column, int row, void* barrier, const Place& place) {
   // The pattern repeats after 8 rows, and begins there.
@@ -87,6 +107,7 @@ void BulkCopies::copy_tile(void* to, const TensorMap& from, int column, int row,
   copy.row = row;
   copy.bytes = static_cast<unsigned>(from.tile_bytes());
   copy.barrier = static_cast<unsigned char*>(barrier);
+  counts::note_part(false, part_inside(from, column, row));
   begin(copy, place);
 }
 
@@ -137,10 +158,11 @@ void BulkCopies::store_tile(const TensorMap& to, int column, int row, const void
   writes_.require_shown(begin, to.tile_bytes(), "a store", place);
   Stores& own = stores_[&block_.thread()];
   if (own.count == own.pending.size()) block_.fail(place, "more stores under way than are emulated");
-  for (int64_t i = row; i < row + int64_t{to.tile_rows} && i < static_cast<int64_t>(to.rows); ++i) {
-    const int64_t columns = std::min<int64_t>(to.tile_columns, static_cast<int64_t>(to.columns) - column);
-    if (columns > 0) note_write(to.data + i * static_cast<int64_t>(to.row_bytes) + column * 2, columns * 2);
-  }
+  const counts::Part part = part_inside(to, column, row);
+  for (size_t i = 0; i < part.rows; ++i) note_write(part.first + i * part.step, part.row_bytes);
+  counts::note_part(true, part);
+  counts::add("bulk stores");
+  counts::add("shared bulk store bytes", to.tile_bytes());
   own.pending[own.count++] = {to, column, row, begin, own.groups};
   if (block_.is_eager()) finish(own.pending[own.count - 1]);
 }

@@ -10,8 +10,8 @@
 namespace emulator::counts {
 namespace {
 
-enum class Kind : uint8_t { load, store, copy, matrices };
-constexpr const char* kKindNames[] = {"load", "store", "copy", "ldmatrix"};
+enum class Kind : uint8_t { load, store, copy, matrices, stored_matrices };
+constexpr const char* kKindNames[] = {"load", "store", "copy", "ldmatrix", "stmatrix"};
 
 // A lane's part in a request. `path` tells how the kernel came there, and with the instruction which request it is.
 struct Event {
@@ -81,6 +81,8 @@ std::vector<LaunchCounts> launches;
 // What the launch's first block touched and each of its neighbors: by the axis as a bit, 0 for the first itself.
 using Touched = std::map<std::tuple<int, bool>, std::unordered_set<uintptr_t>>;
 std::map<unsigned, Touched> first_blocks;
+// Of all blocks: by the tensor's sectors in their order.
+std::map<std::tuple<int, bool>, std::vector<bool>> touched_by_any;
 
 uint64_t mixed(uint64_t hash, uint64_t value) {
   hash ^= value + 0x9e3779b97f4a7c15ull + (hash << 6) + (hash >> 2);
@@ -96,7 +98,7 @@ int memory_of(uintptr_t address) {
   return kNoMemory;
 }
 
-Lane& running_lane() { return counter.lanes[threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)]; }
+Lane& running_lane() { return counter.lanes[running->warp() * kLanes + running->lane()]; }
 
 void note(Kind kind, const void* address, unsigned bytes, uint64_t instruction) {
   if (memory_of(reinterpret_cast<uintptr_t>(address)) == kNoMemory) return;
@@ -151,7 +153,7 @@ std::vector<Request> requests_of(unsigned warp) {
   for (size_t i = warp * kLanes; i < end; ++i) {
     const unsigned lane = i % kLanes;
     for (const Event& event : merged(counter.lanes[i].events)) {
-      const uint64_t key = mixed(mixed(event.path, event.instruction), event.bytes * 4 + static_cast<int>(event.kind));
+      const uint64_t key = mixed(mixed(event.path, event.instruction), event.bytes * 8 + static_cast<int>(event.kind));
       Seen& times = seen[key];
       if (times.lane != lane) times = {lane, 0};
       const auto [place, is_new] = places.emplace(mixed(key, times.times++), requests.size());
@@ -223,6 +225,22 @@ std::map<std::string, uint64_t> named_totals() {
   return all;
 }
 
+uintptr_t first_sector_of(const Memory& memory) { return memory.begin / kSectorBytes; }
+uintptr_t end_sector_of(const Memory& memory) { return (memory.end - 1) / kSectorBytes + 1; }
+
+// The lanes of a request may lie in several tensors: it is named after the first lane's.
+void mark_touched(const std::tuple<int, bool>& place, const TensorTotals& totals) {
+  for (const uintptr_t sector : totals.distinct) {
+    int memory = std::get<int>(place);
+    const bool is_inside = sector >= first_sector_of(all_memory[memory]) && sector < end_sector_of(all_memory[memory]);
+    if (!is_inside) memory = memory_of(sector * kSectorBytes);
+    if (memory < 0) continue;
+    std::vector<bool>& touched = touched_by_any[{memory, std::get<bool>(place)}];
+    touched.resize(end_sector_of(all_memory[memory]) - first_sector_of(all_memory[memory]));
+    touched[sector - first_sector_of(all_memory[memory])] = true;
+  }
+}
+
 }  // namespace
 
 void name_memory(const std::string& name, const void* begin, size_t bytes) {
@@ -237,7 +255,8 @@ const std::vector<Memory>& memory() { return all_memory; }
 std::vector<LaunchCounts> take_launches() { return std::exchange(launches, {}); }
 
 void begin_launch(const Launch& launch) {
-  launches.push_back({launch.kernel, launch.grid, launch.block, launch.shared_bytes, launch.parameters, {}});
+  launches.push_back(
+      {launch.kernel, launch.grid, launch.block, launch.cluster, launch.shared_bytes, launch.parameters, {}});
 }
 
 void end_launch() {
@@ -250,6 +269,10 @@ void end_launch() {
     }
   }
   first_blocks.clear();
+  for (const auto& [place, touched] : touched_by_any) {
+    launches.back().sectors[name_of(place)] += std::count(touched.begin(), touched.end(), true);
+  }
+  touched_by_any.clear();
 }
 
 void begin_block(uint3 index, unsigned threads, const void* shared, size_t shared_bytes, const void* stacks,
@@ -267,6 +290,7 @@ void end_block() {
   const Unwatched unwatched;
   BlockCounts& block = launches.back().blocks.back();
   block.counts = named_totals();
+  for (const auto& [place, totals] : counter.of_tensors) mark_touched(place, totals);
   if (block.index.x + block.index.y + block.index.z > 1) return;
   for (const auto& [place, totals] : counter.of_tensors) {
     first_blocks[block.index.x + 2 * block.index.y + 4 * block.index.z][place] = totals.distinct;
@@ -295,6 +319,29 @@ void note_matrices(const void* row, const Place& place) {
   note(Kind::matrices, row, 16, place.line);
 }
 
+void note_stored_matrices(const void* row, const Place& place) {
+  const Unwatched unwatched;
+  note(Kind::stored_matrices, row, 16, place.line);
+}
+
+void note_part(bool written, const Part& part) {
+  const Unwatched unwatched;
+  const auto first = reinterpret_cast<uintptr_t>(part.first);
+  const int memory = part.rows ? memory_of(first) : kNoMemory;
+  if (memory == kNoMemory) return;
+  TensorTotals& totals = counter.of_tensors[{memory, written}];
+  ++totals.requests;
+  totals.bytes += part.rows * part.row_bytes;
+  for (size_t row = 0; row < part.rows; ++row) {
+    const uintptr_t begin = first + row * part.step, last = (begin + part.row_bytes - 1) / kSectorBytes;
+    for (uintptr_t sector = begin / kSectorBytes; sector <= last; ++sector) {
+      ++totals.sectors;
+      totals.distinct.insert(sector);
+      if (!written) ++totals.from_second_level;
+    }
+  }
+}
+
 void note_copy(const void* shared, const void* global_or_null, const Place& place) {
   const Unwatched unwatched;
   if (global_or_null) note(Kind::copy, global_or_null, 16, place.line);
@@ -304,6 +351,8 @@ void note_copy(const void* shared, const void* global_or_null, const Place& plac
 void note_access(bool written, const void* address, size_t bytes, uint64_t instruction) {
   if (!is_watched()) return;
   const Unwatched unwatched;
+  // Most accesses are to a thread's own memory.
+  if (memory_of(reinterpret_cast<uintptr_t>(address)) == kNoMemory) return;
   for (const Access& access : cut_into_accesses(reinterpret_cast<uintptr_t>(address), bytes)) {
     const uint64_t offset = access.address - reinterpret_cast<uintptr_t>(address);
     note(written ? Kind::store : Kind::load, reinterpret_cast<const void*>(access.address), access.bytes,

@@ -1,5 +1,6 @@
 #include <cstring>
 
+#include "emulator/counts.h"
 #include "emulator/half.h"
 #include "emulator/hopper.h"
 #include "emulator/unseen.h"
@@ -68,12 +69,36 @@ void GroupProducts::give_back_sums(const Operands& operands, const Sums& sums, c
   }
 }
 
+namespace {
+
+// Products are of 16 x 8 x 16, as mma.sync's. All of a group's warps meet the same right tile, which is read once.
+void count_issued(const GroupProducts::Operands& operands) {
+  constexpr unsigned kRowBytes = 16 * 2, kWarpRows = 16;
+  const unsigned left_rows = operands.left_in_registers ? 0 : kWarpRows;
+  const unsigned right_rows = operands.warp_in_group == 0 ? operands.columns : 0;
+  counts::add("group products", operands.columns / 8);
+  counts::add("shared product bytes", (left_rows + right_rows) * kRowBytes);
+}
+
+// Bits of the depth at which there is something: what pads a matrix holds zeros or, where nobody has written, NaN.
+uint32_t depth_of(const float (&values)[16]) {
+  uint32_t depth = 0;
+  for (unsigned inner = 0; inner < 16; ++inner) {
+    const float value = values[inner];
+    if (value == value && value != 0) depth |= uint32_t{1} << inner;
+  }
+  return depth;
+}
+
+}  // namespace
+
 void GroupProducts::multiply(const Operands& operands) {
   PerWarp& own = warps_[block_.warp()];
   if (!own.fenced) block_.fail(*operands.place, "a product without wgmma.fence since the last wait");
   if (own.count == kMostPending) block_.fail(*operands.place, "more products under way than are emulated");
   check_tile(operands, operands.right_tile, operands.columns);
   if (!operands.left_in_registers) check_tile(operands, operands.left_tile, 64);
+  count_issued(operands);
   constexpr uint64_t kPrime = 0x100000001b3;
   own.issued = (own.issued * kPrime + operands.right_tile) * kPrime +
                (operands.left_in_registers ? operands.columns : operands.left_tile) + 1;
@@ -155,6 +180,24 @@ float GroupProducts::element(const Operands& operands, uint64_t tile, unsigned r
   return operands.widen(bits);
 }
 
+// A product of 16 x 8 x 16 is wanted if a term of it is.
+void GroupProducts::count_wanted(const Operands& operands, const float (&left)[16][16]) const {
+  uint32_t left_depth = 0;
+  for (const auto& row : left) left_depth |= depth_of(row);
+  uint64_t wanted = 0;
+  for (unsigned first = 0; first < operands.columns; first += 8) {
+    uint32_t right_depth = 0;
+    for (unsigned column = first; column < first + 8; ++column) {
+      float right[16];
+      for (unsigned inner = 0; inner < 16; ++inner)
+        right[inner] = element(operands, operands.right_tile, column, inner);
+      right_depth |= depth_of(right);
+    }
+    wanted += (left_depth & right_depth) != 0;
+  }
+  counts::add("group products wanted", wanted);
+}
+
 void GroupProducts::form(const Operands& operands, Sums& sums) const {
   float left[16][16];
   for (unsigned lane = 0; operands.left_in_registers && lane < kLanes; ++lane) {
@@ -169,6 +212,7 @@ void GroupProducts::form(const Operands& operands, Sums& sums) const {
       left[row][inner] = element(operands, operands.left_tile, operands.warp_in_group * 16 + row, inner);
     }
   }
+  if constexpr (counts::kOn) count_wanted(operands, left);
   for (unsigned column = 0; column < operands.columns; ++column) {
     float right[16];
     for (unsigned inner = 0; inner < 16; ++inner) right[inner] = element(operands, operands.right_tile, column, inner);
@@ -276,6 +320,7 @@ void store_matrices(void* row, const uint32_t (&parts)[4], const Place& place) {
   running->check_shared(row, "store_matrices", place);
   running->meet_warp(StoreMatrices{{&kStoreMatrices, kAllLanes, &place}, static_cast<unsigned char*>(row), parts});
   note_write(row, 16);
+  counts::note_stored_matrices(row, place);
   running->hopper().writes.note(row, 16);
 }
 

@@ -193,6 +193,7 @@ class GroupProducts {
   void take_sums(const Operands& operands, Sums& sums) const;
   void give_back_sums(const Operands& operands, const Sums& sums, const Place& place) const;
   void form(const Operands& operands, Sums& sums) const;
+  void count_wanted(const Operands& operands, const float (&left)[16][16]) const;
   float element(const Operands& operands, uint64_t tile, unsigned row, unsigned inner) const;
   void note_reads(const Operands& operands) const;
   void check_tile(const Operands& operands, uint64_t tile, unsigned rows) const;

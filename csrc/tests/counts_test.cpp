@@ -1,59 +1,9 @@
 // The emulator's counters, on small kernels of which one can count by hand what they ask for.
-#include "emulator/counts.h"
-
-#include <cstdio>
 #include <cstdlib>
-#include <map>
-#include <string>
-#include <vector>
 
-#include "emulator_checks.h"
+#include "counts_checks.h"
 
 namespace counts_test {
-
-namespace counts = emulator::counts;
-using emulator_test::expect;
-using emulator_test::launch;
-using petl::cuda::shared_memory;
-using Counts = std::map<std::string, uint64_t>;
-
-// The counts of a block whose names begin so.
-Counts named(const counts::BlockCounts& block, const std::string& prefix) {
-  Counts found;
-  for (const auto& [name, number] : block.counts) {
-    if (name.compare(0, prefix.size(), prefix) == 0) found[name] = number;
-  }
-  return found;
-}
-
-// Of one block of `threads`, which may have as much shared memory as it likes.
-template <class... Parameters, class... Arguments>
-counts::BlockCounts count(unsigned threads, void (*kernel)(Parameters...), Arguments... arguments) {
-  counts::take_launches();
-  launch(1, threads, size_t{32} << 10, kernel, arguments...);
-  return counts::take_launches().at(0).blocks.at(0);
-}
-
-void expect_counts(const std::string& what, const Counts& found, const Counts& wanted) {
-  std::string text = what + ":";
-  for (const auto& [name, number] : found) text += " " + name + " = " + std::to_string(number) + ";";
-  expect(found == wanted, text);
-}
-
-Counts shared(const std::string& kind, uint64_t requests, uint64_t wavefronts, uint64_t least) {
-  const std::string name = "shared " + kind;
-  return {{name + " requests", requests}, {name + " wavefronts", wavefronts}, {name + " least", least}};
-}
-
-Counts tensor(const std::string& name, uint64_t requests, uint64_t bytes, uint64_t sectors) {
-  return {{name + " requests", requests}, {name + " bytes", bytes}, {name + " sectors", sectors}};
-}
-
-Counts read(const std::string& name, uint64_t requests, uint64_t bytes, uint64_t sectors, uint64_t from_second_level) {
-  Counts all = tensor(name + " read", requests, bytes, sectors);
-  all[name + " read L2"] = from_second_level;
-  return all;
-}
 
 // Shared memory
 
@@ -142,18 +92,6 @@ __global__ void copy_twice(const float* in) {
   }
 }
 
-class Tensors {
- public:
-  Tensors() {
-    counts::name_memory("in", in, sizeof in);
-    counts::name_memory("out", out, sizeof out);
-  }
-  ~Tensors() { counts::forget_memory(); }
-
-  alignas(256) float in[1024] = {};
-  alignas(256) float out[1024] = {};
-};
-
 void test_device_memory() {
   Tensors t;
   const auto reads = [](const char* what, const counts::BlockCounts& block, const Counts& wanted) {
@@ -227,6 +165,19 @@ void test_sectors_of_neighbors() {
   expect(counts::take_launches().at(0).first_sectors == wanted, "sectors that neighbors touch too");
 }
 
+__global__ void read_from_both(const float* in, const float* other, float* out) {
+  const float* from = threadIdx.x < 16 ? in : other;
+  if (from[threadIdx.x] > 0) out[threadIdx.x] = 1;
+}
+
+void test_sectors_of_all() {
+  Tensors t;
+  counts::take_launches();
+  launch(2, 32, 0, &read_from_both, static_cast<const float*>(t.in), static_cast<const float*>(t.out), t.out);
+  expect(counts::take_launches().at(0).sectors == Counts{{"in read", 2}, {"out read", 2}},
+         "sectors of two tensors that one request touches, in two blocks");
+}
+
 void test_samples() {
   emulator::Settings settings = emulator::settings();
   settings.samples_blocks = true;
@@ -282,6 +233,7 @@ int main() {
   test_device_memory();
   test_lanes_and_blocks();
   test_sectors_of_neighbors();
+  test_sectors_of_all();
   test_samples();
   test_products();
   std::printf("%d checked, %d failed\n", emulator_test::checked, emulator_test::failed);

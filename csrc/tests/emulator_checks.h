@@ -28,6 +28,19 @@ cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(Pa
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+template <class... Parameters, class... Arguments>
+cudaError_t launch_cluster(int blocks, int cluster, int threads, int shared_bytes, void (*kernel)(Parameters...),
+                           Arguments... arguments) {
+  cudaLaunchAttribute attribute{cudaLaunchAttributeClusterDimension, {{static_cast<unsigned>(cluster), 1, 1}}};
+  cudaLaunchConfig_t config;
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 // What is wrong with the kernel that `run` launches; empty if nothing is.
 inline std::string complaint(const std::function<void()>& run) {
   try {

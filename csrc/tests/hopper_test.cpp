@@ -1,6 +1,9 @@
 // The emulator of what Hopper adds: its answers to hopper_questions.h, and the faults that it must complain about.
 #include <cstdlib>
 #include <functional>
+#include <memory>
+#include <string>
+#include <vector>
 
 #include "emulator_checks.h"
 #include "hopper_questions.h"
@@ -8,19 +11,6 @@
 namespace emulator_test {
 
 using namespace petl::cuda;
-
-template <class... Parameters, class... Arguments>
-cudaError_t launch_cluster(int blocks, int cluster, int threads, int shared_bytes, void (*kernel)(Parameters...),
-                           Arguments... arguments) {
-  cudaLaunchAttribute attribute{cudaLaunchAttributeClusterDimension, {{static_cast<unsigned>(cluster), 1, 1}}};
-  cudaLaunchConfig_t config;
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
 
 __global__ void nothing() {}
 
@@ -166,7 +156,91 @@ void test_complaints() {
   complains("must be a multiple of 8", threads(128, &odd_registers));
 }
 
+// Faults that a sanitizer reports
+
+__global__ void bulk_copy_past(const double* from) {
+  Barrier* const barrier = barrier_of(1);
+  arrive_and_expect(barrier, 32);
+  copy_bulk(tile_memory(), from, 32, barrier);
+  wait(barrier, 0);
+}
+
+__global__ void copy_one_tile(TileMap map) {
+  Barrier* const barrier = barrier_of(1);
+  arrive_and_expect(barrier, 8192);
+  copy_tile(tile_memory(), map, 0, 0, barrier);
+  wait(barrier, 0);
+}
+
+__global__ void store_one_tile(TileMap map) {
+  store_tile(map, 0, 0, tile_memory());
+  commit_stores();
+  wait_for_reads<0>();
+}
+
+enum class Unordered { nothing, read_before_wait, release_before_read, release_before_products };
+
+// One thread fills a stage twice, which a warpgroup reads and multiplies each time.
+template <Unordered kFault>
+__global__ void reuse_stage(const uint16_t* from, float* out) {
+  unsigned char* const memory = tile_memory();
+  Barrier *const full = reinterpret_cast<Barrier*>(memory + kBarrierAt), *const empty = full + 1;
+  if (threadIdx.x == 0) {
+    make_barrier(full, 1);
+    make_barrier(empty, 4);
+  }
+  __syncthreads();
+  for (int round = 0; round < 2 && threadIdx.x == 128; ++round) {
+    wait(empty, round ^ 1);
+    arrive_and_expect(full, 8192);
+    copy_bulk(memory, from, 8192, full);
+  }
+  for (int round = 0; round < 2 && threadIdx.x < 128; ++round) {
+    const auto read = [&] { out[threadIdx.x] += static_cast<float>(memory[threadIdx.x]); };
+    const auto release = [&] {
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) arrive(empty);
+    };
+    float sums[32] = {};
+    if (kFault == Unordered::read_before_wait) read();
+    wait(full, round);
+    fence_products(sums);
+    multiply_tiles<Bfloat16>(sums, any_tile(), any_tile());
+    commit_products();
+    if (kFault == Unordered::release_before_products) release();
+    wait_for_products<0>(sums);
+    if (kFault == Unordered::release_before_read) release();
+    if (kFault != Unordered::read_before_wait) read();
+    if (kFault == Unordered::nothing || kFault == Unordered::read_before_wait) release();
+  }
+}
+
+template <Unordered kFault>
+void run_stage() {
+  const std::vector<uint16_t> from(64 * 64);
+  std::vector<float> out(128);
+  launch(1, 160, kFaultBytes + 8, &reuse_stage<kFault>, from.data(), out.data());
+}
+
+void plant(const std::string& fault) {
+  const std::unique_ptr<double[]> memory(new double[2]());
+  std::vector<uint16_t> data(63 * 64);  // one row less than is mapped
+  TileMap map = {};
+  expect(hopper_questions::make_map(map, data.data(), 64, 64), "a map of tiles");
+  const std::string message = complaint([&] {
+    if (fault == "bulk_copy_overrun") launch(1, 1, kFaultBytes, &bulk_copy_past, memory.get());
+    if (fault == "tile_overrun") launch(1, 1, kFaultBytes, &copy_one_tile, map);
+    if (fault == "store_overrun") launch(1, 1, kFaultBytes, &store_one_tile, map);
+    if (fault == "read_before_wait") run_stage<Unordered::read_before_wait>();
+    if (fault == "release_before_read") run_stage<Unordered::release_before_read>();
+    if (fault == "release_before_products") run_stage<Unordered::release_before_products>();
+  });
+  std::printf("%s\n", message.c_str());
+}
+
 void test_what_is_sound() {
+  const std::string message = complaint([] { run_stage<Unordered::nothing>(); });
+  expect(message.empty(), "a stage that is used again: " + message);
   hopper_questions::ask_all([](bool right, const std::string& question) { expect(right, question); });
   expect(launch_cluster(3, 2, 32, 0, &nothing) == cudaErrorInvalidConfiguration,
          "a grid that is not made of whole clusters");
@@ -175,11 +249,16 @@ void test_what_is_sound() {
 
 }  // namespace emulator_test
 
-// With `sound`, only what no sanitizer has anything to say about.
+// With `sound`, only what no sanitizer has anything to say about; with the name of a fault, only that.
 int main(int count, char** arguments) {
   using namespace emulator_test;
+  const std::string choice = count > 1 ? arguments[1] : "";
+  if (!choice.empty() && choice != "sound") {
+    plant(choice);
+    return EXIT_FAILURE;
+  }
   test_what_is_sound();
-  if (count < 2 || std::string(arguments[1]) != "sound") test_complaints();
+  if (choice.empty()) test_complaints();
   std::printf("%d checked, %d failed\n", checked, failed);
   return failed || !checked ? EXIT_FAILURE : EXIT_SUCCESS;
 }

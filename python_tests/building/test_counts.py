@@ -8,23 +8,24 @@ import sysconfig
 import pytest
 from compiled_kernels import compile_kernels
 from counting import emulated, machine_code, measure, record, requests, tables
-from counting.cases import CASES
+from counting.cases import CASES, HOPPER_CASES, HOPPER_ROWS
 from counting.measure import Task
 from counting.walk import walk_as_counted
 
-ADVICE = "If that is meant: run `make counts`, look at what changed and commit bench/results/cuda-counts.*"
+ADVICE = "If that is meant: run `make counts`, look at what changed and commit bench/results/*-counts.*"
 
 MISSING = "needs nvcc, cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
 
 
-def test_the_counters_count_right():
-    emulated.build("counts_test")
+@pytest.mark.parametrize("name", ("counts", "hopper_counts"))
+def test_the_counters_count_right(name):
+    emulated.build(f"{name}_test")
     search = sysconfig.get_path("scripts")
     ctest = shutil.which("ctest", path=search) or shutil.which("ctest")
-    command = [ctest, "--test-dir", emulated.FOLDER, "--output-on-failure", "-R", "^counts_"]
+    command = [ctest, "--test-dir", emulated.FOLDER, "--output-on-failure", "-R", f"^{name}_"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert len(re.findall(r"Test +#\d+: counts_\w+ \.+ +Passed", result.stdout)) == 4
+    assert len(re.findall(rf"Test +#\d+: {name}_\w+ \.+ +Passed", result.stdout)) == 4
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,14 @@ def test_the_emulator_counts_what_the_table_says(table, counted):
     """Else: run `make counts`, look at what changed and commit bench/results/cuda-counts.*, if that is meant."""
     (compilers, before), here = table, measure.compilers(None)["host"]
     assert not changes(of_emulator(before), of_emulator(counted)), f"{ADVICE}; by {compilers['host']}, here {here}"
+
+
+def test_the_emulator_counts_what_the_hopper_path_s_table_says():
+    """Else as above. All cases where a block has one tile of rows, and one where most blocks have four."""
+    compilers, before = record.load(record.HOPPER_JSON_FILE, HOPPER_CASES)
+    tasks = [Task(case, HOPPER_ROWS[0]) for case in HOPPER_CASES] + [Task(HOPPER_CASES[0], HOPPER_ROWS[-1])]
+    here = measure.compilers(None)["host"]
+    assert not changes(before, measure.count_hopper(tasks)), f"{ADVICE}; by {compilers['host']}, here {here}"
 
 
 def test_the_machine_code_is_what_the_table_says(table, counted, compilation):

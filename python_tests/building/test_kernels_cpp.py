@@ -55,19 +55,23 @@ def passed(folder, option, targets=("all",)):
 
 def test_no_address_and_no_undefined_behavior_is_reported(tmp_path):
     planted = ("shared_overrun", "shared_underrun", "global_overrun", "copy_overrun")
+    planted_by_hopper = ("bulk_copy_overrun", "tile_overrun", "store_overrun")
     assert passed(tmp_path, "-DPETL_SANITIZE=ON") >= {
         *CPU_TESTS,
         *(f"{name}_{MODE}" for name in CUDA_TESTS),
         *(f"emulator_{fault}" for fault in planted),
+        *(f"hopper_{fault}" for fault in planted_by_hopper),
     }
 
 
 def test_no_race_between_cuda_threads_is_reported(tmp_path):
     planted = ("no_barrier_after_wait", "no_barrier_before_reuse", "no_syncwarp", "lost_update")
+    planted_by_hopper = ("read_before_wait", "release_before_read", "release_before_products")
     targets = [f"{name}_test" for name in CUDA_TESTS]
     assert passed(tmp_path, "-DPETL_FIND_RACES=ON", targets) >= {
         *(f"{name}_races" for name in CUDA_TESTS),
         *(f"emulator_{fault}" for fault in planted),
+        *(f"hopper_{fault}" for fault in planted_by_hopper),
     }
 
 

@@ -37,7 +37,7 @@ def kernel_of(*lines, table=()):
 def launch_of(*parameters, threads=32, counts=None):
     """Of one block; the parameters are ints of 32 bits."""
     packed = b"".join(struct.pack("<I", parameter & 0xFFFFFFFF) for parameter in parameters)
-    return Launch("kernel", (1, 1, 1), (threads, 1, 1), 0, packed, [], {}, {(0, 0, 0): counts or {}})
+    return Launch("kernel", (1, 1, 1), (threads, 1, 1), 1, 0, packed, [], {}, {}, {(0, 0, 0): counts or {}})
 
 
 def walked(kernel, launch):

@@ -7,7 +7,7 @@ import pytest
 from results import CASE, RESULTS, keep, machine_name
 
 PROCESSOR = "Intel(R) Xeon(R) Processor @ 2.80GHz"
-COUNTED = ("cuda-", "triton-")  # not measured
+COUNTED = ("cuda-", "hopper-", "triton-")  # not measured
 TABLES = [path for path in sorted(RESULTS.glob("*.json")) if not path.stem.startswith(COUNTED)]
 
 

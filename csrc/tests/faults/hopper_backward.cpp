@@ -82,19 +82,18 @@ bool is_right(const Problem& problem) {
   using Op = cuda::AptHopperBackwardOp<Bfloat16, Activation::relu>;
   const auto target = [](Stored& stored) { return static_cast<Bfloat16*>(stored.target().data); };
   const auto source = [](const ConstRows& rows) { return static_cast<const Bfloat16*>(rows.data); };
-  const Op op{&kLogScale,
-              DType::float32,
-              source(y.rows(kD)),
-              kD,
-              target(results.dy),
-              problem.gate.data(),
-              source(scores.rows(kP)),
-              kD,
-              kP,
-              kP,
-              target(results.dscores),
-              target(results.weighted),
-              results.shares.data()};
+  Op op;
+  op.log_scale = &kLogScale;
+  op.log_scale_dtype = DType::float32;
+  op.y = source(y.rows(kD));
+  op.y_stride = op.D = kD;
+  op.dy = target(results.dy);
+  op.gate = problem.gate.data();
+  op.scores = source(scores.rows(kP));
+  op.P = op.kept = kP;
+  op.dscores = target(results.dscores);
+  op.weighted = target(results.weighted);
+  op.shares = results.shares.data();
   cuda::HopperTask<Op> task;
   const cuda::HopperOperands operands{kR, kD, kP, {dout.rows(kD)}, {}, results.dx.target(), packed.data(), false};
   if (!cuda::set_hopper_task(task, op, operands)) return false;
