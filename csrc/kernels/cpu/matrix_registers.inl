@@ -2,8 +2,8 @@
 // sums. A register holds up to 16 rows of 64 bytes; how many it has is configured for all of them at once.
 // A part of path.inl.
 
-// The registers by number: sums of 2 x 2 tiles and their operands, each of which meets two others. To load an operand
-// takes half the time of a product, and four times as long while another thread of the core works.
+// The registers by number: sums of 2 x 2 tiles and their operands, each of which meets two others: to load an operand
+// takes half the time of a product, and on a shared machine at times twice that.
 enum MatrixRegister { kSums = 0, kLeft = 4, kRight = 6, kMatrixRegisters = 8 };
 constexpr int kMatrixRows = 16, kTileOfMatrices = 2 * kMatrixRows;
 
