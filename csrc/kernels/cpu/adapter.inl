@@ -201,7 +201,7 @@ struct AdapterForwardTile {
     const int64_t B = args.inputs.size.B;
     const float* bias = project.weights.down_bias;
     for (int64_t b = 0; b < B; b += kLanes) store(sums + b, load(products + b) + load(bias + b));
-    if (exact) exact->correct(x, statistics, bias, ExactSums<Arithmetic>::kNone, sums);
+    if (exact) exact->correct(x, statistics, bias, sums);
     with_elements(args.raw.dtype, [&](auto elements) {
       char* target = row_of(args.raw, row, B);
       for (int64_t b = 0; b < B; b += kLanes) {

@@ -31,15 +31,6 @@ inline float greatest(const float* scores, int64_t P) {
   return std::max(greatest_by_halves<PETL_VECTOR_BYTES>(&best), last);
 }
 
-// Which of them it is; P where it is a NaN.
-inline int64_t index_of(float greatest, const float* scores, int64_t P) {
-  int64_t p = 0;
-  for (; p + kLanes <= P; p += kLanes) {
-    if (const uint32_t found = lanes_where(load(scores + p) == greatest)) return p + __builtin_ctz(found);
-  }
-  return std::find(scores + p, scores + P, greatest) - scores;
-}
-
 // The raw scores of one row become relu(scores) or softmax(scores), in place; returns their maximum.
 inline float activate(Activation activation, float* scores, int64_t P) {
   const float best = greatest(scores, P);
@@ -131,7 +122,7 @@ struct AptForwardTile {
     for (int64_t row = 0; row < rows; ++row) {
       float* row_scores = scores + row * stride;
       std::fill(row_scores + P, row_scores + stride, 0.0f);
-      if (exact) make_exact(x.data + row * x.row, row_scores);
+      if (exact) exact->correct(x.data + row * x.row, nullptr, nullptr, row_scores);
       args.gate[begin + row] = activate(args.activation, row_scores, P);
       if (args.scores.data) {
         const int64_t kept = args.size.kept();
@@ -143,13 +134,6 @@ struct AptForwardTile {
         args.gate[begin + row] = greatest(row_scores, P);
       }
     }
-  }
-
-  // Those near zero, and the largest: as the gate, it scales all the others.
-  void make_exact(const float* x, float* scores) const {
-    const int64_t P = args.size.P;
-    const int64_t best = index_of(greatest(scores, P), scores, P);
-    exact->correct(x, nullptr, nullptr, best < P ? best : ExactSums<Arithmetic>::kNone, scores);
   }
 };
 

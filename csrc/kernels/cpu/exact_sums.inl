@@ -11,7 +11,6 @@ template <class Arithmetic>
 class ExactSums {
  public:
   static constexpr float kDeviations = 6;
-  static constexpr int64_t kNone = -1;
 
   // weights [P, D], whose columns are multiplied by `factors` where there are any. `rounding` [P in whole vectors] is
   // filled: times |x|, it bounds what a sum lacks.
@@ -33,14 +32,12 @@ class ExactSums {
   }
 
   // sums [P] are those of one row with the rounded weights, and `bias` [P], null: none: of x, in words, or of what
-  // `statistics` make of it. Those near zero become exact, and number `also`.
-  void correct(const float* x, const RowStatistics* statistics, const float* bias, int64_t also, float* sums) const {
+  // `statistics` make of it. Those near zero become exact.
+  void correct(const float* x, const RowStatistics* statistics, const float* bias, float* sums) const {
     const float norm = std::sqrt(statistics ? static_cast<float>(D_) : squares_of(x));
     for (int64_t p = 0; p < P_; p += kLanes) {
       const Vec size = magnitude_of(load(sums + p)), bound = norm * load(rounding_ + p);
-      uint32_t near = lanes_where(size <= bound);
-      if (also >= p && also < p + kLanes) near |= 1u << (also - p);
-      for (; near; near &= near - 1) {
+      for (uint32_t near = lanes_where(size <= bound); near; near &= near - 1) {
         const int64_t found = p + __builtin_ctz(near);
         sums[found] = exact(x, statistics, found) + (bias ? bias[found] : 0.0f);
       }
