@@ -41,8 +41,7 @@ def build():
     sys.modules["petl_ext._C"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["petl_ext._C"])
     library = ctypes.CDLL(str(path))
-    for name in ("floats", "pairs", "matrices"):
-        getattr(library, f"petl_peak_of_{name}").restype = ctypes.c_double
+    library.petl_peak_of_floats.restype = library.petl_peak_of_pairs.restype = ctypes.c_double
     return library
 
 
@@ -121,7 +120,10 @@ def products_of(case, direction):
 
 def peak_of_halves():
     """Of the products that the path in use makes in bfloat16."""
-    return LIBRARY.petl_peak_of_matrices() if cpu_path() == "amx" else LIBRARY.petl_peak_of_pairs()
+    if cpu_path() != "amx":
+        return LIBRARY.petl_peak_of_pairs()
+    LIBRARY.petl_peak_of_matrices.restype = ctypes.c_double
+    return LIBRARY.petl_peak_of_matrices()
 
 
 def row_of(case, direction, ticks, ticks_per_ms):

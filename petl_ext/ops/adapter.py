@@ -198,10 +198,11 @@ def _forward_flops(x, residual, norm_weight, norm_bias, down, *_, **__):
 
 
 def _backward_flops(dout, x, norm_weight, norm_bias, down, *rest, **_):
-    """norm(x) down^T, as hidden units are not kept, and dout up always; dhidden down for dx; two for the weights'
+    """dout up always; norm(x) down^T where forward has not kept it; dhidden down for dx; two for the weights'
     gradients, dhidden^T norm(x) and dout^T hidden: R D B each."""
     needs_dx, needs_dweights = rest[8:10]
-    return 2 * (2 + needs_dx + 2 * needs_dweights) * prod(x[:-1]) * prod(down)
+    is_kept = len(rest) > 13 and rest[13] is not None
+    return 2 * (2 - is_kept + needs_dx + 2 * needs_dweights) * prod(x[:-1]) * prod(down)
 
 
 def _sizes(tensors):
@@ -298,8 +299,8 @@ def adapter(
 ) -> Tensor:
     """A bottleneck adapter in one pass over its input.
 
-    It keeps nothing for backward but its arguments and, on a CPU whose products are in bfloat16, its hidden units:
-    computing them again would take longer.
+    It keeps nothing for backward but its arguments and, on a CPU, its hidden units: computing them again would take
+    longer.
 
     Args:
         x: [..., D]. Any strides; rows that are not contiguous are copied.

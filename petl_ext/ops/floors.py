@@ -29,7 +29,7 @@ _F32, _BF16 = torch.float32, torch.bfloat16
 # By (op, dtype of the weights, of the products). Measured with 50 and 200 prompts, bottlenecks of 48 to 192, a dropout
 # of 0.1 and a width of 768; two dtypes are those of modules under autocast. With bfloat16 products the measurement is
 # kept, bench/results/amd-epyc-floors.md (bench/cpu_floors.py): above its floor a module loses 6 % at most; most gain.
-# So they do in matrix registers, where bottlenecks of 48 lose up to 9 %.
+# In matrix registers too, but bottlenecks of 48 lose up to 9 %.
 # In float16 and on CUDA nothing has been measured, and no number of rows is too small.
 FLOORS = {
     ("apt", _F32, _F32): Floors(128, 200, 200),
@@ -60,6 +60,7 @@ def adjust_floors():
     if path == "avx512_bf16":
         return
     # In matrix registers those of bfloat16 adapters hold as they are (bench/results/intel-xeon-processor-floors.md).
-    # Without bfloat16 products all were 1.3 to 3.4 times as fast, with 200 prompts at 16 rows 1.0 to 1.1.
+    # Without bfloat16 products all were 1.3 to 3.4 times as fast, with 200 prompts at 16 rows 1.0 to 1.1. On 64-bit ARM
+    # nothing has been measured.
     ops = ("apt",) if path == "amx" else ("apt", "adapter")
     FLOORS.update({(op, weights, _BF16): Floors(0, 0, 0) for op in ops for weights in (_F32, _BF16)})

@@ -62,6 +62,8 @@ def test_no_address_and_no_undefined_behavior_is_reported(tmp_path):
         *(f"emulator_{fault}" for fault in planted),
         *(f"hopper_{fault}" for fault in planted_by_hopper),
     }
+    if "avx512_bf16" in Path("/proc/cpuinfo").read_text():
+        assert run(tmp_path / "apt_test").startswith("amx avx512_bf16 ")  # its registers are emulated
 
 
 def test_no_race_between_cuda_threads_is_reported(tmp_path):

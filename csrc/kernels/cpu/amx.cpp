@@ -1,4 +1,4 @@
-#include "kernels/cpu/matrix_support.h"
+#include "kernels/cpu/compiled_paths.h"
 #ifdef PETL_MATRIX_REGISTERS
 #define PETL_PATH amx
 #define PETL_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"

@@ -48,7 +48,8 @@ struct Left {
 };
 
 // A long sum is made of sums of this many words: its rounding error grows with the root of the longer of the two, and
-// moving the accumulators out of the registers costs nothing at this length.
+// moving the accumulators out of the registers costs nothing at this length. Matrix registers sum 32 products at a time
+// and need none of it.
 constexpr int64_t kWordsPerSum = 128;
 
 // The results of one tile: [rows][vectors].

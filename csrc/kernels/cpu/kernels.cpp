@@ -9,11 +9,10 @@
 #if defined(__x86_64__) && !defined(PETL_PORTABLE_ONLY)
 #define PETL_X86_PATHS
 #endif
-#if defined(__aarch64__) && defined(__linux__) && !defined(PETL_PORTABLE_ONLY)
-#define PETL_ARM_PATHS
+#include "kernels/cpu/compiled_paths.h"
+#ifdef PETL_ARM_PATHS
 #include <sys/auxv.h>
 #endif
-#include "kernels/cpu/matrix_support.h"
 #ifdef PETL_MATRIX_REGISTERS
 #include <cpuid.h>
 #include <sys/syscall.h>

@@ -3,7 +3,7 @@
 // A part of path.inl.
 
 // The registers by number: sums of 2 x 2 tiles and their operands, each of which meets two others: to load an operand
-// takes half the time of a product, and on a shared machine at times twice that.
+// takes half the time of a product, and on a shared machine at times twice a product's.
 enum MatrixRegister { kSums = 0, kLeft = 4, kRight = 6, kMatrixRegisters = 8 };
 constexpr int kMatrixRows = 16, kTileOfMatrices = 2 * kMatrixRows;
 
@@ -85,7 +85,7 @@ class MatrixRows {
     }
   }
 
-  // By vectors [v, v + kRights) of a packed panel, whose words beyond whole vectors are in `right_end` likewise.
+  // By kRights vectors of a packed panel, whose words beyond whole vectors are in `right_end` likewise.
   template <int kRights>
   void multiply(const float* packed, const float* right_end, int64_t width, float* sums) const {
     if (rows_ > kMatrixRows) return multiply_by<2, kRights>(packed, right_end, width, sums);

@@ -1,4 +1,5 @@
-#if defined(__aarch64__) && defined(__linux__)
+#include "kernels/cpu/compiled_paths.h"
+#ifdef PETL_ARM_PATHS
 #define PETL_PATH neon_bf16
 #define PETL_TARGET "arch=armv8.2-a+bf16"
 #define PETL_NEON_BF16
